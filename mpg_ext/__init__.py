@@ -1,0 +1,53 @@
+"""The compiled ops of mpg on tensors: rows, scores, acceptance, the bound, draws, keyed uniforms.
+
+Knows no model, no tokenizer and no decode loop. `mpg_ext.reference` holds a plain-torch twin of every op.
+"""
+
+from __future__ import annotations
+
+import torch  # first: the compiled module links against the libraries that this import loads
+
+_REBUILD = "rebuild it: pip install --no-build-isolation --no-deps --force-reinstall <path of the mpg checkout>"
+try:
+    from ._C import build_info
+except ModuleNotFoundError as error:
+    raise ImportError(f"mpg was not built, its compiled part is missing; {_REBUILD}") from error
+except ImportError as error:  # from the linker: a module for another torch seldom gets as far as saying for which
+    wrong = "mpg does not load, most likely because it was built for another torch"
+    raise ImportError(f"{wrong}, this is torch {torch.__version__}; {_REBUILD}") from error
+
+if torch.__version__.split(".")[:2] != build_info()["torch"].split(".")[:2]:
+    raise ImportError(f"mpg was built for torch {build_info()['torch']}, this is torch {torch.__version__}; {_REBUILD}")
+
+from . import reference  # noqa: E402
+from .ops import (  # noqa: E402
+    accept_prefixes,
+    combine_rows,
+    draw_fallback,
+    draw_residual,
+    draw_tokens,
+    draw_uniforms,
+    gather_logprobs,
+    score_prefixes,
+    update_bound_,
+    verify_block,
+    verify_chunks,
+    warp_rows,
+)
+
+__all__ = [
+    "accept_prefixes",
+    "build_info",
+    "combine_rows",
+    "draw_fallback",
+    "draw_residual",
+    "draw_tokens",
+    "draw_uniforms",
+    "gather_logprobs",
+    "reference",
+    "score_prefixes",
+    "update_bound_",
+    "verify_block",
+    "verify_chunks",
+    "warp_rows",
+]

@@ -1,0 +1,131 @@
+"""The build as a user meets it: what it says when something is missing, and that the CUDA side compiles and links."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "cmake", "csrc", "mpg_ext", "python")
+
+
+def copy_checkout(to: Path) -> Path:
+    """What the build needs, without anything that was built here."""
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
+        elif (ROOT / name).exists():
+            shutil.copy2(ROOT / name, to / name)
+    return to
+
+
+def build(root: Path, *prefix: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *prefix, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
+
+
+def failure_of(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines of the message, without what setuptools prints about its own steps."""
+    assert result.returncode != 0
+    lines = result.stderr.strip().splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("mpg: ")) :]
+
+
+def folder_with(tmp_path: Path, *programs: str) -> str:
+    """A PATH of these programs alone."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for program in programs:
+        found = shutil.which(program, path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+        assert found is not None
+        (folder / program).symlink_to(found)
+    return str(folder)
+
+
+def test_missing_torch_is_two_lines_with_the_remedy(tmp_path):
+    root = copy_checkout(tmp_path)
+    # -S hides the installed packages; setuptools alone is let back in.
+    packages = root / "only-setuptools"
+    packages.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        (packages / name).symlink_to(Path(sysconfig.get_paths()["purelib"]) / name)
+    wrong, remedy = failure_of(build(root, "-S", PYTHONPATH=str(packages)))
+    assert "torch is not visible to" in wrong
+    assert "pip install torch" in remedy
+    assert "--no-build-isolation" in remedy
+
+
+def test_missing_compiler_is_two_lines_with_the_remedy(tmp_path):
+    path = folder_with(tmp_path, "cmake", "ninja")
+    wrong, remedy = failure_of(build(copy_checkout(tmp_path), PATH=path, CXX=""))
+    assert "no C++ compiler was found" in wrong
+    assert "g++" in remedy
+
+
+def test_forced_cuda_without_nvcc_is_two_lines_with_the_remedy(tmp_path):
+    path = folder_with(tmp_path, "cmake", "ninja", "c++")
+    result = build(copy_checkout(tmp_path), PATH=path, MPG_CUDA="ON", CUDACXX="", CUDA_HOME=str(tmp_path))
+    wrong, remedy = failure_of(result)
+    assert "MPG_CUDA=ON, but nvcc was not found" in wrong
+    assert "MPG_CUDA=OFF" in remedy
+
+
+def test_unknown_cuda_setting_is_named(tmp_path):
+    wrong, _ = failure_of(build(copy_checkout(tmp_path), MPG_CUDA="maybe"))
+    assert "MPG_CUDA must be AUTO, ON or OFF, got 'MAYBE'" in wrong
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_forced_cuda_compiles_links_and_imports_for_every_generation(tmp_path):
+    """With a CPU torch too, so that a kernel that does not compile cannot land where there is no GPU."""
+    root = copy_checkout(tmp_path)
+    result = build(root, MPG_CUDA="ON")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    code = "import mpg_ext, json; print(mpg_ext.__file__); print(json.dumps(mpg_ext.build_info()))"
+    imported = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    file, info = imported.stdout.splitlines()
+    assert Path(file).is_relative_to(root)
+    assert '"cuda": true' in info
+    assert '"archs": "80-real 90-real 100-real 120"' in info
+    if shutil.which("cuobjdump") is not None:
+        (library,) = (root / "mpg_ext").glob("_C*.so")
+        listing = subprocess.run(
+            ["cuobjdump", "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True, check=True
+        ).stdout
+        for code_name in ("sm_80.cubin", "sm_90.cubin", "sm_100.cubin", "sm_120.cubin", "sm_120.ptx"):
+            assert code_name in listing
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (None, "mpg was not built, its compiled part is missing; rebuild it"),
+        (b"no library", "mpg does not load, most likely because it was built for another torch, this is torch"),
+    ],
+)
+def test_compiled_part_that_does_not_load_says_why(module, message, tmp_path):
+    shutil.copytree(ROOT / "mpg_ext", tmp_path / "mpg_ext", ignore=shutil.ignore_patterns("*.so"))
+    if module is not None:
+        (tmp_path / "mpg_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(module)
+    # -S: an editable install would lend the module that it has built.
+    environment = os.environ | {"PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    command = [sys.executable, "-S", "-c", "import mpg_ext"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1].startswith(f"ImportError: {message}")
+
+
+def test_module_built_for_another_torch_minor_says_so():
+    code = "import torch; torch.__version__ = '2.3.1'; import mpg_ext"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: mpg was built for torch {torch.__version__}, this is torch 2.3.1; rebuild it")
+    assert "pip install --no-build-isolation" in last
