@@ -1,0 +1,69 @@
+// Combined rows (see combined_log_mass), normalised.
+//
+// Four launches: two for the models' normalisers; grid (rows, slices) for log v and its log-sum-exp
+// over the slice; the same grid to merge the slices and take the result off. The normalisers make a
+// launch of their own because the number of models, and so what a block would have to keep, has no
+// bound.
+#include "logsumexp.cuh"
+
+namespace mpg::cuda {
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) log_masses_kernel(const CombineRows<float> args) {
+  const int64_t P = args.rows.logits.K, V = args.rows.logits.V, row = blockIdx.x;
+  const int64_t begin = blockIdx.y * kSliceSize;
+  const int64_t end = V - begin < kSliceSize ? V : begin + kSliceSize;
+  LogSum<float> sum;
+  for (int64_t y = begin + threadIdx.x; y < end; y += kThreads) {
+    const float log_mass = combined_log_mass<T>(args, row / P, row % P, y);
+    args.log_rows[row * V + y] = log_mass;
+    sum.add(log_mass, 1.f);
+  }
+  sum = merge_block(sum, 1.f);
+  if (threadIdx.x == 0) {
+    float* partial = args.row_partials + (row * num_slices(V) + blockIdx.y) * 2;
+    partial[0] = sum.max;
+    partial[1] = sum.sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) subtract_totals_kernel(const CombineRows<float> args) {
+  const int64_t V = args.rows.logits.V, row = blockIdx.x;
+  const int64_t begin = blockIdx.y * kSliceSize;
+  const int64_t end = V - begin < kSliceSize ? V : begin + kSliceSize;
+  __shared__ float max, log_sum;
+  if (threadIdx.x < kWarp) {
+    const Normalizer<float> merged = merge_slices(args.row_partials, row, num_slices(V), 1.f);
+    if (threadIdx.x == 0) {
+      max = merged.max;
+      log_sum = merged.log_sum;
+      if (blockIdx.y == 0) args.log_totals[row] = max + log_sum;
+    }
+  }
+  __syncthreads();  // all threads read the normaliser
+  const Normalizer<float> normalizer = {max, log_sum};
+  for (int64_t y = begin + threadIdx.x; y < end; y += kThreads) {
+    float& log_mass = args.log_rows[row * V + y];
+    log_mass = normalized_log_mass(log_mass, normalizer);
+  }
+}
+
+}  // namespace
+
+int combine_rows(const CombineRows<float>& args, void* stream) {
+  const ModelLogits& logits = args.rows.logits;
+  int status = normalize_rows(args.rows, stream);
+  if (status != 0) return status;
+  const dim3 grid(unsigned(logits.B * logits.K), unsigned(num_slices(logits.V)));
+  status = with_logit_type<float>(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    MPG_LAUNCH(log_masses_kernel<T>, grid, kThreads, 0, stream, args);
+    return launch_status();
+  });
+  if (status != 0) return status;
+  MPG_LAUNCH(subtract_totals_kernel, grid, kThreads, 0, stream, args);
+  return launch_status();
+}
+
+}  // namespace mpg::cuda

@@ -1,0 +1,60 @@
+// A draw by inverting the mass cumulated in token order, in two halves: blocks add up slices of the
+// vocabulary, then one block finds the slice, the thread's run in it, and the token. Masses are
+// added in double, in an order that depends on V alone. mass_of(y) is a token's mass; NaN shows in
+// the total.
+#pragma once
+
+#include "launch.cuh"
+
+namespace mpg::cuda {
+
+// First half, by a block of kThreads; the result is every thread's.
+template <class F>
+__device__ __forceinline__ double slice_mass(int64_t V, int64_t slice, F mass_of) {
+  const int64_t begin = slice * kSliceSize;
+  const int64_t end = V - begin < kSliceSize ? V : begin + kSliceSize;
+  double mass = 0;
+  for (int64_t y = begin + threadIdx.x; y < end; y += kThreads) mass += mass_of(y);
+
+  __shared__ double warp_mass[kWarps];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    mass += __shfl_down_sync(kAllLanes, mass, offset);
+  }
+  if (threadIdx.x % kWarp == 0) warp_mass[threadIdx.x / kWarp] = mass;
+  __syncthreads();  // all threads read what every warp wrote
+  double total = 0;
+  for (int w = 0; w < kWarps; ++w) total += warp_mass[w];
+  __syncthreads();  // a next call may write there
+  return total;
+}
+
+__device__ __forceinline__ double total_mass(int64_t V, const double* slice_masses) {
+  double total = 0;
+  for (int64_t s = 0; s < num_slices(V); ++s) total += slice_masses[s];
+  return total;
+}
+
+// Second half, by a block of kThreads, where the total is positive; the result is thread 0's.
+// `target` is the uniform times the total.
+template <class F>
+__device__ __forceinline__ int64_t draw(int64_t V, const double* slice_masses, double target,
+                                        F mass_of) {
+  constexpr int64_t kRun = kSliceSize / kThreads;  // consecutive tokens of one thread
+  __shared__ double run_masses[kThreads];
+  // Every thread finds the same slice.
+  const int64_t slice = pick(num_slices(V), target, [&](int64_t s) { return slice_masses[s]; });
+  const int64_t begin = slice * kSliceSize;
+  const auto run_token_mass = [&](int64_t thread, int64_t i) {
+    const int64_t y = begin + thread * kRun + i;
+    return y < V ? mass_of(y) : 0;
+  };
+  double mass = 0;
+  for (int64_t i = 0; i < kRun; ++i) mass += run_token_mass(threadIdx.x, i);
+  run_masses[threadIdx.x] = mass;
+  __syncthreads();  // thread 0 reads all runs
+  if (threadIdx.x != 0) return -1;
+  const int64_t run = pick(kThreads, target, [&](int64_t thread) { return run_masses[thread]; });
+  return begin + run * kRun + pick(kRun, target, [&](int64_t i) { return run_token_mass(run, i); });
+}
+
+}  // namespace mpg::cuda

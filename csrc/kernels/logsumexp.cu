@@ -1,0 +1,94 @@
+// sum_v exp(x_v / temperature) of slices of rows: the one pass over the logits that scoring needs.
+//
+// Grid (rows, slices). A row is split because a single sequence has only (1 + N) * K rows, too few
+// blocks to draw the memory's bandwidth. Each thread reads 16 bytes at a time and keeps an online
+// (max, sum); rows that do not start on 16 bytes have their ends peeled off.
+#include "logsumexp.cuh"
+
+namespace mpg::cuda {
+namespace {
+
+template <class T>
+struct alignas(16) Packed {
+  static constexpr int kSize = 16 / sizeof(T);
+  T element[kSize];
+};
+
+template <class T>
+__device__ __forceinline__ LogSum<float> packed_log_sum(const Packed<T>& packed,
+                                                        float inv_temperature) {
+  float x[Packed<T>::kSize];
+  LogSum<float> sum;
+  for (int e = 0; e < Packed<T>::kSize; ++e) {
+    x[e] = to_float(packed.element[e]);
+    sum.max = x[e] > sum.max ? x[e] : sum.max;
+  }
+  // Elements that are all -inf have a sum of 0, not the NaN of (-inf) - (-inf).
+  const float shift = sum.max == -INFINITY ? 0 : sum.max;
+  for (int e = 0; e < Packed<T>::kSize; ++e) sum.sum += std::exp((x[e] - shift) * inv_temperature);
+  return sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    reduce_slices_kernel(const ModelLogits logits, float inv_temperature, float* partials) {
+  const int64_t row = blockIdx.x;
+  if (!is_active(logits, row)) return;
+  const int64_t begin = blockIdx.y * kSliceSize;
+  const int64_t size = logits.V - begin < kSliceSize ? logits.V - begin : kSliceSize;
+  const T* x = row_data<T>(logits, row) + begin;
+
+  constexpr int64_t kSize = Packed<T>::kSize;
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T);
+  int64_t head = misaligned == 0 ? 0 : kSize - misaligned;
+  head = head < size ? head : size;
+  const int64_t num_packed = (size - head) / kSize;
+
+  LogSum<float> sum;
+  const Packed<T>* packed = reinterpret_cast<const Packed<T>*>(x + head);
+  for (int64_t p = threadIdx.x; p < num_packed; p += kThreads) {
+    sum.merge(packed_log_sum(packed[p], inv_temperature), inv_temperature);
+  }
+  // Both ends together are fewer elements than threads.
+  const int64_t end = threadIdx.x < head ? threadIdx.x : threadIdx.x + num_packed * kSize;
+  if (end < size) sum.add(to_float(x[end]), inv_temperature);
+
+  sum = merge_block(sum, inv_temperature);
+  if (threadIdx.x == 0) {
+    float* partial = partials + (row * num_slices(logits.V) + blockIdx.y) * 2;
+    partial[0] = sum.max;
+    partial[1] = sum.sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) normalize_rows_kernel(const NormalizeRows<float> args) {
+  const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (row >= args.logits.num_rows() || !is_active(args.logits, row)) return;
+  const Normalizer<float> normalizer =
+      merge_slices(args.partials, row, num_slices(args.logits.V), 1.f);
+  if (threadIdx.x % kWarp == 0) args.normalizers[row] = normalizer;
+}
+
+}  // namespace
+
+int reduce_slices(const ModelLogits& logits, float inv_temperature, float* partials, void* stream) {
+  const dim3 grid(unsigned(logits.num_rows()), unsigned(num_slices(logits.V)));
+  return with_logit_type<float>(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    MPG_LAUNCH(reduce_slices_kernel<T>, grid, kThreads, 0, stream, logits, inv_temperature,
+               partials);
+    return launch_status();
+  });
+}
+
+int normalize_rows(const NormalizeRows<float>& args, void* stream) {
+  const int status = reduce_slices(args.logits, 1.f, args.partials, stream);
+  if (status != 0) return status;
+  const dim3 grid(blocks_for(args.logits.num_rows(), kWarps));
+  MPG_LAUNCH(normalize_rows_kernel, grid, kThreads, 0, stream, args);
+  return launch_status();
+}
+
+const char* error_string(int status) { return cudaGetErrorString(cudaError_t(status)); }
+
+}  // namespace mpg::cuda

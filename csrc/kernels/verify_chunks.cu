@@ -1,0 +1,87 @@
+// Scores of prefixes (Eq. 13-16, 18-19), their acceptance (Eq. 14, 17, 20), the bound update (3.3),
+// and all of it from logits in two launches: reduce_slices, then one block per sequence.
+//
+// One warp handles one sequence, one lane one prefix: K <= 32. The work is a few hundred additions;
+// what matters is that nothing of it costs a launch or a trip to the host.
+#include "logsumexp.cuh"
+
+namespace mpg::cuda {
+namespace {
+
+// By a whole warp; all lanes return the result. A lane reads only the score that it wrote itself.
+__device__ __forceinline__ int64_t accept_sequence(const AcceptPrefixes<float>& args, int64_t b) {
+  const int lane = threadIdx.x % kWarp;
+  const bool counts = lane < args.K && lane < args.lengths[b];
+  const float score = counts ? args.scores[b * args.K + lane] : 0;
+  const bool accepts =
+      counts && is_accepted(score, args.log_bound[b], args.uniforms[b * args.K + lane]);
+  const unsigned accepting = __ballot_sync(kAllLanes, accepts);
+  const unsigned invalid = __ballot_sync(kAllLanes, counts && is_nan(score));
+  const int64_t accepted = invalid != 0 ? -1 : kWarp - __clz(int(accepting));
+  if (lane == 0) args.accepted[b] = accepted;
+  return accepted;
+}
+
+__global__ void score_prefixes_kernel(const ScorePrefixes<float> args) {
+  if (threadIdx.x < args.K) score_prefix(args, blockIdx.x, threadIdx.x);
+}
+
+__global__ void accept_prefixes_kernel(const AcceptPrefixes<float> args) {
+  accept_sequence(args, blockIdx.x);
+}
+
+__global__ void update_bound_kernel(const UpdateBound<float> args) {
+  const int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (b < args.B && args.active[b]) {
+    mpg::update_bound(args.bound, b, args.scores + b * args.P, args.P);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) verify_chunks_kernel(const VerifyChunks<float> args) {
+  const ModelLogits& logits = args.gather.logits;
+  const int64_t b = blockIdx.x, K = logits.K;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int64_t r = warp; r < (1 + logits.N) * K; r += kWarps) {
+    gather_row<T>(args.gather, (r / K * logits.B + b) * K + r % K);
+  }
+  __syncthreads();  // warp 0 reads the log-probabilities that all warps wrote
+  if (warp != 0) return;
+
+  if (lane < K) score_prefix(args.scoring, b, lane);
+  const int64_t accepted = accept_sequence(args.acceptance, b);
+  __syncwarp();  // lane 0 reads the accepted score, which another lane wrote
+  if (lane == 0 && accepted >= 1) {
+    mpg::update_bound(args.bound, b, args.scoring.scores + b * K + accepted - 1, 1);
+  }
+}
+
+}  // namespace
+
+int score_prefixes(const ScorePrefixes<float>& args, void* stream) {
+  MPG_LAUNCH(score_prefixes_kernel, dim3(unsigned(args.B)), kWarp, 0, stream, args);
+  return launch_status();
+}
+
+int accept_prefixes(const AcceptPrefixes<float>& args, void* stream) {
+  MPG_LAUNCH(accept_prefixes_kernel, dim3(unsigned(args.B)), kWarp, 0, stream, args);
+  return launch_status();
+}
+
+int update_bound(const UpdateBound<float>& args, void* stream) {
+  MPG_LAUNCH(update_bound_kernel, dim3(blocks_for(args.B, kThreads)), kThreads, 0, stream, args);
+  return launch_status();
+}
+
+int verify_chunks(const VerifyChunks<float>& args, void* stream) {
+  const ModelLogits& logits = args.gather.logits;
+  const int status = reduce_slices(logits, 1.f, args.gather.partials, stream);
+  if (status != 0) return status;
+  return with_logit_type<float>(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    MPG_LAUNCH(verify_chunks_kernel<T>, dim3(unsigned(logits.B)), kThreads, 0, stream, args);
+    return launch_status();
+  });
+}
+
+}  // namespace mpg::cuda

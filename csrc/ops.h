@@ -1,0 +1,253 @@
+// What the ops compute, on raw pointers: the interface that the CPU and the CUDA side both
+// implement. Knows no torch and no CUDA type; shapes and dtypes have been checked by bindings.cpp.
+//
+// Sizes: B sequences, K draft tokens, P positions, N attribute models, V vocabulary, W window of
+// the bound. A is the accumulation type: double for float64 logits (CPU only), else float. Unless a
+// stride is given, tensors are contiguous. Out and in-place members are the non-const pointers.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MPG_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MPG_HOST_DEVICE inline
+#endif
+
+namespace mpg {
+
+enum class DType { kFloat32, kFloat16, kBFloat16, kFloat64 };
+enum class Score { kArithmetic, kGeometric };
+
+// Element v of row (i, b, k) lies at data[i * stride_model + b * stride_sequence + k *
+// stride_position + v].
+struct LogitRows {
+  const void* data;
+  int64_t stride_model, stride_sequence, stride_position;
+};
+
+// The logits of the anchor, model 0, of the N attribute models, models 1..N, and where there is one
+// of a base of its own, model N + 1, at the same K positions of B sequences. Rows are counted
+// model-major: row = (model * B + b) * K + k.
+struct ModelLogits {
+  DType dtype;
+  LogitRows anchor, attributes;
+  int64_t N, B, K, V;
+  const bool* active;  // (B): rows of other sequences need not be read; null means all are active
+  LogitRows base = {};
+  bool has_base = false;
+
+  MPG_HOST_DEVICE int64_t num_rows() const { return (1 + N + has_base) * B * K; }
+};
+
+// One row's softmax normaliser: log softmax(x / temperature) = (x - max) / temperature - log_sum.
+template <class A>
+struct Normalizer {
+  A max, log_sum;
+};
+
+// The part of a row that one CUDA block reduces. 8192 elements keep 256 threads busy with 16-byte
+// loads and still give a single sequence's few rows enough blocks to fill a GPU.
+constexpr int64_t kSliceSize = 8192;
+MPG_HOST_DEVICE int64_t num_slices(int64_t V) { return (V + kSliceSize - 1) / kSliceSize; }
+
+// Rows and where their normalisers go.
+template <class A>
+struct NormalizeRows {
+  ModelLogits logits;
+  Normalizer<A>* normalizers;  // (rows)
+  A* partials;                 // (rows, num_slices, 2) scratch, CUDA only
+};
+
+template <class A>
+struct GatherLogprobs {
+  ModelLogits logits;
+  const int64_t* tokens;  // (B, K)
+  A temperature;
+  A* logprobs;  // (1 + N, B, K)
+  A* partials;  // (rows, num_slices, 2) scratch, CUDA only
+};
+
+template <class A>
+struct ScorePrefixes {
+  const A* attribute_logprobs;  // (N, B, K)
+  const A* anchor_logprobs;     // (B, K)
+  const A* weights;             // (B, N)
+  Score score;
+  int64_t N, B, K;
+  A* log_ratios;  // (N, B, K)
+  A* scores;      // (B, K)
+};
+
+template <class A>
+struct AcceptPrefixes {
+  const A* scores;         // (B, K)
+  const A* log_bound;      // (B)
+  const double* uniforms;  // (B, K)
+  const int64_t* lengths;  // (B)
+  int64_t B, K;
+  int64_t* accepted;  // (B)
+};
+
+// The three-phase bound of B sequences (section 3.3) and its constants.
+template <class A>
+struct Bound {
+  A* window;            // (B, W) ring buffer of the last W pushed scores
+  int64_t* num_scores;  // (B) scores pushed so far
+  int64_t* num_rounds;  // (B)
+  A* log_bound;         // (B)
+  bool* frozen;         // (B)
+  int64_t W;
+  A log_initial_bound, log_gamma, tau;
+};
+
+template <class A>
+struct UpdateBound {
+  Bound<A> bound;
+  const A* scores;     // (B, P)
+  const bool* active;  // (B)
+  int64_t B, P;
+};
+
+// The four above in sequence; scoring reads what gather wrote, acceptance what scoring wrote.
+template <class A>
+struct VerifyChunks {
+  GatherLogprobs<A> gather;
+  ScorePrefixes<A> scoring;
+  AcceptPrefixes<A> acceptance;
+  Bound<A> bound;
+};
+
+template <class A>
+struct DrawFallback {
+  NormalizeRows<A>
+      rows;              // K = 1; the active sequences are those that draw; normalizers are scratch
+  const A* draft_probs;  // (B, V)
+  const A* weights;      // (B, N)
+  const A* log_bound;    // (B)
+  const double* uniforms;  // (B)
+  Score score;
+  int64_t* tokens;       // (B)
+  A* scores;             // (B)
+  A* accept_probs;       // (B)
+  double* slice_masses;  // (B, num_slices) scratch, CUDA only
+};
+
+struct DrawUniforms {
+  const int64_t* seeds;   // (B)
+  const int64_t* rounds;  // (B)
+  uint32_t purpose, first;
+  int64_t B, count;
+  double* uniforms;  // (B, count)
+};
+
+// Combined rows. `rows` has P positions for its K, and either an anchor and the attribute models
+// after it, or with neither base nor anchor nothing but the attribute models from model 0 on.
+template <class A>
+struct CombineRows {
+  NormalizeRows<A> rows;  // normalizers are scratch
+  bool has_anchor;
+  int64_t N, base;   // the model that is the base: 0 where it is the anchor itself
+  const A* weights;  // (B, P, N)
+  Score target;
+  A* log_rows;      // (B, P, V)
+  A* log_totals;    // (B, P)
+  A* row_partials;  // (B, P, num_slices, 2) scratch, CUDA only
+};
+
+template <class A>
+struct WarpRows {
+  const A* log_rows;  // (R, V)
+  int64_t R, V;
+  double temperature;
+  int64_t top_k;
+  double top_p, min_p;
+  A* probs;  // (R, V)
+};
+
+template <class A>
+struct DrawTokens {
+  const A* probs;          // (B, V)
+  const double* uniforms;  // (B)
+  int64_t B, V;
+  int64_t* tokens;       // (B)
+  double* slice_masses;  // (B, num_slices) scratch, CUDA only
+};
+
+// A drafted block and the rows around it.
+template <class A>
+struct Block {
+  const A* target_probs;   // (B, K + 1, V)
+  const A* draft_probs;    // (B, K, V); null where each token was the draft's only choice
+  const int64_t* tokens;   // (B, K)
+  const int64_t* lengths;  // (B)
+  int64_t B, K, V;
+};
+
+template <class A>
+struct VerifyBlock {
+  Block<A> block;
+  const double* uniforms;  // (B, K)
+  int64_t* accepted;       // (B)
+  A* carry;                // (B)
+  double* slice_sums;      // (B, K, num_slices) scratch, CUDA only
+};
+
+template <class A>
+struct DrawResidual {
+  Block<A> block;
+  const int64_t* accepted;  // (B)
+  const A* carry;           // (B)
+  const double* uniforms;   // (B)
+  int64_t* tokens;          // (B)
+  double* slice_masses;     // (2, B, num_slices) scratch, CUDA only
+};
+
+// CPU: each call does the items [begin, end), so that the caller can split them over threads.
+namespace cpu {
+template <class A>
+void gather_logprobs(const GatherLogprobs<A>& args, int64_t begin, int64_t end);  // rows
+template <class A>
+void score_prefixes(const ScorePrefixes<A>& args, int64_t begin, int64_t end);  // sequences
+template <class A>
+void accept_prefixes(const AcceptPrefixes<A>& args, int64_t begin, int64_t end);  // sequences
+template <class A>
+void update_bound(const UpdateBound<A>& args, int64_t begin, int64_t end);  // sequences
+template <class A>
+void verify_chunks(const VerifyChunks<A>& args, int64_t begin, int64_t end);  // sequences, gathered
+template <class A>
+void normalize_rows(const NormalizeRows<A>& args, int64_t begin, int64_t end);  // rows
+template <class A>
+void draw_fallback(const DrawFallback<A>& args, int64_t begin,
+                   int64_t end);                                           // sequences, normalized
+void draw_uniforms(const DrawUniforms& args, int64_t begin, int64_t end);  // sequences
+template <class A>
+void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end);  // (b, p), normalized
+template <class A>
+void warp_rows(const WarpRows<A>& args, int64_t begin, int64_t end);  // rows
+template <class A>
+void draw_tokens(const DrawTokens<A>& args, int64_t begin, int64_t end);  // sequences
+template <class A>
+void verify_block(const VerifyBlock<A>& args, int64_t begin, int64_t end);  // sequences
+template <class A>
+void draw_residual(const DrawResidual<A>& args, int64_t begin, int64_t end);  // sequences
+}  // namespace cpu
+
+// CUDA: launches on `stream` (a cudaStream_t) and returns a cudaError_t, 0 for success.
+namespace cuda {
+int gather_logprobs(const GatherLogprobs<float>& args, void* stream);
+int score_prefixes(const ScorePrefixes<float>& args, void* stream);
+int accept_prefixes(const AcceptPrefixes<float>& args, void* stream);
+int update_bound(const UpdateBound<float>& args, void* stream);
+int verify_chunks(const VerifyChunks<float>& args, void* stream);
+int draw_fallback(const DrawFallback<float>& args, void* stream);
+int draw_uniforms(const DrawUniforms& args, void* stream);
+int combine_rows(const CombineRows<float>& args, void* stream);
+int warp_rows(const WarpRows<float>& args, void* stream);
+int draw_tokens(const DrawTokens<float>& args, void* stream);
+int verify_block(const VerifyBlock<float>& args, void* stream);
+int draw_residual(const DrawResidual<float>& args, void* stream);
+const char* error_string(int status);
+}  // namespace cuda
+
+}  // namespace mpg

@@ -1,0 +1,82 @@
+// How logits are stored: element types, their conversion to the accumulation type, and row
+// addresses.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "ops.h"
+
+namespace mpg {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+MPG_HOST_DEVICE float float_from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+MPG_HOST_DEVICE double to_float(double x) { return x; }
+MPG_HOST_DEVICE float to_float(float x) { return x; }
+MPG_HOST_DEVICE float to_float(BFloat16 x) { return float_from_bits(uint32_t(x.bits) << 16); }
+MPG_HOST_DEVICE float to_float(Half x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
+  // Move the fields into place and correct the exponent bias by a multiplication, which also
+  // normalises subnormals; only inf and NaN need their exponent set by hand.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+  const float value = float_from_bits(magnitude) * 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return float_from_bits(bits | special | uint32_t(x.bits & 0x8000) << 16);
+#endif
+}
+
+// Calls f with a value of the type that `dtype` names, one of those that go with accumulation in A.
+template <class A, class F>
+auto with_logit_type(DType dtype, F f) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    return f(double{});
+  } else {
+    switch (dtype) {
+      case DType::kFloat16:
+        return f(Half{});
+      case DType::kBFloat16:
+        return f(BFloat16{});
+      default:
+        return f(float{});
+    }
+  }
+}
+
+// First element of a row, see ModelLogits. T is the type that logits.dtype names.
+template <class T>
+MPG_HOST_DEVICE const T* row_data(const ModelLogits& logits, int64_t model, int64_t b, int64_t k) {
+  const bool is_attribute = model >= 1 && model <= logits.N;
+  const LogitRows& rows =
+      is_attribute ? logits.attributes : (model == 0 ? logits.anchor : logits.base);
+  return static_cast<const T*>(rows.data) + (is_attribute ? model - 1 : 0) * rows.stride_model +
+         b * rows.stride_sequence + k * rows.stride_position;
+}
+
+template <class T>
+MPG_HOST_DEVICE const T* row_data(const ModelLogits& logits, int64_t row) {
+  return row_data<T>(logits, row / (logits.K * logits.B), row / logits.K % logits.B,
+                     row % logits.K);
+}
+
+MPG_HOST_DEVICE bool is_active(const ModelLogits& logits, int64_t row) {
+  return logits.active == nullptr || logits.active[row / logits.K % logits.B];
+}
+
+}  // namespace mpg

@@ -1,0 +1,397 @@
+"""The compiled ops as typed functions, with what they promise, and their fake kernels for tracing.
+
+Arguments are checked in csrc/bindings.cpp, the mathematics is in csrc/numerics.h and csrc/block.h.
+
+Throughout: B sequences, K draft tokens (1 to 32), N attribute models (at least 1), V vocabulary, W window. Logits are
+float32, float16 or bfloat16, on the CPU also float64, and may have any strides but unit stride in V. `acc` is the
+dtype of everything computed from them: float64 for float64 logits, else float32. Every op raises ValueError where a
+shape, dtype, device or stride is not as written. B may be 0. Equations are those of arXiv 2511.01891.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Score = Literal["arithmetic", "geometric"]
+
+
+def gather_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of given tokens, log softmax(logits / temperature)[token], without a probability tensor.
+
+    logits: (R, K, V), any number of rows R
+    tokens: (R, K) int64; a token outside [0, V) has log-probability -inf and is never read
+    temperature: finite and positive
+
+    out: (R, K) acc; NaN where a row has NaN or +inf or is -inf throughout
+    """
+    return torch.ops.mpg.gather_logprobs(logits, tokens, temperature=temperature)
+
+
+def score_prefixes(
+    attribute_logprobs: Tensor, anchor_logprobs: Tensor, weights: Tensor, *, score: Score
+) -> tuple[Tensor, Tensor]:
+    """Log-ratios of drafted tokens and the score of every prefix of the draft.
+
+    With r_i the sum of log pi_i - log anchor over the prefix (Eq. 15) and alpha the weights:
+    "arithmetic" is log sum_i alpha_i exp(r_i), a signed log-sum-exp (Eq. 13-16, 18-19), -inf where the sum is not
+    positive or within 8 roundings of 0; "geometric" is sum_i alpha_i r_i (Eq. 7 for the reverse KL).
+    A weight of exactly 0 removes its model before any arithmetic. A token that both models exclude has log-ratio 0;
+    under a negative geometric weight a log-ratio of -inf counts as -80.
+
+    attribute_logprobs: (N, B, K) acc
+    anchor_logprobs: (B, K) acc
+    weights: (B, N) acc
+
+    out: log_ratios (N, B, K) acc, per token; scores (B, K) acc of the prefixes of 1 to K tokens.
+    NaN or +inf in, or a token that only the attribute model allows, gives NaN: the models do not belong together.
+    """
+    return torch.ops.mpg.score_prefixes(attribute_logprobs, anchor_logprobs, weights, score=score)
+
+
+def accept_prefixes(scores: Tensor, log_bound: Tensor, uniforms: Tensor, lengths: Tensor) -> Tensor:
+    """Length of the longest prefix j <= lengths with log u_j < score_j - log M (Eq. 14, 17, 20).
+
+    scores: (B, K) acc
+    log_bound: (B,) acc, log M
+    uniforms: (B, K) float64 in [0, 1), one for each prefix
+    lengths: (B,) int64, tokens of the draft that count; read as if clipped to [0, K]
+
+    out: (B,) int64; 0 where no prefix is accepted, -1 where one of these scores is NaN
+    """
+    return torch.ops.mpg.accept_prefixes(scores, log_bound, uniforms, lengths)
+
+
+def update_bound_(
+    window: Tensor,
+    num_scores: Tensor,
+    num_rounds: Tensor,
+    log_bound: Tensor,
+    frozen: Tensor,
+    scores: Tensor,
+    active: Tensor,
+    *,
+    log_initial_bound: float,
+    log_gamma: float,
+    tau: float,
+) -> None:
+    """Count one round of every active sequence and set its bound, in place (section 3.3).
+
+    The scores of the row are pushed in order. Warm-up, the first W rounds and until two scores were pushed:
+    the initial bound. Estimation: log M = max of the window + log_gamma. Stabilisation: a population variance of the
+    window below tau freezes the bound until the variance rises again. Rows that are not active keep every byte.
+
+    window: (B, W) acc ring buffer, score number n in column n % W
+    num_scores, num_rounds: (B,) int64, scores pushed and rounds counted so far
+    log_bound: (B,) acc, log M
+    frozen: (B,) bool
+    scores: (B, P) acc, 1 <= P <= 33; -inf and NaN are not pushed
+    active: (B,) bool
+    """
+    torch.ops.mpg.update_bound_(
+        window,
+        num_scores,
+        num_rounds,
+        log_bound,
+        frozen,
+        scores,
+        active,
+        log_initial_bound=log_initial_bound,
+        log_gamma=log_gamma,
+        tau=tau,
+    )
+
+
+def verify_chunks(
+    anchor_logits: Tensor,
+    attribute_logits: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    weights: Tensor,
+    uniforms: Tensor,
+    window: Tensor,
+    num_scores: Tensor,
+    num_rounds: Tensor,
+    log_bound: Tensor,
+    frozen: Tensor,
+    *,
+    score: Score,
+    log_initial_bound: float,
+    log_gamma: float,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score drafted chunks, accept a prefix of each and update the bound: the four ops above in one call.
+
+    Acceptance uses the bound as it stands. Then, where a prefix was accepted, its score is pushed and the bound
+    updated; elsewhere the bound is left alone, for the caller to update after the fallback.
+
+    anchor_logits: (B, K, V)
+    attribute_logits: (N, B, K, V), dtype of anchor_logits
+    tokens: (B, K) int64
+    lengths: (B,) int64, as in accept_prefixes; 0 for a finished sequence
+    weights: (B, N) acc
+    uniforms: (B, K) float64 in [0, 1)
+    window, num_scores, num_rounds, log_bound, frozen: as in update_bound_, changed in place
+
+    out: log_ratios (N, B, K) acc, scores (B, K) acc, both for all K tokens; accepted (B,) int64 as in accept_prefixes
+    """
+    return torch.ops.mpg.verify_chunks(
+        anchor_logits,
+        attribute_logits,
+        tokens,
+        lengths,
+        weights,
+        uniforms,
+        window,
+        num_scores,
+        num_rounds,
+        log_bound,
+        frozen,
+        score=score,
+        log_initial_bound=log_initial_bound,
+        log_gamma=log_gamma,
+        tau=tau,
+    )
+
+
+def draw_fallback(
+    anchor_logits: Tensor,
+    attribute_logits: Tensor,
+    draft_probs: Tensor,
+    weights: Tensor,
+    log_bound: Tensor,
+    uniforms: Tensor,
+    active: Tensor,
+    *,
+    score: Score,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token from the law of the single-token loop (lines 17-23 of Algorithm 1), without the loop.
+
+    Token y has mass draft_probs[y] * min(1, exp(score_1(y) - log M)), score_1 the score of y as a prefix of one token.
+    The draw inverts the cumulated mass in the order of token ids. A token that the draft excludes needs no score.
+
+    anchor_logits: (B, V)
+    attribute_logits: (N, B, V), dtype of anchor_logits
+    draft_probs: (B, V) acc
+    weights: (B, N) acc
+    log_bound: (B,) acc, log M
+    uniforms: (B,) float64 in [0, 1)
+    active: (B,) bool, the sequences that draw
+
+    out: tokens (B,) int64, the score of each (B,) acc, and accept_probs (B,) acc: the total mass, the probability that
+    one try of the loop accepts. No mass, or not active: token -1, score -inf, accept_prob 0. NaN among the masses:
+    token -2, NaN, NaN.
+    """
+    return torch.ops.mpg.draw_fallback(
+        anchor_logits, attribute_logits, draft_probs, weights, log_bound, uniforms, active, score=score
+    )
+
+
+def draw_uniforms(seeds: Tensor, rounds: Tensor, *, purpose: int, count: int, first: int = 0) -> Tensor:
+    """Uniforms in [0, 1) keyed by (seed, round, purpose, index): Philox4x32-10, the same bits on every device.
+
+    The key is the seed's low and high word, the counter (index, purpose, round's low and high word); the uniform takes
+    53 bits from the first two words out. (Salmon et al., SC 2011)
+
+    seeds, rounds: (B,) int64
+    purpose: in [0, 2**32)
+    count, first: the indices are first to first + count - 1
+
+    out: (B, count) float64
+    """
+    return torch.ops.mpg.draw_uniforms(seeds, rounds, purpose=purpose, count=count, first=first)
+
+
+def combine_rows(
+    attribute_logits: Tensor,
+    weights: Tensor,
+    base_logits: Tensor | None,
+    anchor_logits: Tensor | None,
+    *,
+    target: Score,
+) -> tuple[Tensor, Tensor]:
+    """Combined next-token rows v / sum v, in logs, with alpha the weights, pi_i the softmax rows.
+
+    "arithmetic" is v = sum_i alpha_i pi_i, with a base and an anchor v = base * sum_i alpha_i pi_i / anchor
+    (Eq. 10-11, 13), where the sum is clipped at 0 and is 0 within 8 roundings of it. "geometric" is
+    log v = log base + sum_i alpha_i (log pi_i - log anchor) (Eq. 7 for the reverse KL, token by token).
+    Zero weights and log-ratios are treated as in score_prefixes. A token that the base excludes stays excluded.
+
+    attribute_logits: (N, B, P, V), 1 <= P <= 33: the positions of K draft tokens and the one after them
+    weights: (B, P, N) acc
+    base_logits, anchor_logits: (B, P, V), dtype of attribute_logits; both or, for "arithmetic" only, neither. They
+    may be one tensor.
+
+    out: log_rows (B, P, V) acc and log_totals (B, P) acc, log sum v. A row without mass is -inf with total -inf.
+    A row is NaN with total NaN where a model of nonzero weight, the base or the anchor has NaN, +inf or nothing but
+    -inf in it, or where a model allows a token that the anchor excludes and the base allows.
+    """
+    return torch.ops.mpg.combine_rows(attribute_logits, weights, base_logits, anchor_logits, target=target)
+
+
+def warp_rows(
+    log_rows: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Probabilities after temperature, top-k, top-p on the renormalised rest, and min-p, in this order.
+
+    Tokens are preferred by value and, among equals, by lower id. top-k keeps the k preferred tokens; top-p keeps a
+    token if those preferred to it hold less than top_p; min-p keeps a token of at least min_p times the largest
+    probability.
+
+    log_rows: (R, V) acc, not necessarily normalised
+    temperature: finite, not negative; 0 keeps the preferred token alone
+    top_k: 0 for all tokens
+    top_p: in (0, 1]
+    min_p: in [0, 1]
+
+    out: (R, V) acc, every row sums to 1; 0 where a row is -inf throughout, NaN where it has NaN or +inf
+    """
+    return torch.ops.mpg.warp_rows(log_rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token from every row by inverting its cumulated mass in the order of token ids.
+
+    The token is the smallest y with cdf(y) > u * total, never one without mass; the cdf is cumulated in float64, and
+    the last token with mass takes what rounding leaves.
+
+    probs: (B, V) acc, not negative, not necessarily normalised
+    uniforms: (B,) float64 in [0, 1)
+
+    out: (B,) int64; 0 where a row has no mass or NaN
+    """
+    return torch.ops.mpg.draw_tokens(probs, uniforms)
+
+
+def verify_block(
+    target_probs: Tensor, draft_probs: Tensor | None, tokens: Tensor, lengths: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Block verification: how many drafted tokens to keep so that the text follows the target (Sun et al., 2024).
+
+    The longest prefix i with u_i < h_i of `mpg_ext.reference.block_accept_probs`, tested from i = lengths down.
+    Followed by draw_residual. Sums and comparisons are in float64.
+
+    target_probs: (B, K + 1, V) acc, the row before each drafted token and the one after all of them
+    draft_probs: (B, K, V) acc, the rows that the tokens were drawn from; None where each was the only choice
+    tokens: (B, K) int64; one outside the vocabulary has probability 0
+    lengths: (B,) int64, tokens of the draft that count; read as if clipped to [0, K]
+    uniforms: (B, K) float64 in [0, 1)
+
+    out: accepted (B,) int64 and carry (B,) acc, the clipped likelihood ratio P of the accepted prefix (1 for none).
+    Rows after lengths, or after a drafted token that the target excludes, do not matter. NaN among the others:
+    accepted -1, carry NaN.
+    """
+    return torch.ops.mpg.verify_block(target_probs, draft_probs, tokens, lengths, uniforms)
+
+
+def draw_residual(
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    tokens: Tensor,
+    lengths: Tensor,
+    accepted: Tensor,
+    carry: Tensor,
+    uniforms: Tensor,
+) -> Tensor:
+    """Draw the token that follows the accepted prefix of a block.
+
+    From p, the target's row after the prefix, where all of lengths was accepted; else from (carry * p - q)_+ with q
+    the draft's row there; from p where that has no mass. Draws as draw_tokens does.
+
+    target_probs, draft_probs, tokens, lengths: as in verify_block
+    accepted, carry: what verify_block gave
+    uniforms: (B,) float64 in [0, 1)
+
+    out: (B,) int64; 0 where accepted is negative or the row has no mass or NaN
+    """
+    return torch.ops.mpg.draw_residual(target_probs, draft_probs, tokens, lengths, accepted, carry, uniforms)
+
+
+# Fake kernels: shapes, dtypes and devices for FakeTensor and device="meta".
+
+
+def _acc_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("mpg::gather_logprobs")
+def _(logits: Tensor, tokens: Tensor, **_options: float) -> Tensor:
+    return logits.new_empty(tokens.shape, dtype=_acc_dtype(logits))
+
+
+@torch.library.register_fake("mpg::score_prefixes")
+def _(attribute_logprobs: Tensor, anchor_logprobs: Tensor, weights: Tensor, **_options: str) -> tuple[Tensor, Tensor]:
+    return attribute_logprobs.new_empty(attribute_logprobs.shape), anchor_logprobs.new_empty(anchor_logprobs.shape)
+
+
+@torch.library.register_fake("mpg::accept_prefixes")
+def _(scores: Tensor, log_bound: Tensor, uniforms: Tensor, lengths: Tensor) -> Tensor:
+    return lengths.new_empty(lengths.shape)
+
+
+@torch.library.register_fake("mpg::update_bound_")
+def _(*_state: Tensor, **_options: float) -> None:
+    return None
+
+
+@torch.library.register_fake("mpg::verify_chunks")
+def _(
+    anchor_logits: Tensor,
+    attribute_logits: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    *_state: Tensor,
+    **_options: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = _acc_dtype(anchor_logits)
+    return (
+        anchor_logits.new_empty(attribute_logits.shape[:3], dtype=acc),
+        anchor_logits.new_empty(tokens.shape, dtype=acc),
+        lengths.new_empty(lengths.shape),
+    )
+
+
+@torch.library.register_fake("mpg::draw_fallback")
+def _(anchor_logits: Tensor, *_inputs: Tensor, **_options: str) -> tuple[Tensor, Tensor, Tensor]:
+    B, acc = anchor_logits.shape[0], _acc_dtype(anchor_logits)
+    return (
+        anchor_logits.new_empty(B, dtype=torch.int64),
+        anchor_logits.new_empty(B, dtype=acc),
+        anchor_logits.new_empty(B, dtype=acc),
+    )
+
+
+@torch.library.register_fake("mpg::draw_uniforms")
+def _(seeds: Tensor, rounds: Tensor, *, purpose: int, count: int, first: int = 0) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], count), dtype=torch.float64)
+
+
+@torch.library.register_fake("mpg::combine_rows")
+def _(attribute_logits: Tensor, *_inputs: Tensor | None, **_options: str) -> tuple[Tensor, Tensor]:
+    _, B, P, V = attribute_logits.shape
+    acc = _acc_dtype(attribute_logits)
+    return attribute_logits.new_empty((B, P, V), dtype=acc), attribute_logits.new_empty((B, P), dtype=acc)
+
+
+@torch.library.register_fake("mpg::warp_rows")
+def _(log_rows: Tensor, **_options: float) -> Tensor:
+    return log_rows.new_empty(log_rows.shape)
+
+
+@torch.library.register_fake("mpg::draw_tokens")
+def _(probs: Tensor, uniforms: Tensor) -> Tensor:
+    return uniforms.new_empty(uniforms.shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("mpg::verify_block")
+def _(
+    target_probs: Tensor, draft_probs: Tensor | None, tokens: Tensor, lengths: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    return lengths.new_empty(lengths.shape), target_probs.new_empty(lengths.shape)
+
+
+@torch.library.register_fake("mpg::draw_residual")
+def _(target_probs: Tensor, draft_probs: Tensor | None, tokens: Tensor, lengths: Tensor, *_state: Tensor) -> Tensor:
+    return lengths.new_empty(lengths.shape)

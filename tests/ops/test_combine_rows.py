@@ -1,0 +1,227 @@
+"""Combined rows against their definition in probabilities, and what invalid rows make of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import mpg_ext
+from mpg_ext import reference
+
+INF, NAN = math.inf, math.nan
+KINDS = [("arithmetic", False), ("arithmetic", True), ("geometric", True)]  # target, with base and anchor
+
+
+def case(N: int, B: int, P: int, V: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """attribute_logits, weights, base_logits, anchor_logits; the base excludes tokens, weights have both signs."""
+    generator = torch.Generator().manual_seed(N * 1000 + B * 100 + P * 10 + V)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    anchor = torch.randn(B, P, V, generator=generator) * 2
+    base = anchor + torch.randn(B, P, V, generator=generator) * 0.5
+    base[..., 1::7] = -INF
+    attributes = anchor + torch.randn(N, B, P, V, generator=generator) * 0.3
+    weights = torch.rand(B, P, N, generator=generator) + 0.5
+    weights[..., 1::2] *= -0.3
+    weights[..., 2::3] = 0
+    return [
+        tensor.to(device, kind)
+        for tensor, kind in ((attributes, dtype), (weights, acc), (base, dtype), (anchor, dtype))
+    ]
+
+
+def combine(inputs: list[Tensor], target: str, has_anchor: bool, ops=mpg_ext) -> tuple[Tensor, Tensor]:
+    attributes, weights, base, anchor = inputs
+    return ops.combine_rows(attributes, weights, *((base, anchor) if has_anchor else (None, None)), target=target)
+
+
+@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("N", "B", "P", "V"),
+    [(1, 1, 1, 1), (2, 3, 2, 2), (4, 2, 33, 31), (3, 2, 3, 33), (2, 0, 4, 9), (9, 2, 1, 111), (2, 1, 2, 4096)],
+)
+def test_op_equals_twin(device, target, has_anchor, dtype, N, B, P, V):
+    inputs = case(N, B, P, V, dtype, device)
+    out = combine(inputs, target, has_anchor)
+    exact = combine([tensor.double() for tensor in inputs], target, has_anchor, reference)
+    for tensor, wanted in zip(out, exact, strict=True):
+        assert tensor.dtype == torch.float32
+        # Cancellation between signed terms costs digits of a small mass: absolute in probability, not relative.
+        torch.testing.assert_close(tensor.double().exp(), wanted.exp(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
+def test_float64_rows_equal_the_twin(target, has_anchor):
+    inputs = case(5, 3, 4, 200, torch.float64, torch.device("cpu"))
+    out, wanted = combine(inputs, target, has_anchor), combine(inputs, target, has_anchor, reference)
+    for tensor, twin in zip(out, wanted, strict=True):
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, twin, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
+def test_rows_spanning_several_slices_stay_accurate(device, target, has_anchor):
+    """No worse than twice plain torch in float32, against float64."""
+    inputs = case(3, 1, 2, 32000, torch.float32, device)
+    inputs[1].abs_()
+    out, plain = combine(inputs, target, has_anchor), combine(inputs, target, has_anchor, reference)
+    exact = combine([tensor.double() for tensor in inputs], target, has_anchor, reference)
+    for tensor, twin, wanted in zip(out, plain, exact, strict=True):
+        mass = wanted > -INF
+        assert torch.equal(tensor > -INF, mass)
+        one_rounding = torch.finfo(torch.float32).eps * (1 + wanted[mass].abs().max())
+        assert (tensor - wanted)[mass].abs().max() <= 2 * (twin - wanted)[mass].abs().max() + one_rounding
+
+
+@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
+def test_rows_are_the_definition_in_probabilities(device, target, has_anchor):
+    inputs = case(3, 2, 3, 50, torch.float32, device)
+    attributes, base, anchor = (inputs[i].double().softmax(-1) for i in (0, 2, 3))
+    alpha = inputs[1].double().permute(2, 0, 1)[..., None]
+    if target == "geometric":
+        v = base * (alpha * (attributes / anchor).log()).sum(0).exp()
+    elif has_anchor:
+        v = base * (alpha * attributes / anchor).sum(0).clamp(min=0)
+    else:
+        v = (alpha * attributes).sum(0).clamp(min=0)
+    log_rows, log_totals = combine(inputs, target, has_anchor)
+    torch.testing.assert_close(log_totals.double().exp(), v.sum(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(log_rows.double().exp(), v / v.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)
+
+
+def single(
+    device: torch.device,
+    attributes: list[list[float]],
+    weights: list[float],
+    base: list[float] | None = None,
+    anchor: list[float] | None = None,
+    *,
+    target: str = "arithmetic",
+) -> tuple[list[float], float]:
+    """One row from probabilities (or NaN, or +inf): out as probabilities and the total in logs."""
+    rows = [None if row is None else torch.tensor(row, device=device).log()[None, None] for row in (base, anchor)]
+    log_rows, log_totals = mpg_ext.combine_rows(
+        torch.tensor(attributes, device=device).log()[:, None, None],
+        torch.tensor([[weights]], device=device),
+        *rows,
+        target=target,
+    )
+    return log_rows[0, 0].exp().tolist(), log_totals.item()
+
+
+def test_mixture_by_hand(device):
+    row, total = single(device, [[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], [1.0, 1.0])
+    assert (row, total) == (pytest.approx([0.3, 0.175, 0.525], rel=1e-5), pytest.approx(math.log(2), rel=1e-5))
+
+
+def test_negative_mass_is_clipped_by_hand(device):
+    row, total = single(device, [[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], [1.0, -1.0])
+    assert (row, total) == (pytest.approx([8 / 11, 3 / 11, 0], rel=1e-5), pytest.approx(math.log(0.55), rel=1e-5))
+
+
+def test_ratio_to_the_anchor_by_hand(device):
+    row, total = single(device, [[0.5, 0.5]], [2.0], base=[0.5, 0.5], anchor=[0.25, 0.75])
+    assert (row, total) == (pytest.approx([0.75, 0.25], rel=1e-5), pytest.approx(math.log(8 / 3), rel=1e-5))
+
+
+def test_geometric_by_hand(device):
+    row, total = single(device, [[0.5, 0.5]], [2.0], base=[0.5, 0.5], anchor=[0.25, 0.75], target="geometric")
+    assert (row, total) == (pytest.approx([0.9, 0.1], rel=1e-5), pytest.approx(math.log(2 + 2 / 9), rel=1e-5))
+
+
+def test_one_model_is_itself(device):
+    assert single(device, [[0.5, 0.3, 0.2]], [1.0])[0] == pytest.approx([0.5, 0.3, 0.2], rel=1e-5)
+
+
+def test_nothing_left_is_an_empty_row(device):
+    assert single(device, [[0.5, 0.5], [0.5, 0.5]], [1.0, -1.0]) == ([0, 0], -INF)
+    assert single(device, [[0.5, 0.5]], [0.0]) == ([0, 0], -INF)
+    assert single(device, [[1.0, 0.0]], [1.0], base=[0.0, 1.0], anchor=[0.5, 0.5]) == ([0, 0], -INF)
+
+
+def test_token_excluded_by_the_base_stays_excluded_whatever_its_ratios(device):
+    for target in ("arithmetic", "geometric"):
+        for weight in (1.0, -1.0):
+            out = single(
+                device,
+                [[0.5, 0.5]],
+                [
+                    weight,
+                ],
+                base=[1.0, 0.0],
+                anchor=[1.0, 0.0],
+                target=target,
+            )
+            assert out[0] == ([0, 0] if (target, weight) == ("arithmetic", -1.0) else [1, 0])
+
+
+def test_token_that_both_models_exclude_has_ratio_one(device):
+    row, _ = single(device, [[1.0, 0.0]], [1.0], base=[0.5, 0.5], anchor=[1.0, 0.0])
+    assert row == pytest.approx([0.5, 0.5], rel=1e-5)
+
+
+def test_impossible_token_under_a_negative_geometric_weight_counts_as_minus_eighty(device):
+    attributes, base, anchor = [[1.0, 0.0]], [0.5, 0.5], [0.5, 0.5]
+    _, total = single(device, attributes, [-0.5], base, anchor, target="geometric")
+    assert total == pytest.approx(40 + math.log(0.5), rel=1e-5)
+    assert single(device, attributes, [0.5], base, anchor, target="geometric")[0] == [1, 0]
+
+
+def test_token_that_only_the_attribute_allows_is_invalid_where_the_base_allows_it(device):
+    for target in ("arithmetic", "geometric"):
+        row, total = single(device, [[0.5, 0.5]], [1.0], base=[0.5, 0.5], anchor=[1.0, 0.0], target=target)
+        assert all(map(math.isnan, [*row, total]))
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("where", ["attribute", "base", "anchor"])
+def test_invalid_logits_make_their_row_nan_and_no_other(device, where, poison):
+    inputs = case(2, 2, 2, 20, torch.float32, device)
+    clean = combine(inputs, "geometric", True)[0]
+    tensor = {"attribute": inputs[0][1], "base": inputs[2], "anchor": inputs[3]}[where]
+    tensor[1, 0, 3] = poison
+    log_rows, log_totals = combine(inputs, "geometric", True)
+    assert log_rows[1, 0].isnan().all() and log_totals[1, 0].isnan()
+    log_rows[1, 0] = clean[1, 0]
+    assert torch.equal(log_rows, clean)
+
+
+def test_invalid_anchor_makes_its_row_nan_even_where_no_weight_asks_for_it(device):
+    for target in ("arithmetic", "geometric"):
+        row, total = single(device, [[0.5, 0.5]], [0.0], base=[0.5, 0.5], anchor=[NAN, 1.0], target=target)
+        assert all(map(math.isnan, [*row, total]))
+
+
+@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
+def test_model_of_weight_zero_may_be_invalid(device, target, has_anchor):
+    inputs = case(3, 2, 2, 20, torch.float32, device)  # the third has weight 0
+    wanted = combine(inputs, target, has_anchor)
+    inputs[0][2] = NAN
+    for tensor, expected in zip(combine(inputs, target, has_anchor), wanted, strict=True):
+        assert torch.equal(tensor, expected)
+
+
+def test_base_and_anchor_may_be_one_tensor(device):
+    inputs = case(2, 2, 3, 40, torch.float32, device)
+    inputs[2] = inputs[3].clone()
+    for target in ("arithmetic", "geometric"):
+        wanted = combine(inputs, target, True)
+        out = combine([*inputs[:2], inputs[3], inputs[3]], target, True)
+        for tensor, expected in zip(out, wanted, strict=True):
+            torch.testing.assert_close(tensor, expected)
+
+
+@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
+def test_strided_logits_give_the_same_rows(device, target, has_anchor):
+    inputs = case(2, 3, 4, 37, torch.float32, device)
+    wanted = combine(inputs, target, has_anchor)
+    padded = torch.full((4, 3, 4, 41), NAN, device=device)  # (P, B, model, V)
+    views = padded[..., 2:39].permute(2, 1, 0, 3)  # (model, B, P, V)
+    views[:2], views[2], views[3] = inputs[0], inputs[2], inputs[3]
+    for tensor, expected in zip(
+        combine([views[:2], inputs[1], views[2], views[3]], target, has_anchor), wanted, strict=True
+    ):
+        torch.testing.assert_close(tensor, expected)

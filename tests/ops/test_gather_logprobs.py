@@ -1,0 +1,157 @@
+"""gather_logprobs against log_softmax and against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import mpg_ext
+from mpg_ext import reference
+
+INF, NAN = math.inf, math.nan
+
+
+def assert_as_accurate_as_torch(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> None:
+    """The op may be off by at most twice what plain torch is off in the same dtype, against float64."""
+    out = mpg_ext.gather_logprobs(logits, tokens, temperature=temperature).double()
+    plain = reference.gather_logprobs(logits, tokens, temperature=temperature).double()
+    exact = reference.gather_logprobs(logits.double(), tokens, temperature=temperature)
+    one_rounding = torch.finfo(torch.float32).eps * (1 + exact.abs().max())
+    assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max() + one_rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("R", "K", "V"), [(3, 1, 1), (2, 2, 2), (1, 32, 31), (5, 3, 33), (99, 1, 111), (3, 4, 4096)])
+def test_logprobs_are_as_accurate_as_plain_torch(device, dtype, R, K, V):
+    generator = torch.Generator().manual_seed(V)
+    logits = (torch.randn(R, K, V, generator=generator) * 6).to(device, dtype)
+    tokens = torch.randint(0, V, (R, K), generator=generator).to(device)
+    assert_as_accurate_as_torch(logits, tokens)
+    assert_as_accurate_as_torch(logits, tokens, temperature=0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_long_rows_spanning_several_slices_stay_accurate(device, dtype):
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(2, 2, 32000, generator=generator) * 6).to(device, dtype)
+    assert_as_accurate_as_torch(logits, torch.tensor([[0, 31999], [8191, 8192]], device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", range(13, 31))
+def test_every_remainder_of_the_vector_width_and_every_misalignment(device, dtype, V):
+    """Rows V apart start at every offset from 16 bytes; neighbours of a row must not enter its sum."""
+    storage = torch.full((20, V + 1), 30.0, device=device, dtype=dtype)
+    rows = storage[:, :V]
+    rows.copy_(torch.randn(20, V, generator=torch.Generator().manual_seed(V)))
+    assert_as_accurate_as_torch(rows[:, None], torch.arange(20, device=device)[:, None] % V)
+
+
+def test_leading_dimensions_may_have_any_strides(device):
+    logits = torch.randn(3, 4, 7, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    view = logits[:, ::2].transpose(0, 1)[..., 3:17]  # (2, 3, 7, 14)
+    tokens = torch.arange(21, device=device).view(3, 7) % 14
+    for rows in view:
+        torch.testing.assert_close(
+            mpg_ext.gather_logprobs(rows, tokens), reference.gather_logprobs(rows.contiguous(), tokens)
+        )
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+@pytest.mark.parametrize("V", [1, 9, 300, 9000])
+def test_logits_far_from_zero_are_as_accurate(device, V, shift):
+    logits = torch.randn(2, 1, V, generator=torch.Generator().manual_seed(V)).to(device) + shift
+    assert_as_accurate_as_torch(logits, torch.tensor([[0], [V - 1]], device=device))
+
+
+def test_offsets_beyond_32_bits_reach_their_row(device, tmp_path):
+    """Two rows 2**32 elements apart, in a file of which only they exist."""
+    if device.type == "cuda":
+        pytest.skip("the file is mapped into the host's memory")
+    apart, V = 2**32 + 64, 40
+    storage = torch.from_file(str(tmp_path / "logits"), shared=True, size=apart + V, dtype=torch.float16)
+    rows = storage.as_strided((2, 1, V), (apart, V, 1))
+    rows.copy_(torch.arange(2 * V).view(2, 1, V) % 7)
+    assert_as_accurate_as_torch(rows, torch.tensor([[3], [V - 1]]))
+
+
+def test_expanded_rows_share_their_memory(device):
+    logits = torch.tensor([0.0, math.log(3.0)], device=device).expand(2, 3, 2)
+    out = mpg_ext.gather_logprobs(logits, torch.ones(2, 3, dtype=torch.int64, device=device))
+    torch.testing.assert_close(out, torch.full((2, 3), math.log(0.75), device=device))
+
+
+def test_temperature_divides_the_logits(device):
+    logits = torch.tensor([[[0.0, 2 * math.log(3.0)]]], device=device)
+    out = mpg_ext.gather_logprobs(logits, torch.tensor([[1]], device=device), temperature=2.0)
+    assert out.item() == pytest.approx(math.log(0.75), rel=1e-6)
+
+
+def test_float64_logits_give_float64_logprobs():
+    logits = torch.randn(4, 3, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5
+    tokens = torch.arange(12).view(4, 3)
+    out = mpg_ext.gather_logprobs(logits, tokens, temperature=1.3)
+    torch.testing.assert_close(out, reference.gather_logprobs(logits, tokens, temperature=1.3), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("V", [5, 50, 10000])
+def test_invalid_rows_are_nan_and_a_lone_token_is_certain(device, dtype, V):
+    if dtype == torch.float64 and device.type == "cuda":
+        pytest.skip("float64 is for the CPU")
+    rows = torch.full((6, V), -INF)
+    rows[1, V - 1] = 3.0  # all -inf but one
+    rows[2] = 0.0
+    rows[2, 1] = NAN
+    rows[3, 0] = INF
+    rows[4] = 0.0
+    rows[4, V // 2] = INF
+    rows[5, 2] = NAN  # NaN among -inf
+    tokens = torch.tensor([0, V - 1, 0, 0, 0, 0], device=device)
+    out = mpg_ext.gather_logprobs(rows[:, None].to(device, dtype), tokens[:, None])[:, 0]
+    assert out[1].item() == 0.0
+    assert out[[0, 2, 3, 4, 5]].isnan().all()
+
+
+def test_excluded_token_has_logprob_minus_infinity(device):
+    logits = torch.tensor([[[0.0, -INF, 0.0]]], device=device)
+    assert mpg_ext.gather_logprobs(logits, torch.tensor([[1]], device=device)).item() == -INF
+
+
+@pytest.mark.parametrize("token", [-1, 3, 2**40, -(2**62)])
+def test_token_outside_the_vocabulary_is_minus_infinity_and_never_read(device, token):
+    logits = torch.zeros(1, 1, 3, device=device)
+    assert mpg_ext.gather_logprobs(logits, torch.tensor([[token]], device=device)).item() == -INF
+
+
+@pytest.mark.parametrize("bits", [0x0001, 0x03FF, 0x0400, 0x3C00, 0x7BFF, 0x8001, 0xFBFF])
+def test_float16_conversion_covers_subnormals_and_extremes(device, bits):
+    half = torch.tensor([bits], dtype=torch.uint16).view(torch.float16)
+    logits = torch.cat([half, torch.zeros(1, dtype=torch.float16)]).to(device).view(1, 1, 2)
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    torch.testing.assert_close(
+        mpg_ext.gather_logprobs(logits, tokens), reference.gather_logprobs(logits.float(), tokens)
+    )
+
+
+def test_no_rows_give_no_logprobs(device):
+    out = mpg_ext.gather_logprobs(
+        torch.empty(0, 4, 9, device=device), torch.empty(0, 4, dtype=torch.int64, device=device)
+    )
+    assert out.shape == (0, 4)
+
+
+def test_threads_do_not_change_the_result():
+    logits = torch.randn(64, 4, 3000, generator=torch.Generator().manual_seed(2))
+    tokens = torch.zeros(64, 4, dtype=torch.int64)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = mpg_ext.gather_logprobs(logits, tokens)
+        torch.set_num_threads(3)
+        assert torch.equal(mpg_ext.gather_logprobs(logits, tokens), alone)
+    finally:
+        torch.set_num_threads(threads)

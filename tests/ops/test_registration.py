@@ -1,0 +1,245 @@
+"""How the ops appear to torch and to a careless caller: fake kernels, device="meta", torch.compile, error messages."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import mpg_ext
+from mpg_ext import reference
+
+B, K, N, V, W = 2, 3, 2, 7, 4
+BOUND = {"log_initial_bound": 0.5, "log_gamma": 0.2, "tau": 0.1}
+
+
+def state(device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    return {
+        "window": torch.zeros(B, W, device=device),
+        "num_scores": torch.zeros(B, dtype=torch.int64, device=device),
+        "num_rounds": torch.zeros(B, dtype=torch.int64, device=device),
+        "log_bound": torch.zeros(B, device=device),
+        "frozen": torch.zeros(B, dtype=torch.bool, device=device),
+    }
+
+
+def arguments(device: str | torch.device = "cpu") -> dict[str, dict]:
+    """A valid call of every op, by name."""
+    tokens = torch.ones(B, K, dtype=torch.int64, device=device)
+    uniforms = torch.full((B, K), 0.5, dtype=torch.float64, device=device)
+    weights = torch.ones(B, N, device=device)
+    lengths = torch.full((B,), K, device=device)
+    active = torch.ones(B, dtype=torch.bool, device=device)
+    block = {
+        "target_probs": torch.full((B, K + 1, V), 1 / V, device=device),
+        "draft_probs": torch.full((B, K, V), 1 / V, device=device),
+        "tokens": tokens,
+        "lengths": lengths,
+    }
+    return {
+        "gather_logprobs": {"logits": torch.zeros(B, K, V, device=device), "tokens": tokens, "temperature": 0.5},
+        "score_prefixes": {
+            "attribute_logprobs": torch.zeros(N, B, K, device=device),
+            "anchor_logprobs": torch.zeros(B, K, device=device),
+            "weights": weights,
+            "score": "arithmetic",
+        },
+        "accept_prefixes": {
+            "scores": torch.zeros(B, K, device=device),
+            "log_bound": torch.zeros(B, device=device),
+            "uniforms": uniforms,
+            "lengths": lengths,
+        },
+        "update_bound_": {**state(device), "scores": torch.zeros(B, 2, device=device), "active": active, **BOUND},
+        "verify_chunks": {
+            "anchor_logits": torch.zeros(B, K, V, device=device),
+            "attribute_logits": torch.zeros(N, B, K, V, device=device),
+            "tokens": tokens,
+            "lengths": lengths,
+            "weights": weights,
+            "uniforms": uniforms,
+            **state(device),
+            "score": "geometric",
+            **BOUND,
+        },
+        "draw_fallback": {
+            "anchor_logits": torch.zeros(B, V, device=device),
+            "attribute_logits": torch.zeros(N, B, V, device=device),
+            "draft_probs": torch.full((B, V), 1 / V, device=device),
+            "weights": weights,
+            "log_bound": torch.zeros(B, device=device),
+            "uniforms": uniforms[:, 0],
+            "active": active,
+            "score": "arithmetic",
+        },
+        "draw_uniforms": {"seeds": lengths, "rounds": lengths, "purpose": 1, "count": 5, "first": 3},
+        "combine_rows": {
+            "attribute_logits": torch.zeros(N, B, K, V, device=device),
+            "weights": torch.ones(B, K, N, device=device),
+            "base_logits": torch.zeros(B, K, V, device=device),
+            "anchor_logits": torch.ones(B, K, V, device=device),
+            "target": "geometric",
+        },
+        "warp_rows": {
+            "log_rows": torch.zeros(B, V, device=device),
+            "temperature": 0.7,
+            "top_k": 4,
+            "top_p": 0.9,
+            "min_p": 0.1,
+        },
+        "draw_tokens": {"probs": torch.ones(B, V, device=device), "uniforms": uniforms[:, 0]},
+        "verify_block": {**block, "uniforms": uniforms},
+        "draw_residual": {
+            **block,
+            "accepted": lengths - 1,
+            "carry": torch.ones(B, device=device),
+            "uniforms": uniforms[:, 0],
+        },
+    }
+
+
+OPS = list(arguments())
+
+
+def opcheck(name: str, inputs: dict) -> None:
+    is_positional = {key: value is None or isinstance(value, Tensor) for key, value in inputs.items()}
+    positional = [value for key, value in inputs.items() if is_positional[key]]
+    keywords = {key: value for key, value in inputs.items() if not is_positional[key]}
+    torch.library.opcheck(getattr(torch.ops.mpg, name).default, positional, keywords)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(device, name):
+    opcheck(name, arguments(device)[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("combine_rows", {"base_logits": None, "anchor_logits": None, "target": "arithmetic"}),
+        ("verify_block", {"draft_probs": None}),
+        ("draw_residual", {"draft_probs": None}),
+    ],
+)
+def test_opcheck_without_optional_tensors(device, name, left_out):
+    opcheck(name, arguments(device)[name] | left_out)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_meta_tensors_get_the_shapes_and_dtypes_of_real_ones(name):
+    real = getattr(mpg_ext, name)(**arguments()[name])
+    meta = getattr(mpg_ext, name)(**arguments("meta")[name])
+    as_tuple = lambda out: () if out is None else out if isinstance(out, tuple) else (out,)  # noqa: E731
+    for tensor, wanted in zip(as_tuple(meta), as_tuple(real), strict=True):
+        assert (tensor.device.type, tensor.shape, tensor.dtype) == ("meta", wanted.shape, wanted.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_meta_results_are_in_the_accumulation_dtype(dtype):
+    logits = torch.zeros(B, K, V, dtype=dtype, device="meta")
+    out = mpg_ext.gather_logprobs(logits, torch.ones(B, K, dtype=torch.int64, device="meta"))
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_and_twin_have_one_signature(name):
+    assert inspect.signature(getattr(mpg_ext, name)) == inspect.signature(getattr(reference, name))
+
+
+def test_traced_graph_calls_the_op():
+    """Traced without a compiler: the op is one node, not a break in the graph."""
+    compiled = torch.compile(mpg_ext.gather_logprobs, backend="eager", fullgraph=True)
+    inputs = arguments()["gather_logprobs"]
+    torch.testing.assert_close(compiled(**inputs), mpg_ext.gather_logprobs(**inputs))
+
+
+SMALL = torch.zeros(1)
+ERRORS = [
+    # one wrong argument, and the message it earns
+    ("gather_logprobs", {"logits": torch.zeros(K, V)}, r"logits must be \(R, K, V\), got \(3, 7\)"),
+    ("gather_logprobs", {"logits": torch.zeros(B, K, V).int()}, "logits must be float32, float16, bfloat16 or float64"),
+    ("gather_logprobs", {"logits": torch.zeros(B, V, K).mT}, "unit stride in the vocabulary, got 3"),
+    ("gather_logprobs", {"logits": torch.zeros(B, K, 0)}, "vocabulary of at least 1 token"),
+    ("gather_logprobs", {"logits": torch.zeros(B, 33, V)}, "K must be between 1 and 32, got 33"),
+    ("gather_logprobs", {"logits": torch.zeros(B, 0, V)}, "K must be between 1 and 32, got 0"),
+    ("gather_logprobs", {"tokens": SMALL.long()}, r"tokens must be \(R, K\) = \(2, 3\), got \(1,\)"),
+    ("gather_logprobs", {"tokens": torch.ones(B, K).int()}, "tokens must be int64, got int32"),
+    ("gather_logprobs", {"temperature": 0.0}, "temperature must be finite and positive, got 0"),
+    ("gather_logprobs", {"temperature": math.nan}, "temperature must be finite and positive"),
+    ("gather_logprobs", {"temperature": math.inf}, "temperature must be finite and positive"),
+    ("score_prefixes", {"weights": torch.ones(N + 1, B)}, r"weights must be \(B, N\) = \(2, 2\), got \(3, 2\)"),
+    ("score_prefixes", {"weights": torch.ones(B, N).double()}, "weights must be float32, got float64"),
+    ("score_prefixes", {"attribute_logprobs": torch.zeros(0, B, K)}, "N, the number of attribute models"),
+    ("score_prefixes", {"attribute_logprobs": torch.zeros(N, B, K).half()}, "must be float32 or float64"),
+    ("score_prefixes", {"anchor_logprobs": torch.zeros(K, B)}, r"anchor_logprobs must be \(B, K\) = \(2, 3\)"),
+    ("score_prefixes", {"score": "harmonic"}, "score must be 'arithmetic' or 'geometric', got 'harmonic'"),
+    ("accept_prefixes", {"uniforms": torch.ones(B, K)}, "uniforms must be float64, got float32"),
+    ("accept_prefixes", {"lengths": torch.ones(B, 1).long()}, r"lengths must be \(B,\) = \(2,\), got \(2, 1\)"),
+    ("accept_prefixes", {"log_bound": SMALL}, r"log_bound must be \(B,\) = \(2,\), got \(1,\)"),
+    ("update_bound_", {"window": torch.zeros(W, B).mT}, "window is written in place and must be contiguous"),
+    ("update_bound_", {"window": torch.zeros(B, 0)}, "window must hold at least 1 score"),
+    ("update_bound_", {"frozen": torch.zeros(B)}, "frozen must be bool, got float32"),
+    ("update_bound_", {"scores": torch.zeros(B, 34)}, "P must be between 1 and 33, got 34"),
+    ("update_bound_", {"active": torch.ones(B).long()}, "active must be bool, got int64"),
+    ("verify_chunks", {"attribute_logits": torch.zeros(N, B, K, V + 1)}, r"\(N, B, K, V\) = \(2, 2, 3, 7\), got \(2,"),
+    ("verify_chunks", {"attribute_logits": torch.zeros(N, B, K, V).half()}, "must be float32, got float16"),
+    ("verify_chunks", {"attribute_logits": torch.zeros(0, B, K, V)}, "must be at least 1, got 0"),
+    ("verify_chunks", {"anchor_logits": torch.zeros(B, K, V).double()}, "attribute_logits must be float64"),
+    ("verify_chunks", {"num_scores": torch.zeros(B)}, "num_scores must be int64, got float32"),
+    ("draw_fallback", {"draft_probs": torch.zeros(B, V).half()}, "draft_probs must be float32, got float16"),
+    ("draw_fallback", {"uniforms": torch.zeros(B)}, "uniforms must be float64, got float32"),
+    ("draw_fallback", {"score": ""}, "score must be"),
+    ("draw_uniforms", {"seeds": torch.zeros(B)}, "seeds must be int64, got float32"),
+    ("draw_uniforms", {"rounds": torch.zeros(B + 1).long()}, r"rounds must be \(B,\) = \(2,\), got \(3,\)"),
+    ("draw_uniforms", {"purpose": -1}, r"purpose must be in \[0, 2\^32\), got -1"),
+    ("draw_uniforms", {"count": -1}, r"count must be in \[0, 2\^32\), got -1"),
+    ("draw_uniforms", {"first": -1}, r"first must be in \[0, 2\^32 - count\], got -1"),
+    ("draw_uniforms", {"first": 2**32 - 4}, r"first must be in \[0, 2\^32 - count\], got 4294967292"),
+    ("combine_rows", {"attribute_logits": torch.zeros(N, B, V)}, r"attribute_logits must be \(N, B, P, V\), got"),
+    ("combine_rows", {"attribute_logits": torch.zeros(0, B, K, V)}, "must be at least 1, got 0"),
+    ("combine_rows", {"attribute_logits": torch.zeros(N, B, 34, V)}, "P must be between 1 and 33, got 34"),
+    ("combine_rows", {"weights": torch.ones(B, N)}, r"weights must be \(B, P, N\) = \(2, 3, 2\), got \(2, 2\)"),
+    ("combine_rows", {"base_logits": torch.zeros(B, K, V).half()}, "base_logits must be float32, got float16"),
+    ("combine_rows", {"anchor_logits": torch.zeros(B, K, 5)}, r"anchor_logits must be \(B, P, V\) = \(2, 3, 7\)"),
+    ("combine_rows", {"anchor_logits": torch.zeros(B, V, K).mT}, "anchor_logits must have unit stride"),
+    ("combine_rows", {"base_logits": None}, "must both be given or both be None"),
+    ("combine_rows", {"base_logits": None, "anchor_logits": None}, "geometric target needs base_logits and anchor_log"),
+    ("combine_rows", {"target": "harmonic"}, "target must be 'arithmetic' or 'geometric', got 'harmonic'"),
+    ("warp_rows", {"log_rows": torch.zeros(V)}, r"log_rows must be \(R, V\), got \(7,\)"),
+    ("warp_rows", {"log_rows": torch.zeros(B, V).half()}, "log_rows must be float32 or float64"),
+    ("warp_rows", {"log_rows": torch.zeros(B, 0)}, "vocabulary of at least 1 token"),
+    ("warp_rows", {"temperature": -0.1}, "temperature must be finite and not negative, got -0.1"),
+    ("warp_rows", {"temperature": math.nan}, "temperature must be finite and not negative"),
+    ("warp_rows", {"top_k": -1}, "top_k must not be negative, got -1"),
+    ("warp_rows", {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
+    ("warp_rows", {"top_p": math.nan}, r"top_p must be in \(0, 1\]"),
+    ("warp_rows", {"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),
+    ("draw_tokens", {"probs": torch.ones(B, 0)}, "vocabulary of at least 1 token"),
+    ("draw_tokens", {"uniforms": torch.ones(B)}, "uniforms must be float64, got float32"),
+    ("verify_block", {"target_probs": torch.ones(B, 1, V)}, "K must be between 1 and 32, got 0"),
+    ("verify_block", {"draft_probs": torch.ones(B, K + 1, V)}, r"draft_probs must be \(B, K, V\) = \(2, 3, 7\), got"),
+    ("verify_block", {"tokens": torch.ones(B, K)}, "tokens must be int64, got float32"),
+    ("verify_block", {"uniforms": torch.ones(B, K)}, "uniforms must be float64, got float32"),
+    ("draw_residual", {"accepted": torch.ones(B)}, "accepted must be int64, got float32"),
+    ("draw_residual", {"carry": torch.ones(B).double()}, "carry must be float32, got float64"),
+    ("draw_residual", {"lengths": torch.ones(B + 1).long()}, r"lengths must be \(B,\) = \(2,\), got \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"), ERRORS, ids=[f"{c[0]}-{next(iter(c[1]))}-{i}" for i, c in enumerate(ERRORS)]
+)
+def test_wrong_argument_is_named_with_what_was_wanted_and_what_came(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(mpg_ext, name)(**(arguments()[name] | change))
+
+
+def test_build_info_names_the_torch_it_was_built_for():
+    info = mpg_ext.build_info()
+    assert set(info) == {"torch", "cuda", "cuda_version", "archs", "compiler"}
+    assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert isinstance(info["cuda"], bool)
+    assert info["compiler"]

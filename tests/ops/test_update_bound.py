@@ -1,0 +1,147 @@
+"""The three-phase bound of section 3.3 against a walk in plain Python."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+import torch
+from torch import Tensor
+
+import mpg_ext
+from mpg_ext import reference
+
+LOG_M0, LOG_GAMMA = math.log(2), math.log(1.2)
+
+
+class ScalarBound:
+    """One sequence, as the algorithm is written: a list of all scores, no ring, no tensors."""
+
+    def __init__(self, W: int, tau: float) -> None:
+        self.W, self.tau = W, tau
+        self.scores: list[float] = []
+        self.num_rounds, self.log_bound, self.is_frozen = 0, LOG_M0, False
+
+    def step(self, scores: list[float]) -> None:
+        self.scores += [score for score in scores if score > -math.inf]
+        self.num_rounds += 1
+        last = self.scores[-self.W :]
+        if self.num_rounds <= self.W or len(self.scores) < 2:
+            self.log_bound, self.is_frozen = LOG_M0, False
+        elif not self.is_frozen:
+            self.log_bound = max(last) + LOG_GAMMA
+            self.is_frozen = statistics.pvariance(last) < self.tau
+        else:
+            self.is_frozen = statistics.pvariance(last) < self.tau
+
+
+def fresh_bound(B: int, W: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [
+        torch.full((B, W), math.nan, dtype=dtype, device=device),
+        torch.zeros(B, dtype=torch.int64, device=device),
+        torch.zeros(B, dtype=torch.int64, device=device),
+        torch.full((B,), LOG_M0, dtype=dtype, device=device),
+        torch.zeros(B, dtype=torch.bool, device=device),
+    ]
+
+
+@pytest.mark.parametrize("update", [mpg_ext.update_bound_, reference.update_bound_], ids=["op", "twin"])
+@pytest.mark.parametrize(("W", "P"), [(1, 1), (2, 3), (5, 1), (5, 32), (20, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bound_follows_the_scalar_walk(device, update, W, P, dtype):
+    if dtype == torch.float64 and device.type == "cuda":
+        pytest.skip("float64 is for the CPU")
+    draw = random.Random(W * 100 + P)
+    B, tau = 4, 0.02
+    walks = [ScalarBound(W, tau) for _ in range(B)]
+    bound = fresh_bound(B, W, dtype, device)
+    phases = set()
+    for round_ in range(4 * W + 6):
+        spread = 0.02 if (round_ // (W + 2)) % 2 else 1.0  # calm and restless stretches freeze and thaw the bound
+        scores = [[draw.gauss(0, spread) if draw.random() < 0.9 else -math.inf for _ in range(P)] for _ in range(B)]
+        scores = torch.tensor(scores, dtype=torch.float32).tolist()  # what a float32 op can see
+        active = [draw.random() < 0.8 for _ in range(B)]
+        for b in range(B):
+            if active[b]:
+                walks[b].step(scores[b])
+        update(
+            *bound,
+            torch.tensor(scores, dtype=dtype, device=device),
+            torch.tensor(active, device=device),
+            log_initial_bound=LOG_M0,
+            log_gamma=LOG_GAMMA,
+            tau=tau,
+        )
+        assert bound[1].tolist() == [len(walk.scores) for walk in walks]
+        assert bound[2].tolist() == [walk.num_rounds for walk in walks]
+        assert bound[3].tolist() == pytest.approx([walk.log_bound for walk in walks], abs=1e-6)
+        assert bound[4].tolist() == [walk.is_frozen for walk in walks]
+        phases |= {(walk.num_rounds > W, walk.is_frozen) for walk in walks}
+    assert (True, False) in phases
+    assert (True, True) in phases
+
+
+def run(scores: list[float], W: int, tau: float, device: torch.device) -> list[tuple[float, bool]]:
+    bound = fresh_bound(1, W, torch.float32, device)
+    history = []
+    for score in scores:
+        mpg_ext.update_bound_(
+            *bound,
+            torch.tensor([[score]], device=device),
+            torch.ones(1, dtype=torch.bool, device=device),
+            log_initial_bound=0.5,
+            log_gamma=0.25,
+            tau=tau,
+        )
+        history.append((round(bound[3].item(), 5), bound[4].item()))
+    return history
+
+
+def test_phases_by_hand(device):
+    # W = 2: rounds 1 and 2 warm up; round 3 sees (1, 5): max 5, variance 4; round 4 (5, 5): variance 0 freezes at
+    # 5.25; round 5 pushes 7 into (5, 7): variance 1 is not below .5, so the bound thaws but keeps its value; round 6
+    # estimates again from (7, 6).
+    history = run([3.0, 1.0, 5.0, 5.0, 7.0, 6.0], 2, 0.5, device)
+    assert history == [(0.5, False), (0.5, False), (5.25, False), (5.25, True), (5.25, False), (7.25, True)]
+
+
+def test_frozen_bound_ignores_a_larger_score_while_the_variance_is_low(device):
+    assert run([1.0, 1.0, 1.0, 1.5], 2, 0.5, device)[-1] == (1.25, True)
+
+
+def test_scores_of_minus_infinity_count_as_rounds_only(device):
+    assert run([-math.inf] * 4 + [2.0], 2, 0.5, device) == [(0.5, False)] * 5  # one score is too few
+    assert run([-math.inf] * 4 + [2.0, 2.0], 2, 0.5, device)[-1] == (2.25, True)
+
+
+def test_variance_equal_to_tau_does_not_freeze(device):
+    assert run([0.0, 0.0, 2.0], 2, 1.0, device)[-1] == (2.25, False)
+
+
+def test_nan_scores_are_not_pushed(device):
+    bound = fresh_bound(1, 3, torch.float32, device)
+    scores = torch.tensor([[math.nan, 1.0, -math.inf, 2.0]], device=device)
+    active = torch.ones(1, dtype=torch.bool, device=device)
+    mpg_ext.update_bound_(*bound, scores, active, log_initial_bound=0.5, log_gamma=0.0, tau=0.1)
+    assert bound[1].item() == 2
+    assert bound[0][0, :2].tolist() == [1.0, 2.0]
+
+
+def test_inactive_rows_keep_every_byte(device):
+    bound = fresh_bound(3, 4, torch.float32, device)
+    before = [tensor.clone() for tensor in bound]
+    active = torch.tensor([False, True, False], device=device)
+    mpg_ext.update_bound_(
+        *bound, torch.ones(3, 2, device=device), active, log_initial_bound=9.0, log_gamma=0.0, tau=0.1
+    )
+    for tensor, old in zip(bound, before, strict=True):
+        torch.testing.assert_close(tensor[[0, 2]], old[[0, 2]], rtol=0, atol=0, equal_nan=True)
+    assert bound[3][1].item() == 9.0
+
+
+def test_no_sequences_are_no_work(device):
+    bound = fresh_bound(0, 4, torch.float32, device)
+    empty = torch.empty(0, 1, device=device)
+    mpg_ext.update_bound_(*bound, empty, empty[:, 0].bool(), log_initial_bound=0.0, log_gamma=0.0, tau=0.1)

@@ -1,0 +1,136 @@
+"""Temperature, top-k, top-p and min-p against a brute-force walk down the sorted row, with many ties."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mpg_ext
+from mpg_ext import reference
+
+INF, NAN = math.inf, math.nan
+
+
+def brute_force(row: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
+    """The definition in Python numbers, one kept token at a time."""
+    largest = max(row)
+    mass = [math.exp((x - largest) / temperature) for x in row]
+    order = sorted(range(len(row)), key=lambda y: (-row[y], y))
+    if top_k > 0:
+        order = order[:top_k]
+    total, before, kept = math.fsum(mass[y] for y in order), 0.0, []
+    for y in order:
+        if top_p == 1 or before < top_p * total:
+            kept.append(y)
+        before += mass[y]
+    kept = [y for y in kept if mass[y] >= min_p]
+    total = math.fsum(mass[y] for y in kept)
+    return [mass[y] / total if y in kept else 0.0 for y in range(len(row))]
+
+
+# Masses are powers of two at temperature 1: sums are exact, so that equal masses and full budgets are, too.
+LEVELS = [-math.inf, *(-k * math.log(2) for k in range(4)), 0.0, -0.0]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    row=st.lists(st.sampled_from(LEVELS), min_size=1, max_size=40).filter(lambda row: max(row) > -INF),
+    top_k=st.integers(0, 45),
+    top_p=st.sampled_from([1.0, 0.97, 0.9, 0.61, 0.5, 0.33, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.2, 0.3, 0.7, 1.0]),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_ties_are_cut_in_token_order(dtype, row, top_k, top_p, min_p):
+    if dtype == torch.float32:
+        row = torch.tensor(row).tolist()
+    options = {"temperature": 1.0, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    wanted = torch.tensor([brute_force(row, **options)], dtype=dtype)
+    rows = torch.tensor([row], dtype=dtype)
+    for ops in (mpg_ext, reference):
+        out = ops.warp_rows(rows, **options)
+        assert torch.equal(out > 0, wanted > 0)
+        torch.testing.assert_close(out, wanted)
+
+
+OPTIONS = [
+    {},
+    {"top_k": 5},
+    {"top_k": 10**6},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 40, "top_p": 0.8, "min_p": 0.02},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize(("R", "V"), [(1, 1), (3, 2), (2, 31), (0, 5), (5, 33), (4, 111), (2, 4096), (1, 32000)])
+def test_op_equals_twin(device, options, temperature, R, V):
+    rows = (torch.randn(R, V, generator=torch.Generator().manual_seed(V)) * 2).round(decimals=2).to(device)
+    out = mpg_ext.warp_rows(rows, temperature=temperature, **options)
+    wanted = reference.warp_rows(rows, temperature=temperature, **options)
+    assert torch.equal(out > 0, wanted > 0)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(out.sum(-1), torch.ones(R, device=device))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_float64_rows_equal_the_twin(options):
+    rows = (torch.randn(6, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2).round(decimals=1)
+    out = mpg_ext.warp_rows(rows, temperature=0.8, **options)
+    torch.testing.assert_close(out, reference.warp_rows(rows, temperature=0.8, **options), rtol=1e-13, atol=1e-15)
+
+
+def warp(probs: list[float], device: torch.device, temperature: float = 1.0, **options: float) -> Tensor:
+    return mpg_ext.warp_rows(torch.tensor([probs], device=device).log(), temperature=temperature, **options)[0]
+
+
+def assert_row(row: Tensor, wanted: list[float]) -> None:
+    torch.testing.assert_close(row.cpu(), torch.tensor(wanted, dtype=row.dtype))
+
+
+def test_each_warp_by_hand(device):
+    row = [0.1, 0.4, 0.2, 0.3]
+    assert_row(warp(row, device), row)
+    assert_row(warp(row, device, temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30])
+    assert_row(warp(row, device, top_k=2), [0, 4 / 7, 0, 3 / 7])
+    assert_row(warp(row, device, top_p=0.69), [0, 4 / 7, 0, 3 / 7])
+    assert_row(warp(row, device, top_p=0.71), [0, 4 / 9, 2 / 9, 3 / 9])
+    assert_row(warp(row, device, min_p=0.6), [0, 4 / 7, 0, 3 / 7])
+
+
+def test_top_p_counts_what_top_k_left(device):
+    # .4 and .3 of .9: the third is reached only beyond .78 of what the first three hold.
+    assert_row(warp([0.1, 0.4, 0.2, 0.3], device, top_k=3, top_p=0.75), [0, 4 / 7, 0, 3 / 7])
+
+
+def test_rows_need_not_be_normalised(device):
+    row = torch.tensor([[0.1, 0.4, 0.2, 0.3]], device=device).log() + 100
+    assert_row(mpg_ext.warp_rows(row, temperature=1.0, top_k=2)[0], [0, 4 / 7, 0, 3 / 7])
+
+
+def test_temperature_zero_is_the_largest_and_lowest_token(device):
+    for temperature in (0.0, 1e-50):
+        assert_row(warp([0.1, 0.2, 0.4, 0.3], device, temperature), [0, 0, 1, 0])
+    assert_row(warp([0.1, 0.4, 0.1, 0.4], device, 0.0), [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_empty_and_invalid_rows_say_so_and_touch_no_other(device, temperature):
+    rows = torch.zeros(4, 7, device=device)
+    rows[0], rows[1, 3], rows[2, 6] = -INF, NAN, INF
+    out = mpg_ext.warp_rows(rows, temperature=temperature, top_k=3, top_p=0.9)
+    assert (out[0] == 0).all()
+    assert out[1].isnan().all() and out[2].isnan().all()
+    assert_row(out[3], [1, 0, 0, 0, 0, 0, 0] if temperature == 0 else [1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0])
+
+
+def test_strided_rows_are_read_as_they_are(device):
+    rows = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    out = mpg_ext.warp_rows(rows[::2, 3:20], temperature=1.0, top_p=0.7)
+    assert torch.equal(out, mpg_ext.warp_rows(rows[::2, 3:20].contiguous(), temperature=1.0, top_p=0.7))
