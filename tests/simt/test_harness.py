@@ -1,0 +1,85 @@
+"""That the simulator of tests/simt reports the faults it is there to find, each shown by a kernel of harness.cpp."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="simt.h switches stacks on x86-64 only")
+
+
+@pytest.fixture(scope="module", params=[[], SANITIZERS], ids=["plain", "sanitized"])
+def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("harness") / "harness"
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-Wall", "-Wextra", "-fdata-sections"]
+    command += [*request.param, str(HERE / "harness.cpp"), "-o", str(program), f"-Wl,-T,{HERE / 'shared.ld'}"]
+    subprocess.run(command, check=True)
+    return program
+
+
+def run(program: Path, kernel: str, order: str = "forward") -> str:
+    environment = os.environ | {"MPG_SIMT_ORDER": order}
+    return subprocess.run([program, kernel], env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split()]
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("divergent_barrier", "divergent barrier, threads wait at two"),
+        ("barrier_after_exit", "divergent barrier, a thread left before it"),
+        ("half_mask", "lane outside its own mask"),
+        ("shuffle_after_exit", ", which has left"),
+        ("shuffle_against_barrier", "deadlock, a warp operation never completes"),
+        ("block_too_large", "1 to 1024 threads in x, got 1025"),
+        ("grid_too_tall", "the grid is over the limits: 1, 65536, 1"),
+        ("grid_empty", "the grid is over the limits: 0, 1, 1"),
+        ("dynamic_shared_memory", "dynamic shared memory is not simulated"),
+    ],
+)
+def test_fault_is_reported(harness, kernel, message, order):
+    assert message in run(harness, kernel, order)
+
+
+def test_unknown_order_is_refused(harness):
+    assert "must be forward, reverse or random, got sideways" in run(harness, "barrier", "sideways")
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+def test_right_kernels_compute_what_hardware_does(harness, order):
+    assert numbers(run(harness, "barrier", order)) == [i ^ 32 for i in range(64)]
+    assert numbers(run(harness, "shuffle", order)) == [i if i % 32 == 31 else i + 1 for i in range(64)]
+    assert numbers(run(harness, "ballot", order)) == [3] * 64
+    assert numbers(run(harness, "blocks_grow_after_an_error", order))[:31] == list(range(1, 32))
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+def test_without_its_barrier_a_whole_warp_reads_uninitialised_shared_memory(harness, order):
+    is_nan = [math.isnan(x) for x in numbers(run(harness, "missing_barrier", order))]
+    assert sum(is_nan) == 32
+    assert is_nan[:32] == [is_nan[0]] * 32
+
+
+def test_shuffle_from_a_lane_outside_the_mask_is_nan(harness):
+    assert all(math.isnan(x) for x in numbers(run(harness, "shuffle_from_outside_mask"))[:16])
+
+
+def test_orders_differ_and_random_repeats(harness):
+    forward, reverse, random = (numbers(run(harness, "order", order)) for order in ("forward", "reverse", "random"))
+    assert forward == list(range(64))
+    assert reverse == forward[::-1]
+    assert sorted(random) == forward
+    assert random not in (forward, reverse)
+    assert random == numbers(run(harness, "order", "random"))

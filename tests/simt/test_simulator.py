@@ -1,0 +1,40 @@
+"""The op tests on the sanitized module, some planted bugs, and that the simulated kernels are what the op tests run."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+import mpg_ext
+import mutants
+import simulator
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="simt.h switches stacks on x86-64 only")
+
+# The rest of the simt cases run without sanitizers only: they repeat these at sizes that take long under them.
+SANITIZED = "simt and not law and not opcheck and not 16-2-32-31 and not 1-99-2-2 and not 32000 and not 8193"
+
+
+def test_kernels_run_on_cpu_tensors_while_asked_to(monkeypatch):
+    module = simulator.load(simulator.build(sanitize=False))
+    monkeypatch.setenv("MPG_SIMT_ORDER", "sideways")
+    zeros = torch.zeros(2, dtype=torch.int64)
+    mpg_ext.draw_uniforms(zeros, zeros, purpose=0, count=3)
+    kernels = module.KernelsOnCpu()
+    with pytest.raises(RuntimeError, match="MPG_SIMT_ORDER must be forward, reverse or random"):
+        mpg_ext.draw_uniforms(zeros, zeros, purpose=0, count=3)
+    del kernels
+    mpg_ext.draw_uniforms(zeros, zeros, purpose=0, count=3)
+
+
+def test_op_tests_pass_under_the_sanitizers():
+    simulator.build(sanitize=True)
+    run = simulator.run_sanitized("tests/ops", "-k", SANITIZED)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("bug", ["missing barrier before reuse of shared memory", "tail overrun"])
+def test_planted_bug_is_caught(bug):
+    assert mutants.caught_by(mutants.MUTANTS[bug]) is not None
