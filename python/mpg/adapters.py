@@ -1,0 +1,291 @@
+"""LoRA adapters of one base model, stacked so that one batched forward runs them all.
+
+Knows how adapters are stored, which kinds can be stacked and how a stacked layer computes; not when it is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+PREFIX = "base_model.model."  # of every key that PEFT saves
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Settings that make an adapter more than y + x A B: what a stacked layer would silently leave out.
+UNSUPPORTED_SETTINGS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "megatron_config",
+    "lora_bias",
+    "layer_replication",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+)
+# Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ, ...) also changes the base weights.
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter.
+
+    name:    what the caller called it, for messages
+    source:  where it came from
+    factors: per module down (in, r) and up (r, out) with the scaling folded in, both float32
+    frozen:  weights of the base that were saved with the adapter (PEFT does so for an adapted head)
+    """
+
+    name: str
+    source: str
+    factors: dict[str, tuple[Tensor, Tensor]]
+    frozen: dict[str, Tensor]
+
+    @property
+    def rank(self) -> int:
+        return max(down.shape[1] for down, _ in self.factors.values())
+
+
+@contextmanager
+def refuse_unreadable(argument: str, source: str | Path) -> Iterator[None]:
+    """Turn what a damaged file makes its reader raise into a ValueError that names the argument and where it lies."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the readers of JSON, safetensors and pickles share no type of their own
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{argument}: expected files that can be read in {source}, got {reason}") from error
+
+
+def read_adapter(name: str, folder: str | Path) -> Adapter:
+    """Read a LoRA adapter from a folder or hub repository in PEFT's format.
+
+    Raises ValueError, naming the file or setting, for missing or damaged files and for every kind that cannot be
+    stacked.
+    """
+    if Path(folder).is_dir() and not any((Path(folder) / file).is_file() for file in WEIGHT_FILES):
+        raise ValueError(f"{name}: expected {WEIGHT_FILES[0]} in the adapter folder {folder}, got none")
+    with refuse_unreadable(name, folder):
+        stored = PeftConfig.from_pretrained(str(folder))
+    config = _check_config(name, stored)
+    with refuse_unreadable(name, folder):
+        weights = load_peft_weights(str(folder), device="cpu")
+    factors = {}
+    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
+        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        down = weights.pop(key)  # (r, in)
+        up = weights.pop(key.replace(".lora_A.", ".lora_B."), None)  # (out, r)
+        if up is None or up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+            shapes = f"lora_A {tuple(down.shape)} and lora_B {tuple(up.shape) if up is not None else 'missing'}"
+            raise ValueError(f"{name}: expected lora_A (r, in) and lora_B (out, r) of module {module}, got {shapes}")
+        rank = down.shape[0]
+        alphas = config.alpha_pattern or {}
+        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        factors[module] = (down.float().T, up.float().T * scaling)
+    if other := [key for key in weights if ".lora_" in key]:
+        raise ValueError(f"{name}: expected LoRA on linear layers alone, got {other[0]} too")
+    if not factors:
+        raise ValueError(f"{name}: expected LoRA weights in the adapter folder {folder}, got none")
+    frozen = {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for key, tensor in weights.items()}
+    return Adapter(name, str(folder), factors, frozen)
+
+
+def adapter_in_memory(name: str, model: PeftModel, adapter_name: str) -> Adapter:
+    """Take an adapter that is already loaded in a PeftModel, with the scaling it has there.
+
+    Raises ValueError for every kind that cannot be stacked.
+    """
+    _check_config(name, model.peft_config[adapter_name])
+    factors = {}
+    for module, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if adapter_name in layer.lora_embedding_A:
+            raise ValueError(f"{name}: expected LoRA on linear layers alone, got an adapter of {module} too")
+        if adapter_name in layer.lora_A:
+            down, up = (part[adapter_name].get_parameter("weight").detach() for part in (layer.lora_A, layer.lora_B))
+            factors[module] = (down.float().T, up.float().T * layer.scaling[adapter_name])
+    return Adapter(name, adapter_name, factors, frozen={})
+
+
+def _check_config(name: str, config: PeftConfig) -> LoraConfig:
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"{name}: expected a LoRA adapter, got {config.peft_type}")
+    assert isinstance(config, LoraConfig)
+    for setting in UNSUPPORTED_SETTINGS:
+        value = getattr(config, setting, None)  # not every version of PEFT has all of them
+        if value:
+            raise ValueError(f"{name}: expected a plain LoRA adapter, got one with {setting}={value!r}")
+    if config.bias != "none":
+        raise ValueError(f"{name}: expected a LoRA adapter with bias='none', got bias={config.bias!r}")
+    if config.init_lora_weights not in PLAIN_INITIALISATIONS:
+        raise ValueError(
+            f"{name}: expected a LoRA adapter that leaves the base weights as they are, got "
+            f"init_lora_weights={config.init_lora_weights!r}; save it with path_initial_model_for_weight_conversion"
+        )
+    return config
+
+
+def share(argument: str, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The base model as a second module tree over the same weights; nothing done to it reaches the caller's model.
+
+    argument: what the caller named the model, for messages
+
+    Raises ValueError where PEFT's layers cannot be taken off: an adapter that is merged, that is not LoRA, or that was
+    injected into a model which is no PeftModel (its base passes would silently lose it).
+    """
+    is_peft = isinstance(model, PeftModel)
+    original: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    memo: dict[int, object] = {id(buffer): buffer for buffer in original.buffers()}
+    for parameter in original.parameters():
+        # A new Parameter over the same storage has its own requires_grad and device. Quantised ones carry more state.
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    twin = copy.deepcopy(original, memo)
+    for module, layer in list(twin.named_modules()):
+        if is_peft and isinstance(layer, LoraLayer):
+            if layer.merged:
+                got = f"{layer.merged_adapters} merged into the weights"
+                raise ValueError(f"{argument}: expected adapters beside the base, got {got}; call unmerge_adapter()")
+            twin.set_submodule(module, layer.get_base_layer())
+    for module, layer in twin.named_modules():
+        if type(layer).__module__.startswith("peft."):
+            wanted = "a plain model or a PeftModel with nothing but LoRA"
+            raise ValueError(f"{argument}: expected {wanted}, got {type(layer)} at {module}")
+    return twin
+
+
+class AdapterStack:
+    """The factors of all adapters of one model, layer by layer, in the model's dtype.
+
+    Group 0 is the pure base (zeros), group g the g-th adapter; smaller ranks and skipped layers are padded with zeros.
+
+    `run_groups` tells the layers what the next forward holds; the rows of a group are neighbours (model-major).
+    """
+
+    def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
+        """Replace every adapted linear layer of `model`; ValueError names a module or shape that does not fit."""
+        self.factors: list[tuple[Tensor, Tensor]] = []  # per layer (G, in, r), (G, r, out)
+        self.active: list[tuple[Tensor, Tensor]] | None = None
+        self.shares: Tensor | None = None
+        self.shapes: tuple[tuple[int, ...], ...] = ()
+        for adapter in adapters:
+            for module, factors in adapter.factors.items():
+                _check_fit(model, adapter, module, *factors)
+            own = dict(model.named_parameters(remove_duplicate=False))
+            for name, weight in adapter.frozen.items():
+                if name not in own or not torch.equal(own[name].cpu(), weight.to(own[name].dtype)):
+                    raise ValueError(f"{adapter.name}: expected the model's weights for {name}, got some of its own")
+        adapted = {module for adapter in adapters for module in adapter.factors}
+        for module in [module for module, _ in model.named_modules() if module in adapted]:
+            layer = model.get_submodule(module)
+            model.set_submodule(module, StackedLinear(layer, self, len(self.factors), module))
+            self.factors.append(_stack([adapter.factors.get(module) for adapter in adapters], layer, model.dtype))
+
+    def select(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The factors of some groups (ascending): views where the groups are neighbours, else copies."""
+        if groups[-1] - groups[0] == len(groups) - 1:
+            return [(down[groups[0] : groups[-1] + 1], up[groups[0] : groups[-1] + 1]) for down, up in self.factors]
+        return [(down[list(groups)], up[list(groups)]) for down, up in self.factors]
+
+    def merge(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The factors of some groups side by side, (1, in, N r) and (1, N r, out): of one group that is their sum."""
+        index = list(groups)
+        return [
+            (down[index].transpose(0, 1).flatten(1)[None], up[index].flatten(0, 1)[None]) for down, up in self.factors
+        ]
+
+    def run_groups(
+        self,
+        factors: list[tuple[Tensor, Tensor]] | None,
+        num_rows: int,
+        num_tokens: int,
+        shares: Tensor | None = None,
+    ) -> None:
+        """Let the next forward of (num_rows, num_tokens) tokens use these factors; None is the plain base.
+
+        shares: (num_rows, N), each row's own weights of the N groups that `merge` joined
+        """
+        self.active, self.shares = factors, shares
+        # What a linear layer may see: all tokens, the same flattened, or the last of each row (logits_to_keep).
+        self.shapes = ((num_rows, num_tokens), (num_rows * num_tokens,), (num_rows, 1))
+
+
+class StackedLinear(nn.Module):
+    """A linear layer with one low-rank update per group: a base product for all rows and two batched small ones."""
+
+    def __init__(self, base: nn.Module, stack: AdapterStack, index: int, name: str) -> None:
+        super().__init__()
+        self.base = base
+        self.stack = stack
+        self.index = index
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        if self.stack.active is None:
+            return out
+        if x.shape[:-1] not in self.stack.shapes:  # e.g. an expert that sees some of the tokens: groups would mix
+            shape = tuple(x.shape[:-1])
+            raise ValueError(f"adapted layer {self.name}: expected tokens {self.stack.shapes[0]}, got {shape}")
+        down, up = self.stack.active[self.index]
+        groups = down.shape[0]
+        hidden = torch.bmm(x.reshape(groups, -1, x.shape[-1]), down)
+        if self.stack.shares is not None:
+            num_rows, num_merged = self.stack.shares.shape
+            parts = hidden.view(num_rows, -1, num_merged, hidden.shape[-1] // num_merged)
+            hidden = (parts * self.stack.shares[:, None, :, None]).view_as(hidden)
+        return torch.baddbmm(out.view(groups, -1, out.shape[-1]), hidden, up).view(out.shape)
+
+
+def _check_fit(model: PreTrainedModel, adapter: Adapter, module: str, down: Tensor, up: Tensor) -> None:
+    try:
+        layer = model.get_submodule(module)
+    except AttributeError:
+        got = f"an adapter of {module}, which it does not have"
+        raise ValueError(f"{adapter.name}: expected an adapter of {type(model).__name__}, got {got}") from None
+    if isinstance(layer, Conv1D):
+        shape = tuple(layer.weight.shape)  # GPT-2 stores (in, out)
+    elif isinstance(layer, nn.Linear):
+        shape = (layer.in_features, layer.out_features)
+    else:
+        raise ValueError(f"{adapter.name}: expected linear layers alone, got {type(layer).__name__} at {module}")
+    if shape != (down.shape[0], up.shape[1]):
+        sizes = (down.shape[0], up.shape[1])
+        raise ValueError(f"{adapter.name}: expected (in, out) = {shape} for module {module}, got {sizes}")
+
+
+def _stack(
+    factors: Sequence[tuple[Tensor, Tensor] | None], layer: nn.Module, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    device = layer.get_parameter("weight").device
+    fitting = [pair for pair in factors if pair is not None]
+    rank = max(down.shape[1] for down, _ in fitting)
+    size_in, size_out = fitting[0][0].shape[0], fitting[0][1].shape[1]
+    downs = torch.zeros(len(factors) + 1, size_in, rank, dtype=dtype, device=device)
+    ups = torch.zeros(len(factors) + 1, rank, size_out, dtype=dtype, device=device)
+    for group, pair in enumerate(factors, start=1):
+        if pair is not None:
+            downs[group, :, : pair[0].shape[1]] = pair[0]
+            ups[group, : pair[1].shape[0]] = pair[1]
+    return downs, ups

@@ -1,0 +1,199 @@
+"""Key/value cache whose rows have their own lengths, and the attention that reads it.
+
+Knows nothing of tokens, adapters or decoding: a forward says where its rows start; rollback is starting earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+ATTENTION = "mpg"  # the name under which transformers finds the two functions at the end of this file
+CACHED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+ALIBI_MODEL_TYPES = {"bloom", "mpt"}
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class RaggedCache(Cache):
+    """Keys and values of R rows with room for `capacity` positions each.
+
+    `place` says which rows the next forward runs and where each of them starts. Entries beyond a row's end may be
+    stale: the mask hides what lies behind a query, and a position is written again before a query can see it.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
+        super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
+        self.num_rows = num_rows
+        self.capacity = capacity
+
+    def place(self, first_row: int, start: Tensor, num_tokens: int, kv_length: int) -> Tensor:
+        """Aim the next forward at rows first_row, first_row + 1, ...; returns the positions of its tokens.
+
+        start:      (R,) int64, position of each row's first token
+        num_tokens: q, the tokens fed to every row
+        kv_length:  host upper bound on every row's end; positions from there on are neither read nor attended
+
+        out: (R, q) int64, clamped to kv_length - 1: a row that runs past its end computes garbage and harms no other
+
+        Raises ValueError if kv_length exceeds the capacity.
+        """
+        if not 0 < kv_length <= self.capacity:
+            raise ValueError(f"kv_length: expected 1 to the capacity {self.capacity}, got {kv_length}")
+        self.rows = slice(first_row, first_row + start.shape[0])
+        self.start = start
+        self.kv_length = kv_length
+        positions = start[:, None] + torch.arange(num_tokens, device=start.device)
+        positions = positions.clamp_max(kv_length - 1)
+        rows = torch.arange(self.rows.start, self.rows.stop, device=start.device)
+        self.slots = (rows[:, None] * self.capacity + positions).flatten()
+        return positions
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override]  # one per row
+        return self.start
+
+
+class _RaggedLayer(CacheLayerMixin):
+    is_compileable = True
+    is_sliding = False  # windows are the mask's business: a layer that kept only its window could not roll back
+
+    def __init__(self, cache: RaggedCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Zeros, not empty: a masked NaN would still poison the weighted sum of the values.
+        positions = self.cache.num_rows * self.cache.capacity
+        self.keys: Tensor = key_states.new_zeros(positions, key_states.shape[1], key_states.shape[3])
+        self.values: Tensor = value_states.new_zeros(positions, value_states.shape[1], value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._write_and_read(self.keys, key_states), self._write_and_read(self.values, value_states)
+
+    def _write_and_read(self, buffer: Tensor, states: Tensor) -> Tensor:
+        buffer.index_copy_(0, self.cache.slots, states.transpose(1, 2).flatten(0, 1))
+        rows = buffer.unflatten(0, (self.cache.num_rows, self.cache.capacity))
+        return rows[self.cache.rows, : self.cache.kv_length].transpose(1, 2)  # (R, H, kv, D)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.kv_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.kv_length  # never used as a position: position_ids are always given
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity
+
+
+def use_ragged_attention(model: PreTrainedModel, argument: str) -> None:
+    """Make `model` attend through this file, or refuse it by name where it would go wrong (some would silently).
+
+    argument: what the caller named the model, for the message
+
+    Raises ValueError for encoder-decoders, recurrent layers, ALiBi, length-dependent RoPE, and models that do not call
+    the attention interface.
+    """
+    config = model.config.get_text_config()
+    if reason := _unsupported(model, config):
+        wanted = "a model that can run on a ragged cache"
+        raise ValueError(f"{argument}: expected {wanted}, got {config.model_type}: {reason}")
+    model.set_attn_implementation(ATTENTION)
+
+
+def _unsupported(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder, not a decoder-only model"
+    if model.get_output_embeddings() is None:
+        return f"{type(model).__name__} has no language-model head, so it is no causal language model"
+    other_layers = set(getattr(config, "layer_types", None) or ()) - CACHED_LAYER_TYPES
+    if model._is_stateful or other_layers:
+        names = ", ".join(sorted(other_layers)) or "recurrent"
+        return f"{names} layers keep a state that cannot be rolled back when drafted tokens are rejected"
+    if config.model_type in ALIBI_MODEL_TYPES or getattr(config, "alibi", False):
+        return "ALiBi position biases do not pass through the attention interface"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # one dict, or one per layer type
+        if isinstance(parameters, dict) and parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+            return f"RoPE type {parameters['rope_type']!r} changes with the longest row, so cached keys would go stale"
+    if not model._supports_attention_backend:
+        return "its attention does not go through transformers' attention interface"
+    return None
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention with grouped heads, optionally with capped scores (Gemma 2) or sinks (GPT-OSS).
+
+    query: (R, H * G, q, D); key, value: (R, H, kv, D); attention_mask: (R, 1, q, kv) bool, true = attend
+    s_aux: (H * G,) sink logits, or None
+
+    out: (R, q, H * G, D)
+    """
+    rows, num_heads, num_queries, head_dim = query.shape
+    groups = num_heads // key.shape[1]
+    # The G query heads of one key head become G times the queries. Unlike enable_gqa, this lets a fused kernel run with
+    # a mask on CUDA too; the fallback there would repeat keys and values G times.
+    query = query.reshape(rows, key.shape[1], groups * num_queries, head_dim)
+    mask = attention_mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    if softcap is None and s_aux is None:
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    else:
+        scores = (query @ key.transpose(2, 3)).float() * (head_dim**-0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if s_aux is not None:
+            sinks = s_aux.float().view(1, key.shape[1], groups, 1, 1).expand(rows, -1, -1, num_queries, -1)
+            scores = torch.cat([scores, sinks.flatten(2, 3)], dim=-1)
+        out = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
+    return out.reshape(rows, num_heads, num_queries, -1).transpose(1, 2).contiguous(), None
+
+
+def ragged_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """The model's own mask function (causal, sliding, chunked) evaluated at every row's own query positions.
+
+    q_offset: (R,) int64 from RaggedCache.get_query_offset
+
+    out: (R, 1, q, kv) bool, true = attend
+    """
+    assert isinstance(q_offset, Tensor), "models run on a RaggedCache only"
+    assert mask_function is not None
+    queries = q_offset[:, None] + torch.arange(q_length, device=device)
+    queries = queries.clamp_max(kv_length - 1)  # as in place(): a row past its end would see nothing and turn NaN
+    rows = torch.arange(batch_size, device=device)
+    mask = mask_function(
+        rows[:, None, None, None],
+        torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device),
+        queries[:, None, :, None],
+        torch.arange(kv_length, device=device)[None, None, None, :],
+    )
+    return mask.expand(batch_size, 1, q_length, kv_length)
+
+
+AttentionInterface.register(ATTENTION, ragged_attention)
+AttentionMaskInterface.register(ATTENTION, ragged_mask)

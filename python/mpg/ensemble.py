@@ -1,0 +1,539 @@
+"""The models of one combination (base, anchor, draft, attributes), how they are loaded, and a session that feeds them.
+
+Knows which model and adapter stand behind every role; nothing of targets, samplers or which tokens to keep.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+import mpg_ext
+from mpg.adapters import Adapter, AdapterStack, adapter_in_memory, read_adapter, refuse_unreadable, share
+from mpg.cache import RaggedCache, use_ragged_attention
+
+BASE, ANCHOR, DRAFT, MERGED = "base", "anchor", "draft", "merged"
+ADAPTER_CONFIG = "adapter_config.json"
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+
+Source = str | Path | PreTrainedModel | PeftModel
+Slot = tuple[int, int]  # (model, group of its adapter stack); roles that share a slot are one and the same
+
+
+@dataclass
+class _Member:
+    """One physical model and the adapters that run on it.
+
+    merged: groups of the stack whose weighted sum this model is, with the weights (B, N); such a member of one batch
+            shares model and stack with the one that has the adapters
+    """
+
+    argument: str  # the first argument of load() that named it, for messages
+    source: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    adapters: list[Adapter] = field(default_factory=list)
+    stack: AdapterStack | None = None
+    merged: tuple[list[int], Tensor] | None = None
+    lock: Lock = field(default_factory=Lock)  # held by a forward: what the stack runs is state that all threads share
+
+
+@dataclass
+class Cost:
+    """What a session has run since it was opened, prefill left out; three counts that are never mixed.
+
+    model_calls: one slot in one forward is one call
+    depth:       sequential model forwards
+    positions:   token positions fed, per sequence, over all slots
+    """
+
+    model_calls: int = 0
+    depth: int = 0
+    positions: int = 0
+
+
+def load(
+    base: Source,
+    attributes: Mapping[str, Source] | None = None,
+    *,
+    anchor: Source | None = None,
+    draft: Source | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> Ensemble:
+    """Load the models of a combination. Models that are passed in stay as they are: only their weights are shared.
+
+    base:       a folder or hub name, a loaded model, or a PeftModel (its adapters are then off for the base itself)
+    attributes: {name: adapter folder, name of an adapter in the PeftModel, model folder, or loaded model}; a PeftModel
+                around the base stands for its one active adapter; the default is every adapter of the PeftModel, or
+                the folders in base/adapters by name
+    anchor:     what the attributes were trained against: an attribute's name, or an adapter or a model as above
+    draft:      what proposes tokens: an attribute's name, or a source as for the attributes; both default to the base
+    tokenizer:  default: the one in the base folder, if any
+    dtype:      default: loaded models keep theirs, a base folder has the checkpoint's own on CUDA and float32 on CPU,
+                other folders take the base's
+    device:     "cpu" or "cuda[:i]"; default: that of a loaded base, else "cuda" where mpg can use it, else "cpu"
+
+    Adapters attach to the model they were trained on: the anchor where that is a model, else the base. So
+    base=specialised, anchor=original, attributes={name: adapter of the original} is the specialised reference of
+    arXiv 2511.01891, Table 4.
+
+    Raises ValueError, naming the argument, for what cannot be found or read, cannot be stacked or cannot run on a
+    ragged cache, and for members whose dtypes or vocabularies differ.
+    """
+    if attributes is not None and not isinstance(attributes, Mapping):
+        raise ValueError(f"attributes: expected a mapping from names to sources, got {type(attributes).__name__}")
+    sources = {f"attributes[{name!r}]": source for name, source in (attributes or {}).items()}
+    for argument, source in {**sources, BASE: base, ANCHOR: anchor or base, DRAFT: draft or base}.items():
+        if not isinstance(source, Source):
+            wanted = "a folder, a hub name or a loaded model"
+            raise ValueError(f"{argument}: expected {wanted}, got {type(source).__name__}")
+
+    peft_models = [source for source in (*sources.values(), draft) if isinstance(source, PeftModel)]
+    base, anchor = _with_adapters(base, peft_models), _with_adapters(anchor, peft_models)
+    names = _default_attributes(base) if attributes is None else attributes
+    host = base if anchor is None or anchor in names or _is_adapter(anchor, base) else anchor
+    if attributes is None:
+        names = _default_attributes(host)
+    if not names:
+        wanted = "at least one"
+        if isinstance(host, str | Path):
+            wanted = f"at least one, given here or found as {Path(host, 'adapters', 'NAME', ADAPTER_CONFIG)}"
+        raise ValueError(f"attributes: expected {wanted}, got none")
+
+    loader = _Loader(_resolve_dtype(dtype), _resolve_device(device, base), host)
+    slots = {BASE: loader.add(BASE, base)}
+    if host is anchor:
+        slots[ANCHOR] = loader.add(ANCHOR, host)
+    for name, source in names.items():
+        if not isinstance(name, str) or not name or name in (BASE, ANCHOR, DRAFT, MERGED):
+            wanted = f"names other than {BASE!r}, {ANCHOR!r}, {DRAFT!r} and {MERGED!r}"
+            raise ValueError(f"attributes: expected {wanted}, got {name!r}")
+        slots[name] = loader.add_attribute(f"attributes[{name!r}]", source)
+    for role, given in ((ANCHOR, anchor), (DRAFT, draft)):
+        if given is None:
+            slots[role] = slots[BASE]
+        elif isinstance(given, str) and given in names:
+            slots[role] = slots[given]
+        elif role == DRAFT:
+            slots[role] = loader.add_attribute(role, given)
+        elif role not in slots:
+            slots[role] = loader.add(role, given)
+    if tokenizer is not None:
+        found = _read_tokenizer("tokenizer", tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        if found is None:
+            raise ValueError(f"tokenizer: expected a folder or hub name with a tokenizer, got {tokenizer}")
+        loader.members[0].tokenizer = found
+    return Ensemble(loader.finish(), slots, tuple(names))
+
+
+class Ensemble:
+    """Loaded models by role. Attributes are read-only by convention; `open` starts decoding.
+
+    attribute_names: in the order given to load()
+    vocab_size:      of every member
+    eos_token_ids:   of the base (generation config, else config, else tokenizer)
+    max_positions:   the smallest limit of any member, or None
+    device, dtype:   of the base
+    tokenizer:       of the base, or None
+    """
+
+    def __init__(self, members: Sequence[_Member], slots: Mapping[str, Slot], attribute_names: tuple[str, ...]) -> None:
+        self._members = members
+        self._slots = dict(slots)
+        model = members[0].model
+        self.attribute_names = attribute_names
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.tokenizer = members[0].tokenizer
+        self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
+        limits = [getattr(m.model.config.get_text_config(), "max_position_embeddings", None) for m in members]
+        self.max_positions: int | None = min((limit for limit in limits if limit is not None), default=None)
+        self.device, self.dtype = model.device, model.dtype
+
+    def is_same(self, role_a: str, role_b: str) -> bool:
+        """Whether two roles are one model with one adapter, so that one row serves both."""
+        return self._slots[role_a] == self._slots[role_b]
+
+    def with_roles(self, **roles: str) -> Ensemble:
+        """The same loaded models in other roles: `with_roles(base="E")` has the model of E for its base."""
+        twin = copy.copy(self)
+        twin._slots = self._slots | {role: self._slots[source] for role, source in roles.items()}
+        return twin
+
+    def merge(self, shares: Mapping[str, Tensor]) -> Ensemble:
+        """The same loaded models for one batch, with one more role: "merged", the weighted sum of LoRA adapters.
+
+        shares: per attribute its weight (B,) for each sequence that will be opened; every row computes
+                base(x) + sum_i a_i (x A_i) B_i with weights of its own, no weights are merged
+
+        Raises ValueError unless the attributes are adapters of one model.
+        """
+        slots = [self._slots[name] for name in shares]
+        for name, (index, group) in zip(shares, slots, strict=True):
+            if index != slots[0][0] or group == 0:
+                wanted = "attributes that are LoRA adapters of one model"
+                raise ValueError(f"draft 'merged', method 'soups': expected {wanted}, {name!r} is another model")
+        if not slots:
+            raise ValueError("draft 'merged', method 'soups': expected attributes with a weight, got none")
+        host, weights = self._members[slots[0][0]], torch.stack(list(shares.values()), 1)
+        source, groups = f"{host.source} with the sum of {', '.join(shares)}", [group for _, group in slots]
+        twin = self.with_roles()
+        twin._members = [*self._members, replace(host, source=source, adapters=[], merged=(groups, weights))]
+        twin._slots[MERGED] = (len(self._members), 0)
+        return twin
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Per role: source, model_type, parameters, adapter (its source, or None) and adapter_rank."""
+        described = {}
+        for role, (index, group) in self._slots.items():
+            member = self._members[index]
+            adapter = member.adapters[group - 1] if group else None
+            described[role] = {
+                "source": member.source,
+                "model_type": member.model.config.model_type,
+                "parameters": member.model.num_parameters(),
+                "adapter": adapter.source if adapter else None,
+                "adapter_rank": adapter.rank if adapter else None,
+            }
+        return described
+
+    def open(self, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int) -> Session:
+        """Start a session: caches for these roles, holding every prompt but its last token, which is yet to be fed.
+
+        prompts:  B sequences of token ids
+        roles:    the roles that will be fed; no other model runs
+        capacity: positions per sequence, those of drafted tokens included
+
+        Raises ValueError for an empty prompt, a token outside the vocabulary, an unknown role, and a capacity that the
+        prompts do not fit into or that exceeds max_positions.
+        """
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        if unknown := [role for role in roles if role not in self._slots]:
+            raise ValueError(f"roles: expected some of {list(self._slots)}, got {unknown[0]!r}")
+        if not roles or not prompts:
+            raise ValueError(f"prompts, roles: expected at least one of each, got {len(prompts)} and {len(roles)}")
+        for index, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompts[{index}]: expected at least one token, got none")
+            if wrong := [token for token in prompt if not 0 <= token < self.vocab_size]:
+                raise ValueError(f"prompts[{index}]: expected token ids below {self.vocab_size}, got {wrong[0]}")
+        if longest > capacity or (self.max_positions is not None and capacity > self.max_positions):
+            wanted = f"{longest} (the longest prompt) to {self.max_positions or 'any number of'} positions"
+            raise ValueError(f"capacity: expected {wanted}, got {capacity}")
+        return Session(self, prompts, roles, capacity)
+
+
+class Session:
+    """The caches of B sequences for some roles. Made by Ensemble.open; `cost` is a running total.
+
+    Positions before a forward's start must have been fed before; feeding a position again replaces what was there, so
+    rejecting tokens is starting earlier.
+    """
+
+    def __init__(
+        self, ensemble: Ensemble, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int
+    ) -> None:
+        self.cost = Cost()
+        self._slots = {role: ensemble._slots[role] for role in roles}
+        self._is_bad = {role: torch.zeros(len(prompts), dtype=torch.bool, device=ensemble.device) for role in roles}
+        self._members: dict[int, _OpenMember] = {}
+        for index in sorted({index for index, _ in self._slots.values()}):
+            groups = sorted({group for owner, group in self._slots.values() if owner == index})
+            self._members[index] = _OpenMember(ensemble._members[index], groups, len(prompts), capacity)
+        width = max(len(prompt) for prompt in prompts) - 1
+        if width:  # right-padded: what a short row writes behind its end is written again before it is seen
+            padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
+            tokens = torch.tensor(padded, device=ensemble.device)
+            start = torch.zeros(len(prompts), dtype=torch.int64, device=ensemble.device)
+            for member in self._members.values():
+                member.forward(0, len(member.groups), tokens, start, width, logits_to_keep=1)
+
+    def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
+        """Feed tokens[b] at positions start[b], start[b] + 1, ... to every role; the logits behind each of them.
+
+        tokens:    (B, q) int64
+        start:     (B,) int64
+        kv_length: host upper bound on start + q, at most the capacity; what lies behind costs nothing. Rows that exceed
+                   it get meaningless logits and leave the others alone
+
+        out: (len(roles), B, q, V) in the models' dtype, in the order of `roles`; roles of one slot are run once
+        """
+        wanted = [self._slots[role] for role in roles]
+        outputs: list[Tensor] = []
+        order: list[Slot] = []
+        for index, member in self._members.items():
+            rows = sorted({member.groups.index(group) for owner, group in wanted if owner == index})
+            for low, high in _runs(rows):
+                outputs.append(member.forward(low, high, tokens, start, kv_length))
+                order += [(index, group) for group in member.groups[low:high]]
+        self.cost.depth += len(outputs)
+        self.cost.model_calls += len(order)
+        self.cost.positions += len(order) * tokens.shape[1]
+        if len(outputs) == 1 and order == wanted:
+            logits = outputs[0]
+        else:
+            rows_of = dict(zip(order, (row for output in outputs for row in output), strict=True))
+            logits = torch.stack([rows_of[slot] for slot in wanted])
+        # NaN and +inf reach a row's maximum, -inf only where there is nothing else.
+        is_bad = ~logits.amax(-1).isfinite().all(-1)  # (roles, B)
+        for role, rows in zip(roles, is_bad, strict=True):
+            self._is_bad[role] |= rows
+        return logits
+
+    def blame(self, row: int | None = None) -> str | None:
+        """The first role that has returned NaN, +inf or nothing but -inf since the session was opened, or None.
+
+        row: the sequence to look at, default all
+
+        Waits for the device: for error messages only.
+        """
+        rows = slice(None) if row is None else row
+        return next((role for role, is_bad in self._is_bad.items() if is_bad[rows].any()), None)
+
+
+class _OpenMember:
+    """One model in a session: the adapter groups it runs, and the cache of their rows, model-major."""
+
+    def __init__(self, member: _Member, groups: list[int], batch: int, capacity: int) -> None:
+        self.model, self.stack, self.groups, self.batch = member.model, member.stack, groups, batch
+        self.lock = member.lock
+        num_layers = member.model.config.get_text_config().num_hidden_layers
+        self.cache = RaggedCache(num_layers, len(groups) * batch, capacity)
+        self.factors: list[tuple[Tensor, Tensor]] = []
+        self.shares: Tensor | None = None
+        if member.stack and member.merged:
+            merged, shares = member.merged
+            self.factors, self.shares = member.stack.merge(merged), shares.to(member.model.dtype)
+        elif member.stack and groups != [0]:
+            self.factors = member.stack.select(groups)
+        self._factors_of_run: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+
+    @torch.no_grad()
+    def forward(self, low: int, high: int, tokens: Tensor, start: Tensor, kv_length: int, **kwargs: int) -> Tensor:
+        """The logits (high - low, B, q, V) of the groups in places low to high - 1, in one batched forward."""
+        count = high - low
+        with self.lock:
+            positions = self.cache.place(low * self.batch, start.repeat(count), tokens.shape[1], kv_length)
+            if self.stack is not None:
+                num_rows, num_tokens = positions.shape
+                self.stack.run_groups(self._factors(low, high), num_rows, num_tokens, self.shares)
+            output = self.model(
+                input_ids=tokens.repeat(count, 1),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                **kwargs,
+            )
+        return output.logits.unflatten(0, (count, self.batch))
+
+    def _factors(self, low: int, high: int) -> list[tuple[Tensor, Tensor]] | None:
+        if self.groups[low:high] == [0] and self.shares is None:
+            return None
+        if (low, high) not in self._factors_of_run:
+            self._factors_of_run[low, high] = [(down[low:high], up[low:high]) for down, up in self.factors]
+        return self._factors_of_run[low, high]
+
+
+def _runs(rows: list[int]) -> list[tuple[int, int]]:
+    """Ascending rows as half-open runs of neighbours: [0, 1, 3] is [(0, 2), (3, 4)]."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            runs.append((row, row + 1))
+    return runs
+
+
+class _Loader:
+    """Gives every distinct source one slot. Adapters attach to one model, the host, and are stacked by `finish`."""
+
+    def __init__(self, dtype: torch.dtype | None, device: torch.device, host: Source) -> None:
+        self.dtype, self.device, self.host = dtype, device, host
+        self.members: list[_Member] = []
+        self.slots: dict[int | str, Slot] = {}
+
+    def add(self, argument: str, source: Source) -> Slot:
+        """The slot of an adapter (by its name in the host or by its folder) or of a model."""
+        key = _key(source)
+        if key not in self.slots:
+            if isinstance(source, nn.Module) or not _is_adapter(source, self.host):
+                self.slots[key] = self._add_model(argument, source)
+            elif isinstance(self.host, PeftModel) and source in self.host.peft_config:
+                self.slots[key] = self._add_adapter(adapter_in_memory(argument, self.host, source))
+            else:
+                self.slots[key] = self._add_adapter(read_adapter(argument, source))
+        return self.slots[key]
+
+    def add_attribute(self, argument: str, source: Source) -> Slot:
+        """As `add`, but a PeftModel stands for its active adapter, and not for the model under it."""
+        if not isinstance(source, PeftModel):
+            return self.add(argument, source)
+        if not isinstance(self.host, PeftModel) or source.get_base_model() is not self.host.get_base_model():
+            raise ValueError(
+                f"{argument}: expected a PeftModel around the very model that adapters attach to, got one around "
+                f"another; give its adapter as a folder, or the model that merge_and_unload() makes of it"
+            )
+        if len(source.active_adapters) != 1:
+            got = f"{source.active_adapters}; call set_adapter()"
+            raise ValueError(f"{argument}: expected a PeftModel with one active adapter, got {got}")
+        return self.add(argument, source.active_adapters[0])
+
+    def finish(self) -> list[_Member]:
+        """Stack the adapters and compare the members."""
+        for member in self.members:
+            if member.adapters:
+                member.stack = AdapterStack(member.model, member.adapters)
+        for member in self.members[1:]:
+            _check_agreement(self.members[0], member)
+        return self.members
+
+    def _add_adapter(self, adapter: Adapter) -> Slot:
+        if _key(self.host) not in self.slots:
+            raise ValueError(f"{adapter.name}: expected a model, got the adapter {adapter.source}")
+        index, _ = self.slots[_key(self.host)]
+        self.members[index].adapters.append(adapter)
+        return index, len(self.members[index].adapters)
+
+    def _add_model(self, argument: str, source: Source) -> Slot:
+        tokenizer = None
+        if isinstance(source, PeftModel) and source is not self.host:
+            wanted = "a PeftModel only where adapters attach to it"
+            raise ValueError(f"{argument}: expected {wanted}, got another; give its base or a merged model")
+        if isinstance(source, nn.Module):
+            model = share(argument, source)
+        elif not _has_file(source, "config.json"):
+            loaded = f" or an adapter of {sorted(self.host.peft_config)}" if isinstance(self.host, PeftModel) else ""
+            wanted = f"a model (config.json), an adapter ({ADAPTER_CONFIG}){loaded}"
+            raise ValueError(f"{argument}: expected {wanted}, got none of it in {source}")
+        else:
+            dtype = self.dtype or (self.members[0].model.dtype if self.members else None)
+            model = _read_model(argument, source, dtype, self.device)
+            tokenizer = _read_tokenizer(argument, source)
+        use_ragged_attention(model, argument)
+        # A pad token makes some models (GPT-2) look for padding in every input, which waits for the device.
+        model.config.pad_token_id = None
+        model.requires_grad_(False).eval()
+        dtype = self.dtype or model.dtype
+        if (model.device, model.dtype) != (self.device, dtype):
+            model.to(self.device, dtype)  # type: ignore[arg-type]  # its annotation lost the arguments
+        name = str(source) if isinstance(source, str | Path) else model.name_or_path or type(model).__name__
+        self.members.append(_Member(argument, name, model, tokenizer))
+        return len(self.members) - 1, 0
+
+
+def _key(source: Source) -> int | str:
+    return id(source) if isinstance(source, nn.Module) else str(source)
+
+
+def _has_file(source: str | Path, *names: str) -> bool:
+    """Whether a folder, or a hub repository that can be reached or is cached, holds one of these files."""
+    if Path(source).is_dir() or Path(source).is_absolute() or str(source).startswith("."):
+        return any((Path(source) / name).is_file() for name in names)
+    try:
+        return any(cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in names)
+    except (OSError, ValueError):  # no such repository, no network, or not a repository's name at all
+        return False
+
+
+def _is_adapter(source: Source, host: Source) -> bool:
+    if isinstance(source, nn.Module):
+        return False
+    return (isinstance(host, PeftModel) and source in host.peft_config) or _has_file(source, ADAPTER_CONFIG)
+
+
+def _with_adapters(model: Any, peft_models: Sequence[PeftModel]) -> Any:
+    """The PeftModel around this very model, if there is one: PEFT has put its layers into the model itself."""
+    return next((peft_model for peft_model in peft_models if peft_model.get_base_model() is model), model)
+
+
+def _default_attributes(host: Source) -> dict[str, Source]:
+    if isinstance(host, PeftModel):
+        return {name: name for name in host.peft_config}
+    if isinstance(host, PreTrainedModel):
+        return {}
+    folders = sorted(config.parent for config in Path(host, "adapters").glob(f"*/{ADAPTER_CONFIG}"))
+    return {folder.name: folder for folder in folders}
+
+
+def _read_model(argument: str, source: str | Path, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    with refuse_unreadable(argument, source):
+        config = AutoConfig.from_pretrained(source)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{argument}: expected a decoder-only model, got the encoder-decoder {source}")
+    own_dtype = "auto" if device.type == "cuda" else torch.float32
+    with refuse_unreadable(argument, source):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or own_dtype, device_map={"": device})
+
+
+def _read_tokenizer(argument: str, source: str | Path) -> PreTrainedTokenizerBase | None:
+    if not _has_file(source, *TOKENIZER_FILES):
+        return None
+    with refuse_unreadable(argument, source):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def _check_agreement(base: _Member, other: _Member) -> None:
+    if base.model.dtype != other.model.dtype:
+        dtypes = f"expected the base's dtype {base.model.dtype}, got {other.model.dtype}"
+        raise ValueError(f"{other.argument}: {dtypes}; dtype= converts them all")
+    sizes = [member.model.config.get_text_config().vocab_size for member in (base, other)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{other.argument}: expected the base's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
+    if base.tokenizer is None or other.tokenizer is None:
+        return
+    ids, other_ids = base.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    for token in ids.keys() | other_ids.keys() if ids != other_ids else ():
+        if ids.get(token) != other_ids.get(token):
+            wanted, got = ids.get(token), other_ids.get(token)
+            raise ValueError(f"{other.argument}: expected token {token!r} to have the base's id {wanted}, got {got}")
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    config = getattr(model.config.get_text_config(), "eos_token_id", None)
+    for ids in (generation, config, tokenizer.eos_token_id if tokenizer is not None else None):
+        if ids is not None:
+            return (ids,) if isinstance(ids, int) else tuple(ids)
+    return ()
+
+
+def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
+        raise ValueError(f"dtype: expected a floating-point torch dtype such as 'bfloat16', got {dtype!r}")
+    return resolved
+
+
+def _resolve_device(device: torch.device | str | None, base: Source) -> torch.device:
+    with_cuda = mpg_ext.build_info()["cuda"]
+    if device is None:
+        can_use_cuda = with_cuda and torch.cuda.is_available()
+        device = base.device if isinstance(base, nn.Module) else "cuda" if can_use_cuda else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda[:i]', got {str(device)!r}")
+    if resolved.type != "cuda":
+        return torch.device(resolved.type)
+    if not with_cuda or not torch.cuda.is_available():
+        without = "mpg" if not with_cuda else None if torch.version.cuda else f"torch {torch.__version__}"
+        why = f"{without} was built without CUDA" if without else "no CUDA device is visible"
+        raise ValueError(f"device: expected 'cpu', as {why}, got {str(device)!r}")
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index  # as parameters report it
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
+    return torch.device("cuda", index)

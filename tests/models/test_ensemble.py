@@ -1,0 +1,408 @@
+"""Which model stands behind a role, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+import mpg.ensemble
+import mpg_ext
+
+load = partial(mpg.ensemble.load, device="cpu")  # where the tensors of these tests are
+
+PROMPTS = [[3, 4, 5, 6], [7, 8]]
+
+
+@pytest.fixture
+def set_folder(tmp_path, tiny_model, lora_folder):
+    """A base folder with adapters/T and adapters/E inside it."""
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "set")
+    for name in ("T", "E"):
+        lora_folder(f"set/adapters/{name}", base=base, target_modules=["q_proj"])
+    return tmp_path / "set"
+
+
+def _tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(words)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary)), eos_token=words[-1])
+
+
+def _logits(ensemble, roles):
+    tokens, start = torch.tensor([[6, 9], [8, 10]]), torch.tensor([3, 1])
+    return ensemble.open(PROMPTS, roles, 16).forward(roles, tokens, start, kv_length=16)
+
+
+def test_a_folder_takes_the_adapters_inside_it_by_name(set_folder):
+    assert load(set_folder).attribute_names == ("E", "T")
+    assert load(str(set_folder), {"T": set_folder / "adapters/T"}).attribute_names == ("T",)
+
+
+def test_a_peft_model_takes_named_adapters_in_the_order_given(set_folder):
+    base = AutoModelForCausalLM.from_pretrained(set_folder)
+    model = PeftModel.from_pretrained(base, set_folder / "adapters/T", "one")
+    model.load_adapter(set_folder / "adapters/E", "two")
+    assert load(model).attribute_names == ("one", "two")
+    ensemble = load(model, {"E": "two", "T": "one"})
+    assert ensemble.attribute_names == ("E", "T")
+    torch.testing.assert_close(_logits(ensemble, ["E", "T"]), _logits(load(set_folder), ["E", "T"]))
+
+
+def test_a_peft_model_as_attribute_or_draft_is_its_active_adapter(set_folder):
+    base = AutoModelForCausalLM.from_pretrained(set_folder)
+    model = PeftModel.from_pretrained(base, set_folder / "adapters/T", "one")
+    model.load_adapter(set_folder / "adapters/E", "two")
+    expected = _logits(load(set_folder), ["base", "T", "E"])
+    model.set_adapter("two")
+    for given in (base, model):  # PEFT has put its layers into `base` itself
+        ensemble = load(given, {"T": "one", "E": model}, draft=model)
+        torch.testing.assert_close(_logits(ensemble, ["base", "T", "E"]), expected)
+        assert ensemble.is_same("draft", "E")
+        assert ensemble.is_same("anchor", "base")
+
+
+def test_two_peft_models_around_one_base_are_two_attributes(set_folder):
+    base = AutoModelForCausalLM.from_pretrained(set_folder)
+    models = {name: PeftModel.from_pretrained(base, set_folder / "adapters" / name, name) for name in ("T", "E")}
+    roles = ["base", "T", "E"]
+    torch.testing.assert_close(_logits(load(base, models), roles), _logits(load(set_folder), roles))
+
+
+def test_a_merged_model_as_attribute_equals_its_adapter(set_folder):
+    base = AutoModelForCausalLM.from_pretrained(set_folder)
+    merged = PeftModel.from_pretrained(base, set_folder / "adapters/E").merge_and_unload()
+    ensemble = load(set_folder, {"E": set_folder / "adapters/E", "full": merged})
+    logits = _logits(ensemble, ["E", "full", "base"])
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
+    assert (logits[1] - logits[2]).abs().max() > 0.1
+    assert not ensemble.is_same("E", "full")
+
+
+def test_roles_default_to_the_base_and_share_its_slot(set_folder):
+    ensemble = load(set_folder)
+    assert ensemble.is_same("base", "anchor")
+    assert ensemble.is_same("base", "draft")
+    assert not ensemble.is_same("base", "E")
+    assert not ensemble.is_same("E", "T")
+
+
+@pytest.mark.parametrize("role", ["anchor", "draft"])
+def test_a_role_can_be_an_attribute_an_adapter_or_a_model(role, set_folder, tiny_model, full_logits):
+    assert load(set_folder, **{role: "E"}).is_same(role, "E")
+    assert load(set_folder, **{role: set_folder / "adapters/E"}).is_same(role, "E")
+    assert load(set_folder, **{role: set_folder}).is_same(role, "base")
+
+    model = tiny_model()
+    attributes = {"E": model}  # nothing attaches to the host, so that only the role counts
+    ensemble = load(set_folder, attributes, **{role: model})
+    assert ensemble.is_same(role, "E")
+    assert not ensemble.is_same(role, "base")
+    expected = full_logits(model, [3, 4, 5, 6, 9])[3:]
+    torch.testing.assert_close(_logits(ensemble, [role])[0, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_attach_to_an_anchor_model(set_folder, tiny_model):
+    original, specialised = AutoModelForCausalLM.from_pretrained(set_folder), tiny_model()
+    adapters = {name: set_folder / "adapters" / name for name in ("E", "T")}
+    ensemble = load(specialised, adapters, anchor=original)
+    expected = load(original, adapters)
+    torch.testing.assert_close(_logits(ensemble, ["anchor", "E", "T"]), _logits(expected, ["base", "E", "T"]))
+    torch.testing.assert_close(_logits(ensemble, ["base"]), _logits(load(specialised, {"x": original}), ["base"]))
+    assert ensemble.is_same("draft", "base")
+    assert load(specialised, anchor=set_folder).attribute_names == ("E", "T")
+
+
+def test_describe_says_what_stands_behind_each_role(set_folder):
+    described = load(set_folder).describe()
+    assert list(described) == ["base", "E", "T", "anchor", "draft"]
+    assert described["base"] == described["draft"]
+    assert described["E"] == {
+        "source": str(set_folder),
+        "model_type": "llama",
+        "parameters": AutoModelForCausalLM.from_pretrained(set_folder).num_parameters(),
+        "adapter": str(set_folder / "adapters/E"),
+        "adapter_rank": 4,
+    }
+
+
+def test_eos_ids_come_from_generation_config_then_config_then_tokenizer(tiny_model):
+    base = tiny_model()
+    base.generation_config.eos_token_id = [5, 6]
+    assert load(base, {"E": base}).eos_token_ids == (5, 6)
+    base.generation_config.eos_token_id = None
+    assert load(base, {"E": base}).eos_token_ids == (2,)
+    base.config.eos_token_id = None
+    assert load(base, {"E": base}).eos_token_ids == ()
+    assert load(base, {"E": base}, tokenizer=_tokenizer("a", "b", "c", "d")).eos_token_ids == (3,)
+
+
+def test_limits_are_the_smallest_of_all_members(tiny_model):
+    assert load(tiny_model(), {"E": tiny_model(max_position_embeddings=48)}).max_positions == 48
+
+
+def test_a_folder_is_read_in_float32_on_cpu_unless_asked_otherwise(set_folder):
+    assert load(set_folder, device="cpu").dtype == torch.float32
+    ensemble = load(set_folder, device="cpu", dtype="bfloat16")
+    assert ensemble.dtype == torch.bfloat16
+    assert _logits(ensemble, ["base", "E"]).dtype == torch.bfloat16
+
+
+def test_the_tokenizer_comes_from_the_base_folder(set_folder):
+    assert load(set_folder).tokenizer is None
+    _tokenizer("a", "b").save_pretrained(set_folder)
+    assert load(set_folder).tokenizer.get_vocab() == {"a": 0, "b": 1}
+
+
+def test_logits_carry_no_gradient(set_folder):
+    base = AutoModelForCausalLM.from_pretrained(set_folder)
+    ensemble = load(base, {"E": set_folder / "adapters/E"})
+    assert not _logits(ensemble, ["E", "base"]).requires_grad
+
+
+# What is refused. Recurrent layers, ALiBi and the like would be silently wrong.
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        ("mamba2", dict(num_heads=8, head_dim=8, state_size=8, n_groups=1), "recurrent|linear"),
+        (
+            "qwen3_next",
+            dict(num_experts=2, num_experts_per_tok=1, linear_num_value_heads=4, linear_num_key_heads=2),
+            "recurrent|linear",
+        ),
+        ("bloom", dict(n_head=4, n_layer=1), "ALiBi"),
+        ("mpt", dict(d_model=32, n_heads=4, n_layers=1), "ALiBi"),
+        ("falcon", dict(alibi=True, num_hidden_layers=1, num_attention_heads=4), "ALiBi"),
+        ("falcon", dict(num_hidden_layers=1, num_attention_heads=4), "attention interface"),
+        ("gptj", dict(n_embd=32, n_layer=1, n_head=4, rotary_dim=4), "attention interface"),
+        (
+            "llama",
+            dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "RoPE type 'dynamic'",
+        ),
+        (
+            "phi3",
+            dict(
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 32,
+                    "rope_theta": 1e4,
+                }
+            ),
+            "RoPE type 'longrope'",
+        ),
+    ],
+)
+def test_models_that_cannot_run_on_a_ragged_cache_are_refused(model_type, settings, message, tiny_model):
+    common = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    if model_type in ("llama", "phi3", "qwen3_next"):
+        settings = {**common, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, **settings}
+    elif model_type in ("mamba2", "bloom", "falcon"):
+        settings = {"vocab_size": 61, "hidden_size": 32, **settings}
+    config = AutoConfig.for_model(model_type, **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=rf"base: expected .*, got {model_type}.*: .*({message})"):
+        load(model, {"E": model})
+
+
+def test_encoder_decoders_are_refused(tmp_path):
+    config = AutoConfig.for_model("t5", vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match=r"base: .*decoder-only"):
+        load(model, {"E": model})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"base: .*decoder-only"):
+        load(tmp_path, {"E": tmp_path})
+
+
+def test_a_model_without_a_head_is_refused(tiny_model):
+    model = tiny_model().model
+    with pytest.raises(ValueError, match=r"base: .*causal language model"):
+        load(model, {"E": model})
+
+
+def test_different_vocabulary_sizes_are_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"attributes\['E'\]: expected the base's vocabulary of 61 tokens, got 64"):
+        load(tiny_model(), {"E": tiny_model(vocab_size=64)})
+
+
+def test_tokenizers_that_map_a_token_elsewhere_are_refused(set_folder, tiny_model, tmp_path):
+    _tokenizer("a", "b", "c").save_pretrained(set_folder)
+    tiny_model().save_pretrained(tmp_path / "other")
+    _tokenizer("a", "c", "b").save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"draft: expected token '[bc]' to have the base's id [12], got [12]"):
+        load(set_folder, draft=tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["base", "anchor", "draft", "merged", ""])
+def test_attribute_names_that_mean_something_else_are_refused(name, tiny_model):
+    base = tiny_model()
+    with pytest.raises(ValueError, match=f"attributes: expected names other than .*, got '{name}'"):
+        load(base, {name: base})
+
+
+def test_no_attributes_at_all_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="attributes: expected at least one, got none"):
+        load(tiny_model())
+
+
+def test_a_folder_without_adapters_is_refused_with_what_was_looked_for(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    wanted = re.escape(str(tmp_path / "adapters/NAME/adapter_config.json"))
+    with pytest.raises(ValueError, match=f"attributes: expected at least one, .*{wanted}, got none"):
+        load(tmp_path)
+
+
+def test_a_missing_folder_is_refused_by_argument(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"base: expected .*config.json.*got none of it in .*missing"):
+        load(tmp_path / "missing", {"E": tmp_path})
+    with pytest.raises(ValueError, match=r"draft: expected .*config.json.*got none of it in .*missing"):
+        load(tiny_model(), {"E": tiny_model()}, draft=tmp_path / "missing")
+
+
+def test_an_unknown_adapter_name_is_refused_with_the_names_there_are(tiny_model):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="one")
+    with pytest.raises(
+        ValueError, match=r"attributes\['E'\]: expected .* or an adapter of \['one'\], got none of it in ./two"
+    ):
+        load(model, {"E": "./two"})
+
+
+def test_an_adapter_as_base_is_refused(set_folder):
+    with pytest.raises(ValueError, match="base: expected a model, got the adapter"):
+        load(set_folder / "adapters/E", {"E": set_folder / "adapters/E"})
+
+
+def test_a_peft_model_around_another_model_is_refused(tiny_model):
+    base, peft_model = tiny_model(), get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    for arguments in (dict(attributes={"E": peft_model}), dict(attributes={"E": base}, draft=peft_model)):
+        with pytest.raises(ValueError, match=r"expected a PeftModel around the very model .*, got one around another"):
+            load(base, **arguments)
+    with pytest.raises(ValueError, match="base: expected a PeftModel only where adapters attach to it"):
+        load(peft_model, {"E": base}, anchor=base)
+
+
+def test_a_peft_model_with_two_active_adapters_is_refused_as_an_attribute(tiny_model):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="one")
+    model.add_adapter("two", LoraConfig(target_modules=["q_proj"]))
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(ValueError, match=r"attributes\['E'\]: .*one active adapter, got \['one', 'two'\]"):
+        load(model, {"E": model})
+
+
+def test_adapters_injected_into_a_plain_model_are_refused(set_folder):
+    model = AutoModelForCausalLM.from_pretrained(set_folder)
+    model.load_adapter(str(set_folder / "adapters/E"))
+    with pytest.raises(ValueError, match=r"base: .*PeftModel"):
+        load(model, {"T": set_folder / "adapters/T"})
+
+
+@pytest.mark.parametrize("source", [None, 3, {"a": 1}, torch.nn.Linear(2, 2)])
+def test_a_source_of_another_type_is_refused(source, tiny_model):
+    with pytest.raises(ValueError, match=r"attributes\['E'\]: expected a folder, a hub name or a loaded model"):
+        load(tiny_model(), {"E": source})
+    with pytest.raises(ValueError, match="base: expected a folder, a hub name or a loaded model"):
+        load(source, {"E": tiny_model()})
+    with pytest.raises(ValueError, match="attributes: expected a mapping"):
+        load(tiny_model(), ["E"])
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "xpu:0", "cuda:-1", 1.5])
+def test_a_device_of_another_kind_is_refused(device, set_folder):
+    with pytest.raises(ValueError, match=rf"device: expected 'cpu' or 'cuda\[:i\]', got '{device}'"):
+        load(set_folder, device=device)
+
+
+@pytest.mark.parametrize(
+    ("with_cuda", "count", "device", "message"),
+    [
+        (False, 2, "cuda:1", "device: expected 'cpu', as mpg was built without CUDA, got 'cuda:1'"),
+        (
+            True,
+            0,
+            "cuda",
+            "device: expected 'cpu', as (torch .* was built without CUDA|no CUDA .* visible), got 'cuda'",
+        ),
+        (True, 2, "cuda:2", "device: expected one of 2 CUDA devices, got 'cuda:2'"),
+        (True, 2, "cuda:99", "device: expected one of 2 CUDA devices, got 'cuda:99'"),
+    ],
+)
+def test_a_cuda_device_that_is_not_there_is_refused(with_cuda, count, device, message, set_folder, monkeypatch):
+    monkeypatch.setattr(mpg_ext, "build_info", lambda: {"cuda": with_cuda})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ValueError, match=message):
+        load(set_folder, device=device)
+
+
+def test_a_build_without_cuda_runs_folders_on_cpu(set_folder, monkeypatch):
+    monkeypatch.setattr(mpg_ext, "build_info", lambda: {"cuda": False})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert mpg.ensemble.load(set_folder).device.type == "cpu"
+
+
+def test_a_loaded_model_of_another_dtype_is_refused(tiny_model):
+    base, attribute = tiny_model().bfloat16(), tiny_model()
+    message = r"attributes\['E'\]: expected the base's dtype torch.bfloat16, got torch.float32; dtype="
+    with pytest.raises(ValueError, match=message):
+        load(base, {"E": attribute})
+    assert _logits(load(base, {"E": attribute}, dtype="float32"), ["base", "E"]).dtype == torch.float32
+
+
+def test_a_folder_takes_the_dtype_of_a_loaded_base(tiny_model, set_folder):
+    logits = _logits(load(tiny_model().bfloat16(), {"E": set_folder}), ["base", "E"])
+    assert logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float", "int64", "bf16", 16])
+def test_a_dtype_that_is_none_is_refused(dtype, set_folder):
+    if dtype == "float":  # torch's own alias of float32
+        assert load(set_folder, dtype=dtype).dtype == torch.float32
+    else:
+        with pytest.raises(ValueError, match="dtype: expected a floating-point torch dtype"):
+            load(set_folder, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "roles", "capacity", "message"),
+    [
+        ([[]], ["base"], 8, r"prompts\[0\]: expected at least one token, got none"),
+        ([[1], [2, 61]], ["base"], 8, r"prompts\[1\]: expected token ids below 61, got 61"),
+        ([[-1]], ["base"], 8, r"prompts\[0\]: expected token ids below 61, got -1"),
+        ([[1] * 9], ["base"], 8, "capacity: expected 9 .* to 64 positions, got 8"),
+        ([[1]], ["base"], 65, "capacity: expected 1 .* to 64 positions, got 65"),
+        ([[1]], ["F"], 8, r"roles: expected some of \['base', 'E', 'T', 'anchor', 'draft'\], got 'F'"),
+        ([[1]], [], 8, "prompts, roles: expected at least one of each"),
+        ([], ["base"], 8, "prompts, roles: expected at least one of each"),
+    ],
+)
+def test_sessions_that_cannot_start_are_refused(prompts, roles, capacity, message, set_folder):
+    with pytest.raises(ValueError, match=message):
+        load(set_folder).open(prompts, roles, capacity)
+
+
+@pytest.mark.skipif("MPG_MODELS" not in os.environ, reason="MPG_MODELS names no folder with trained model sets")
+def test_the_trained_set_runs_as_peft_runs_it(full_logits):
+    folder = Path(os.environ["MPG_MODELS"]) / "mbti-tiny"
+    ensemble = load(folder)
+    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "adapters/E", "E")
+    for name in ensemble.attribute_names[1:]:
+        peft_model.load_adapter(folder / "adapters" / name, name)
+    roles = ["base", *ensemble.attribute_names]
+    logits = _logits(ensemble, roles)
+    for role, of_role in zip(roles, logits, strict=True):
+        expected = full_logits(peft_model, [3, 4, 5, 6, 9], None if role == "base" else role)[3:]
+        torch.testing.assert_close(of_role[0], expected, atol=5e-5, rtol=1e-5)

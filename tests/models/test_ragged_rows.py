@@ -1,0 +1,162 @@
+"""Ragged rows against unbatched, uncached full forwards."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+import torch
+
+from mpg.ensemble import load
+
+CAPACITY = 40
+PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
+ARCHITECTURES = ["llama", "qwen3", "gpt2", "mistral", "gemma2", "gpt_oss"]
+
+
+def _feed(session, roles, rows, drafted, *, kv_length=CAPACITY):
+    """Feed each row's last token and a draft behind it."""
+    tokens = torch.tensor([[row[-1], *draft] for row, draft in zip(rows, drafted, strict=True)])
+    start = torch.tensor([len(row) - 1 for row in rows])
+    return session.forward(roles, tokens, start, kv_length=kv_length)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounds_with_rollback_equal_full_forwards(architecture, tiny_model, full_logits):
+    models = {"base": tiny_model(architecture), "E": tiny_model(architecture)}
+    ensemble = load(models["base"], {"E": models["E"]})
+    session = ensemble.open(PROMPTS, ["base", "E"], CAPACITY)
+    draw = random.Random(0)
+    rows = [list(prompt) for prompt in PROMPTS]
+    for _ in range(6):
+        roles = draw.choice([["base", "E"], ["E", "base"], ["E", "base", "E"]])
+        drafted = [[draw.randrange(61) for _ in range(3)] for _ in rows]
+        # A tight bucket in one round and a loose one in the next.
+        longest = max(map(len, rows)) + 3
+        logits = _feed(session, roles, rows, drafted, kv_length=draw.choice([longest, CAPACITY]))
+        for role, of_role in zip(roles, logits, strict=True):
+            for row, draft, of_row in zip(rows, drafted, of_role, strict=True):
+                expected = full_logits(models[role], row + draft)[len(row) - 1 :]
+                torch.testing.assert_close(of_row, expected, atol=1e-5, rtol=1e-5)
+        for row, draft in zip(rows, drafted, strict=True):  # commit fewer tokens than were fed, and one that was not
+            row += [*draft[: draw.randrange(3)], draw.randrange(61)]
+
+
+def test_a_role_that_sat_out_rounds_catches_up(tiny_model, full_logits):
+    base, attribute = tiny_model(), tiny_model()
+    session = load(base, {"E": attribute}).open(PROMPTS, ["base", "E"], CAPACITY)
+    rows = [list(prompt) for prompt in PROMPTS]
+    _feed(session, ["base"], rows, [[20, 21]] * 3)
+    logits = _feed(session, ["E"], rows, [[22, 23]] * 3)
+    for row, of_row in zip(rows, logits[0], strict=True):
+        torch.testing.assert_close(of_row, full_logits(attribute, [*row, 22, 23])[len(row) - 1 :], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_oss"])
+def test_rejected_tokens_leave_no_trace(architecture, tiny_model):
+    base = tiny_model(architecture)
+    ensemble = load(base, {"E": base})
+    logits = []
+    for rejected in ([], [[30, 31, 32, 33]] * 3, [[34, 35, 36, 37]] * 3):
+        session = ensemble.open(PROMPTS, ["base"], CAPACITY)
+        if rejected:
+            _feed(session, ["base"], PROMPTS, rejected)
+        logits.append(_feed(session, ["base"], PROMPTS, [[40]] * 3))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_a_row_past_its_end_harms_no_other_and_is_finite(architecture, tiny_model):
+    base = tiny_model(architecture)
+    session = load(base, {"E": base}).open(PROMPTS, ["base"], 12)
+    tokens = torch.randint(61, (3, 4))
+    before = session.forward(["base"], tokens, torch.tensor([6, 0, 2]), kv_length=12)
+    after = session.forward(["base"], tokens, torch.tensor([30, 0, 2]), kv_length=12)
+    assert torch.equal(before[:, 1:], after[:, 1:])
+    assert after.isfinite().all()
+
+
+def test_kv_length_beyond_the_capacity_is_refused(tiny_model):
+    base = tiny_model()
+    session = load(base, {"E": base}).open(PROMPTS, ["base"], 12)
+    with pytest.raises(ValueError, match="kv_length: expected 1 to the capacity 12, got 13"):
+        _feed(session, ["base"], PROMPTS, [[1]] * 3, kv_length=13)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_a_forward_needs_no_data_on_the_host(architecture, tiny_model):
+    # Meta tensors have no data: whatever would wait for the device raises.
+    base, attribute = tiny_model(architecture).to("meta"), tiny_model(architecture).to("meta")
+    session = load(base, {"E": attribute}).open(PROMPTS, ["base", "E"], CAPACITY)
+    tokens = torch.zeros(3, 4, dtype=torch.int64, device="meta")
+    start = torch.zeros(3, dtype=torch.int64, device="meta")
+    logits = session.forward(["E", "base"], tokens, start, kv_length=20)
+    assert logits.shape == (2, 3, 4, 61)
+    assert logits.device.type == "meta"
+
+
+def test_prefill_builds_the_logits_of_one_position_only(tiny_model, monkeypatch):
+    base = tiny_model()
+    ensemble = load(base, {"E": base})
+    seen = []
+    head = ensemble._members[0].model.lm_head
+    head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    ensemble.open(PROMPTS, ["base"], CAPACITY)
+    assert seen == [(3, 1, 61)]
+
+
+def test_cost_counts_slots_forwards_and_positions(tiny_model):
+    base = tiny_model()
+    session = load(base, {"E": tiny_model()}).open(PROMPTS, ["base", "draft", "E"], CAPACITY)
+    assert (session.cost.model_calls, session.cost.depth, session.cost.positions) == (0, 0, 0)  # prefill is left out
+    _feed(session, ["base", "draft", "E"], PROMPTS, [[1, 2]] * 3)  # base and draft are one slot
+    assert (session.cost.model_calls, session.cost.depth, session.cost.positions) == (2, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("value", "place", "is_bad"),
+    [
+        (float("nan"), (1, 0, 5), True),
+        (float("inf"), (1, 1, 5), True),
+        (float("-inf"), (1, 1), True),  # nothing left to draw
+        (float("-inf"), (1, 1, slice(5, None)), False),
+    ],
+)
+def test_blame_names_the_role_and_forgets_nothing(value, place, is_bad, tiny_model):
+    session = load(tiny_model(), {"E": tiny_model()}).open(PROMPTS, ["base", "E"], CAPACITY)
+    assert session.blame() is None
+
+    def break_row(module, args, out):
+        out[place] = value
+
+    hook = session._members[1].model.lm_head.register_forward_hook(break_row)
+    _feed(session, ["base", "E"], PROMPTS, [[1]] * 3)
+    hook.remove()
+    _feed(session, ["base", "E"], PROMPTS, [[1]] * 3)  # in which all is well again
+    assert session.blame() == session.blame(1) == ("E" if is_bad else None)
+    assert session.blame(0) is session.blame(2) is None
+
+
+def test_two_threads_may_share_a_model(tiny_model, lora_folder):
+    """What adapters a forward runs is state of the model: the other thread must not change it in between."""
+    ensemble = load(tiny_model(), {name: lora_folder(name) for name in ("E", "T")})
+    tokens, start = torch.randint(61, (3, 2)), torch.zeros(3, dtype=torch.int64)
+
+    def forward(role):
+        return ensemble.open([[1]] * 3, [role], 8).forward([role], tokens, start, kv_length=8)
+
+    expected = {role: forward(role) for role in ("E", "T")}
+    both_inside = threading.Barrier(2)
+
+    def meet(module, args):
+        with suppress(threading.BrokenBarrierError):  # as it must be: one waits outside
+            both_inside.wait(0.2)
+
+    ensemble._members[0].model.model.layers[0].register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as threads:
+        for role, logits in zip(expected, threads.map(forward, expected), strict=True):
+            assert torch.equal(logits, expected[role])
