@@ -1,0 +1,50 @@
+"""The samplers: one file an algorithm, each a class whose `round` reads as it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from mpg.batch import Batch
+from mpg.config import Options
+from mpg.decode.direct import Direct
+from mpg.decode.exact import Exact
+from mpg.decode.rejection import SeqRS, TokenRS
+from mpg.decode.scr import SCR
+from mpg.rng import Generator
+
+if TYPE_CHECKING:
+    from mpg.ensemble import Ensemble, Session
+
+
+class Sampler(Protocol):
+    """What the engine asks of a sampler. A new one is a class like this and a line in `SAMPLERS`.
+
+    roles  the models to open a session for
+    """
+
+    roles: tuple[str, ...]
+
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+        """attributes: the attribute models that count in this batch, in the order of its weights."""
+
+    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
+        """Take a freshly opened session and batch. Before every round, each opened model has read all committed tokens
+        of every sequence but the last."""
+
+    def round(self) -> None:
+        """Commit at least one token to every active sequence, or mark it as failed; only seq-rs, which commits whole
+        texts, may take a bounded number of rounds for it. Never waits for the device."""
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What the sampler counted, per sequence (B,)."""
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "exact": Exact,
+    "direct": Direct,
+    "scr": SCR,
+    "token-rs": TokenRS,
+    "seq-rs": SeqRS,
+}

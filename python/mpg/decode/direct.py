@@ -1,0 +1,49 @@
+"""Draw each token from the target's row: exact, one pass of every model in the target a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import mpg_ext
+from mpg.batch import Batch
+from mpg.config import Options
+from mpg.decode.rows import TargetRows
+from mpg.rng import Generator, Purpose
+from mpg_ext import reference
+
+if TYPE_CHECKING:
+    from mpg.ensemble import Ensemble, Session
+
+
+class Direct:
+    """Exact up to the floating point of the models' own forwards. See `Sampler` for the interface."""
+
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, *, composed: bool = False):
+        self.options, self.ops = options, reference if composed else mpg_ext
+        self.target = TargetRows(models, attributes, options, self.ops)
+        self.roles = self.target.roles
+
+    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
+        self.session, self.batch, self.rng = session, batch, rng
+        self.target.start(batch)
+
+    def round(self) -> None:
+        batch = self.batch
+
+        # One pass of every model over the last token
+        fed = batch.last_tokens()[:, None]  # (B, 1)
+        logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))
+
+        # Combine, warp, draw
+        rows, log_totals = self.target.of(logits, fed[:, :0])
+        batch.fail(unusable=rows[:, 0, 0].isnan(), empty=log_totals[:, 0] == -torch.inf)
+        token = self.rng.categorical(rows[:, 0], Purpose.LAST, 0, batch.active)
+        self.target.commit(logits, torch.zeros_like(token), token)
+        log_ratios = self.target.log_ratios(logits, token[:, None]) if self.options.trace else None
+        batch.commit(token[:, None], batch.active.long(), log_ratios)
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {}

@@ -1,0 +1,195 @@
+"""The paper's two rejection baselines (section 4.5), a token or a whole text at a time: approximate, bounded in tries.
+
+Both draw candidates from the warped base and accept one with probability min(1, S / M), M being SCR's online bound
+(`mpg.bound`). After `tries` rejections the last candidate is taken and counted. Neither is exact: M may be too small.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+import mpg_ext
+from mpg.batch import Batch
+from mpg.bound import Bound
+from mpg.config import Options
+from mpg.rng import Generator, Purpose
+from mpg_ext import reference
+from mpg_ext.ops import Score
+
+if TYPE_CHECKING:
+    from mpg.ensemble import Ensemble, Session
+
+# Every statistic with its denominator.
+STATISTICS = {
+    "reject_rate": "candidates rejected / candidates tried, both expected under token-rs",
+    "capped_rate": "tokens (token-rs) or texts (seq-rs) taken after as many rejections as are allowed / all taken",
+    "num_tries": "candidates tried: tokens, as expected (token-rs), or texts (seq-rs) (a count)",
+    "log_bound": "log M after the last round (natural logarithm)",
+}
+
+
+class TokenRS:
+    """Token-level rejection sampling. See `Sampler` for the interface.
+
+    Every candidate of one position comes from the same row and meets the same M, so the loop is drawn in closed form:
+    with a = sum_y q(y) min(1, S(y) / M), some try succeeds with probability 1 - (1 - a)^tries, and what is taken then
+    has the law of an accepted candidate, else that of a rejected one.
+
+    composed  run on the plain-torch twins
+    """
+
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, *, composed: bool = False):
+        self.options, self.ops = options, reference if composed else mpg_ext
+        self.roles = _roles(models, attributes)
+
+    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
+        self.session, self.batch, self.rng = session, batch, rng
+        self.weights = _normalised(batch.weights)
+        self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
+        self.num_tries, self.num_rejected, self.num_capped = (
+            torch.zeros(len(batch), dtype=torch.float64, device=self.weights.device) for _ in range(3)
+        )
+
+    def round(self) -> None:
+        batch, bound = self.batch, self.bound
+
+        # One pass of every model over the last token
+        fed = batch.last_tokens()[:, None]
+        logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))[:, :, 0]
+        scored = _scored(logits, self.weights)
+        draft_row = self.ops.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
+
+        # Accept one of the candidates, or take the last
+        masses, scores = reference.fallback_masses(
+            scored[0], scored[1:], draft_row, self.weights, bound.log_bound, score=cast(Score, self.options.target)
+        )
+        draft_row = draft_row.double()
+        accept_prob = (masses.sum(1) / draft_row.sum(1)).clamp_max(1)  # a: of one try
+        batch.fail(unusable=accept_prob.isnan())
+        success_prob = -torch.expm1(self.options.tries * torch.log1p(-accept_prob))  # 1 - (1 - a)^tries
+        is_accepted = self.rng.bernoulli(success_prob, Purpose.ACCEPT, 0, batch.active)
+        taken = torch.where(is_accepted[:, None], masses, draft_row - masses)
+        token = self.rng.categorical(taken, Purpose.DRAFT, 0, batch.active)
+
+        # Update log M by an accepted score; the others of the loop were never seen
+        pushed = torch.where(is_accepted, scores.gather(1, token[:, None])[:, 0], -torch.inf)
+        mpg_ext.update_bound_(*bound.tensors(), pushed[:, None], batch.active, **bound.constants())
+
+        # Commit
+        num_tries = torch.where(accept_prob > 0, success_prob / accept_prob, self.options.tries)
+        self.num_tries += num_tries.where(batch.active, 0)
+        self.num_rejected += (num_tries - success_prob).where(batch.active, 0)
+        self.num_capped += batch.active & ~is_accepted
+        log_ratios = None
+        if self.options.trace:
+            logprobs = _gather(self.ops, scored, token)
+            log_ratios = logprobs[1:] - logprobs[:1]
+        batch.commit(token[:, None], batch.active.long(), log_ratios)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The entries of `STATISTICS`, each (B,)."""
+        return {
+            "reject_rate": self.num_rejected / self.num_tries,
+            "capped_rate": self.num_capped / self.batch.num_new_tokens(),
+            "num_tries": self.num_tries,
+            "log_bound": self.bound.log_bound,
+        }
+
+
+class SeqRS:
+    """Sequence-level rejection sampling. See `Sampler` for the interface.
+
+    A round draws one token of every sequence's candidate text while all attributes read along; a text that ends is
+    tested, and either committed whole or begun again from the prompt. Every tested score goes into the bound: a request
+    has one accepted text at most, so accepted scores alone could not estimate anything.
+
+    composed  run on the plain-torch twins
+    """
+
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, *, composed: bool = False):
+        self.options, self.ops = options, reference if composed else mpg_ext
+        self.roles = _roles(models, attributes)
+
+    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
+        self.session, self.batch, self.rng = session, batch, rng
+        self.weights = _normalised(batch.weights)
+        self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
+        self.num_tries, self.num_rejected, self.num_capped = (torch.zeros_like(batch.lengths) for _ in range(3))
+        # the candidate texts: their tokens, sizes and last tokens, and log-probabilities under anchor and attributes
+        self.texts, self.sizes, self.last = (
+            torch.zeros_like(batch.tokens),
+            torch.zeros_like(batch.lengths),
+            batch.last_tokens(),
+        )
+        self.logprobs = self.weights.new_zeros(1 + self.weights.shape[1], *batch.tokens.shape)
+        self.num_rounds = 0  # no candidate is longer
+
+    def round(self) -> None:
+        batch, bound = self.batch, self.bound
+        self.num_rounds += 1
+
+        # The candidate's next token, from the warped base
+        start, kv_length = batch.lengths - 1 + self.sizes, batch.kv_length(self.num_rounds)
+        logits = self.session.forward(self.roles, self.last[:, None], start, kv_length=kv_length)[:, :, 0]
+        draft_row = self.ops.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
+        batch.fail(unusable=draft_row[:, 0].isnan())
+        token = self.rng.categorical(draft_row, Purpose.DRAFT, 0, batch.active)
+        where = self.sizes.clamp_max(batch.capacity - 1)[:, None]
+        logprobs = _gather(self.ops, _scored(logits, self.weights), token)
+        self.texts.scatter_(1, where, token[:, None])
+        self.logprobs.scatter_(2, where.expand(len(logprobs), -1, -1), logprobs)
+        self.sizes += 1
+
+        # Accept a whole text with probability min(1, S / M), or take the last one allowed
+        of_text = self.logprobs.sum(2, keepdim=True)
+        score = self.ops.score_prefixes(of_text[1:], of_text[0], self.weights, score=self.options.target)[1][:, 0]
+        batch.fail(unusable=score.isnan())
+        is_whole = batch.active & (batch.is_eos(token) | (batch.lengths + self.sizes >= batch.limits))
+        accept_prob = (score - bound.log_bound).clamp_max(0).exp()
+        is_accepted = self.rng.bernoulli(accept_prob, Purpose.ACCEPT, 0, is_whole)
+        self.num_tries += is_whole
+        self.num_rejected += is_whole & ~is_accepted
+        is_capped = is_whole & ~is_accepted & (self.num_tries >= self.options.tries)
+        self.num_capped += is_capped
+        mpg_ext.update_bound_(*bound.tensors(), score[:, None], is_whole, **bound.constants())
+
+        # Commit it, or start again
+        counts = torch.where(is_whole & is_accepted | is_capped, self.sizes, 0)
+        self.sizes = torch.where(is_whole | ~batch.active, 0, self.sizes)
+        self.last = torch.where(is_whole, batch.last_tokens(), token)
+        batch.commit(self.texts, counts, self.logprobs[1:] - self.logprobs[:1] if self.options.trace else None)
+        self.logprobs = self.logprobs.where(~is_whole[:, None], 0)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The entries of `STATISTICS`, each (B,)."""
+        return {
+            "reject_rate": self.num_rejected / self.num_tries,
+            "capped_rate": self.num_capped.double(),
+            "num_tries": self.num_tries,
+            "log_bound": self.bound.log_bound,
+        }
+
+
+def _roles(models: Ensemble, attributes: tuple[str, ...]) -> tuple[str, ...]:
+    """The base, which draws; the anchor (unless it is the base) and the attributes, which score."""
+    return ("base", *attributes) if models.is_same("base", "anchor") else ("base", "anchor", *attributes)
+
+
+def _scored(logits: Tensor, weights: Tensor) -> Tensor:
+    """The anchor's and the attributes' of all roles' logits. out: (1 + N, B, V)"""
+    return logits[-1 - weights.shape[1] :]
+
+
+def _normalised(weights: Tensor) -> Tensor:
+    """alpha, summing to 1 where its sum is positive, as in SCR (section 3.1). out: (B, N)"""
+    total = weights.sum(1, keepdim=True)
+    return torch.where(total > 0, weights / total, weights)
+
+
+def _gather(ops: Any, logits: Tensor, token: Tensor) -> Tensor:
+    """Log-probabilities of a token (B,) by every model's logits (1 + N, B, V). out: (1 + N, B, 1)"""
+    tokens = token[:, None].repeat(len(logits), 1)
+    return ops.gather_logprobs(logits.flatten(0, 1)[:, None], tokens).view(*logits.shape[:2], 1)

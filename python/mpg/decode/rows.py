@@ -1,0 +1,108 @@
+"""The target's rows along a text: the models they come from, the weights as they stand, the warp.
+
+Shared by the samplers that draw from the target itself. Knows no draft and no acceptance.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpg.batch import Batch
+from mpg.config import Options
+from mpg.targets import TARGETS
+
+if TYPE_CHECKING:
+    from mpg.ensemble import Ensemble
+
+
+class TargetRows:
+    """Rows of the target of one batch.
+
+    roles    whose logits `of` takes, in this order
+    weights  (B, N), the weights at the next token. They are alpha, unless the mixture spans more than a token: then
+             w_i *= pi_i(y) after every committed y, rescaled, and alpha again at each multiple of the span
+    """
+
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, ops: Any):
+        self.options, self.ops, self.target = options, ops, TARGETS[options.target]
+        self.anchor_is_base = models.is_same("base", "anchor")
+        if options.span != 1 and not self.anchor_is_base:
+            raise ValueError(
+                "mixture_span: expected 'token' where the anchor is not the base, the mixture being of ratios; "
+                f"got {options.mixture_span!r}"
+            )
+        self.references = self.target.references(self.anchor_is_base)
+        self.roles = (*self.references, *attributes)
+
+    def start(self, batch: Batch) -> None:
+        self.batch, self.weights = batch, batch.weights
+
+    def of(self, logits: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's rows after the last committed token and after each drafted one.
+
+        logits: (len(roles), B, K + 1, V), after the last committed token, C_1, ..., C_K
+        chunk:  (B, K) int64
+
+        out: probabilities (B, K + 1, V), warped, zeros where the target is empty; the logarithm (B, K + 1) of what each
+        row was divided by: -inf where it is empty, NaN where a model's logits are unusable
+        """
+        base, anchor, attributes = self._split(logits)
+        self.chunk_weights = self._weights_along(attributes, chunk)
+        log_rows, log_totals = self.target.combine(self.ops, base, anchor, attributes, self.chunk_weights)
+        probs = self.ops.warp_rows(log_rows.flatten(0, 1), **self.options.warp())
+        return probs.view_as(log_rows), log_totals
+
+    def commit(self, logits: Tensor, accepted: Tensor, token: Tensor) -> None:
+        """Move the weights behind `accepted` (B,) drafted tokens and the one `token` (B,) that follows them."""
+        if self.options.span == 1:
+            return
+        _, _, attributes = self._split(logits)
+        row = accepted.view(1, -1, 1, 1).expand(len(attributes), -1, 1, attributes.shape[3])
+        logprobs = self._gather(attributes.gather(2, row), token[:, None])[:, :, 0]
+        index = accepted.view(-1, 1, 1).expand(-1, 1, self.chunk_weights.shape[2])
+        weights = self.chunk_weights.gather(1, index)[:, 0]
+        self.weights = self._advance(weights, logprobs, self.batch.num_new_tokens() + accepted + 1)
+
+    def log_ratios(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """log pi_i - log anchor of the tokens (B, K + 1) that `logits` came before; against the unwarped target row
+        where the target runs no anchor. out: (N, B, K + 1)"""
+        base, anchor, attributes = self._split(logits)
+        ratios = self._gather(attributes, tokens)
+        if anchor is not None:
+            return ratios - self._gather(anchor[None], tokens)
+        log_rows, _ = self.target.combine(self.ops, base, anchor, attributes, self.chunk_weights)
+        return ratios - log_rows.gather(2, tokens[..., None])[..., 0]
+
+    def _split(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        if not self.references:
+            return None, None, logits
+        base, anchor = logits[0], logits[len(self.references) - 1]
+        return base, (base if len(self.references) == 1 else anchor), logits[len(self.references) :]
+
+    def _weights_along(self, attributes: Tensor, chunk: Tensor) -> Tensor:
+        """The weights (B, K + 1, N) at the next token and after each drafted one."""
+        if self.options.span == 1:
+            return self.weights[:, None].expand(-1, chunk.shape[1] + 1, -1)
+        logprobs = self._gather(attributes, torch.nn.functional.pad(chunk, (0, 1)))  # of no token after the last row
+        along = [self.weights]
+        for index in range(chunk.shape[1]):
+            num_tokens = self.batch.num_new_tokens() + index + 1
+            along.append(self._advance(along[-1], logprobs[:, :, index], num_tokens))
+        return torch.stack(along, 1)
+
+    def _advance(self, weights: Tensor, logprobs: Tensor, num_tokens: Tensor) -> Tensor:
+        """The weights after a token of log-probability (N, B), the `num_tokens`-th new one."""
+        log_sizes = torch.where(weights == 0, -torch.inf, weights.abs().log() + logprobs.T)
+        largest = log_sizes.amax(1, keepdim=True)
+        carried = weights.sign() * (log_sizes - torch.where(largest == -torch.inf, 0, largest)).exp()
+        if self.options.span is None:
+            return carried
+        return torch.where((num_tokens % self.options.span == 0)[:, None], self.batch.weights, carried)
+
+    def _gather(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Unwarped log-probabilities (N, B, P) of tokens (B, P), each after its row of logits (N, B, P, V)."""
+        every = tokens.flatten().repeat(len(logits))
+        return self.ops.gather_logprobs(logits.flatten(0, 2)[:, None], every[:, None]).view(logits.shape[:3])

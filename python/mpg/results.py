@@ -1,0 +1,130 @@
+"""What a call returns, and one request's transcript while it grows. Knows no model and no batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpg.decode.exact import STATISTICS as EXACT_STATISTICS
+from mpg.decode.rejection import STATISTICS as REJECTION_STATISTICS
+from mpg.decode.scr import STATISTICS as SCR_STATISTICS
+
+# Every entry of `Result.stats` with its unit or denominator. The three costs are counted apart, never mixed; reading
+# the prompt is in none of them.
+STATISTICS = {
+    "rounds": "propose, score, verify, commit (a count)",
+    "model_calls_per_token": "forwards, every model that takes part counted / tokens",
+    "depth_per_token": "forwards that wait for one another / tokens",
+    "positions_per_token": "positions that a model read / tokens",
+    "tokens_per_second": "tokens / seconds from the call to the request's last token, its whole batch running",
+    "time_to_first_token": "seconds from the call to the request's first token",
+    **EXACT_STATISTICS,
+    **REJECTION_STATISTICS,
+    **SCR_STATISTICS,
+    "reject_rate": f"{SCR_STATISTICS['reject_rate']}; token-rs, seq-rs: {REJECTION_STATISTICS['reject_rate']}",
+}
+
+
+@dataclass(frozen=True)
+class Token:
+    """One committed token, as `on_token` gets it.
+
+    request     index of its prompt in the call
+    id          token id
+    text        the text that it completes; "" while a character is incomplete, and for special tokens
+    log_ratios  by attribute log pi_i(token) - log anchor(token) where the call traces, else None; against the target's
+                row where the target runs no anchor (arithmetic)
+    """
+
+    request: int
+    id: int
+    text: str
+    log_ratios: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one request returned.
+
+    text           the new text, without special tokens
+    tokens         ids of the new tokens, a final end-of-sequence token included
+    finish_reason  "stop" (end-of-sequence token) or "length"
+    prompt_tokens  length of the prompt, in tokens
+    seed           reproduces the result
+    weights        alpha by attribute, as asked for
+    stats          see `STATISTICS`; those of exact, scr and the rejection samplers only where it was one
+    log_ratios     per token, by attribute, as in `Token`
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    seed: int
+    weights: dict[str, float]
+    stats: dict[str, float]
+    log_ratios: tuple[dict[str, float], ...] | None
+
+
+@dataclass
+class Transcript:
+    """The tokens of one request as the host has seen them, and their text piece by piece.
+
+    tokenizer      decodes ids, or None
+    attributes     names of those that log-ratios come by
+    request        index of its prompt in the call
+    prompt_length  in tokens
+    """
+
+    tokenizer: Any
+    attributes: tuple[str, ...]
+    request: int
+    prompt_length: int
+    tokens: list[int] = field(default_factory=list)
+    log_ratios: list[dict[str, float]] = field(default_factory=list)
+    is_open: bool = True  # the engine closes it before it hands over the last round
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+    _printed: int = 0  # tokens whose text has been handed out
+    _context: int = 0  # where decoding starts: far enough back for the tokenizer to join words as in the whole text
+
+    @property
+    def length(self) -> int:
+        """Prompt and new tokens."""
+        return self.prompt_length + len(self.tokens)
+
+    def where(self) -> str:
+        return f"prompt {self.request}, new token {len(self.tokens)}"
+
+    def extend(self, tokens: list[int], log_ratios: list[list[float]] | None) -> Iterator[Token]:
+        """Append a round's tokens, with their log-ratios (one list a token) where traced. out: the same as `Token`s"""
+        if tokens:  # seq-rs has rounds without any
+            self.last_token_at = time.perf_counter()
+            self.first_token_at = self.first_token_at or self.last_token_at
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            by_name = None
+            if log_ratios is not None:
+                by_name = dict(zip(self.attributes, log_ratios[i], strict=True))
+                self.log_ratios.append(by_name)
+            is_last = not self.is_open and i == len(tokens) - 1
+            yield Token(self.request, token, self._next_text(is_last=is_last), by_name)
+
+    def text(self) -> str:
+        """All of the new text, special tokens left out."""
+        return self._text(0, len(self.tokens))
+
+    def _next_text(self, *, is_last: bool) -> str:
+        before = self._text(self._context, self._printed)
+        now = self._text(self._context, len(self.tokens))
+        if now.endswith("\ufffd") and not is_last:  # part of a character
+            return ""
+        self._context, self._printed = self._printed, len(self.tokens)
+        return now[len(before) :]
+
+    def _text(self, start: int, end: int) -> str:
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(self.tokens[start:end], skip_special_tokens=True)

@@ -1,0 +1,95 @@
+"""The combined rows of a target: which models they need, and what the target makes of those models' logits.
+
+Combine first, normalise, warp last. The arithmetic is the op `combine_rows`; here is what each target feeds it. A
+target is a small class; a new f-divergence is one more. Knows no model and no loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Target(Protocol):
+    """A rule that combines rows.
+
+    references  the roles needed beside the attributes', given whether anchor and base are one model
+    combine     ops: `mpg_ext`, or its plain-torch twins; references: logits (B, P, V) of base and anchor where needed;
+                attributes: logits (N, B, P, V); weights: (B, P, N), signed
+                out: the normalised log-rows (B, P, V) and the logarithm of what each was divided by (B, P):
+                -inf where the row is empty, NaN where a model's logits are NaN or +inf
+    """
+
+    def references(self, anchor_is_base: bool) -> tuple[str, ...]: ...
+
+    def combine(
+        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Arithmetic:
+    """v = sum_i w_i pi_i; with another anchor than the base, v = base * sum_i w_i pi_i / anchor (Eq. 10-13)."""
+
+    def references(self, anchor_is_base: bool) -> tuple[str, ...]:
+        return () if anchor_is_base else ("base", "anchor")
+
+    def combine(
+        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ops.combine_rows(attributes, weights, base, anchor, target="arithmetic")
+
+
+class Anchored:
+    """v = base * [1 + sum_i w_i (pi_i / anchor - 1)]_+: Eq. 7 for a chi-squared regulariser while nothing clips.
+
+    Arithmetic with the anchor as one more model, of weight 1 - sum_i w_i.
+    """
+
+    def references(self, anchor_is_base: bool) -> tuple[str, ...]:
+        return ("base",) if anchor_is_base else ("base", "anchor")
+
+    def combine(
+        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert base is not None and anchor is not None
+        members = torch.cat([anchor[None], attributes])
+        shares = torch.cat([1 - weights.sum(-1, keepdim=True), weights], -1)
+        if base is anchor:
+            base = anchor = None  # the ratio to it cancels
+        return ops.combine_rows(members, shares, base, anchor, target="arithmetic")
+
+
+class Geometric:
+    """log v = log base + sum_i w_i (log pi_i - log anchor): Eq. 7 for the reverse KL, token by token."""
+
+    def references(self, anchor_is_base: bool) -> tuple[str, ...]:
+        return ("base",) if anchor_is_base else ("base", "anchor")
+
+    def combine(
+        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ops.combine_rows(attributes, weights, base, anchor, target="geometric")
+
+
+class Base:
+    """v = base: no attribute counts."""
+
+    def references(self, anchor_is_base: bool) -> tuple[str, ...]:
+        return ("base",)
+
+    def combine(
+        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert base is not None
+        one = torch.ones(*base.shape[:2], 1, dtype=weights.dtype, device=weights.device)
+        return ops.combine_rows(base[None], one, None, None, target="arithmetic")
+
+
+TARGETS: dict[str, Target] = {
+    "arithmetic": Arithmetic(),
+    "anchored": Anchored(),
+    "geometric": Geometric(),
+    "base": Base(),
+}

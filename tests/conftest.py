@@ -1,0 +1,18 @@
+"""The shipped demo models, loaded once, on the device that MPG_DEVICE names (default cpu)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import mpg
+from mpg.demo import MODELS
+
+torch.set_num_threads(1)  # the models here are small: more threads only wait for one another
+
+
+@pytest.fixture(scope="session")
+def model() -> mpg.Model:
+    return mpg.load(MODELS, device=os.environ.get("MPG_DEVICE", "cpu"))

@@ -1,0 +1,146 @@
+"""Models of a few tokens whose every row is known, behind the interface that the decode loops use.
+
+A row depends on every token before it and on nothing else, and a session knows only the tokens it was fed: a loop that
+leaves a rejected token in a cache, or feeds one at the wrong position, samples other rows than the test lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpg.batch import Batch
+from mpg.config import Options
+from mpg.decode import SAMPLERS
+from mpg.ensemble import Cost
+from mpg.rng import KeyedGenerator, ReplayingGenerator, enumerate_branches
+
+NUM_ROWS = 997  # distinct rows of one model; a prime, so that few prefixes share one
+
+
+class FakeModels:
+    """An ensemble of random tabular models in float64.
+
+    attributes  their names
+    same        roles that are one model with the base; the others each have rows of their own
+    others      more roles, and the standard deviation of their logits around the base's
+    spread      standard deviation of the attributes' logits around the base's
+    """
+
+    dtype, device, tokenizer, max_positions = torch.float64, torch.device("cpu"), None, None
+
+    def __init__(
+        self,
+        vocab_size: int,
+        attributes: Sequence[str] = ("E", "T"),
+        *,
+        same: Iterable[str] = ("anchor",),
+        others: Mapping[str, float] | None = None,
+        eos_token_ids: Sequence[int] = (),
+        spread: float = 1.0,
+        seed: int = 0,
+    ):
+        rng = torch.Generator().manual_seed(seed)
+        self.vocab_size, self.attribute_names = vocab_size, tuple(attributes)
+        self.eos_token_ids = tuple(eos_token_ids)
+        base = torch.randn(NUM_ROWS, vocab_size, generator=rng, dtype=torch.float64)
+        self.logits = {"base": base} | {role: base for role in same}
+        for role, deviation in {"anchor": spread, **dict.fromkeys(attributes, spread), **(others or {})}.items():
+            noise = torch.randn(NUM_ROWS, vocab_size, generator=rng, dtype=torch.float64)
+            self.logits.setdefault(role, base + deviation * noise)
+        self.logits.setdefault("draft", base)
+
+    def is_same(self, role: str, other: str) -> bool:
+        return self.logits[role] is self.logits[other]
+
+    def open(self, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int) -> FakeSession:
+        return FakeSession(self, prompts, roles, capacity)
+
+    def log_row(self, role: str, prefix: Sequence[int]) -> Tensor:
+        """log pi_role(. | prefix), (V,), for the tests' own enumeration."""
+        return self.logits[role][_row_numbers(torch.tensor([prefix]))[0, -1]].log_softmax(-1)
+
+
+class FakeSession:
+    def __init__(self, models: FakeModels, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int):
+        self.models, self.cost = models, Cost()
+        unread = torch.full((len(prompts), capacity), 7)  # a token that no vocabulary here has
+        for row, prompt in zip(unread, prompts, strict=True):
+            row[: len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.int64)
+        self.read = {id(models.logits[role]): unread.clone() for role in roles}  # roles of one model share it
+
+    def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
+        self.cost.model_calls += len(roles)
+        self.cost.depth += 1
+        positions = start[:, None] + torch.arange(tokens.shape[1])
+        positions = positions.clamp_max(next(iter(self.read.values())).shape[1] - 1)
+        rows = []
+        for role in roles:
+            read = self.read[id(self.models.logits[role])].scatter_(1, positions, tokens)
+            numbers = _row_numbers(read[:, :kv_length]).gather(1, positions.clamp_max(kv_length - 1))
+            rows.append(self.models.logits[role][numbers])
+        return torch.stack(rows)
+
+    def blame(self, row: int | None = None) -> None:
+        return None
+
+
+# Requests that share every enumerated batch, so that it is ragged: other prompts, limits and decisions of their own.
+COMPANIONS = (([1, 0, 1, 1, 0, 2], 2), ([0], 6))
+
+
+class _WithCompanions:
+    """Replays the first rows of a batch and draws for the companions, its last rows, by their keys."""
+
+    def __init__(self, replaying: ReplayingGenerator, keyed: KeyedGenerator):
+        self.replaying, self.keyed, self.split = replaying, keyed, len(replaying.probs)
+
+    def bernoulli(self, probs: Tensor, purpose: Any, index: int, active: Tensor) -> Tensor:
+        followed = self.replaying.bernoulli(probs[: self.split], purpose, index, active[: self.split])
+        return torch.cat([followed, self.keyed.bernoulli(probs, purpose, index, active)[self.split :]])
+
+    def categorical(self, rows: Tensor, purpose: Any, index: int, active: Tensor) -> Tensor:
+        followed = self.replaying.categorical(rows[: self.split], purpose, index, active[: self.split])
+        return torch.cat([followed, self.keyed.categorical(rows, purpose, index, active)[self.split :]])
+
+
+def enumerate_sampler(
+    models: FakeModels, prompt: Sequence[int], max_new_tokens: int, weights: dict[str, float], **options: Any
+) -> dict[tuple[int, ...], float]:
+    """The exact law of a sampler's production loop over the new tokens, by walking every branch of it."""
+    checked = Options.of(options)
+
+    def run(rng: ReplayingGenerator, batch_size: int) -> list[tuple[int, ...]]:
+        prompts = [prompt] * batch_size + [companion for companion, _ in COMPANIONS]
+        limits = [max_new_tokens] * batch_size + [limit for _, limit in COMPANIONS]
+        alpha = torch.tensor([list(weights.values())] * len(prompts), dtype=torch.float64).view(len(prompts), -1)
+        batch = Batch(prompts, limits, alpha, torch.arange(len(prompts)), models.eos_token_ids)
+        sampler = SAMPLERS[checked.sampler](models, tuple(weights), checked, composed=True)
+        session = models.open(prompts, sampler.roles, batch.capacity)
+        sampler.start(session, batch, _WithCompanions(rng, KeyedGenerator(batch.seeds, batch.rounds)))
+        while batch.active.any():
+            sampler.round()
+            batch.read()
+        assert not batch.unusable.any()
+        assert not batch.empty.any()
+        rows = zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)
+        return [tuple(row[len(prompt) : length]) for row, length in rows][:batch_size]
+
+    law: dict[tuple[int, ...], float] = {}
+    for prob, text in enumerate_branches(run):
+        law[text] = law.get(text, 0.0) + prob
+    return law
+
+
+def total_variation(law: dict[tuple[int, ...], float], other: dict[tuple[int, ...], float]) -> float:
+    return sum(abs(law.get(text, 0.0) - other.get(text, 0.0)) for text in {*law, *other}) / 2
+
+
+def _row_numbers(tokens: Tensor) -> Tensor:
+    """For every prefix of each sequence (B, L), the number of the row that follows it."""
+    factors = torch.tensor(list(accumulate(range(tokens.shape[1] - 1), lambda f, _: f * 31 % NUM_ROWS, initial=17)))
+    return ((tokens + 1) * factors).cumsum(1) % NUM_ROWS

@@ -1,0 +1,189 @@
+"""The fused ops decide as the composed path does, and no key decides twice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fakes import FakeModels
+from mpg.batch import Batch
+from mpg.config import Options
+from mpg.decode import SAMPLERS
+from mpg.decode.direct import Direct
+from mpg.decode.exact import Exact
+from mpg.decode.scr import SCR
+from mpg.rng import KeyedGenerator, Purpose, RecordingGenerator
+
+PROMPTS = [[1, 0], [3], [0, 2, 1, 1, 3], [1, 1, 1]]  # ragged
+SCR_OPTIONS = {
+    "as published": {},
+    "geometric score": {"target": "geometric"},
+    "small window": {"window": 3, "tau": 0.3, "chunk_size": 3},
+    "long chunks": {"chunk_size": 7, "initial_bound": 4.0},
+    "clipping bound": {"initial_bound": 1.05},
+    "base where empty": {"empty": "base", "top_p": 0.3},
+    "observed": {"observed": True, "window": 5},
+}
+EXACT_OPTIONS = {
+    "reference draft": {"draft": "reference"},
+    "small model": {"draft": "model", "chunk_size": 3},
+    "long chunks": {"draft": "model", "chunk_size": 9, "target": "arithmetic"},
+    "lookup": {"draft": "lookup", "chunk_size": 2},
+    "adapted": {"draft": "model", "adaptive": True},
+    "spans": {"draft": "model", "target": "arithmetic", "mixture_span": 3},
+    "anchored": {"draft": "model", "target": "anchored"},
+    "warped": {"draft": "model", "temperature": 0.8, "top_p": 0.9, "top_k": 4, "min_p": 0.05},
+    "greedy": {"draft": "model", "temperature": 0},
+    "by token": {"draft": "model", "verify": "token"},
+}
+
+
+def decode(models, sampler, weights, seeds, options, generator=KeyedGenerator, limit=40):
+    """Texts, statistics and generator after decoding one request per seed."""
+    prompts = [PROMPTS[seed % len(PROMPTS)] for seed in seeds]
+    alpha = torch.tensor([weights] * len(seeds), dtype=torch.float64)
+    batch = Batch(
+        prompts,
+        [limit - seed % 5 for seed in seeds],
+        alpha,
+        torch.tensor(seeds),
+        models.eos_token_ids,
+        trace=options.trace,
+    )
+    rng = generator(batch.seeds, batch.rounds)
+    sampler.start(models.open(prompts, sampler.roles, batch.capacity), batch, rng)
+    while batch.active.any():
+        sampler.round()
+        batch.read()
+    assert not batch.unusable.any()
+    assert not batch.empty.any()
+    rows = zip(batch.tokens.tolist(), prompts, batch.lengths.tolist(), strict=True)
+    return [row[len(prompt) : length] for row, prompt, length in rows], sampler, batch, rng
+
+
+@pytest.mark.parametrize("same", [("anchor",), ()], ids=["anchor is base", "own anchor"])
+@pytest.mark.parametrize("name", SCR_OPTIONS)
+def test_fused_scr_decides_as_composed_scr(name, same):
+    weights = [1.0, -0.6] if "base" in name else [1.0, 0.4]
+    models = FakeModels(6, same=same, eos_token_ids=[5], seed=1)
+    options = Options(sampler="scr", trace=True, **SCR_OPTIONS[name])
+    runs = []
+    for composed in (False, True):
+        sampler = SCR(models, ("E", "T"), options, composed=composed)
+        runs.append(decode(models, sampler, weights, list(range(64)), options))
+    (fused_texts, fused, fused_batch, _), (texts, composed, batch, _) = runs
+    assert fused_texts == texts
+    assert sum(len(text) for text in texts) > 200
+    torch.testing.assert_close(fused_batch.log_ratios, batch.log_ratios)
+    for statistic, value in composed.statistics().items():
+        torch.testing.assert_close(fused.statistics()[statistic], value, msg=statistic)
+
+
+@pytest.mark.parametrize("same", [("anchor",), ()], ids=["anchor is base", "own anchor"])
+@pytest.mark.parametrize("name", EXACT_OPTIONS)
+@pytest.mark.parametrize("sampler", ["exact", "direct"])
+def test_fused_target_samplers_decide_as_composed_ones(sampler, name, same):
+    chosen = dict(EXACT_OPTIONS[name])
+    if not same and "mixture_span" in chosen:
+        pytest.skip("a span needs the anchor to be the base")
+    if sampler == "direct":
+        chosen = {
+            key: value for key, value in chosen.items() if key not in ("draft", "chunk_size", "adaptive", "verify")
+        }
+    models = FakeModels(6, same=same, others={"draft": 0.5}, eos_token_ids=[5], seed=1)
+    options = Options(sampler=sampler, trace=True, **chosen)
+    runs = []
+    for composed in (False, True):
+        one = SAMPLERS[sampler](models, ("E", "T"), options, composed=composed)
+        runs.append(decode(models, one, [0.8, 0.5], list(range(64)), options))
+    (fused_texts, fused, fused_batch, _), (texts, composed, batch, _) = runs
+    assert fused_texts == texts
+    assert sum(len(text) for text in texts) > 200
+    torch.testing.assert_close(fused_batch.log_ratios, batch.log_ratios)
+    for statistic, value in composed.statistics().items():
+        torch.testing.assert_close(fused.statistics()[statistic], value, msg=statistic)
+
+
+KEY_OPTIONS = {
+    "scr": Options(sampler="scr"),
+    "scr that falls to the base": Options(sampler="scr", empty="base", top_p=0.3),
+    "direct": Options(sampler="direct"),
+    "exact": Options(sampler="exact"),
+    "exact by token": Options(sampler="exact", verify="token"),
+    "exact by lookup": Options(sampler="exact", draft="lookup"),
+}
+
+
+@pytest.mark.parametrize("composed", [False, True], ids=["fused", "composed"])
+@pytest.mark.parametrize("name", KEY_OPTIONS)
+def test_no_key_is_used_twice(name, composed):
+    models, options = FakeModels(6, eos_token_ids=[5]), KEY_OPTIONS[name]
+    sampler = SAMPLERS[options.sampler](models, ("E", "T"), options, composed=composed)
+    weights = [1.0, -0.9] if options.empty == "base" else [1.0, 1.0]
+    texts, _, _, rng = decode(models, sampler, weights, list(range(16)), options, RecordingGenerator)
+    assert len(rng.keys) > sum(len(text) for text in texts) / 2  # the recorder has seen them all, and none twice
+    if options.empty == "base":
+        assert any(purpose == Purpose.EMPTY for _, _, purpose, _ in rng.keys)
+
+
+def test_recorder_notices_a_key_used_twice():
+    rng = RecordingGenerator(torch.tensor([3, 4]), torch.tensor([0, 0]))
+    one, other = torch.tensor([True, False]), torch.tensor([False, True])
+    probs = torch.tensor([0.5, 0.5])
+    rng.bernoulli(probs, 1, 0, one)
+    rng.bernoulli(probs, 1, 0, other)
+    rng.bernoulli(probs, 1, 1, one)
+    with pytest.raises(AssertionError, match="used twice"):
+        rng.bernoulli(probs, 1, 0, one)
+
+
+@pytest.mark.parametrize("sampler", [SCR, Direct, Exact])
+def test_a_request_draws_the_same_alone_and_in_any_batch(sampler):
+    models = FakeModels(6, others={"draft": 0.5}, eos_token_ids=[5])
+    options = Options(sampler=sampler.__name__.lower())
+
+    def texts(seeds):
+        return decode(models, sampler(models, ("E", "T"), options), [1.0, 1.0], seeds, options)[0]
+
+    together = texts([8, 3, 11, 6])
+    assert together == [texts([seed])[0] for seed in (8, 3, 11, 6)]
+    assert len({tuple(text) for text in together}) > 1
+
+
+@pytest.mark.parametrize("verify", ["block", "token"])
+def test_draft_that_is_the_target_is_always_accepted(verify):
+    models = FakeModels(6, same=("anchor", "E"), eos_token_ids=[5])
+    options = Options(sampler="exact", verify=verify, target="arithmetic")
+    _, sampler, _, _ = decode(models, Exact(models, ("E",), options), [1.0], list(range(16)), options)
+    assert sampler.statistics()["accept_rate"].eq(1).all()
+
+
+class TestUnusableModels:
+    """What a model returns for one sequence must not reach the others, and must not pass for a text."""
+
+    @pytest.mark.parametrize("composed", [False, True], ids=["fused", "composed"])
+    @pytest.mark.parametrize("sampler", ["exact", "direct", "scr"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("span", ["token", 3])
+    def test_attribute_that_weighs_nothing_in_a_row_cannot_fail_it(self, span, sampler, value, composed):
+        if span != "token" and sampler == "scr":
+            pytest.skip("scr has no spans")
+        models = FakeModels(6)
+        models.logits["T"] = models.logits["T"].clone()
+        models.logits["T"][:, 3] = value
+        options = (
+            Options(sampler=sampler)
+            if span == "token"
+            else Options(sampler=sampler, target="arithmetic", mixture_span=span)
+        )
+        alpha = torch.tensor([[1.0, 0.0], [1.0, 0.5]], dtype=torch.float64)
+        batch = Batch([[1], [1]], [8, 8], alpha, torch.tensor([0, 1]), [])
+        one = SAMPLERS[sampler](models, ("E", "T"), options, composed=composed)
+        one.start(models.open([[1], [1]], one.roles, batch.capacity), batch, KeyedGenerator(batch.seeds, batch.rounds))
+        while batch.active.any():
+            one.round()
+            batch.read()
+        assert batch.unusable.tolist() == [False, True]
+        assert batch.lengths.tolist() == [9, 1]
