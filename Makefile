@@ -1,0 +1,64 @@
+# Every target but `gpu` sets up what it needs from nothing, in $(VENV): a virtual environment, torch, the build, extras.
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"   # a CPU torch on any machine
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
+# the oldest transformers that mpg works with, and its environment
+OLD_TRANSFORMERS := transformers==5.17.0
+OLD_VENV := .venv-old
+
+BIN := $(VENV)/bin
+# another torch or transformers, another stamp: the environment is then set up again
+INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum | cut -d' ' -f1)
+NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
+CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
+
+.PHONY: demo test law lint check mutants docs gpu clean
+
+demo: $(BIN)/.built
+	$(BIN)/mpg demo
+
+test: $(BIN)/.built lint
+	$(BIN)/python -m pytest
+
+# The proofs alone; the last line is JSON.
+law: $(BIN)/.built
+	$(BIN)/python tests/law.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+# Plants known kinds of bugs in the kernels; each must be caught by an op test, executed on the CPU.
+mutants: $(BIN)/.built
+	$(BIN)/python tests/simt/mutants.py
+
+# The long form: the suite once more under the oldest transformers, and every planted bug.
+check: test mutants
+	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built
+	$(OLD_VENV)/bin/python -m pytest --ignore=tests/test_build.py
+
+# The table and the plot of docs/laws.md, enumerated anew.
+docs: $(BIN)/.built
+	$(BIN)/python docs/tabulate_laws.py
+
+# On a machine with a GPU, with the torch that is there: no network, no virtual environment.
+gpu:
+	$(PYTHON) bench/gpu.py
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet "$(TRANSFORMERS)" cmake ninja "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+$(BIN)/.built: $(INSTALLED) $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf build $(VENV) $(OLD_VENV) *.egg-info mpg_ext/*.so
