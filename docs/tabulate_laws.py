@@ -19,7 +19,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "decode"))
 
-from fakes import FakeModels, total_variation  # noqa: E402
+from fakes import FakeModels, enumerate_sampler, total_variation  # noqa: E402
 from laws import Law, target_law  # noqa: E402
 from mpg.batch import Batch  # noqa: E402
 from mpg.config import Options  # noqa: E402
@@ -29,6 +29,10 @@ from mpg.rng import enumerate_branches  # noqa: E402
 VOCAB_SIZE, NUM_TOKENS, CHUNK_SIZE = 4, 4, 4
 PROMPT = (1, 0, 3, 1)
 WEIGHTS = {"E": 0.5, "T": 0.5}  # sum 1: what SCR makes of any pair of equal weights
+SIGNED_WEIGHTS = {"E": 0.9, "T": -0.6}
+OTHER_NUM_TOKENS = 3
+MIXTURE = {"target": "arithmetic"}
+WHOLE_TEXTS = {"target": "arithmetic", "mixture_span": "sequence"}  # what seq-rs, which scores whole texts, aims at
 TARGETS = ("arithmetic", "geometric")
 BOUNDS = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0)
 BEGIN, END = "<!-- laws: written by docs/tabulate_laws.py -->", "<!-- end of laws -->"
@@ -65,6 +69,8 @@ def samplers() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"exact, {name}, {verify}", {"sampler": "exact", "draft": draft, "verify": verify}
     for bound in BOUNDS:
         yield f"scr, M = {bound:g}", {"sampler": "scr", "initial_bound": bound}
+    for bound in (2.0, 10.0):
+        yield f"token-rs, M = {bound:g}", {"sampler": "token-rs", "initial_bound": bound}
 
 
 def measure(models: FakeModels, target: str, options: dict[str, Any]) -> Figures:
@@ -80,10 +86,10 @@ def measure(models: FakeModels, target: str, options: dict[str, Any]) -> Figures
 def enumerate_law(models: FakeModels, **options: Any) -> tuple[Law, float]:
     """The law of a sampler over texts of NUM_TOKENS tokens, and its expected number of rounds.
 
-    With a token mixture, and SCR's bound still at M_0, a round depends on nothing but the text before it: so every
+    With a token mixture, and the bound still at M_0, a round depends on nothing but the text before it: so every
     branch of one round of the production loop is walked after every text, and the rounds are chained.
     """
-    chunk = {} if options["sampler"] == "direct" else {"chunk_size": CHUNK_SIZE}
+    chunk = {"chunk_size": CHUNK_SIZE} if options["sampler"] in ("exact", "scr") else {}
     checked = Options.of({**options, "temperature": 1.0, "top_p": 1.0, **chunk})
     reached, rounds = {(): 1.0}, 0.0
     law: Law = {}
@@ -112,6 +118,35 @@ def _walk_round(models: FakeModels, options: Options, text: tuple[int, ...]) -> 
         return [tuple(row[len(PROMPT) : length]) for row, length in ends]
 
     return enumerate_branches(run)
+
+
+def other_rows(models: FakeModels) -> Iterator[str]:
+    """What a round's prefix does not determine, and so is enumerated whole, on texts of one token less.
+
+    A row a case: the weights, then the bias of the base, of target arithmetic with a token mixture, and of the sampler.
+    """
+    exact = {"sampler": "exact", "draft": "reference", "chunk_size": OTHER_NUM_TOKENS}
+    seq_rs = {"sampler": "seq-rs", "tries": 2, "initial_bound": 2.0}
+    for name, weights, target, options in (
+        ("direct, anchored", SIGNED_WEIGHTS, {"target": "anchored"}, {"sampler": "direct"}),
+        ("exact, anchored", SIGNED_WEIGHTS, {"target": "anchored"}, exact),
+        ("direct, mixture_span 2", WEIGHTS, {"target": "arithmetic", "mixture_span": 2}, {"sampler": "direct"}),
+        ("exact, mixture_span 2", WEIGHTS, {"target": "arithmetic", "mixture_span": 2}, exact),
+        ("exact, mixture_span sequence", WEIGHTS, {"target": "arithmetic", "mixture_span": "sequence"}, exact),
+        ("seq-rs, M = 2, 2 tries", WEIGHTS, {"target": "arithmetic"}, seq_rs),
+    ):
+        unwarped = {"temperature": 1.0, "top_p": 1.0}
+        law = enumerate_sampler(models, PROMPT, OTHER_NUM_TOKENS, weights, **target, **options, **unwarped)
+        whole = target | ({"mixture_span": "sequence"} if name.startswith("seq-rs, a") else {})
+        laws = [
+            target_law(models, PROMPT, OTHER_NUM_TOKENS, weights, **t) for t in ({"target": "base"}, MIXTURE, whole)
+        ]
+        biases = (total_variation(law, laws[2]) for law in (*laws[:2], law))
+        yield "| " + " | ".join([name, _spell(weights), *(f"{b:.3f}" if b > 1e-12 else "0" for b in biases)]) + " |"
+
+
+def _spell(weights: dict[str, float]) -> str:
+    return ", ".join(f"{name} {alpha:g}" for name, alpha in weights.items())
 
 
 def mean_log_ratio(models: FakeModels, law: Law) -> float:
@@ -144,12 +179,18 @@ def table_of(models: FakeModels, measured: dict[str, list[Figures]]) -> str:
     columns = [f"{target}: {figure}" for target in TARGETS for figure in ("bias", "delivered", "tokens a round")]
     return "\n".join([
         f"V = {VOCAB_SIZE}, {NUM_TOKENS} tokens, k = {CHUNK_SIZE}, weights "
-        f"{', '.join(f'{name} {alpha:g}' for name, alpha in WEIGHTS.items())}; an attribute is "
+        f"{_spell(WEIGHTS)}; an attribute is "
         f"{mean_divergence(models):.2f} nats a token (KL) from the base.",
         "",
         f"| {' | '.join(['sampler', *columns])} |",
         f"|---|{'---:|' * len(columns)}",
         *(table_row(name, figures) for name, figures in measured.items()),
+        "",
+        f"Other targets, and texts accepted whole; {OTHER_NUM_TOKENS} tokens, bias to the row's own target.",
+        "",
+        "| sampler | weights | of the base | of the token mixture | of the sampler |",
+        "|---|---|---:|---:|---:|",
+        *other_rows(models),
     ])  # fmt: skip
 
 

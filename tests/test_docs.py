@@ -15,11 +15,17 @@ import tabulate_laws as page  # noqa: E402
 from fakes import enumerate_sampler, total_variation  # noqa: E402
 
 
-@pytest.mark.parametrize("name", ["base", "direct", "exact, lookup, token", "exact, merged, block", "scr, M = 2"])
+@pytest.mark.parametrize(
+    "name", ["base", "direct", "exact, lookup, token", "exact, merged, block", "scr, M = 2", "token-rs, M = 2"]
+)
 def test_table_of_laws_says_what_the_samplers_do(name):
     models, options = page.example(), dict(page.samplers())[name]
     row = page.table_row(name, [page.measure(models, target, options) for target in page.TARGETS])
     assert row in (DOCS / "laws.md").read_text().splitlines()
+
+
+def test_table_of_other_targets_says_what_the_samplers_do():
+    assert set(page.other_rows(page.example())) < set((DOCS / "laws.md").read_text().splitlines())
 
 
 @pytest.mark.parametrize("name", ["exact, small model, block", "scr, M = 1.5"])
