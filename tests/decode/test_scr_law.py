@@ -6,7 +6,7 @@ The enumeration below shares no code with the sampler: plain Python over probabi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -27,12 +27,13 @@ class Settings:
     top_p: float = 1.0
     score: str = "arithmetic"
     empty: str = "raise"
+    observed: bool = False
 
     def options(self) -> dict:
         return {
             "sampler": "scr", "target": self.score, "chunk_size": self.k, "window": self.window, "gamma": self.gamma,
             "tau": self.tau, "initial_bound": self.initial_bound, "temperature": self.temperature,
-            "top_p": self.top_p, "empty": self.empty,
+            "top_p": self.top_p, "empty": self.empty, "observed": self.observed,
         }  # fmt: skip
 
 
@@ -45,8 +46,9 @@ class State:
     bound: float
     frozen: bool
 
-    def after(self, log_score: float, settings: Settings) -> State:
-        scores = self.scores if log_score == -math.inf else (*self.scores, log_score)
+    def after(self, log_score: float, settings: Settings, tested: tuple[float, ...] = ()) -> State:
+        """After a round that pushes the scores tested in vain (option "observed") and then the accepted one."""
+        scores = (*self.scores, *(score for score in (*tested, log_score) if score != -math.inf))
         rounds, bound, frozen = self.rounds + 1, self.bound, self.frozen
         last = scores[-settings.window :]
         if rounds <= settings.window or len(scores) < 2:
@@ -107,19 +109,20 @@ def scr_law(models: FakeModels, prompt, max_new_tokens, weights, settings: Setti
             law[text] = law.get(text, 0.0) + prob
             return
         for chunk, chunk_prob in chunks(text, max_new_tokens - len(text)):
-            left = prob * chunk_prob
+            left, tested = prob * chunk_prob, ()
             for j in range(len(chunk), 0, -1):
                 log_score = score(text, chunk[:j])
                 p = accept_prob(log_score, state)
-                go((*text, *chunk[:j]), left * p, state.after(log_score, settings))
+                go((*text, *chunk[:j]), left * p, state.after(log_score, settings, tested))
                 left *= 1 - p
+                tested = (*tested, log_score) if settings.observed else ()
             row = draft(text)
             scores = [score(text, (token,)) for token in range(models.vocab_size)]
             mass = [q * accept_prob(s, state) for q, s in zip(row, scores, strict=True)]
             if sum(mass) == 0:  # only reached with empty="base"
                 mass, scores = row, [-math.inf] * len(row)
             for token, m in enumerate(mass):
-                go((*text, token), left * m / sum(mass), state.after(scores[token], settings))
+                go((*text, token), left * m / sum(mass), state.after(scores[token], settings, tested))
 
     go((), 1.0, State((), 0, settings.initial_bound, False))
     return law
@@ -151,6 +154,23 @@ def test_scr_samples_its_own_law_through_all_three_phases(tau):
     models = FakeModels(2, seed=5)
     law = enumerate_sampler(models, [1], 5, {"E": 1.0, "T": 1.0}, **settings.options())
     assert total_variation(law, scr_law(models, (1,), 5, {"E": 1.0, "T": 1.0}, settings)) < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_scr_that_pushes_every_tested_score_samples_its_own_law(k):
+    models, weights = FakeModels(2, seed=5), {"E": 1.0, "T": 1.0}
+    settings = Settings(k=k, observed=True)
+    law = scr_law(models, (1,), 4, weights, settings)
+    assert total_variation(enumerate_sampler(models, [1], 4, weights, **settings.options()), law) < 1e-12
+    assert total_variation(scr_law(models, (1,), 4, weights, replace(settings, observed=False)), law) > 1e-6
+
+
+def test_token_of_the_base_pushes_no_score():
+    """Where the fallback has nothing to draw, no score was accepted: the bound must not see one."""
+    settings = Settings(k=1, window=1, empty="base", top_p=0.75)
+    models, weights = FakeModels(3, seed=9, spread=1.5), {"E": 2.0, "T": -1.95}
+    law = enumerate_sampler(models, [1, 0], 5, weights, **settings.options())
+    assert total_variation(law, scr_law(models, (1, 0), 5, weights, settings)) < 1e-12
 
 
 def test_large_bound_gives_the_token_mixture_and_a_small_one_the_draft():

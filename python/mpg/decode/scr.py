@@ -268,4 +268,5 @@ class _Composed(_Decisions):
         )  # fmt: skip
         accept_prob = torch.where(is_fallback, masses.sum(1), 0)
         token = self.rng.categorical(masses, Purpose.FALLBACK, 0, accept_prob > 0)
-        return token, scores.gather(1, token[:, None])[:, 0], accept_prob
+        score = scores.gather(1, token[:, None])[:, 0]
+        return token, score.where(accept_prob != 0, -torch.inf), accept_prob  # nothing drawn, no score to push
