@@ -52,7 +52,8 @@ class Result:
     tokens         ids of the new tokens, a final end-of-sequence token included
     finish_reason  "stop" (end-of-sequence token) or "length"
     prompt_tokens  length of the prompt, in tokens
-    seed           reproduces the result
+    seed           reproduces the result; in another batch as far as the models' forwards do not depend on the batch
+                   (in bfloat16 they do)
     weights        alpha by attribute, as asked for
     stats          see `STATISTICS`; those of exact, scr and the rejection samplers only where it was one
     log_ratios     per token, by attribute, as in `Token`
