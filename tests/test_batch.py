@@ -53,13 +53,35 @@ def test_end_of_sequence_in_the_prompt_does_not_end_it():
     assert batch.active.tolist() == [True]
 
 
-def test_traced_log_ratios_belong_to_the_committed_tokens():
-    batch = make_batch(trace=True)
-    ratios = torch.arange(2 * 3 * 4, dtype=torch.float32).view(2, 3, 4)
-    batch.commit(torch.ones(3, 4, dtype=torch.int64), torch.tensor([2, 3, 1]), ratios)
-    assert batch.log_ratios[0, 2:4].tolist() == [[0, 12], [1, 13]]
-    assert batch.log_ratios[1, 1:4].tolist() == [[4, 16], [5, 17], [6, 18]]
-    assert batch.log_ratios[0, 4:].eq(0).all()
+def test_snapshot_holds_what_the_round_committed_and_no_later_one():
+    batch = make_batch()
+    chunk = torch.arange(100, 112).view(3, 4)
+    batch.commit(chunk, torch.tensor([2, 3, 1]), torch.arange(2 * 3 * 4, dtype=torch.float32).view(2, 3, 4))
+    snapshot = batch.snapshot()
+    batch.commit(chunk, torch.tensor([1, 0, 0]))
+    done = snapshot.read()
+    assert done.counts == [2, 3, 1]
+    assert done.active == [1, 0, 0]
+    assert done.tokens == chunk.tolist()
+    assert done.log_ratios[0][:2] == [[0, 12], [1, 13]]
+    assert done.log_ratios[1][:3] == [[4, 16], [5, 17], [6, 18]]
+    assert batch.snapshot().read().counts == [1, 0, 0]
+
+
+def test_row_begins_again_with_another_request_while_the_others_go_on():
+    batch = Batch([[1, 2], [3]], [4, 1], torch.zeros(2, 2), torch.tensor([7, 8]), [EOS], capacity=8)
+    batch.commit(torch.tensor([[5, 5], [6, 6]]), torch.tensor([1, 1]))
+    assert batch.active.tolist() == [True, False]
+    batch.replace([1], [[4, 4, 4]], [2], torch.ones(1, 2), torch.tensor([9]))
+    assert batch.active.tolist() == [True, True]
+    assert batch.lengths.tolist() == [3, 3]
+    assert batch.num_new_tokens().tolist() == [1, 0]
+    assert batch.rounds.tolist() == [1, 0]
+    assert batch.seeds.tolist() == [7, 9]
+    assert batch.weights.tolist() == [[0, 0], [1, 1]]
+    batch.commit(torch.tensor([[5, 5, 5], [6, 6, 6]]), torch.tensor([1, 2]))
+    assert batch.tokens[1, :5].tolist() == [4, 4, 4, 6, 6]
+    assert batch.active.tolist() == [True, False]
 
 
 def test_failed_sequence_is_no_longer_active_and_says_why():

@@ -1,4 +1,4 @@
-"""The sequences being decoded: their tokens, limits and state, all on the device. Knows no model and no sampler."""
+"""The requests being decoded: their tokens, limits and state, all on the device. Knows no model and no sampler."""
 
 from __future__ import annotations
 
@@ -9,18 +9,47 @@ import torch
 from torch import Tensor
 
 
-class HostState(NamedTuple):
-    """A batch as the host sees it after a round, one entry a sequence; see `Batch`."""
+class Round(NamedTuple):
+    """What a round did, as the host reads it; one entry a row.
 
-    lengths: list[int]
+    counts      tokens committed
+    active, unusable, empty, draft_lengths  as in `Batch`, after the round
+    tokens      the committed tokens, and behind them others that do not count
+    log_ratios  of these tokens, one list of N a token, or None where they are not traced
+    """
+
+    counts: list[int]
     active: list[int]
     unusable: list[int]
     empty: list[int]
     draft_lengths: list[int]
+    tokens: list[list[int]]
+    log_ratios: list[list[list[float]]] | None
+
+
+class Snapshot:
+    """A round on its way to the host: copied in the order of the device's work, waited for only by `read`."""
+
+    def __init__(self, state: Tensor, log_ratios: Tensor | None):
+        self._state = state.to("cpu", non_blocking=True)
+        self._log_ratios = None if log_ratios is None else log_ratios.to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if state.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> Round:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *flags, tokens = self._state.split([1, 1, 1, 1, 1, self._state.shape[1] - 5], 1)
+        log_ratios = None if self._log_ratios is None else self._log_ratios.tolist()
+        counts, active, unusable, empty, drafts = (flag[:, 0].tolist() for flag in flags)
+        return Round(counts, active, unusable, empty, drafts, tokens.tolist(), log_ratios)
 
 
 class Batch:
-    """B sequences that advance together, each by its own number of tokens a round.
+    """B rows that advance together, each by its own number of tokens a round; a row whose request has ended is free for
+    another one. A round changes these tensors in place.
 
     tokens      (B, capacity) int64, prompt and committed tokens; nothing meaningful from `lengths` on
     lengths     (B,) int64, committed tokens, the prompt among them
@@ -32,9 +61,12 @@ class Batch:
     unusable    (B,) bool, a model returned NaN or +inf for it
     empty       (B,) bool, no token was left to draw
     draft_lengths  (B,) int64, tokens that each request drafts next, where its sampler adapts them, else None
-    log_ratios  (B, capacity, N) of each committed token under each attribute, or None when not traced
 
-    A sequence that became unusable or empty is no longer active and committed nothing in that round.
+    What the host steers by, without waiting for the device:
+    longest        upper bound on the length of every row that is still active
+    longest_draft  upper bound on `draft_lengths`, 0 without any
+
+    A request that became unusable or empty is no longer active and committed nothing in that round.
     """
 
     def __init__(
@@ -45,38 +77,54 @@ class Batch:
         seeds: Tensor,
         eos_token_ids: Sequence[int],
         *,
-        trace: bool = False,
+        capacity: int | None = None,
     ):
+        """The first request of every row. `capacity`: tokens that a row may hold; default what these requests need."""
         device, num_rows = weights.device, len(prompts)
-        prompt_lengths = [len(prompt) for prompt in prompts]
-        limits = [length + new for length, new in zip(prompt_lengths, max_new_tokens, strict=True)]
-        self.capacity = max(limits)
-        padded = [[*prompt, *[0] * (self.capacity - len(prompt))] for prompt in prompts]
-        self.tokens = torch.tensor(padded, device=device)
-        self.prompt_lengths = torch.tensor(prompt_lengths, device=device)
-        self.lengths = self.prompt_lengths.clone()
-        self.limits = torch.tensor(limits, device=device)
+        limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
+        self.capacity = max(limits) if capacity is None else capacity
+        counts = torch.zeros(4, num_rows, dtype=torch.int64, device=device)
+        self.prompt_lengths, self.lengths, self.limits, self.rounds = counts
+        self.tokens = torch.zeros(num_rows, self.capacity, dtype=torch.int64, device=device)
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
-        self.weights, self.seeds = weights, seeds
-        self.rounds = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.active = self.lengths < self.limits
-        self.unusable = torch.zeros_like(self.active)
-        self.empty = torch.zeros_like(self.active)
-        self.log_ratios = weights.new_zeros(num_rows, self.capacity, weights.shape[1]) if trace else None
+        self.weights, self.seeds = torch.zeros_like(weights), torch.zeros_like(seeds)
+        self.active, self.unusable, self.empty = torch.zeros(3, num_rows, dtype=torch.bool, device=device)
         self.draft_lengths: Tensor | None = None
-        self.longest, self.longest_draft = max(prompt_lengths), 0  # what the host steers by: see `read`
+        self.longest, self.longest_draft = 0, 0
+        self._committed: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self.replace(range(num_rows), prompts, max_new_tokens, weights, seeds)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def read(self) -> HostState:
-        """Bring the state to the host, in one transfer, and steer the next round by it."""
-        drafts = torch.zeros_like(self.lengths) if self.draft_lengths is None else self.draft_lengths * self.active
-        state = HostState(
-            *torch.stack([self.lengths, self.active.long(), self.unusable.long(), self.empty.long(), drafts]).tolist()
-        )
-        self.longest, self.longest_draft = max(state.lengths), max(state.draft_lengths)
-        return state
+    def replace(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        weights: Tensor,
+        seeds: Tensor,
+    ) -> None:
+        """Begin new requests in some rows, whatever these held; the other arguments in the order of `rows`."""
+        device = self.tokens.device
+        index = torch.tensor(list(rows), device=device)
+        lengths = [len(prompt) for prompt in prompts]
+        padded = [[*prompt, *[0] * (self.capacity - len(prompt))] for prompt in prompts]
+        self.tokens[index] = torch.tensor(padded, device=device)
+        self.prompt_lengths[index] = self.lengths[index] = torch.tensor(lengths, device=device)
+        self.limits[index] = self.lengths[index] + torch.tensor(list(max_new_tokens), device=device)
+        self.weights[index], self.seeds[index], self.rounds[index] = weights, seeds, 0
+        self.active[index] = self.lengths[index] < self.limits[index]
+        self.unusable[index] = self.empty[index] = False
+        self.longest = max(self.longest, *lengths)
+
+    def snapshot(self) -> Snapshot:
+        """What the last round did, on its way to the host."""
+        assert self._committed is not None, "no round has been committed"
+        chunk, counts, log_ratios = self._committed
+        drafts = torch.zeros_like(counts) if self.draft_lengths is None else self.draft_lengths * self.active
+        flags = torch.stack([counts, self.active.long(), self.unusable.long(), self.empty.long(), drafts], 1)
+        return Snapshot(torch.cat([flags, chunk], 1), log_ratios)
 
     def num_new_tokens(self) -> Tensor:
         """Tokens committed since the prompt. out: (B,) int64"""
@@ -87,7 +135,7 @@ class Batch:
         return min(self.longest - 1 + width, self.capacity)
 
     def last_tokens(self) -> Tensor:
-        """The last committed token of every sequence. out: (B,) int64"""
+        """The last committed token of every row. out: (B,) int64"""
         return self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
 
     def is_eos(self, tokens: Tensor) -> Tensor:
@@ -112,18 +160,18 @@ class Batch:
         return num_usable * self.active
 
     def fail(self, *, unusable: Tensor | None = None, empty: Tensor | None = None) -> None:
-        """Stop the active sequences where a mask (B,) bool says so, and note why."""
+        """Stop the active rows where a mask (B,) bool says so, and note why."""
         for flag, mask in ((self.unusable, unusable), (self.empty, empty)):
             if mask is not None:
                 flag |= mask & self.active
-        self.active = self.active & ~self.unusable & ~self.empty
+        self.active &= ~self.unusable & ~self.empty
 
     def commit(self, chunk: Tensor, counts: Tensor, log_ratios: Tensor | None = None) -> None:
-        """Append the first counts[b] tokens of chunk[b] to every active sequence, and end its round.
+        """Append the first counts[b] tokens of chunk[b] to every active row, and end its round.
 
         chunk       (B, K) int64
         counts      (B,) int64 in 0..K, at most what `count_usable` says; ignored where inactive
-        log_ratios  (N, B, K) of the chunk, where the batch traces them
+        log_ratios  (N, B, K) of the chunk, where they are traced
         """
         counts = counts * self.active
         index = torch.arange(chunk.shape[1], device=chunk.device)
@@ -131,12 +179,9 @@ class Batch:
         is_new = index < counts[:, None]
         # positions past the end collapse onto the last one, so add differences: those of discarded tokens are 0
         self.tokens.scatter_add_(1, positions, (chunk - self.tokens.gather(1, positions)) * is_new)
-        if self.log_ratios is not None:
-            assert log_ratios is not None
-            where = positions[..., None].expand(-1, -1, self.log_ratios.shape[2])
-            new = torch.where(is_new[..., None], log_ratios.movedim(0, 2), 0)
-            self.log_ratios.scatter_add_(1, where, new)
-        self.lengths = self.lengths + counts
+        self.lengths += counts
         self.rounds += self.active
         ended = self.is_eos(self.last_tokens()) & (counts > 0)
-        self.active = self.active & ~ended & (self.lengths < self.limits)
+        self.active &= ~ended & (self.lengths < self.limits)
+        self.longest = min(self.longest + chunk.shape[1], self.capacity)
+        self._committed = chunk, counts, None if log_ratios is None else log_ratios.permute(1, 2, 0)

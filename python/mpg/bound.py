@@ -12,6 +12,12 @@ from torch import Tensor
 from mpg.config import Options
 
 
+def normalise_weights(weights: Tensor) -> Tensor:
+    """alpha, summing to 1 where its sum is positive: what M bounds a score of (section 3.1). out: (B, N)"""
+    total = weights.sum(1, keepdim=True)
+    return torch.where(total > 0, weights / total, weights)
+
+
 @dataclass(frozen=True)
 class Bound:
     """log M and what it is estimated from; the ops write these tensors in place.
@@ -47,6 +53,11 @@ class Bound:
             log_gamma=math.log(options.gamma),
             tau=options.tau,
         )
+
+    def reset(self, rows: Tensor) -> None:
+        """Begin anew in some rows."""
+        for tensor, initial in zip(self.tensors(), (0, 0, 0, self.log_initial_bound, False), strict=True):
+            tensor[rows] = initial
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The state, in the order in which the ops take it."""

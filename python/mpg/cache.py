@@ -31,9 +31,10 @@ class RaggedCache(Cache):
         self.num_rows = num_rows
         self.capacity = capacity
 
-    def place(self, first_row: int, start: Tensor, num_tokens: int, kv_length: int) -> Tensor:
-        """Aim the next forward at rows first_row, first_row + 1, ...; returns the positions of its tokens.
+    def place(self, rows: slice | Tensor, start: Tensor, num_tokens: int, kv_length: int) -> Tensor:
+        """Aim the next forward at some rows; returns the positions of its tokens.
 
+        rows:       neighbours as a slice, or any R of them as numbers (R,) int64, which copies what they hold
         start:      (R,) int64, position of each row's first token
         num_tokens: q, the tokens fed to every row
         kv_length:  host upper bound on every row's end; positions from there on are neither read nor attended
@@ -44,13 +45,13 @@ class RaggedCache(Cache):
         """
         if not 0 < kv_length <= self.capacity:
             raise ValueError(f"kv_length: expected 1 to the capacity {self.capacity}, got {kv_length}")
-        self.rows = slice(first_row, first_row + start.shape[0])
+        self.rows = rows
         self.start = start
         self.kv_length = kv_length
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
         positions = positions.clamp_max(kv_length - 1)
-        rows = torch.arange(self.rows.start, self.rows.stop, device=start.device)
-        self.slots = (rows[:, None] * self.capacity + positions).flatten()
+        numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows
+        self.slots = (numbers[:, None] * self.capacity + positions).flatten()
         return positions
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override]  # one per row

@@ -61,6 +61,7 @@ class Options:
     top_p           nucleus mass in (0, 1], of the same row
     seed            of the first prompt; prompt i of a list takes seed + i. Default: drawn anew, and reported
     trace           also return every token's log-ratio under every attribute
+    batch_size      requests decoded at once, at most; the others wait until one has ended
 
     exact and direct:
     top_k           tokens that a row keeps at most, 0 for all
@@ -98,6 +99,7 @@ class Options:
     top_p: float = _SAMPLERS_OWN
     seed: int | None = None
     trace: bool = False
+    batch_size: int = 32
     top_k: int = _SAMPLERS_OWN
     min_p: float = _SAMPLERS_OWN
     mixture_span: int | str = _SAMPLERS_OWN
@@ -157,6 +159,7 @@ class Options:
         _number("top_p", self.top_p, low=0, high=1, open_low=True)
         if self.max_new_tokens is not None:
             _integer("max_new_tokens", self.max_new_tokens, low=1)
+        _integer("batch_size", self.batch_size, low=1)
         if self.seed is not None:
             _integer("seed", self.seed, low=0, high=2**63 - 1)
         if "top_k" in defaults:

@@ -1,6 +1,6 @@
-"""Generation: from prompts and weights to results, by rounds of a sampler over one batch.
+"""The face of the library: `load`, and a model that generates from prompts and weights.
 
-Knows neither the mathematics of targets (`decode`, `targets`) nor the insides of models (`ensemble`).
+Knows what callers may say; how requests are decoded is `run`'s business.
 """
 
 from __future__ import annotations
@@ -10,20 +10,16 @@ import numbers
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 
 from mpg import ensemble
-from mpg.batch import Batch
 from mpg.config import DEFAULT_NEW_TOKENS, Options, check_weights
-from mpg.decode import SAMPLERS
-from mpg.drafts import merged_shares
-from mpg.ensemble import Cost, Ensemble, Session, Source
-from mpg.results import Result, Token, Transcript
-from mpg.rng import KeyedGenerator
+from mpg.ensemble import Ensemble, Source
+from mpg.results import Result, Token
+from mpg.run import Request, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +51,7 @@ class Model:
         on_token: OnToken = None,
         **options: Any,
     ) -> Result | list[Result]:
-        """Continue a prompt, or each of a list of them in one batch.
+        """Continue a prompt, or each of a list of them.
 
         prompt    a user message; or a conversation of {"role":, "content":}; or token ids; or a list of such prompts
         weights   alpha by attribute, or one such mapping per prompt; attributes not named weigh 0
@@ -74,7 +70,8 @@ class Model:
             raise ValueError(f"on_token: expected a callable, got {on_token!r}")
         prompts, is_list = _as_list(prompt)
         requests = self._check_requests([self._encode(prompt, raw) for prompt in prompts], weights, checked)
-        results = self._decode(requests, checked, on_token, started_at)
+        with torch.no_grad():
+            results = Run(self.models, requests, checked, on_token, started_at).finish()
         return results if is_list else results[0]
 
     def __repr__(self) -> str:
@@ -106,7 +103,7 @@ class Model:
                 raise ValueError(f"prompt: expected token ids in 0..{vocab_size - 1}, got {token}")
         return token_ids
 
-    def _check_requests(self, prompts: list[list[int]], weights: Any, options: Options) -> list[_Request]:
+    def _check_requests(self, prompts: list[list[int]], weights: Any, options: Options) -> list[Request]:
         per_prompt = weights if isinstance(weights, (list, tuple)) else [weights] * len(prompts)
         if len(per_prompt) != len(prompts):
             raise ValueError(
@@ -125,76 +122,8 @@ class Model:
                 raise ValueError(f"max_new_tokens: {positions}, expected at most {room}, got {max_new_tokens}")
             seed = (first_seed + index) % 2**63
             weighed = {name: float(weight) for name, weight in (chosen or {}).items()}
-            requests.append(_Request(token_ids, alpha, weighed, int(max_new_tokens), seed))
+            requests.append(Request(token_ids, alpha, weighed, int(max_new_tokens), seed))
         return requests
-
-    @torch.no_grad()
-    def _decode(
-        self,
-        requests: list[_Request],
-        options: Options,
-        on_token: OnToken,
-        started_at: float,
-    ) -> list[Result]:
-        models = self.models
-        # an attribute that no request weighs takes no part
-        used = [i for i in range(len(models.attribute_names)) if any(request.alpha[i] for request in requests)]
-        attributes = tuple(models.attribute_names[i] for i in used)
-        alpha = [[request.alpha[i] for i in used] for request in requests]
-        batch = Batch(
-            prompts=[request.token_ids for request in requests],
-            max_new_tokens=[request.max_new_tokens for request in requests],
-            weights=torch.tensor(alpha, dtype=torch.promote_types(models.dtype, torch.float32), device=models.device),
-            seeds=torch.tensor([request.seed for request in requests], device=models.device),
-            eos_token_ids=models.eos_token_ids,
-            trace=options.trace,
-        )
-        if options.draft == "merged":
-            models = models.merge(dict(zip(attributes, merged_shares(batch.weights, options.target).T, strict=True)))
-        sampler = SAMPLERS[options.sampler](models, attributes, options)
-        session = models.open([request.token_ids for request in requests], sampler.roles, batch.capacity)
-        sampler.start(session, batch, KeyedGenerator(batch.seeds, batch.rounds))
-
-        transcripts = [
-            Transcript(models.tokenizer, attributes, index, len(request.token_ids))
-            for index, request in enumerate(requests)
-        ]
-        costs = [session.cost] * len(requests)
-        while any(transcript.is_open for transcript in transcripts):
-            sampler.round()
-            costs = [replace(session.cost) if t.is_open else cost for t, cost in zip(transcripts, costs, strict=True)]
-            _read_round(batch, session, transcripts, on_token)
-
-        statistics = {name: values.tolist() for name, values in sampler.statistics().items()}
-        rounds = batch.rounds.tolist()
-        return [
-            Result(
-                text=transcript.text(),
-                tokens=tuple(transcript.tokens),
-                finish_reason="stop" if transcript.tokens[-1] in models.eos_token_ids else "length",
-                prompt_tokens=len(request.token_ids),
-                seed=request.seed,
-                weights=request.weights,
-                stats={
-                    "rounds": rounds[index],
-                    **_rates(transcript, cost, started_at),
-                    **{name: values[index] for name, values in statistics.items()},
-                },
-                log_ratios=tuple(transcript.log_ratios) if options.trace else None,
-            )
-            for index, (request, transcript, cost) in enumerate(zip(requests, transcripts, costs, strict=True))
-        ]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One prompt of a call, checked."""
-
-    token_ids: list[int]
-    alpha: tuple[float, ...]
-    weights: dict[str, float]
-    max_new_tokens: int
-    seed: int
 
 
 def load(
@@ -229,46 +158,3 @@ def _as_list(prompt: Any) -> tuple[list[Prompt], bool]:
 
 def _is_all(parts: Any, kind: type) -> bool:
     return isinstance(parts, (list, tuple)) and all(isinstance(p, kind) and not isinstance(p, bool) for p in parts)
-
-
-def _read_round(batch: Batch, session: Session, transcripts: list[Transcript], on_token: OnToken) -> None:
-    """Bring a round to the host: extend the transcripts, hand out their tokens, raise for a failed sequence."""
-    lengths, active, unusable, empty, _ = batch.read()
-    first = min(transcript.length for transcript in transcripts if transcript.is_open)
-    tokens = batch.tokens[:, first : batch.longest].tolist()
-    log_ratios = None if batch.log_ratios is None else batch.log_ratios[:, first : batch.longest].tolist()
-    for index, transcript in enumerate(transcripts):
-        if not transcript.is_open:
-            continue
-        if unusable[index]:
-            raise ValueError(f"{transcript.where()}: {_explain_unusable(session, index)}")
-        if empty[index]:
-            raise ValueError(
-                f"weights: {transcript.where()}: the combined row is empty, expected weights that leave some token a "
-                "probability; raise the negative ones (or let sampler scr take the base's token: empty='base')"
-            )
-        new = slice(transcript.length - first, lengths[index] - first)
-        transcript.is_open = bool(active[index])
-        for token in transcript.extend(tokens[index][new], log_ratios and log_ratios[index][new]):
-            if on_token is not None:
-                on_token(token)
-
-
-def _explain_unusable(session: Session, row: int) -> str:
-    role = session.blame(row)
-    if role is not None:
-        return f"the {role!r} model returned NaN, +inf or nothing but -inf, expected finite logits or -inf"
-    return (
-        "an attribute model gives probability to a token that the anchor excludes; was it trained against this anchor?"
-    )
-
-
-def _rates(transcript: Transcript, cost: Cost, started_at: float) -> dict[str, float]:
-    num_tokens = len(transcript.tokens)
-    return {
-        "model_calls_per_token": cost.model_calls / num_tokens,
-        "depth_per_token": cost.depth / num_tokens,
-        "positions_per_token": cost.positions / num_tokens,
-        "tokens_per_second": num_tokens / (transcript.last_token_at - started_at),
-        "time_to_first_token": transcript.first_token_at - started_at,
-    }

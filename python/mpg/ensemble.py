@@ -24,6 +24,7 @@ from mpg.cache import RaggedCache, use_ragged_attention
 
 BASE, ANCHOR, DRAFT, MERGED = "base", "anchor", "draft", "merged"
 ADAPTER_CONFIG = "adapter_config.json"
+PREFILL_TOKENS = 512  # of a prompt, read at once: what a forward needs beside the cache does not grow with the prompt
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
 
 Source = str | Path | PreTrainedModel | PeftModel
@@ -171,25 +172,26 @@ class Ensemble:
         twin._slots = self._slots | {role: self._slots[source] for role, source in roles.items()}
         return twin
 
-    def merge(self, shares: Mapping[str, Tensor]) -> Ensemble:
-        """The same loaded models for one batch, with one more role: "merged", the weighted sum of LoRA adapters.
+    def merge(self, attributes: Sequence[str], shares: Tensor) -> Ensemble:
+        """The same loaded models with one more role: "merged", the weighted sum of LoRA adapters.
 
-        shares: per attribute its weight (B,) for each sequence that will be opened; every row computes
-                base(x) + sum_i a_i (x A_i) B_i with weights of its own, no weights are merged
+        shares: (B, N), or (1, N) for all rows alike: weights a of these N attributes; every row of a session computes
+                base(x) + sum_i a_i (x A_i) B_i with weights of its own, as the tensor has them at each forward; no
+                weights are merged
 
         Raises ValueError unless the attributes are adapters of one model.
         """
-        slots = [self._slots[name] for name in shares]
-        for name, (index, group) in zip(shares, slots, strict=True):
+        slots = [self._slots[name] for name in attributes]
+        for name, (index, group) in zip(attributes, slots, strict=True):
             if index != slots[0][0] or group == 0:
                 wanted = "attributes that are LoRA adapters of one model"
                 raise ValueError(f"draft 'merged', method 'soups': expected {wanted}, {name!r} is another model")
         if not slots:
             raise ValueError("draft 'merged', method 'soups': expected attributes with a weight, got none")
-        host, weights = self._members[slots[0][0]], torch.stack(list(shares.values()), 1)
-        source, groups = f"{host.source} with the sum of {', '.join(shares)}", [group for _, group in slots]
+        host, groups = self._members[slots[0][0]], [group for _, group in slots]
+        source = f"{host.source} with the sum of {', '.join(attributes)}"
         twin = self.with_roles()
-        twin._members = [*self._members, replace(host, source=source, adapters=[], merged=(groups, weights))]
+        twin._members = [*self._members, replace(host, source=source, adapters=[], merged=(groups, shares))]
         twin._slots[MERGED] = (len(self._members), 0)
         return twin
 
@@ -251,13 +253,25 @@ class Session:
         for index in sorted({index for index, _ in self._slots.values()}):
             groups = sorted({group for owner, group in self._slots.values() if owner == index})
             self._members[index] = _OpenMember(ensemble._members[index], groups, len(prompts), capacity)
+        self.replace(range(len(prompts)), prompts)
+
+    def replace(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Let some rows hold these prompts but for their last tokens, whatever was there. Counts in no cost."""
+        is_bad = next(iter(self._is_bad.values()))
+        index = torch.tensor(list(rows), device=is_bad.device)
+        for is_bad in self._is_bad.values():
+            is_bad[index] = False
+        sequences = None if list(rows) == list(range(len(is_bad))) else index
         width = max(len(prompt) for prompt in prompts) - 1
-        if width:  # right-padded: what a short row writes behind its end is written again before it is seen
-            padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
-            tokens = torch.tensor(padded, device=ensemble.device)
-            start = torch.zeros(len(prompts), dtype=torch.int64, device=ensemble.device)
-            for member in self._members.values():
-                member.forward(0, len(member.groups), tokens, start, width, logits_to_keep=1)
+        # right-padded: what a short row writes behind its end is written again before it is seen
+        padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
+        tokens = torch.tensor(padded, dtype=torch.int64, device=index.device)
+        for member in self._members.values():
+            for first in range(0, width, PREFILL_TOKENS):
+                part = tokens[:, first : first + PREFILL_TOKENS]
+                start = torch.full_like(index, first)
+                kv_length = first + part.shape[1]
+                member.forward(0, len(member.groups), part, start, kv_length, sequences, logits_to_keep=1)
 
     def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         """Feed tokens[b] at positions start[b], start[b] + 1, ... to every role; the logits behind each of them.
@@ -313,21 +327,37 @@ class _OpenMember:
         self.factors: list[tuple[Tensor, Tensor]] = []
         self.shares: Tensor | None = None
         if member.stack and member.merged:
-            merged, shares = member.merged
-            self.factors, self.shares = member.stack.merge(merged), shares.to(member.model.dtype)
+            merged, self.shares = member.merged
+            self.factors = member.stack.merge(merged)
         elif member.stack and groups != [0]:
             self.factors = member.stack.select(groups)
         self._factors_of_run: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     @torch.no_grad()
-    def forward(self, low: int, high: int, tokens: Tensor, start: Tensor, kv_length: int, **kwargs: int) -> Tensor:
-        """The logits (high - low, B, q, V) of the groups in places low to high - 1, in one batched forward."""
+    def forward(
+        self,
+        low: int,
+        high: int,
+        tokens: Tensor,
+        start: Tensor,
+        kv_length: int,
+        sequences: Tensor | None = None,
+        **kwargs: int,
+    ) -> Tensor:
+        """The logits (high - low, B, q, V) of the groups in places low to high - 1, in one batched forward.
+
+        sequences: (B,) int64, which of the session's they are; default all
+        """
         count = high - low
+        rows: slice | Tensor = slice(low * self.batch, high * self.batch)
+        if sequences is not None:
+            rows = (torch.arange(low, high, device=start.device)[:, None] * self.batch + sequences).flatten()
         with self.lock:
-            positions = self.cache.place(low * self.batch, start.repeat(count), tokens.shape[1], kv_length)
+            positions = self.cache.place(rows, start.repeat(count), tokens.shape[1], kv_length)
             if self.stack is not None:
                 num_rows, num_tokens = positions.shape
-                self.stack.run_groups(self._factors(low, high), num_rows, num_tokens, self.shares)
+                shares = None if self.shares is None else self.shares.expand(self.batch, -1)[rows].to(self.model.dtype)
+                self.stack.run_groups(self._factors(low, high), num_rows, num_tokens, shares)
             output = self.model(
                 input_ids=tokens.repeat(count, 1),
                 position_ids=positions,
@@ -335,7 +365,7 @@ class _OpenMember:
                 use_cache=True,
                 **kwargs,
             )
-        return output.logits.unflatten(0, (count, self.batch))
+        return output.logits.unflatten(0, (count, tokens.shape[0]))
 
     def _factors(self, low: int, high: int) -> list[tuple[Tensor, Tensor]] | None:
         if self.groups[low:high] == [0] and self.shares is None:

@@ -116,8 +116,8 @@ def answer(
     if method == "scr-dpo-single":
         return {name: run(models.with_roles(base=name), alpha, **own, sampler="scr") for name in alpha}
     if method == "soups":
-        rows = torch.ones(len(requests), device=models.device)
-        merged = models.merge({name: share * rows for name, share in _average(method, alpha).items()})
+        shares = _average(method, alpha)
+        merged = models.merge(list(shares), torch.tensor([list(shares.values())], device=models.device))
         return {"": run(merged.with_roles(base="merged"), **direct, target="base")}
     if method == "mod":  # weights add up to 1: what is base and anchor cancels, so let it be one that runs anyway
         first = next(iter(alpha))

@@ -18,7 +18,7 @@ STATISTICS = {
     "model_calls_per_token": "forwards, every model that takes part counted / tokens",
     "depth_per_token": "forwards that wait for one another / tokens",
     "positions_per_token": "positions that a model read / tokens",
-    "tokens_per_second": "tokens / seconds from the call to the request's last token, its whole batch running",
+    "tokens_per_second": "tokens / seconds to the last one from the call, or from when a row was free",
     "time_to_first_token": "seconds from the call to the request's first token",
     **EXACT_STATISTICS,
     **REJECTION_STATISTICS,
@@ -85,7 +85,6 @@ class Transcript:
     prompt_length: int
     tokens: list[int] = field(default_factory=list)
     log_ratios: list[dict[str, float]] = field(default_factory=list)
-    is_open: bool = True  # the engine closes it before it hands over the last round
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     _printed: int = 0  # tokens whose text has been handed out
@@ -99,8 +98,11 @@ class Transcript:
     def where(self) -> str:
         return f"prompt {self.request}, new token {len(self.tokens)}"
 
-    def extend(self, tokens: list[int], log_ratios: list[list[float]] | None) -> Iterator[Token]:
-        """Append a round's tokens, with their log-ratios (one list a token) where traced. out: the same as `Token`s"""
+    def extend(self, tokens: list[int], log_ratios: list[list[float]] | None, *, is_last: bool) -> Iterator[Token]:
+        """Append a round's tokens, with their log-ratios (one list a token) where traced. out: the same as `Token`s
+
+        is_last: the request ends with this round
+        """
         if tokens:  # seq-rs has rounds without any
             self.last_token_at = time.perf_counter()
             self.first_token_at = self.first_token_at or self.last_token_at
@@ -110,8 +112,8 @@ class Transcript:
             if log_ratios is not None:
                 by_name = dict(zip(self.attributes, log_ratios[i], strict=True))
                 self.log_ratios.append(by_name)
-            is_last = not self.is_open and i == len(tokens) - 1
-            yield Token(self.request, token, self._next_text(is_last=is_last), by_name)
+            text = self._next_text(is_last=is_last and i == len(tokens) - 1)
+            yield Token(self.request, token, text, by_name)
 
     def text(self) -> str:
         """All of the new text, special tokens left out."""

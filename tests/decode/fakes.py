@@ -6,14 +6,14 @@ leaves a rejected token in a cache, or feeds one at the wrong position, samples 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpg.batch import Batch
+from mpg.batch import Batch, Round
 from mpg.config import Options
 from mpg.decode import SAMPLERS
 from mpg.ensemble import Cost
@@ -69,9 +69,13 @@ class FakeSession:
     def __init__(self, models: FakeModels, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int):
         self.models, self.cost = models, Cost()
         unread = torch.full((len(prompts), capacity), 7)  # a token that no vocabulary here has
-        for row, prompt in zip(unread, prompts, strict=True):
-            row[: len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.int64)
         self.read = {id(models.logits[role]): unread.clone() for role in roles}  # roles of one model share it
+        self.replace(range(len(prompts)), prompts)
+
+    def replace(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        for read in self.read.values():
+            for row, prompt in zip(rows, prompts, strict=True):
+                read[row, : len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.int64)
 
     def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         self.cost.model_calls += len(roles)
@@ -109,22 +113,39 @@ class _WithCompanions:
 
 
 def enumerate_sampler(
-    models: FakeModels, prompt: Sequence[int], max_new_tokens: int, weights: dict[str, float], **options: Any
+    models: FakeModels,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    weights: dict[str, float],
+    *,
+    predecessor: tuple[Sequence[int], int] | None = None,
+    **options: Any,
 ) -> dict[tuple[int, ...], float]:
-    """The exact law of a sampler's production loop over the new tokens, by walking every branch of it."""
+    """The exact law of a sampler's production loop over the new tokens, by walking every branch of it.
+
+    predecessor  prompt and limit of a request that had each row before, and all of whose branches are walked too
+    """
     checked = Options.of(options)
 
     def run(rng: ReplayingGenerator, batch_size: int) -> list[tuple[int, ...]]:
-        prompts = [prompt] * batch_size + [companion for companion, _ in COMPANIONS]
-        limits = [max_new_tokens] * batch_size + [limit for _, limit in COMPANIONS]
+        first_prompt, first_limit = predecessor or (prompt, max_new_tokens)
+        prompts = [first_prompt] * batch_size + [companion for companion, _ in COMPANIONS]
+        limits = [first_limit] * batch_size + [limit for _, limit in COMPANIONS]
         alpha = torch.tensor([list(weights.values())] * len(prompts), dtype=torch.float64).view(len(prompts), -1)
-        batch = Batch(prompts, limits, alpha, torch.arange(len(prompts)), models.eos_token_ids)
+        ends = [len(start) + limit for start, limit in zip(prompts, limits, strict=True)]
+        capacity = max(len(prompt) + max_new_tokens, *ends)
+        batch = Batch(prompts, limits, alpha, torch.arange(len(prompts)), models.eos_token_ids, capacity=capacity)
         sampler = SAMPLERS[checked.sampler](models, tuple(weights), checked, composed=True)
         session = models.open(prompts, sampler.roles, batch.capacity)
         sampler.start(session, batch, _WithCompanions(rng, KeyedGenerator(batch.seeds, batch.rounds)))
-        while batch.active.any():
-            sampler.round()
-            batch.read()
+        waiting = set(range(batch_size)) if predecessor else set()
+        for _ in rounds_of(sampler, batch):
+            if free := [row for row in sorted(waiting) if not batch.active[row]]:
+                count = len(free)
+                batch.replace(free, [prompt] * count, [max_new_tokens] * count, alpha[free], torch.tensor(free))
+                session.replace(free, [prompt] * count)
+                sampler.reset(torch.tensor(free))
+                waiting -= set(free)
         assert not batch.unusable.any()
         assert not batch.empty.any()
         rows = zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)
@@ -134,6 +155,15 @@ def enumerate_sampler(
     for prob, text in enumerate_branches(run):
         law[text] = law.get(text, 0.0) + prob
     return law
+
+
+def rounds_of(sampler: Any, batch: Batch) -> Iterator[Round]:
+    """Run rounds until every request of the batch has ended; each as the host reads it."""
+    while batch.active.any():
+        sampler.round()
+        done = batch.snapshot().read()
+        batch.longest_draft = max(done.draft_lengths)
+        yield done
 
 
 def total_variation(law: dict[tuple[int, ...], float], other: dict[tuple[int, ...], float]) -> float:

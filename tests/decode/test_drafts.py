@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fakes import FakeModels
+from fakes import FakeModels, rounds_of
 from mpg.batch import Batch
 from mpg.config import Options
 from mpg.decode.exact import MAX_ADAPTED_CHUNK, Exact
@@ -47,9 +47,8 @@ def test_adapted_chunks_grow_by_two_where_all_is_accepted_and_else_shrink_by_one
         models.open([[1, 0]], sampler.roles, batch.capacity), batch, KeyedGenerator(batch.seeds, batch.rounds)
     )
     seen = [3]
-    while batch.active.any():
-        sampler.round()
-        seen.append(batch.read().draft_lengths[0] or seen[-1])
+    for done in rounds_of(sampler, batch):
+        seen.append(done.draft_lengths[0] or seen[-1])
     steps = [after - before for before, after in pairwise(seen)]
     assert expected in seen
     assert set(steps) <= {2, -1, 0, MAX_ADAPTED_CHUNK - 15}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fakes import FakeModels
+from fakes import FakeModels, rounds_of
 from mpg.batch import Batch
 from mpg.config import Options
 from mpg.decode import SAMPLERS
@@ -41,7 +41,7 @@ EXACT_OPTIONS = {
 
 
 def decode(models, sampler, weights, seeds, options, generator=KeyedGenerator, limit=40):
-    """Texts, statistics and generator after decoding one request per seed."""
+    """Texts, sampler, the texts' log-ratios where traced, and generator, after decoding one request per seed."""
     prompts = [PROMPTS[seed % len(PROMPTS)] for seed in seeds]
     alpha = torch.tensor([weights] * len(seeds), dtype=torch.float64)
     batch = Batch(
@@ -50,17 +50,17 @@ def decode(models, sampler, weights, seeds, options, generator=KeyedGenerator, l
         alpha,
         torch.tensor(seeds),
         models.eos_token_ids,
-        trace=options.trace,
     )
     rng = generator(batch.seeds, batch.rounds)
     sampler.start(models.open(prompts, sampler.roles, batch.capacity), batch, rng)
-    while batch.active.any():
-        sampler.round()
-        batch.read()
+    traced = [[] for _ in seeds]
+    for done in rounds_of(sampler, batch):
+        for row, log_ratios in enumerate(done.log_ratios or []):
+            traced[row] += log_ratios[: done.counts[row]]
     assert not batch.unusable.any()
     assert not batch.empty.any()
     rows = zip(batch.tokens.tolist(), prompts, batch.lengths.tolist(), strict=True)
-    return [row[len(prompt) : length] for row, prompt, length in rows], sampler, batch, rng
+    return [row[len(prompt) : length] for row, prompt, length in rows], sampler, traced, rng
 
 
 @pytest.mark.parametrize("same", [("anchor",), ()], ids=["anchor is base", "own anchor"])
@@ -73,10 +73,11 @@ def test_fused_scr_decides_as_composed_scr(name, same):
     for composed in (False, True):
         sampler = SCR(models, ("E", "T"), options, composed=composed)
         runs.append(decode(models, sampler, weights, list(range(64)), options))
-    (fused_texts, fused, fused_batch, _), (texts, composed, batch, _) = runs
+    (fused_texts, fused, fused_traced, _), (texts, composed, traced, _) = runs
     assert fused_texts == texts
     assert sum(len(text) for text in texts) > 200
-    torch.testing.assert_close(fused_batch.log_ratios, batch.log_ratios)
+    for ratios, wanted in zip(fused_traced, traced, strict=True):
+        torch.testing.assert_close(torch.tensor(ratios), torch.tensor(wanted))
     for statistic, value in composed.statistics().items():
         torch.testing.assert_close(fused.statistics()[statistic], value, msg=statistic)
 
@@ -98,10 +99,11 @@ def test_fused_target_samplers_decide_as_composed_ones(sampler, name, same):
     for composed in (False, True):
         one = SAMPLERS[sampler](models, ("E", "T"), options, composed=composed)
         runs.append(decode(models, one, [0.8, 0.5], list(range(64)), options))
-    (fused_texts, fused, fused_batch, _), (texts, composed, batch, _) = runs
+    (fused_texts, fused, fused_traced, _), (texts, composed, traced, _) = runs
     assert fused_texts == texts
     assert sum(len(text) for text in texts) > 200
-    torch.testing.assert_close(fused_batch.log_ratios, batch.log_ratios)
+    for ratios, wanted in zip(fused_traced, traced, strict=True):
+        torch.testing.assert_close(torch.tensor(ratios), torch.tensor(wanted))
     for statistic, value in composed.statistics().items():
         torch.testing.assert_close(fused.statistics()[statistic], value, msg=statistic)
 
@@ -182,8 +184,7 @@ class TestUnusableModels:
         batch = Batch([[1], [1]], [8, 8], alpha, torch.tensor([0, 1]), [])
         one = SAMPLERS[sampler](models, ("E", "T"), options, composed=composed)
         one.start(models.open([[1], [1]], one.roles, batch.capacity), batch, KeyedGenerator(batch.seeds, batch.rounds))
-        while batch.active.any():
-            one.round()
-            batch.read()
+        for _ in rounds_of(one, batch):
+            pass
         assert batch.unusable.tolist() == [False, True]
         assert batch.lengths.tolist() == [9, 1]

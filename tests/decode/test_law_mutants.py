@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fakes import FakeModels, enumerate_sampler, total_variation
+from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law
 from mpg.batch import Batch
 from mpg.config import Options
@@ -123,11 +123,6 @@ def test_key_reused_after_a_rejection_is_flagged(record_property):
     sampler = Exact(models, ("E", "T"), options, composed=True)
     sampler.start(models.open([[1, 0]] * 8, sampler.roles, batch.capacity), batch, KeysByPosition(batch))
 
-    def decode() -> None:
-        while batch.active.any():
-            sampler.round()
-            batch.read()
-
     with pytest.raises(AssertionError, match="used twice"):
-        decode()
+        list(rounds_of(sampler, batch))
     record_property("mutant_flagged", True)

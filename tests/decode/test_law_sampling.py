@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fakes import FakeModels
+from fakes import FakeModels, rounds_of
 from laws import target_law
 from mpg.batch import Batch
 from mpg.config import Options
@@ -26,9 +26,8 @@ def g_test(models, options: Options, **target) -> float:
     sampler = SAMPLERS[options.sampler](models, tuple(WEIGHTS), options)
     session = models.open([PROMPT] * NUM_TEXTS, sampler.roles, batch.capacity)
     sampler.start(session, batch, KeyedGenerator(batch.seeds, batch.rounds))
-    while batch.active.any():
-        sampler.round()
-        batch.read()
+    for _ in rounds_of(sampler, batch):
+        pass
     law = target_law(models, PROMPT, MAX_NEW_TOKENS, WEIGHTS, **target)
     counts = dict.fromkeys(law, 0)
     for row, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True):

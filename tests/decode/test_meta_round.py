@@ -44,7 +44,7 @@ def test_round_runs_without_a_value(meta_models, options):
     weights = torch.ones(3, 2, device="meta")
     seeds = torch.zeros(3, dtype=torch.int64, device="meta")
     prompts = [[1, 2, 3], [4], [5, 6]]
-    batch = Batch(prompts, [8, 8, 8], weights, seeds, [0], trace=checked.trace)
+    batch = Batch(prompts, [8, 8, 8], weights, seeds, [0])
     sampler = SAMPLERS[checked.sampler](meta_models, ("E", "T"), checked)
     sampler.start(meta_models.open(prompts, sampler.roles, batch.capacity), batch, KeyedGenerator(seeds, batch.rounds))
     for _ in range(2):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fakes import FakeModels, enumerate_sampler, total_variation
+from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law, warp
 from mpg.batch import Batch
 from mpg.config import Options
@@ -171,8 +171,7 @@ def _run(models, sampler, *, composed=True, **options):
     rng = RecordingGenerator(batch.seeds, batch.rounds)
     running = SAMPLERS[sampler](models, ("E", "T"), checked, composed=composed)
     running.start(models.open(prompts, running.roles, batch.capacity), batch, rng)
-    while batch.active.any():
-        running.round()
-        batch.read()
+    for _ in rounds_of(running, batch):
+        pass
     assert not batch.unusable.any()
     return batch, rng, running.statistics()

@@ -41,8 +41,8 @@ def _config(name: str, model_type: str) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **ADAPTERS[model_type][name])
 
 
-def _shares(dtype=torch.float32):
-    return {name: torch.tensor(shares, dtype=dtype) for name, shares in SHARES.items()}
+def _merge(ensemble):
+    return ensemble.merge(list(SHARES), torch.tensor(list(SHARES.values())).T)
 
 
 def _continue(ensemble, roles, draft):
@@ -56,7 +56,7 @@ def _continue(ensemble, roles, draft):
 @pytest.mark.parametrize("model_type", ADAPTERS)
 def test_every_row_runs_the_model_with_its_own_weights_merged(model_type, peft_model, full_logits):
     model, draft = peft_model(model_type), torch.randint(61, (3, 3))
-    (logits,), _ = _continue(load(model, device="cpu").merge(_shares()), ["merged"], draft)
+    (logits,), _ = _continue(_merge(load(model, device="cpu")), ["merged"], draft)
     for row, (prompt, tail) in enumerate(zip(PROMPTS, draft.tolist(), strict=True)):
         merged = _with_merged_weights(model, {name: shares[row] for name, shares in SHARES.items()})
         expected = full_logits(merged, prompt + tail)[len(prompt) - 1 :]
@@ -65,7 +65,7 @@ def test_every_row_runs_the_model_with_its_own_weights_merged(model_type, peft_m
 
 def test_merged_equals_pefts_own_combination(peft_model, full_logits):
     model, draft = peft_model(), torch.randint(61, (3, 3))
-    (logits,), _ = _continue(load(model, device="cpu").merge(_shares()), ["merged"], draft)
+    (logits,), _ = _continue(_merge(load(model, device="cpu")), ["merged"], draft)
     model.add_weighted_adapter(["E", "T"], [0.7, 0.3], "sum", combination_type="cat")
     expected = full_logits(model, PROMPTS[0] + draft[0].tolist(), "sum")[len(PROMPTS[0]) - 1 :]
     torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=1e-5)
@@ -73,7 +73,7 @@ def test_merged_equals_pefts_own_combination(peft_model, full_logits):
 
 def test_merged_runs_beside_the_others_as_one_more_call_on_a_cache_of_its_own(peft_model):
     ensemble, draft = load(peft_model(), device="cpu"), torch.randint(61, (3, 3))
-    merged = ensemble.merge(_shares())
+    merged = _merge(ensemble)
     together, session = _continue(merged, ["merged", "E", "base"], draft)
     assert session.cost.model_calls == 3
     alone, session = _continue(merged, ["merged"], draft)
@@ -85,14 +85,14 @@ def test_merged_runs_beside_the_others_as_one_more_call_on_a_cache_of_its_own(pe
 
 def test_one_adapter_of_weight_one_is_that_adapter(peft_model):
     ensemble, draft = load(peft_model(), device="cpu"), torch.randint(61, (3, 3))
-    only = ensemble.merge({"T": torch.ones(3), "E": torch.zeros(3)})
+    only = ensemble.merge(["T", "E"], torch.tensor([[1.0, 0.0]]))
     assert not only.is_same("merged", "T")
     logits, _ = _continue(only, ["merged", "T"], draft)
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
 
 
 def test_merged_rows_keep_the_models_dtype(peft_model):
-    ensemble = load(peft_model(), dtype="bfloat16", device="cpu").merge(_shares(torch.float32))
+    ensemble = _merge(load(peft_model(), dtype="bfloat16", device="cpu"))
     logits, _ = _continue(ensemble, ["merged"], torch.randint(61, (3, 1)))
     assert logits.dtype == torch.bfloat16
 
@@ -106,7 +106,7 @@ def test_roles_can_be_given_to_other_models_and_leave_the_first_ensemble_alone(p
     (base, anchor), _ = _continue(twin, ["base", "anchor"], draft)
     expected, _ = _continue(ensemble, ["T", "base"], draft)
     torch.testing.assert_close(torch.stack([base, anchor]), expected)
-    soup = ensemble.merge(_shares()).with_roles(base="merged")
+    soup = _merge(ensemble).with_roles(base="merged")
     assert soup.is_same("base", "merged")
     assert soup.describe()["base"]["source"].endswith("with the sum of E, T, J")
 
@@ -115,9 +115,9 @@ def test_attributes_that_are_no_adapters_of_one_model_are_refused(peft_model, ti
     model = peft_model()
     ensemble = load(model, {"E": "E", "full": tiny_model()}, device="cpu")
     with pytest.raises(ValueError, match=r"'merged'.*'soups'.*expected .*LoRA adapters of one model, 'full' is"):
-        ensemble.merge({"E": torch.ones(3), "full": torch.ones(3)})
+        ensemble.merge(["E", "full"], torch.ones(3, 2))
     with pytest.raises(ValueError, match="got none"):
-        ensemble.merge({})
+        ensemble.merge([], torch.ones(3, 0))
 
 
 def _with_merged_weights(model: PeftModel, shares: dict[str, float]):

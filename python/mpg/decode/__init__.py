@@ -31,14 +31,18 @@ class Sampler(Protocol):
 
     def start(self, session: Session, batch: Batch, rng: Generator) -> None:
         """Take a freshly opened session and batch. Before every round, each opened model has read all committed tokens
-        of every sequence but the last."""
+        of every row but the last."""
+
+    def reset(self, rows: Tensor) -> None:
+        """Forget the requests that were in these rows (int64): others have begun there."""
 
     def round(self) -> None:
-        """Commit at least one token to every active sequence, or mark it as failed; only seq-rs, which commits whole
-        texts, may take a bounded number of rounds for it. Never waits for the device."""
+        """Commit at least one token to every active row, or mark it as failed; only seq-rs, which commits whole texts,
+        may take a bounded number of rounds for it. Never waits for the device, and keeps what it remembers in tensors
+        that it changes in place."""
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the sampler counted, per sequence (B,)."""
+        """What the sampler counted, per row (B,)."""
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

@@ -30,6 +30,9 @@ class Direct:
         self.session, self.batch, self.rng = session, batch, rng
         self.target.start(batch)
 
+    def reset(self, rows: Tensor) -> None:
+        self.target.reset(rows)
+
     def round(self) -> None:
         batch = self.batch
 

@@ -53,6 +53,12 @@ class Exact:
         self.num_accepted = torch.zeros_like(batch.lengths)
         self.num_offered = torch.zeros_like(batch.lengths)
 
+    def reset(self, rows: Tensor) -> None:
+        self.target.reset(rows)
+        self.num_accepted[rows] = self.num_offered[rows] = 0
+        if self.batch.draft_lengths is not None:
+            self.batch.draft_lengths[rows] = self.options.chunk_size
+
     def round(self) -> None:
         batch = self.batch
 
@@ -77,9 +83,8 @@ class Exact:
 
         if batch.draft_lengths is not None:  # two more where all was accepted, one less where not
             longer = torch.where(accepted == num_usable, batch.draft_lengths + 2, batch.draft_lengths - 1)
-            batch.draft_lengths = torch.where(
-                num_usable > 0, longer.clamp(1, max(MAX_ADAPTED_CHUNK, self.options.chunk_size)), batch.draft_lengths
-            )
+            longer = longer.clamp(1, max(MAX_ADAPTED_CHUNK, self.options.chunk_size))
+            batch.draft_lengths.copy_(torch.where(num_usable > 0, longer, batch.draft_lengths))
 
         # Commit
         self.num_accepted += accepted * batch.active

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mpg_ext
 from mpg.batch import Batch
-from mpg.bound import Bound
+from mpg.bound import Bound, normalise_weights
 from mpg.config import Options
 from mpg.rng import Generator, Purpose
 from mpg_ext import reference
@@ -47,11 +47,16 @@ class TokenRS:
 
     def start(self, session: Session, batch: Batch, rng: Generator) -> None:
         self.session, self.batch, self.rng = session, batch, rng
-        self.weights = _normalised(batch.weights)
+        self.weights = normalise_weights(batch.weights)
         self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
         self.num_tries, self.num_rejected, self.num_capped = (
             torch.zeros(len(batch), dtype=torch.float64, device=self.weights.device) for _ in range(3)
         )
+
+    def reset(self, rows: Tensor) -> None:
+        self.weights[rows] = normalise_weights(self.batch.weights[rows])
+        self.bound.reset(rows)
+        self.num_tries[rows] = self.num_rejected[rows] = self.num_capped[rows] = 0
 
     def round(self) -> None:
         batch, bound = self.batch, self.bound
@@ -115,7 +120,7 @@ class SeqRS:
 
     def start(self, session: Session, batch: Batch, rng: Generator) -> None:
         self.session, self.batch, self.rng = session, batch, rng
-        self.weights = _normalised(batch.weights)
+        self.weights = normalise_weights(batch.weights)
         self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
         self.num_tries, self.num_rejected, self.num_capped = (torch.zeros_like(batch.lengths) for _ in range(3))
         # the candidate texts: their tokens, sizes and last tokens, and log-probabilities under anchor and attributes
@@ -126,6 +131,13 @@ class SeqRS:
         )
         self.logprobs = self.weights.new_zeros(1 + self.weights.shape[1], *batch.tokens.shape)
         self.num_rounds = 0  # no candidate is longer
+
+    def reset(self, rows: Tensor) -> None:
+        self.weights[rows] = normalise_weights(self.batch.weights[rows])
+        self.bound.reset(rows)
+        self.num_tries[rows] = self.num_rejected[rows] = self.num_capped[rows] = self.sizes[rows] = 0
+        self.last[rows] = self.batch.last_tokens()[rows]
+        self.logprobs[:, rows] = 0
 
     def round(self) -> None:
         batch, bound = self.batch, self.bound
@@ -158,10 +170,10 @@ class SeqRS:
 
         # Commit it, or start again
         counts = torch.where(is_whole & is_accepted | is_capped, self.sizes, 0)
-        self.sizes = torch.where(is_whole | ~batch.active, 0, self.sizes)
-        self.last = torch.where(is_whole, batch.last_tokens(), token)
+        self.sizes.masked_fill_(is_whole | ~batch.active, 0)
+        self.last.copy_(torch.where(is_whole, batch.last_tokens(), token))
         batch.commit(self.texts, counts, self.logprobs[1:] - self.logprobs[:1] if self.options.trace else None)
-        self.logprobs = self.logprobs.where(~is_whole[:, None], 0)
+        self.logprobs.masked_fill_(is_whole[:, None], 0)
 
     def statistics(self) -> dict[str, Tensor]:
         """The entries of `STATISTICS`, each (B,)."""
@@ -181,12 +193,6 @@ def _roles(models: Ensemble, attributes: tuple[str, ...]) -> tuple[str, ...]:
 def _scored(logits: Tensor, weights: Tensor) -> Tensor:
     """The anchor's and the attributes' of all roles' logits. out: (1 + N, B, V)"""
     return logits[-1 - weights.shape[1] :]
-
-
-def _normalised(weights: Tensor) -> Tensor:
-    """alpha, summing to 1 where its sum is positive, as in SCR (section 3.1). out: (B, N)"""
-    total = weights.sum(1, keepdim=True)
-    return torch.where(total > 0, weights / total, weights)
 
 
 def _gather(ops: Any, logits: Tensor, token: Tensor) -> Tensor:

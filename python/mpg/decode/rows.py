@@ -38,7 +38,11 @@ class TargetRows:
         self.roles = (*self.references, *attributes)
 
     def start(self, batch: Batch) -> None:
-        self.batch, self.weights = batch, batch.weights
+        self.batch = batch
+        self.weights = batch.weights if self.options.span == 1 else batch.weights.clone()
+
+    def reset(self, rows: Tensor) -> None:
+        self.weights[rows] = self.batch.weights[rows]
 
     def of(self, logits: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor]:
         """The target's rows after the last committed token and after each drafted one.
@@ -64,7 +68,7 @@ class TargetRows:
         logprobs = self._gather(attributes.gather(2, row), token[:, None])[:, :, 0]
         index = accepted.view(-1, 1, 1).expand(-1, 1, self.chunk_weights.shape[2])
         weights = self.chunk_weights.gather(1, index)[:, 0]
-        self.weights = self._advance(weights, logprobs, self.batch.num_new_tokens() + accepted + 1)
+        self.weights.copy_(self._advance(weights, logprobs, self.batch.num_new_tokens() + accepted + 1))
 
     def log_ratios(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """log pi_i - log anchor of the tokens (B, K + 1) that `logits` came before; against the unwarped target row

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mpg_ext
 from mpg.batch import Batch
-from mpg.bound import Bound
+from mpg.bound import Bound, normalise_weights
 from mpg.config import Options
 from mpg.rng import Generator, KeyedGenerator, Purpose
 from mpg_ext import reference
@@ -53,16 +53,21 @@ class SCR:
 
     def start(self, session: Session, batch: Batch, rng: Generator) -> None:
         self.session, self.batch, self.rng = session, batch, rng
-        total = batch.weights.sum(1, keepdim=True)
-        weights = torch.where(total > 0, batch.weights / total, batch.weights)  # alpha sums to 1 (section 3.1)
-        self.bound = Bound.initial(self.options, len(batch), weights.dtype, weights.device)
+        self.weights = normalise_weights(batch.weights)
+        self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
         self.decide: _Composed | _Fused
         if self.composed:
-            self.decide = _Composed(weights, self.bound, self.options, rng)
+            self.decide = _Composed(self.weights, self.bound, self.options, rng)
         else:
             assert isinstance(rng, KeyedGenerator)
-            self.decide = _Fused(weights, self.bound, self.options, rng)
-        self.sums = {name: torch.zeros(len(batch), dtype=torch.float64, device=weights.device) for name in _SUMS}
+            self.decide = _Fused(self.weights, self.bound, self.options, rng)
+        self.sums = {name: torch.zeros(len(batch), dtype=torch.float64, device=self.weights.device) for name in _SUMS}
+
+    def reset(self, rows: Tensor) -> None:
+        self.weights[rows] = normalise_weights(self.batch.weights[rows])
+        self.bound.reset(rows)
+        for values in self.sums.values():
+            values[rows] = 0
 
     def round(self) -> None:
         batch, bound = self.batch, self.bound

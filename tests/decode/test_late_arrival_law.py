@@ -1,0 +1,37 @@
+"""A request that begins in a row which another one has left has the law that it has alone: nothing stays of the other.
+
+The production loop is enumerated over all branches of both requests, beside companions that go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from fakes import FakeModels, enumerate_sampler, total_variation
+from laws import target_law
+
+PROMPT, PREDECESSOR = [1, 0], ([2, 2, 1], 2)
+NUM_TOKENS = 2
+WEIGHTS = {"E": 0.7, "T": 0.6}
+OPTIONS = {
+    "exact": {"sampler": "exact", "draft": "model", "chunk_size": 2},
+    "exact over a span": {"sampler": "exact", "target": "arithmetic", "mixture_span": "sequence", "chunk_size": 2},
+    "exact that adapts": {"sampler": "exact", "draft": "lookup", "adaptive": True, "chunk_size": 3},
+    "direct over a span": {"sampler": "direct", "target": "arithmetic", "mixture_span": 2},
+    "scr": {"sampler": "scr", "window": 1, "tau": 10.0, "chunk_size": 2, "initial_bound": 1.2, "temperature": 1.0},
+    "token-rs": {"sampler": "token-rs", "window": 1, "tau": 10.0, "initial_bound": 1.2, "top_p": 1.0},
+    "seq-rs": {"sampler": "seq-rs", "tries": 2, "window": 1, "initial_bound": 1.2},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_late_arrival_has_the_law_of_a_first_one(name, record_property):
+    models, options = FakeModels(3, others={"draft": 1.0}, eos_token_ids=[2], seed=5), OPTIONS[name]
+    alone = enumerate_sampler(models, PROMPT, NUM_TOKENS, WEIGHTS, **options)
+    late = enumerate_sampler(models, PROMPT, NUM_TOKENS, WEIGHTS, predecessor=PREDECESSOR, **options)
+    assert len(alone) > 3
+    defect = total_variation(alone, late)
+    assert defect < 1e-12
+    if options["sampler"] in ("exact", "direct"):
+        assert total_variation(late, target_law(models, PROMPT, NUM_TOKENS, WEIGHTS, **options)) < 1e-12
+    record_property("defect", defect)
