@@ -165,6 +165,22 @@ def test_plot_is_a_picture(report, tmp_path):
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["none/check.png", "check.xyz", "check"])
+def test_file_that_cannot_be_drawn_is_refused_before_anything_runs(tmp_path, name):
+    pytest.importorskip("matplotlib")
+    arguments = ["check", "--weights", "E=1", "--models", "nowhere", "--plot", str(tmp_path / name)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("mpg: plot: expected a file")
+    assert done.stdout == ""
+
+
+def test_weights_that_scr_cannot_divide_by_their_sum_leave_only_scr_out(model):
+    report = check(model, {"E": 1, "T": -0.9999}, PROMPTS[:2], max_new_tokens=2)
+    assert [section.target for section in report.sections] == ["geometric"]
+    assert sum("was left out: it divides the weights by their sum, 0.0001" in note for note in report.notes) == 2
+
+
 def test_command_prints_one_json_object_or_tables(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(PROMPTS[:2]))

@@ -27,6 +27,7 @@ WAYS = [
     {"sampler": "direct", "target": "arithmetic"},
     {"sampler": "direct", "target": "geometric"},
 ]
+REJECTION_WAYS = [{"sampler": "token-rs", "target": "arithmetic"}, {"sampler": "seq-rs", "target": "geometric"}]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
@@ -193,7 +194,7 @@ def test_bad_call_is_refused(model, prompt, options, message):
         model.generate(prompt, **({"weights": BOTH} | options))
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
+@pytest.mark.parametrize("way", [*WAYS, *REJECTION_WAYS], ids=lambda way: " ".join(way.values()))
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("role", ["base", "T"])
 def test_model_that_returns_nan_or_infinity_is_named(model, way, value, role, monkeypatch):

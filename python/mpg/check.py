@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.table import Table
 
 import mpg_ext
-from mpg.config import MAX_CHUNK, check_weights
+from mpg.config import MAX_CHUNK, MAX_WEIGHT, MIN_WEIGHT, check_weights
 from mpg.engine import Model
 from mpg.ensemble import Ensemble
 from mpg.results import Result
@@ -200,7 +200,8 @@ def _plan(models: Ensemble, weights: dict[str, float], target: str) -> tuple[lis
     of_scr = weights
     if total > 0 and not math.isclose(total, 1):
         of_scr = {name: alpha / total for name, alpha in weights.items()}
-    if target == "arithmetic":  # whose law does not depend on the scale of the weights
+    can_be_scr = all(MIN_WEIGHT <= abs(alpha) <= MAX_WEIGHT for alpha in of_scr.values())
+    if target == "arithmetic" and can_be_scr:  # whose law does not depend on the scale of the weights
         weights = of_scr
     drafts = ["lookup", "merged", *([] if models.is_same("draft", "base") else ["model"])]
     samplers: list[tuple[str, dict[str, Any]]] = [("direct", {"sampler": "direct"})]
@@ -209,6 +210,9 @@ def _plan(models: Ensemble, weights: dict[str, float], target: str) -> tuple[lis
     for score in ("arithmetic", "geometric"):
         if (score, of_scr) == (target, weights):
             samplers.append(_SCR)
+        elif not can_be_scr:
+            wanted = f"divides the weights by their sum, {total:g}, and weights are {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
+            notes.append(f"scr with the {score} score was left out: it {wanted} in size")
         elif score == "arithmetic" and total <= 0:
             notes.append(
                 f"scr as published was left out: its arithmetic score needs weights of a positive sum, got {total:g}"
@@ -428,15 +432,27 @@ def _interval(estimate: Estimate, spec: str) -> str:
     return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
 
 
+def check_plot(path: str | Path) -> None:
+    """Raise ValueError unless `plot` could draw into this file: without matplotlib, its folder, or a known suffix."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ValueError("plot: needs matplotlib, expected after pip install 'mpg[evaluate]'") from error
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"plot: expected a file in a folder that exists, got {str(path)!r}")
+    suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix.removeprefix(".").lower() not in suffixes:
+        raise ValueError(f"plot: expected a file that ends in one of {', '.join(suffixes)}, got {str(path)!r}")
+
+
 def plot(report: Report, path: str | Path) -> None:
     """Draw delivered share against depth per token, one panel a target.
 
-    Raises ValueError if matplotlib is not there, or if no target's intended shift can be told from 0.
+    Raises ValueError as `check_plot` does, or if no target's intended shift can be told from 0.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plot: needs matplotlib, expected after pip install 'mpg[evaluate]'") from error
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     sections = [section for section in report.sections if section.is_resolved]
     if not sections:
         raise ValueError("plot: no intended shift is distinguishable from 0, expected one to plot shares of")

@@ -23,7 +23,7 @@ from mpg.check import PROMPTS as NEUTRAL_PROMPTS
 from mpg.check import TARGETS as CHECK_TARGETS
 from mpg.check import check as run_check
 from mpg.check import plot as draw_report
-from mpg.check import read_prompts, render
+from mpg.check import check_plot, read_prompts, render
 from mpg.config import DRAFTS, SAMPLERS, TARGETS, parse_weights
 from mpg.demo import MODELS as DEMO_MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
@@ -199,8 +199,8 @@ def check(
 ) -> None:
     """Measure how much of the intended shift each sampler delivers on these models, and at what cost."""
     with _clear_errors():
-        if plot is not None and not plot.parent.is_dir():
-            raise ValueError(f"plot: expected a file in a folder that exists, got {str(plot)!r}")
+        if plot is not None:
+            check_plot(plot)
         if prompts is not None:
             chosen = read_prompts(prompts)
         else:

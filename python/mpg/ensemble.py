@@ -187,7 +187,7 @@ class Ensemble:
                 wanted = "attributes that are LoRA adapters of one model"
                 raise ValueError(f"draft 'merged', method 'soups': expected {wanted}, {name!r} is another model")
         if not slots:
-            raise ValueError("draft 'merged', method 'soups': expected attributes with a weight, got none")
+            raise ValueError("draft 'merged', method 'soups': expected attributes with a weight to merge, got none")
         host, groups = self._members[slots[0][0]], [group for _, group in slots]
         source = f"{host.source} with the sum of {', '.join(attributes)}"
         twin = self.with_roles()

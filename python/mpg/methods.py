@@ -40,7 +40,9 @@ METHODS: dict[str, Method] = {
     "seq-rs": Method("rejection sampling of whole texts", _POSITIVE_SUM),
     "token-rs": Method("rejection sampling token by token", _POSITIVE_SUM),
     "scr": Method("SCR with the base as reference", _POSITIVE_SUM),
-    "scr-dpo-single": Method("SCR with every single attribute's model as reference", _POSITIVE_SUM),
+    "scr-dpo-single": Method(
+        "SCR with every single attribute's model as reference, the anchor being the original", _POSITIVE_SUM
+    ),
     "scr-specialized": Method("SCR with the specialised base as reference", f"{_POSITIVE_SUM}; {_SPECIALISED}"),
 }
 SINGLE_METHODS = ("pp-single", "dpo-single", "scr-dpo-single")  # one text per attribute; tables average over them
