@@ -22,8 +22,8 @@ import mpg_ext
 from mpg.check import PROMPTS as NEUTRAL_PROMPTS
 from mpg.check import TARGETS as CHECK_TARGETS
 from mpg.check import check as run_check
-from mpg.check import plot as draw_report
 from mpg.check import check_plot, read_prompts, render
+from mpg.check import plot as draw_report
 from mpg.config import DRAFTS, SAMPLERS, TARGETS, parse_weights
 from mpg.demo import MODELS as DEMO_MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
