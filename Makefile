@@ -41,9 +41,10 @@ check: test mutants
 	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built
 	$(OLD_VENV)/bin/python -m pytest --ignore=tests/test_build.py
 
-# The table and the plot of docs/laws.md, enumerated anew.
+# The table and the plot of docs/laws.md, enumerated anew, and the tables of docs/architectures.md.
 docs: $(BIN)/.built
 	$(BIN)/python docs/tabulate_laws.py
+	$(BIN)/python docs/tabulate_architectures.py
 
 # On a machine with a GPU, with the torch that is there: no network, no virtual environment.
 gpu:

@@ -1,4 +1,4 @@
-"""The documented laws are those of the samplers as they are now."""
+"""What the documents tabulate is what the code does now."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
 
+import tabulate_architectures as architectures  # noqa: E402
 import tabulate_laws as page  # noqa: E402
 
 from fakes import enumerate_sampler, total_variation  # noqa: E402
@@ -38,3 +39,7 @@ def test_chained_rounds_have_the_law_of_the_whole_loop(name, monkeypatch):
     whole = enumerate_sampler(models, page.PROMPT, 3, page.WEIGHTS, **options, **unwarped)
     assert total_variation(law, whole) < 1e-12
     assert 1 < rounds < 3
+
+
+def test_table_of_architectures_is_the_tested_list():
+    assert architectures.table() in (DOCS / "architectures.md").read_text()

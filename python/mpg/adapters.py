@@ -188,7 +188,7 @@ class AdapterStack:
         self.factors: list[tuple[Tensor, Tensor]] = []  # per layer (G, in, r), (G, r, out)
         self.active: list[tuple[Tensor, Tensor]] | None = None
         self.shares: Tensor | None = None
-        self.shapes: tuple[tuple[int, ...], ...] = ()
+        self.num_rows = self.num_tokens = 0
         for adapter in adapters:
             for module, factors in adapter.factors.items():
                 _check_fit(model, adapter, module, *factors)
@@ -227,8 +227,7 @@ class AdapterStack:
         shares: (num_rows, N), each row's own weights of the N groups that `merge` joined
         """
         self.active, self.shares = factors, shares
-        # What a linear layer may see: all tokens, the same flattened, or the last of each row (logits_to_keep).
-        self.shapes = ((num_rows, num_tokens), (num_rows * num_tokens,), (num_rows, 1))
+        self.num_rows, self.num_tokens = num_rows, num_tokens
 
 
 class StackedLinear(nn.Module):
@@ -245,9 +244,11 @@ class StackedLinear(nn.Module):
         out = self.base(x)
         if self.stack.active is None:
             return out
-        if x.shape[:-1] not in self.stack.shapes:  # e.g. an expert that sees some of the tokens: groups would mix
-            shape = tuple(x.shape[:-1])
-            raise ValueError(f"adapted layer {self.name}: expected tokens {self.stack.shapes[0]}, got {shape}")
+        # All rows in order, by row (its last token under logits_to_keep, cached ones in DeepSeek's latent attention) or
+        # with all tokens flattened. Not e.g. an expert that sees some of the tokens: groups would mix.
+        shape, (num_rows, num_tokens) = tuple(x.shape[:-1]), (self.stack.num_rows, self.stack.num_tokens)
+        if not (len(shape) > 1 and shape[0] == num_rows) and shape != (num_rows * num_tokens,):
+            raise ValueError(f"adapted layer {self.name}: expected tokens {(num_rows, num_tokens)}, got {shape}")
         down, up = self.stack.active[self.index]
         groups = down.shape[0]
         hidden = torch.bmm(x.reshape(groups, -1, x.shape[-1]), down)

@@ -17,6 +17,9 @@ ATTENTION = "mpg"  # the name under which transformers finds the two functions a
 CACHED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 ALIBI_MODEL_TYPES = {"bloom", "mpt"}
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+# How far logits may be from an uncached forward's, as a share of their spread over the vocabulary. What goes wrong is
+# off by 18 % of it or more; rounding is 1e-6 of it in float32, and in bfloat16 2 % over 24 layers.
+MAX_DEVIATION = {64: 0.01, 32: 0.01, 16: 0.15}  # by the bits of the dtype
 
 
 class RaggedCache(Cache):
@@ -103,9 +106,53 @@ def use_ragged_attention(model: PreTrainedModel, argument: str) -> None:
     """
     config = model.config.get_text_config()
     if reason := _unsupported(model, config):
-        wanted = "a model that can run on a ragged cache"
-        raise ValueError(f"{argument}: expected {wanted}, got {config.model_type}: {reason}")
+        raise _refusal(argument, config, reason)
     model.set_attn_implementation(ATTENTION)
+
+
+@torch.no_grad()
+def verify_ragged_attention(model: PreTrainedModel, argument: str) -> None:
+    """Refuse a model whose logits on ragged rows are not those of its own uncached forward.
+
+    `use_ragged_attention` refuses what is known to go wrong; this is for all the others. Two rows of 4 and 3 tokens,
+    one of which has a token rejected, against one plain forward: three forwards of 16 positions in all, once, the time
+    of three to six decoded tokens. It cannot see what only long texts show.
+
+    argument: what the caller named the model, for the message
+
+    Raises ValueError if a forward fails, or if a position deviates by more than MAX_DEVIATION; in 16 bits both
+    positions of a row must, as a router may send one token elsewhere. Logits that are not finite are not judged.
+    """
+    config = model.config.get_text_config()
+    rows = (torch.arange(1, 9, device=model.device) * config.vocab_size // 9).view(2, 4)
+    before, after = rows[:, :2].clone(), torch.stack([rows[0, 2:], rows[1, 1:3]])
+    before[1, 1] = rows[0, 0]  # row 1 is one token long: this one is rejected
+    cache = RaggedCache(config.num_hidden_layers, 2, capacity=4)
+    try:
+        model.set_attn_implementation("eager")
+        plain = model(input_ids=rows, use_cache=False).logits
+        model.set_attn_implementation(ATTENTION)
+        for tokens, start in ((before, [0, 0]), (after, [2, 1])):
+            positions = cache.place(0, torch.tensor(start, device=model.device), num_tokens=2, kv_length=4)
+            ragged = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the forward of an unknown model raises
+        raise _refusal(argument, config, f"its forward raises {type(error).__name__}: {error}") from error
+    expected = torch.stack([plain[0, 2:], plain[1, 1:3]]).float()
+    deviations = (ragged.float() - expected).square().mean(-1).sqrt() / expected.std(-1)  # (rows, positions)
+    bits = torch.finfo(model.dtype).bits
+    deviation = (deviations.amin(-1) if bits == 16 else deviations).amax().item()
+    if deviation > MAX_DEVIATION[bits]:
+        reason = (
+            f"on short ragged rows its logits deviate from an uncached forward's by {deviation:.0%} of their spread"
+        )
+        raise _refusal(argument, config, reason)
+
+
+def _refusal(argument: str, config: PreTrainedConfig, reason: str) -> ValueError:
+    wanted = "a model that can run on a ragged cache"
+    return ValueError(f"{argument}: expected {wanted}, got {config.model_type}: {reason}")
 
 
 def _unsupported(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
@@ -123,8 +170,13 @@ def _unsupported(model: PreTrainedModel, config: PreTrainedConfig) -> str | None
     for parameters in (rope, *rope.values()):  # one dict, or one per layer type
         if isinstance(parameters, dict) and parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:
             return f"RoPE type {parameters['rope_type']!r} changes with the longest row, so cached keys would go stale"
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4
+        return (
+            "attn_temperature_tuning takes the positions of all rows from one length; set it to False in the "
+            "configuration, which changes nothing below floor_scale positions"
+        )
     if not model._supports_attention_backend:
-        return "its attention does not go through transformers' attention interface"
+        return "it does not declare that its attention goes through transformers' attention interface"
     return None
 
 
@@ -182,7 +234,7 @@ def ragged_mask(
 
     out: (R, 1, q, kv) bool, true = attend
     """
-    assert isinstance(q_offset, Tensor), "models run on a RaggedCache only"
+    assert isinstance(q_offset, Tensor), "the model attends without its cache"
     assert mask_function is not None
     queries = q_offset[:, None] + torch.arange(q_length, device=device)
     queries = queries.clamp_max(kv_length - 1)  # as in place(): a row past its end would see nothing and turn NaN

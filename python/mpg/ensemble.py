@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 import mpg_ext
 from mpg.adapters import Adapter, AdapterStack, adapter_in_memory, read_adapter, refuse_unreadable, share
-from mpg.cache import RaggedCache, use_ragged_attention
+from mpg.cache import RaggedCache, use_ragged_attention, verify_ragged_attention
 
 BASE, ANCHOR, DRAFT, MERGED = "base", "anchor", "draft", "merged"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -458,6 +458,8 @@ class _Loader:
         dtype = self.dtype or model.dtype
         if (model.device, model.dtype) != (self.device, dtype):
             model.to(self.device, dtype)  # type: ignore[arg-type]  # its annotation lost the arguments
+        if self.device.type != "meta":
+            verify_ragged_attention(model, argument)
         name = str(source) if isinstance(source, str | Path) else model.name_or_path or type(model).__name__
         self.members.append(_Member(argument, name, model, tokenizer))
         return len(self.members) - 1, 0

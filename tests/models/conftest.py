@@ -11,28 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-VOCAB = 61
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-SPECIAL = {
-    "gpt2": dict(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2
-    ),
-    "mistral": dict(SIZES, sliding_window=5),
-    "gemma2": dict(SIZES, sliding_window=5, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
-    "gpt_oss": dict(SIZES, sliding_window=5, num_local_experts=2, num_experts_per_tok=1),
-}
+from architectures import ARCHITECTURES
+
+SETTINGS = {architecture.model_type: architecture.settings for architecture in ARCHITECTURES}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +26,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     """tiny_model(model_type, **settings) makes a random float32 model whose logits depend clearly on every token."""
 
     def make(model_type: str = "llama", **settings: object) -> PreTrainedModel:
-        config = AutoConfig.for_model(model_type, **{**SPECIAL.get(model_type, SIZES), **settings})
+        config = AutoConfig.for_model(model_type, **{**SETTINGS[model_type], **settings})
         # Eager attention is the reference: transformers 5.17 drops Gemma 2's soft cap in its default one.
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         for parameter in model.parameters():

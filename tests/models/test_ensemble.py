@@ -168,54 +168,7 @@ def test_logits_carry_no_gradient(set_folder):
     assert not _logits(ensemble, ["E", "base"]).requires_grad
 
 
-# What is refused. Recurrent layers, ALiBi and the like would be silently wrong.
-
-
-@pytest.mark.parametrize(
-    ("model_type", "settings", "message"),
-    [
-        ("mamba2", dict(num_heads=8, head_dim=8, state_size=8, n_groups=1), "recurrent|linear"),
-        (
-            "qwen3_next",
-            dict(num_experts=2, num_experts_per_tok=1, linear_num_value_heads=4, linear_num_key_heads=2),
-            "recurrent|linear",
-        ),
-        ("bloom", dict(n_head=4, n_layer=1), "ALiBi"),
-        ("mpt", dict(d_model=32, n_heads=4, n_layers=1), "ALiBi"),
-        ("falcon", dict(alibi=True, num_hidden_layers=1, num_attention_heads=4), "ALiBi"),
-        ("falcon", dict(num_hidden_layers=1, num_attention_heads=4), "attention interface"),
-        ("gptj", dict(n_embd=32, n_layer=1, n_head=4, rotary_dim=4), "attention interface"),
-        (
-            "llama",
-            dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-            "RoPE type 'dynamic'",
-        ),
-        (
-            "phi3",
-            dict(
-                rope_parameters={
-                    "rope_type": "longrope",
-                    "short_factor": [1.0] * 4,
-                    "long_factor": [2.0] * 4,
-                    "original_max_position_embeddings": 32,
-                    "rope_theta": 1e4,
-                }
-            ),
-            "RoPE type 'longrope'",
-        ),
-    ],
-)
-def test_models_that_cannot_run_on_a_ragged_cache_are_refused(model_type, settings, message, tiny_model):
-    common = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    if model_type in ("llama", "phi3", "qwen3_next"):
-        settings = {**common, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, **settings}
-    elif model_type in ("mamba2", "bloom", "falcon"):
-        settings = {"vocab_size": 61, "hidden_size": 32, **settings}
-    config = AutoConfig.for_model(model_type, **settings)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=rf"base: expected .*, got {model_type}.*: .*({message})"):
-        load(model, {"E": model})
+# What is refused.
 
 
 def test_encoder_decoders_are_refused(tmp_path):
