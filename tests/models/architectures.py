@@ -5,6 +5,7 @@ Knows tiny configurations, what adapters usually target, and why a model is refu
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,7 @@ class Architecture:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**self.sizes, **self.special}
+        return copy.deepcopy({**self.sizes, **self.special})  # transformers 5.17 writes into what it is given
 
 
 @dataclass(frozen=True)
