@@ -133,7 +133,7 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> None:
         plain = model(input_ids=rows, use_cache=False).logits
         model.set_attn_implementation(ATTENTION)
         for tokens, start in ((before, [0, 0]), (after, [2, 1])):
-            positions = cache.place(0, torch.tensor(start, device=model.device), num_tokens=2, kv_length=4)
+            positions = cache.place(slice(0, 2), torch.tensor(start, device=model.device), num_tokens=2, kv_length=4)
             ragged = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
     except torch.OutOfMemoryError:
         raise
