@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,8 @@ UNSUPPORTED_SETTINGS = (
 )
 # Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ, ...) also changes the base weights.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Layers of one module that read one input, by the names that transformers gives them.
+READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -179,16 +181,19 @@ class AdapterStack:
     """The factors of all adapters of one model, layer by layer, in the model's dtype.
 
     Group 0 is the pure base (zeros), group g the g-th adapter; smaller ranks and skipped layers are padded with zeros.
+    Layers that read one input share the factor that it is multiplied by, and the first of them multiplies for all.
 
     `run_groups` tells the layers what the next forward holds; the rows of a group are neighbours (model-major).
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
         """Replace every adapted linear layer of `model`; ValueError names a module or shape that does not fit."""
-        self.factors: list[tuple[Tensor, Tensor]] = []  # per layer (G, in, r), (G, r, out)
+        self.factors: list[tuple[Tensor, Tensor]] = []  # per layer down (G, R, in) of all that share it, up (G, r, out)
+        self.layers: list[StackedLinear] = []
         self.active: list[tuple[Tensor, Tensor]] | None = None
         self.shares: Tensor | None = None
         self.num_rows = self.num_tokens = 0
+        self.latest: tuple[Tensor, int, tuple[Tensor, ...]] | None = None  # see shrink
         for adapter in adapters:
             for module, factors in adapter.factors.items():
                 _check_fit(model, adapter, module, *factors)
@@ -196,11 +201,19 @@ class AdapterStack:
             for name, weight in adapter.frozen.items():
                 if name not in own or not torch.equal(own[name].cpu(), weight.to(own[name].dtype)):
                     raise ValueError(f"{adapter.name}: expected the model's weights for {name}, got some of its own")
-        adapted = {module for adapter in adapters for module in adapter.factors}
-        for module in [module for module, _ in model.named_modules() if module in adapted]:
-            layer = model.get_submodule(module)
-            model.set_submodule(module, StackedLinear(layer, self, len(self.factors), module))
-            self.factors.append(_stack([adapter.factors.get(module) for adapter in adapters], layer, model.dtype))
+        adapted = {module: down.shape[0] for adapter in adapters for module, (down, _) in adapter.factors.items()}
+        for modules in _group_readers({m: adapted[m] for m, _ in model.named_modules() if m in adapted}):
+            bases = [model.get_submodule(module) for module in modules]
+            pairs = [
+                _stack([adapter.factors.get(module) for adapter in adapters], base, model.dtype)
+                for module, base in zip(modules, bases, strict=True)
+            ]
+            down, ranks = torch.cat([down for down, _ in pairs], 1), [down.shape[1] for down, _ in pairs]
+            for place, (module, base) in enumerate(zip(modules, bases, strict=True)):
+                layer = StackedLinear(base, self, module, len(self.layers), place, ranks)
+                model.set_submodule(module, layer)
+                self.layers.append(layer)
+                self.factors.append((down, pairs[place][1]))
 
     def select(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The factors of some groups (ascending): views where the groups are neighbours, else copies."""
@@ -209,10 +222,14 @@ class AdapterStack:
         return [(down[list(groups)], up[list(groups)]) for down, up in self.factors]
 
     def merge(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """The factors of some groups side by side, (1, in, N r) and (1, N r, out): of one group that is their sum."""
+        """The factors of some groups side by side, (1, N R, in) and (1, N r, out): of one group that is their sum."""
         index = list(groups)
         return [
-            (down[index].transpose(0, 1).flatten(1)[None], up[index].flatten(0, 1)[None]) for down, up in self.factors
+            (
+                torch.cat([part.flatten(0, 1) for part in down[index].split(layer.ranks, 1)])[None],
+                up[index].flatten(0, 1)[None],
+            )
+            for layer, (down, up) in zip(self.layers, self.factors, strict=True)
         ]
 
     def run_groups(
@@ -226,19 +243,40 @@ class AdapterStack:
 
         shares: (num_rows, N), each row's own weights of the N groups that `merge` joined
         """
-        self.active, self.shares = factors, shares
+        self.active, self.shares, self.latest = factors, shares, None
         self.num_rows, self.num_tokens = num_rows, num_tokens
+
+    def shrink(self, x: Tensor, first: int, ranks: Sequence[int]) -> tuple[Tensor, ...]:
+        """x times the factor that the layers from number `first` on share: each one's product, (G, tokens, r).
+
+        It is kept, so that only the first of them computes it.
+        """
+        assert self.active is not None
+        if self.latest is None or self.latest[0] is not x or self.latest[1] != first:
+            down = self.active[first][0]
+            products = torch.bmm(x.reshape(down.shape[0], -1, x.shape[-1]), down.transpose(1, 2))
+            num_merged = 1 if self.shares is None else self.shares.shape[1]
+            self.latest = x, first, products.split([num_merged * rank for rank in ranks], -1)
+        return self.latest[2]
 
 
 class StackedLinear(nn.Module):
-    """A linear layer with one low-rank update per group: a base product for all rows and two batched small ones."""
+    """A linear layer with one low-rank update per group: a base product for all rows and two batched small ones.
 
-    def __init__(self, base: nn.Module, stack: AdapterStack, index: int, name: str) -> None:
+    index: this layer's number in the stack
+    place: its place among the layers that share a factor, whose ranks are `ranks`
+    """
+
+    def __init__(
+        self, base: nn.Module, stack: AdapterStack, name: str, index: int, place: int, ranks: Sequence[int]
+    ) -> None:
         super().__init__()
         self.base = base
         self.stack = stack
-        self.index = index
         self.name = name
+        self.index = index
+        self.place = place
+        self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
@@ -249,14 +287,24 @@ class StackedLinear(nn.Module):
         shape, (num_rows, num_tokens) = tuple(x.shape[:-1]), (self.stack.num_rows, self.stack.num_tokens)
         if not (len(shape) > 1 and shape[0] == num_rows) and shape != (num_rows * num_tokens,):
             raise ValueError(f"adapted layer {self.name}: expected tokens {(num_rows, num_tokens)}, got {shape}")
-        down, up = self.stack.active[self.index]
-        groups = down.shape[0]
-        hidden = torch.bmm(x.reshape(groups, -1, x.shape[-1]), down)
+        up = self.stack.active[self.index][1]
+        hidden = self.stack.shrink(x, self.index - self.place, self.ranks)[self.place]
         if self.stack.shares is not None:
             num_rows, num_merged = self.stack.shares.shape
-            parts = hidden.view(num_rows, -1, num_merged, hidden.shape[-1] // num_merged)
+            parts = hidden.reshape(num_rows, -1, num_merged, self.ranks[self.place])
             hidden = (parts * self.stack.shares[:, None, :, None]).view_as(hidden)
-        return torch.baddbmm(out.view(groups, -1, out.shape[-1]), hidden, up).view(out.shape)
+        out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(hidden, up)
+        return out
+
+
+def _group_readers(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Modules (name: size of its input) that read one input, together; every other one alone."""
+    readers: dict[tuple[object, ...], list[str]] = {}
+    for module, size in sizes.items():
+        parent, _, name = module.rpartition(".")
+        together = next((names for names in READ_TOGETHER if name in names), name)
+        readers.setdefault((parent, together, size), []).append(module)
+    return list(readers.values())
 
 
 def _check_fit(model: PreTrainedModel, adapter: Adapter, module: str, down: Tensor, up: Tensor) -> None:
@@ -283,10 +331,10 @@ def _stack(
     fitting = [pair for pair in factors if pair is not None]
     rank = max(down.shape[1] for down, _ in fitting)
     size_in, size_out = fitting[0][0].shape[0], fitting[0][1].shape[1]
-    downs = torch.zeros(len(factors) + 1, size_in, rank, dtype=dtype, device=device)
+    downs = torch.zeros(len(factors) + 1, rank, size_in, dtype=dtype, device=device)
     ups = torch.zeros(len(factors) + 1, rank, size_out, dtype=dtype, device=device)
     for group, pair in enumerate(factors, start=1):
         if pair is not None:
-            downs[group, :, : pair[0].shape[1]] = pair[0]
+            downs[group, : pair[0].shape[1]] = pair[0].T
             ups[group, : pair[1].shape[0]] = pair[1]
     return downs, ups

@@ -98,6 +98,26 @@ def test_a_base_pass_runs_the_plain_base_layers(peft_model, monkeypatch):
         session.forward(["plain"], tokens, start, kv_length=16)
 
 
+def test_layers_that_read_one_input_share_one_product(peft_model, monkeypatch):
+    session = load(peft_model()).open(PROMPTS, ["rslora"], 16)
+    products = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *factors: products.append(bmm(*factors)) or products[-1])
+    session.forward(["rslora"], torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), kv_length=16)
+    assert len(products) == 2 * len(["q, k, v", "o", "gate, up", "down"]) + len(["head"])
+
+
+def test_layers_of_one_name_that_read_other_inputs_are_not_mixed_up(peft_model):
+    ensemble = load(peft_model())
+    session = ensemble.open(PROMPTS, ["rslora"], 16)
+    tokens, start = torch.randint(61, (3, 1)), torch.zeros(3, dtype=torch.int64)
+    expected = session.forward(["rslora"], tokens, start, kv_length=16)
+    layers = ensemble._members[0].model.model.layers
+    for projection in (layers[0].self_attn.k_proj, layers[1].mlp.up_proj):  # equal values, another tensor
+        projection.register_forward_pre_hook(lambda module, args: (args[0].clone(),))
+    assert torch.equal(session.forward(["rslora"], tokens, start, kv_length=16), expected)
+
+
 def test_the_users_peft_model_stays_as_it_was(peft_model, full_logits):
     model = peft_model().train()
     model.set_adapter("rslora")
