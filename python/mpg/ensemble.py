@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 import mpg_ext
 from mpg.adapters import Adapter, AdapterStack, adapter_in_memory, read_adapter, refuse_unreadable, share
 from mpg.cache import RaggedCache, use_ragged_attention, verify_ragged_attention
+from mpg.linear import pack_linears
 
 BASE, ANCHOR, DRAFT, MERGED = "base", "anchor", "draft", "merged"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -43,6 +44,7 @@ class _Member:
     source: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    num_parameters: int
     adapters: list[Adapter] = field(default_factory=list)
     stack: AdapterStack | None = None
     merged: tuple[list[int], Tensor] | None = None
@@ -84,7 +86,8 @@ def load(
     tokenizer:  default: the one in the base folder, if any
     dtype:      default: loaded models keep theirs, a base folder has the checkpoint's own on CUDA and float32 on CPU,
                 other folders take the base's
-    device:     "cpu" or "cuda[:i]"; default: that of a loaded base, else "cuda" where mpg can use it, else "cpu"
+    device:     "cpu" or "cuda[:i]"; default: that of a loaded base, else "cuda" where mpg can use it, else "cpu". On
+                the CPU large float32 layers are packed anew: those of a loaded model then take their memory twice
 
     Adapters attach to the model they were trained on: the anchor where that is a model, else the base. So
     base=specialised, anchor=original, attributes={name: adapter of the original} is the specialised reference of
@@ -204,7 +207,7 @@ class Ensemble:
             described[role] = {
                 "source": member.source,
                 "model_type": member.model.config.model_type,
-                "parameters": member.model.num_parameters(),
+                "parameters": member.num_parameters,
                 "adapter": adapter.source if adapter else None,
                 "adapter_rank": adapter.rank if adapter else None,
             }
@@ -425,6 +428,7 @@ class _Loader:
         for member in self.members:
             if member.adapters:
                 member.stack = AdapterStack(member.model, member.adapters)
+            pack_linears(member.model)
         for member in self.members[1:]:
             _check_agreement(self.members[0], member)
         return self.members
@@ -461,7 +465,7 @@ class _Loader:
         if self.device.type != "meta":
             verify_ragged_attention(model, argument)
         name = str(source) if isinstance(source, str | Path) else model.name_or_path or type(model).__name__
-        self.members.append(_Member(argument, name, model, tokenizer))
+        self.members.append(_Member(argument, name, model, tokenizer, model.num_parameters()))
         return len(self.members) - 1, 0
 
 
