@@ -109,8 +109,8 @@ class Batch:
         device = self.tokens.device
         index = torch.tensor(list(rows), device=device)
         lengths = [len(prompt) for prompt in prompts]
-        padded = [[*prompt, *[0] * (self.capacity - len(prompt))] for prompt in prompts]
-        self.tokens[index] = torch.tensor(padded, device=device)
+        padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
+        self.tokens[index, : max(lengths)] = torch.tensor(padded, device=device)
         self.prompt_lengths[index] = self.lengths[index] = torch.tensor(lengths, device=device)
         self.limits[index] = self.lengths[index] + torch.tensor(list(max_new_tokens), device=device)
         self.weights[index], self.seeds[index], self.rounds[index] = weights, seeds, 0

@@ -57,6 +57,12 @@ class RaggedCache(Cache):
         self.slots = (numbers[:, None] * self.capacity + positions).flatten()
         return positions
 
+    def bytes_per_position(self) -> int:
+        """What one position of one row takes in all layers that have been written to."""
+        written = [layer for layer in self.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
+        buffers = [buffer for layer in written for buffer in (layer.keys, layer.values)]
+        return sum(buffer[0].numel() * buffer.element_size() for buffer in buffers)
+
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override]  # one per row
         return self.start
 
@@ -111,7 +117,7 @@ def use_ragged_attention(model: PreTrainedModel, argument: str) -> None:
 
 
 @torch.no_grad()
-def verify_ragged_attention(model: PreTrainedModel, argument: str) -> None:
+def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
     """Refuse a model whose logits on ragged rows are not those of its own uncached forward.
 
     `use_ragged_attention` refuses what is known to go wrong; this is for all the others. Two rows of 4 and 3 tokens,
@@ -119,6 +125,8 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> None:
     of three to six decoded tokens. It cannot see what only long texts show.
 
     argument: what the caller named the model, for the message
+
+    out: bytes that the cache takes for one position of one row
 
     Raises ValueError if a forward fails, or if a position deviates by more than MAX_DEVIATION; in 16 bits both
     positions of a row must, as a router may send one token elsewhere. Logits that are not finite are not judged.
@@ -148,6 +156,7 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> None:
             f"on short ragged rows its logits deviate from an uncached forward's by {deviation:.0%} of their spread"
         )
         raise _refusal(argument, config, reason)
+    return cache.bytes_per_position()
 
 
 def _refusal(argument: str, config: PreTrainedConfig, reason: str) -> ValueError:

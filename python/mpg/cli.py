@@ -268,6 +268,6 @@ def _clear_errors() -> Iterator[None]:
     """Turn the library's errors about its input into one line on stderr and exit status 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         err.print(f"mpg: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None

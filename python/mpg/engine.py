@@ -19,7 +19,7 @@ from mpg import ensemble
 from mpg.config import DEFAULT_NEW_TOKENS, Options, check_weights
 from mpg.ensemble import Ensemble, Source
 from mpg.results import Result, Token
-from mpg.run import Request, Run
+from mpg.run import Request, decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +63,8 @@ class Model:
 
         Raises ValueError that names the argument if one is not as here or in `Options`, if a prompt is empty or leaves
         too few positions, if a model returns NaN or +inf, or if no token is left to draw (negative weights can do it).
+        Raises MemoryError with the sizes if the caches or a forward need more memory than there is; the model stays
+        usable.
         """
         started_at = time.perf_counter()
         checked = Options.of(options)
@@ -70,8 +72,7 @@ class Model:
             raise ValueError(f"on_token: expected a callable, got {on_token!r}")
         prompts, is_list = _as_list(prompt)
         requests = self._check_requests([self._encode(prompt, raw) for prompt in prompts], weights, checked)
-        with torch.no_grad():
-            results = Run(self.models, requests, checked, on_token, started_at).finish()
+        results = decode(self.models, requests, checked, on_token, started_at)
         return results if is_list else results[0]
 
     def __repr__(self) -> str:

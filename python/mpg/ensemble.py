@@ -6,6 +6,9 @@ Knows which model and adapter stand behind every role; nothing of targets, sampl
 from __future__ import annotations
 
 import copy
+import logging
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +31,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 PREFILL_TOKENS = 512  # of a prompt, read at once: what a forward needs beside the cache does not grow with the prompt
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
 
+logger = logging.getLogger("mpg")
+
 Source = str | Path | PreTrainedModel | PeftModel
 Slot = tuple[int, int]  # (model, group of its adapter stack); roles that share a slot are one and the same
 
@@ -45,6 +50,7 @@ class _Member:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     num_parameters: int
+    bytes_per_position: int  # of the cache, for one row
     adapters: list[Adapter] = field(default_factory=list)
     stack: AdapterStack | None = None
     merged: tuple[list[int], Tensor] | None = None
@@ -221,7 +227,7 @@ class Ensemble:
         capacity: positions per sequence, those of drafted tokens included
 
         Raises ValueError for an empty prompt, a token outside the vocabulary, an unknown role, and a capacity that the
-        prompts do not fit into or that exceeds max_positions.
+        prompts do not fit into or that exceeds max_positions; MemoryError where the caches would not fit.
         """
         longest = max((len(prompt) for prompt in prompts), default=0)
         if unknown := [role for role in roles if role not in self._slots]:
@@ -236,7 +242,25 @@ class Ensemble:
         if longest > capacity or (self.max_positions is not None and capacity > self.max_positions):
             wanted = f"{longest} (the longest prompt) to {self.max_positions or 'any number of'} positions"
             raise ValueError(f"capacity: expected {wanted}, got {capacity}")
+        self._check_memory(roles, len(prompts), capacity)
         return Session(self, prompts, roles, capacity)
+
+    def cache_bytes(self, roles: Sequence[str], num_rows: int, capacity: int) -> int:
+        """What the caches of a session take: keys and values of every slot behind the roles."""
+        slots = {self._slots[role] for role in roles}
+        return sum(self._members[index].bytes_per_position for index, _ in slots) * num_rows * capacity
+
+    def _check_memory(self, roles: Sequence[str], num_rows: int, capacity: int) -> None:
+        """Report what the caches will take, and raise MemoryError where there is not as much."""
+        needed, available = self.cache_bytes(roles, num_rows, capacity), _available_bytes(self.device)
+        num_slots = len({self._slots[role] for role in roles})
+        sizes = f"key/value caches of {num_rows} rows x {capacity} positions x {num_slots} models and adapters"
+        logger.info("%s: %.1f MiB of %.0f MiB", sizes, needed / 2**20, available / 2**20)
+        if needed > available:
+            raise MemoryError(
+                f"batch_size, max_new_tokens: the {sizes} take {needed / 2**30:.1f} GiB, expected at most "
+                f"{available / 2**30:.1f} GiB on {self.device}; lower either, or load with dtype='bfloat16'"
+            )
 
 
 class Session:
@@ -462,10 +486,11 @@ class _Loader:
         dtype = self.dtype or model.dtype
         if (model.device, model.dtype) != (self.device, dtype):
             model.to(self.device, dtype)  # type: ignore[arg-type]  # its annotation lost the arguments
-        if self.device.type != "meta":
-            verify_ragged_attention(model, argument)
+        is_real = self.device.type != "meta"
+        bytes_per_position = verify_ragged_attention(model, argument) if is_real else 0
         name = str(source) if isinstance(source, str | Path) else model.name_or_path or type(model).__name__
-        self.members.append(_Member(argument, name, model, tokenizer, model.num_parameters()))
+        member = _Member(argument, name, model, tokenizer, model.num_parameters(), bytes_per_position)
+        self.members.append(member)
         return len(self.members) - 1, 0
 
 
@@ -543,6 +568,14 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         if ids is not None:
             return (ids,) if isinstance(ids, int) else tuple(ids)
     return ()
+
+
+def _available_bytes(device: torch.device) -> float:
+    """Memory that a session could take: what is free on a GPU, on the CPU all that the machine has."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else math.inf
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

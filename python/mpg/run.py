@@ -37,6 +37,29 @@ class Request:
     seed: int
 
 
+@torch.no_grad()
+def decode(
+    models: Ensemble,
+    requests: Sequence[Request],
+    options: Options,
+    on_token: Callable[[Token], None] | None,
+    started_at: float,
+) -> list[Result]:
+    """The results of requests, in order. `started_at`: when the call began, by `perf_counter`."""
+    try:
+        return Run(models, requests, options, on_token, started_at).finish()
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:2])
+    # here, where nothing holds the caches any more: the error's traceback did
+    if models.device.type == "cuda":
+        torch.cuda.empty_cache()
+    rows = min(options.batch_size, len(requests))
+    raise MemoryError(
+        f"batch_size, max_new_tokens: {rows} rows at once are too many ({reason}); lower either, or load with "
+        "dtype='bfloat16'"
+    )
+
+
 @dataclass
 class _Entry:
     """A request, its transcript, and the time and the session's costs when it got its row."""
@@ -77,12 +100,12 @@ class Run:
         self.dtype = torch.promote_types(models.dtype, torch.float32)
         capacity = max(len(request.token_ids) + request.max_new_tokens for request in requests)
         prompts, limits, weights, seeds = self._arguments(self.rows)
-        self.batch = Batch(prompts, limits, weights, seeds, models.eos_token_ids, capacity=capacity)
-        self.shares = merged_shares(self.batch.weights, options.target)
+        self.shares = merged_shares(weights, options.target).clone()
         if options.draft == "merged":
             models = models.merge(attributes, self.shares)
         self.sampler = SAMPLERS[options.sampler](models, attributes, options)
         self.session = models.open(prompts, self.sampler.roles, capacity)
+        self.batch = Batch(prompts, limits, weights, seeds, models.eos_token_ids, capacity=capacity)
         self.sampler.start(self.session, self.batch, KeyedGenerator(self.batch.seeds, self.batch.rounds))
         # an adaptive chunk is as long as the host has read that it may be
         self.rounds_ahead = 0 if options.adaptive else ROUNDS_AHEAD[models.device.type]
