@@ -1,4 +1,5 @@
-"""A round never waits for the device: it runs on `meta`, where there is no value to wait for."""
+"""A round never waits for the device: it runs on `meta`, where there is no value to wait for; and it keeps its state in
+the tensors that it began with."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpg import ensemble
 from mpg.batch import Batch
+from mpg.bound import Bound
 from mpg.config import Options
 from mpg.decode import SAMPLERS
+from mpg.decode.rows import TargetRows
 from mpg.rng import KeyedGenerator
 
 OPTIONS = [
@@ -47,9 +50,27 @@ def test_round_runs_without_a_value(meta_models, options):
     batch = Batch(prompts, [8, 8, 8], weights, seeds, [0])
     sampler = SAMPLERS[checked.sampler](meta_models, ("E", "T"), checked)
     sampler.start(meta_models.open(prompts, sampler.roles, batch.capacity), batch, KeyedGenerator(seeds, batch.rounds))
+    state = [dict(_tensors_of(owner)) for owner in (batch, sampler)]
     for _ in range(2):
         sampler.round()
+    for owner, before in zip((batch, sampler), state, strict=True):  # as a captured graph needs it
+        after = dict(_tensors_of(owner))
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert after[name] is tensor, f"{name} is another tensor after a round"
     assert batch.lengths.device.type == "meta"
     assert batch.lengths.shape == (3,)
     for values in sampler.statistics().values():
         assert values.shape == (3,)
+
+
+def _tensors_of(owner):
+    """What an object remembers from round to round: its tensors, and those of what it is made of."""
+    for name, value in vars(owner).items():
+        if isinstance(value, torch.Tensor):
+            if name != "chunk_weights":  # of one round
+                yield name, value
+        elif isinstance(value, dict):
+            yield from ((f"{name}[{key}]", tensor) for key, tensor in value.items())
+        elif isinstance(value, Bound | TargetRows):
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in _tensors_of(value))
