@@ -69,14 +69,14 @@ def test_generate_answers_a_batch_in_order():
     ("arguments", "message"),
     [
         (["--weights", "X=1"], "weights: expected some of"),
-        (["--weights", "E"], "weights: expected NAME=NUMBER, got 'E'"),
+        (["--weights", "E"], "weights: expected NAME=NUMBER,... or a preset among ESTJ, INFP, got 'E'"),
         (["--weights", "E=1,E=2"], "weights: 'E' is given twice"),
         ([], "weights: expected a number for some of"),
         (["--weights", "E=1,T=-1", "--target", "arithmetic"], "weights: the arithmetic target needs a positive sum"),
         (["--weights", "E=1", "--chunk-size", "40"], "chunk_size: expected an integer 1..32, got 40"),
         (["--weights", "E=1", "--temperature", "0", "--sampler", "scr"], "temperature: scr"),
         (["--weights", "E=1", "--draft", "no/such"], "draft: expected a model's folder, got 'no/such'"),
-        (["--weights", "E=1", "--models", "no/such"], "models: expected 'demo' or a folder, got 'no/such'"),
+        (["--weights", "E=1", "--models", "no/such"], "models: expected 'demo', a folder or a recipe, got 'no/such'"),
         (["--weights", "E=1", "--device", "cuda:99"], "device"),
     ],
 )

@@ -20,7 +20,7 @@ from rich.table import Table
 
 import mpg_ext
 from mpg.config import MAX_CHUNK, MAX_WEIGHT, MIN_WEIGHT, check_weights
-from mpg.engine import Model
+from mpg.engine import Model, Weights
 from mpg.ensemble import Ensemble
 from mpg.results import Result
 
@@ -126,7 +126,7 @@ class Report:
 
 def check(
     model: Model,
-    weights: Mapping[str, float],
+    weights: Weights | None,
     prompts: Sequence[Any],
     *,
     target: str = "geometric",
@@ -144,6 +144,7 @@ def check(
     are per token. SCR divides its weights by their sum, so it is compared at those weights, for both scores, with the
     exact sampler of that same target.
 
+    weights      as in `Model.generate`, one for all prompts; a recipe's options do not count
     prompts      at least 2, each as `Model.generate` takes one
     target       what direct and exact draw from: "arithmetic", "anchored" or "geometric"
     num_seeds    texts per prompt and sampler
@@ -160,7 +161,8 @@ def check(
         if value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
     names = model.models.attribute_names
-    alphas = dict(zip(names, check_weights(weights, names, target), strict=True))
+    alphas = dict(zip(names, check_weights(model.recipe.weigh(weights), names, target), strict=True))
+    model = Model(model.models)  # without the recipe's options
     plans, notes = _plan(model.models, {name: alpha for name, alpha in alphas.items() if alpha}, target)
     token_ids = [model._encode(prompt, raw) for prompt in prompts]
     sampling = _Sampling(model, token_ids, max_new_tokens, num_seeds, seed, batch_size, on_progress)

@@ -24,11 +24,12 @@ from mpg.check import TARGETS as CHECK_TARGETS
 from mpg.check import check as run_check
 from mpg.check import check_plot, read_prompts, render
 from mpg.check import plot as draw_report
-from mpg.config import DRAFTS, SAMPLERS, TARGETS, parse_weights
+from mpg.config import DRAFTS, SAMPLERS, TARGETS
 from mpg.demo import MODELS as DEMO_MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
 from mpg.demo.show import show
 from mpg.methods import METHODS, PROMPTED_METHODS, SINGLE_METHODS, answer
+from mpg.recipe import Recipe
 
 app = typer.Typer(
     help="Text from several aligned language models at once, combined while decoding.",
@@ -39,7 +40,17 @@ app = typer.Typer(
 err = Console(stderr=True)
 
 Models = Annotated[
-    str, typer.Option("--models", help="'demo', or a base model's folder with adapters/NAME folders inside it.")
+    str,
+    typer.Option(
+        "--models",
+        help="'demo'; a recipe (.yaml) or a folder that holds mpg.yaml; or a base with adapters/NAME inside it.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="NAME=NUMBER,..., where attributes not named weigh 0, or a recipe's preset. Default: the recipe's."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda where there is one.")]
 Dtype = Annotated[
@@ -65,7 +76,7 @@ def demo(
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option(help="A user message; repeat the option for a batch.")],
-    weights: Annotated[str | None, typer.Option(help="NAME=NUMBER,...; attributes not named weigh 0.")] = None,
+    weights: Weights = None,
     models: Models = "demo",
     method: Annotated[
         str | None,
@@ -75,7 +86,7 @@ def generate(
     anchor: Annotated[
         str | None, typer.Option(help="The attributes' own base where it is not --models: a folder.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS) + ". Default: exact.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=" | ".join(SAMPLERS) + ". Default: the recipe's, exact.")] = None,
     target: Annotated[str | None, typer.Option(help=" | ".join(TARGETS) + ". Default: the sampler's own.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Default: 128 or what the positions leave.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the target row, or of the draft under scr.")] = None,
@@ -115,9 +126,10 @@ def generate(
             raise ValueError(f"method: expected no sampler and no target beside {method!r}, got {given}")
         if describe and method not in PROMPTED_METHODS:
             raise ValueError(f"describe: expected a method among {', '.join(PROMPTED_METHODS)}, got {method!r}")
-        chosen = parse_weights(weights) if weights is not None else None
+        recipe = Recipe.of(_place(models))
+        recipe.weigh(weights)  # before minutes of loading, as the options
         if method is None:
-            mpg.Options.of(options | {"sampler": sampler or "exact"})  # before minutes of loading
+            mpg.Options.of(options, recipe.options)
         model = _load(models, device, dtype, draft=None if draft in (None, *DRAFTS) else draft, anchor=anchor)
         with Progress(console=err, disable=len(prompt) == 1, transient=True) as progress:
             task = progress.add_task("tokens", total=None)
@@ -130,9 +142,9 @@ def generate(
 
             how: dict[str, Any] = {"raw": raw, "on_token": on_token, **options}
             if method is None:
-                answers = {"": model.generate(list(prompt), weights=chosen, **how | {"sampler": sampler or "exact"})}
+                answers = {"": model.generate(list(prompt), weights=weights, **how)}
             else:
-                answers = answer(model, method, prompt, chosen, descriptions=_parse_descriptions(describe), **how)
+                answers = answer(model, method, prompt, weights, descriptions=_parse_descriptions(describe), **how)
     if as_json:
         print(json.dumps(_json_of(answers), allow_nan=False))
         return
@@ -171,7 +183,9 @@ def info(
             "statistics": mpg.STATISTICS,
         }
         if models is not None:
-            facts["models"] = _load(models, device, None).models.describe()
+            model = _load(models, device, None)
+            facts["models"] = model.models.describe()
+            facts["recipe"] = {name: getattr(model.recipe, name) for name in ("weights", "presets", "options")}
     if as_json:
         print(json.dumps(facts))
     else:
@@ -180,7 +194,7 @@ def info(
 
 @app.command()
 def check(
-    weights: Annotated[str, typer.Option(help="NAME=NUMBER,...; attributes not named weigh 0.")],
+    weights: Weights = None,
     models: Models = "demo",
     prompts: Annotated[
         Path | None, typer.Option(help="A prompt a line, or a JSON list. Default: the demo's held-out, else neutral.")
@@ -216,7 +230,7 @@ def check(
                 progress.update(tasks[label], completed=done)
 
             report = run_check(
-                model, parse_weights(weights), chosen, target=target, max_new_tokens=max_new_tokens, num_seeds=seeds,
+                model, weights, chosen, target=target, max_new_tokens=max_new_tokens, num_seeds=seeds,
                 seed=seed, batch_size=batch_size, raw=raw, on_progress=on_progress,
             )  # fmt: skip
     if as_json:
@@ -251,16 +265,22 @@ def _json_of(answers: dict[str, list[mpg.Result]]) -> dict[str, Any]:
 def _load(
     models: str, device: str | None, dtype: str | None, draft: str | None = None, anchor: str | None = None
 ) -> mpg.Model:
-    if models != "demo" and not Path(models).is_dir():
-        raise ValueError(f"models: expected 'demo' or a folder, got {models!r}")
+    place = _place(models)
     for name, folder in (("draft", draft), ("anchor", anchor)):
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"{name}: expected a model's folder, got {folder!r}")
     if models != "demo":
-        return mpg.load(Path(models), device=device, dtype=dtype, draft=draft, anchor=anchor)
+        return mpg.load(place, device=device, dtype=dtype, draft=draft, anchor=anchor)
     torch.set_num_threads(1)  # models as small as these lose more to threads that wait for one another
     with redirect_stderr(io.StringIO()):  # transformers' bar, over before it can be read
-        return mpg.load(DEMO_MODELS, device=device, dtype=dtype, draft=draft, anchor=anchor)
+        return mpg.load(place, device=device, dtype=dtype, draft=draft, anchor=anchor)
+
+
+def _place(models: str) -> Path:
+    """The recipe or folder that --models means."""
+    if models != "demo" and not Path(models).exists():
+        raise ValueError(f"models: expected 'demo', a folder or a recipe, got {models!r}")
+    return DEMO_MODELS if models == "demo" else Path(models)
 
 
 @contextmanager

@@ -130,15 +130,21 @@ class Options:
         }
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Options:
-        """Options from keywords; an unknown one raises ValueError with the nearest known name."""
+    def of(cls, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Options:
+        """Options from keywords, None being none; an unknown one raises ValueError with the nearest known name.
+
+        defaults: what goes for options that are not given, where their sampler has it
+        """
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
                 raise ValueError(f"{name}: unknown option; {hint}")
-        return cls(**options)
+        given = {name: value for name, value in options.items() if value is not None}
+        merged = {**(defaults or {}), **given}
+        sampler = merged.get("sampler", cls.sampler)
+        return cls(**{name: value for name, value in merged.items() if name in given or has_option(sampler, name)})
 
     def __post_init__(self) -> None:
         _one_of("sampler", self.sampler, SAMPLERS)
@@ -188,6 +194,12 @@ class Options:
             _integer("tries", self.tries, low=1, high=MAX_COUNT)
         if self.sampler == "scr":
             _one_of("empty", self.empty, ("raise", "base"))
+
+
+def has_option(sampler: str, name: str) -> bool:
+    """Whether an option is one of all samplers or of this one."""
+    owners = [owner for owner, options in _DEFAULTS.items() if name in options]
+    return not owners or sampler in owners
 
 
 def parse_weights(text: str) -> dict[str, float]:

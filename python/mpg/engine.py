@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
+from jinja2 import TemplateError
 
 from mpg import ensemble
 from mpg.config import DEFAULT_NEW_TOKENS, Options, check_weights
 from mpg.ensemble import Ensemble, Source
+from mpg.recipe import Recipe
 from mpg.results import Result, Token
 from mpg.run import Request, decode
 
@@ -26,15 +28,32 @@ if TYPE_CHECKING:
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 Prompt: TypeAlias = str | Messages | Sequence[int]
-Weights: TypeAlias = Mapping[str, float]
+Weights: TypeAlias = Mapping[str, float] | str
 OnToken: TypeAlias = Callable[[Token], None] | None
 
 
 class Model:
-    """A base and its attribute models, ready to generate. `mpg.load` makes one."""
+    """A base and its attribute models, ready to generate. `mpg.load` makes one.
 
-    def __init__(self, models: Ensemble):
+    recipe  where the models came from, and what goes where a call is silent
+    """
+
+    def __init__(self, models: Ensemble, recipe: Recipe | None = None):
         self.models = models
+        self.recipe = recipe or Recipe()
+
+    @classmethod
+    def from_pretrained(cls, base: Source, *args: Any, **kwargs: Any) -> Model:
+        """`mpg.load` by the name that transformers gives it."""
+        return load(base, *args, **kwargs)
+
+    def save_pretrained(self, target: str | Path) -> None:
+        """Write the recipe that loads this combination: to a .yaml file, or to mpg.yaml in a folder. Copies no weights:
+        models below the folder are named relative to it, others by their absolute path or hub name.
+
+        Raises ValueError, naming the argument of `mpg.load`, for a model or tokenizer that was given as an object.
+        """
+        self.recipe.write(target)
 
     @overload
     def generate(self, prompt: str, **options: Any) -> Result: ...
@@ -54,10 +73,11 @@ class Model:
         """Continue a prompt, or each of a list of them.
 
         prompt    a user message; or a conversation of {"role":, "content":}; or token ids; or a list of such prompts
-        weights   alpha by attribute, or one such mapping per prompt; attributes not named weigh 0
+        weights   alpha by attribute, where attributes not named weigh 0; or the same as text, "E=1,T=-0.5"; or the name
+                  of a preset in the recipe; or a list of one of these per prompt. Default: the recipe's, if any
         raw       take strings verbatim, not as a user message through the chat template (where there is one)
         on_token  called with every `Token` as soon as its round is done
-        options   the fields of `Options`
+        options   the fields of `Options`; those not given are the recipe's, where the sampler has them
 
         out: a `Result`, or the list of them in the order of the prompts
 
@@ -67,7 +87,7 @@ class Model:
         usable.
         """
         started_at = time.perf_counter()
-        checked = Options.of(options)
+        checked = Options.of(options, self.recipe.options)
         if on_token is not None and not callable(on_token):
             raise ValueError(f"on_token: expected a callable, got {on_token!r}")
         prompts, is_list = _as_list(prompt)
@@ -98,7 +118,11 @@ class Model:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             if not all(message.get("content") for message in messages):
                 raise ValueError(f"prompt: expected some text in every message, got {prompt!r}")
-            token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            try:
+                token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            except (TemplateError, TypeError) as error:  # a role that it refuses; text that UTF-8 cannot hold
+                wanted = "messages that the chat template takes"
+                raise ValueError(f"prompt: expected {wanted}, got {prompt!r}: {error}") from error
         for token in token_ids:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"prompt: expected token ids in 0..{vocab_size - 1}, got {token}")
@@ -112,7 +136,8 @@ class Model:
             )
         first_seed = secrets.randbits(32) if options.seed is None else int(options.seed)
         requests = []
-        for index, (token_ids, chosen) in enumerate(zip(prompts, per_prompt, strict=True)):
+        for index, (token_ids, given) in enumerate(zip(prompts, per_prompt, strict=True)):
+            chosen = self.recipe.weigh(given, options.target)
             alpha = check_weights(chosen, self.models.attribute_names, options.target)
             room = math.inf if self.models.max_positions is None else self.models.max_positions - len(token_ids)
             positions = f"the model has {self.models.max_positions} positions and prompt {index} takes {len(token_ids)}"
@@ -137,12 +162,21 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> Model:
-    return Model(
-        ensemble.load(base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer, dtype=dtype, device=device)
-    )
+    recipe = Recipe.of(base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer)
+    with recipe.locate_errors():
+        models = ensemble.load(
+            recipe.base, recipe.attributes, anchor=recipe.anchor, draft=recipe.draft, tokenizer=recipe.tokenizer,
+            dtype=dtype, device=device,
+        )  # fmt: skip
+    return Model(models, recipe.pin(models.describe()))
 
 
-load.__doc__ = ensemble.load.__doc__  # one description, of the function that does it
+# one description, of the function that does it
+load.__doc__ = f"""{ensemble.load.__doc__}
+    Instead of the base and its attributes, a recipe: a .yaml file, or a folder that holds mpg.yaml. Its keys: base and
+    attributes (required), anchor, draft, tokenizer (paths are relative to the file), weights, presets (weights by name)
+    and options (of `mpg.Options`). What is given beside it goes before it.
+    """
 
 
 def _as_list(prompt: Any) -> tuple[list[Prompt], bool]:

@@ -75,12 +75,12 @@ def answer(
 
     method        a name in `METHODS`
     prompts       a list of texts or conversations; also of token ids, except under preference prompting
-    weights       alpha by attribute, for every prompt; the base alone ignores them
+    weights       as in `Model.generate`, for every prompt; the base alone ignores them
     descriptions  for preference prompting: what an attribute is, in words; goes before those in `DESCRIPTIONS`
     raw           as in `Model.generate`
     on_token      as there; under `SINGLE_METHODS` one attribute's texts after another's
-    options       of `Options`, but sampler and target; temperature is .7 and top_p .9 unless given; what `trace`
-                  returns under mod is against the first attribute's model
+    options       of `Options`, but sampler and target; temperature is .7 and top_p .9 unless given; a recipe's
+                  options do not count; what `trace` returns under mod is against the first attribute's model
 
     out: results in the order of the prompts: by attribute of nonzero weight under `SINGLE_METHODS`, else under "";
     their `weights` are those that the method looked at
@@ -100,7 +100,7 @@ def answer(
         raise ValueError(f"prompts: expected a list of prompts, got {prompts!r}")
     alpha: dict[str, float] = {}
     if method not in ("base", "base-specialized"):
-        ordered = check_weights(weights, models.attribute_names, "geometric")
+        ordered = check_weights(model.recipe.weigh(weights), models.attribute_names, "geometric")
         alpha = {name: a for name, a in zip(models.attribute_names, ordered, strict=True) if a}
     if method in PROMPTED_METHODS:
         preference = _state_preference(alpha, {**DESCRIPTIONS, **(descriptions or {})})

@@ -1,0 +1,276 @@
+"""Recipes: what a file says, what it means for a call, and at which line it is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import mpg
+from mpg.check import check
+from mpg.cli import app
+from mpg.demo import MODELS
+from mpg.methods import answer
+from mpg.recipe import Recipe, parse_value
+
+SHORT = {"seed": 3, "max_new_tokens": 8}
+BODY = f"""\
+base: {MODELS}
+draft: E
+attributes: {{E: {MODELS}/adapters/E, T: {MODELS}/adapters/T}}
+weights: ET
+presets:
+  ET: {{E: 1, T: 0.5}}
+  F: {{T: -1}}
+options:
+  sampler: scr
+  window: 30
+  tau: 1e-3
+  temperature: 0.6
+"""
+
+
+@pytest.fixture(scope="module")
+def cooked(model, tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "mine.yaml"
+    file.write_text(BODY)
+    return mpg.load(file, device=model.models.device)
+
+
+def test_a_recipe_says_which_models_there_are(cooked):
+    assert cooked.models.attribute_names == ("E", "T")
+    assert cooked.models.is_same("draft", "E")
+    assert cooked.recipe.weights == {"E": 1, "T": 0.5}
+    assert cooked.recipe.options == {"sampler": "scr", "window": 30, "tau": 1e-3, "temperature": 0.6}
+
+
+def test_a_silent_caller_gets_the_recipe_and_a_loud_one_what_he_says(cooked):
+    silent = cooked.generate("Hello?", **SHORT)
+    options = {"sampler": "scr", "window": 30, "tau": 1e-3}
+    plain = mpg.Model(cooked.models)
+    assert silent.weights == {"E": 1, "T": 0.5}
+    assert silent.tokens == plain.generate("Hello?", weights=silent.weights, temperature=0.6, **options, **SHORT).tokens
+    warm = cooked.generate("Hello?", weights={"T": 1}, temperature=1.3, **SHORT)
+    assert warm.tokens == plain.generate("Hello?", weights={"T": 1}, temperature=1.3, **options, **SHORT).tokens
+
+
+def test_another_sampler_takes_of_the_recipe_the_options_that_it_has(cooked):
+    direct = cooked.generate("Hello?", sampler="direct", **SHORT)
+    plain = mpg.Model(cooked.models).generate(
+        "Hello?", weights={"E": 1, "T": 0.5}, sampler="direct", temperature=0.6, **SHORT
+    )
+    assert direct.tokens == plain.tokens
+    with pytest.raises(ValueError, match="window: not an option of sampler 'direct', got 9"):
+        cooked.generate("Hello?", sampler="direct", window=9)
+
+
+def test_weights_are_a_mapping_or_text_or_a_preset_for_all_or_each_of_the_prompts(cooked):
+    results = cooked.generate(["Hello?"] * 4, weights=["ET", "E=1,T=0.5", {"E": 1, "T": 0.5}, None], **SHORT)
+    assert all(result.weights == {"E": 1, "T": 0.5} for result in results)
+    assert cooked.generate("Hello?", weights="F", sampler="direct", **SHORT).weights == {"T": -1}
+    with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,... or a preset among ET, F, got 'EF'"):
+        cooked.generate("Hello?", weights="EF")
+    with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,..., got 'ET'"):
+        mpg.Model(cooked.models).generate("Hello?", weights="ET")
+
+
+def test_the_target_base_needs_no_weights_of_the_recipe(cooked):
+    assert cooked.generate("Hello?", sampler="direct", target="base", **SHORT).weights == {}
+
+
+def test_methods_and_check_take_the_weights_of_a_recipe_and_not_its_options(cooked):
+    plain = mpg.Model(cooked.models)
+    [result] = answer(cooked, "mod", ["Hello?"], **SHORT)[""]
+    assert result.tokens == answer(plain, "mod", ["Hello?"], {"E": 1, "T": 0.5}, **SHORT)[""][0].tokens
+    report = check(cooked, "ET", ["Hello?", "Who?"], max_new_tokens=2)
+    assert report.sections[0].weights == {"E": 1, "T": 0.5}
+    expected = check(plain, {"E": 1, "T": 0.5}, ["Hello?", "Who?"], max_new_tokens=2)
+    assert [section.intended for section in report.sections] == [section.intended for section in expected.sections]
+
+
+def test_a_folder_that_holds_a_recipe_is_one_unless_attributes_are_given(model):
+    assert model.models.attribute_names == ("E", "S", "T", "J")
+    assert "ESTJ" in model.recipe.presets
+    assert mpg.load(MODELS, {"a": MODELS / "adapters/E"}, device="cpu").recipe.presets == {}
+
+
+def test_what_is_given_beside_a_recipe_goes_before_it(cooked, tmp_path):
+    file = tmp_path / "mine.yml"
+    file.write_text(BODY)
+    assert mpg.load(file, draft="T", device="cpu").models.is_same("draft", "T")
+    with pytest.raises(ValueError, match=r"^draft: expected .* got none of it in .*none"):
+        mpg.load(file, draft=tmp_path / "none", device="cpu")
+    with pytest.raises(ValueError, match=r"attributes: expected none beside the recipe .*mine.yml"):
+        mpg.load(file, {"E": MODELS})
+
+
+@pytest.mark.parametrize("target", ["made/here", "mine.yaml"])
+def test_a_combination_round_trips(cooked, target, tmp_path):
+    cooked.save_pretrained(tmp_path / target)
+    again = mpg.Model.from_pretrained(tmp_path / target, device=cooked.models.device)
+    assert again.recipe == cooked.recipe
+    assert again.models.describe() == cooked.models.describe()
+    assert again.generate("Hello?", **SHORT).tokens == cooked.generate("Hello?", **SHORT).tokens
+
+
+def test_a_folder_without_a_recipe_saves_its_attributes_by_name(model, tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    for file in MODELS.iterdir():
+        if file.name != "mpg.yaml":
+            (tmp_path / "set" / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    loaded = mpg.load("set", device="cpu")
+    monkeypatch.chdir("/")
+    loaded.save_pretrained(tmp_path / "set")
+    assert mpg.load(tmp_path / "set", device="cpu").recipe == loaded.recipe
+    text = (tmp_path / "set/mpg.yaml").read_text()
+    assert text.startswith("base: .\nattributes:\n  E: adapters/E\n")
+    (tmp_path / "set").rename(tmp_path / "moved")  # models below the recipe move with it
+    assert mpg.load(tmp_path / "moved", device="cpu").models.attribute_names == loaded.models.attribute_names
+
+
+def test_models_in_memory_are_refused_with_the_remedy_before_anything_is_written(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(MODELS)
+    adapters = MODELS / "adapters"
+    for argument, loaded in {
+        "base": mpg.load(PeftModel.from_pretrained(base, adapters / "E", "E"), tokenizer=MODELS),
+        "attributes['E']": mpg.load(
+            MODELS, {"T": adapters / "T", "E": AutoModelForCausalLM.from_pretrained(MODELS)}, dtype="float32"
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{re.escape(argument)}: .*got a \w+ in memory; save it with its own"):
+            loaded.save_pretrained(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=r"^base: expected a folder or a hub name, got none"):
+        mpg.Model(loaded.models).save_pretrained(tmp_path)
+
+
+def test_paths_are_the_recipes_own_and_other_names_are_the_hubs(tmp_path, monkeypatch):
+    for folder in ("here/base", "here/adapters/E", "base"):
+        (tmp_path / folder).mkdir(parents=True)
+    file = tmp_path / "here/mine.yaml"
+    file.write_text(
+        "base: base\nanchor: me/model\ndraft: gpt2\ntokenizer: ../base\nattributes: {E: adapters/E, T: me/T}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.of("here/mine.yaml")
+    assert (recipe.base, recipe.anchor, recipe.draft) == (str(tmp_path / "here/base"), "me/model", "gpt2")
+    assert Path(recipe.tokenizer).samefile(tmp_path / "base")
+    assert recipe.attributes == {"E": str(tmp_path / "here/adapters/E"), "T": "me/T"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("weights: ET", "weigths: ET", 4, "recipe: unknown key 'weigths'; did you mean 'weights'?"),
+        ("weights: ET", "zzz: ET", 4, "recipe: unknown key 'zzz'; expected one of base, anchor"),
+        ("draft: E\n", "base: .\n", 2, "recipe: expected every key once, got 'base' twice"),
+        ("  F:", "  ET:", 7, "presets: expected every preset once, got 'ET' twice"),
+        ("{T: -1}", "{X: -1}", 7, "presets['F']: unknown attribute 'X'; expected one of E, T"),
+        ("{T: -1}", "{T: hot}", 7, "presets['F']: expected a number for 'T', got 'hot'"),
+        ("{T: -1}", "{T: .inf}", 7, "presets['F']: expected 0, or a number of size"),
+        ("{T: -1}", "{T: true}", 7, "presets['F']: expected a number for 'T', got True"),
+        ("{T: -1}", "{T: 0}", 7, "presets['F']: expected at least one that is not 0"),
+        ("{T: -1}", "T", 7, "presets['F']: expected a mapping, got 'T'"),
+        ("  F:", "  'F=1':", 7, "presets: expected a name without '=', got 'F=1'"),
+        ("weights: ET", "weights: EF", 4, "weights: expected a mapping or a preset among ET, F, got 'EF'"),
+        ("weights: ET", "weights: [E]", 4, "weights: expected a mapping, got a list"),
+        ("weights: ET", "weights: {e: 1}", 4, "weights: unknown attribute 'e'; expected one of E, T"),
+        (f"base: {MODELS}", "base: 3", 1, "base: expected a folder or a hub name, got 3"),
+        (f"base: {MODELS}", "base:", 1, "base: expected a folder or a hub name, got None"),
+        (f"base: {MODELS}", "base: ./none", 1, "base: expected a folder that exists or a hub name, got './none' ("),
+        ("draft: E", f"draft: {MODELS}/none", 2, "draft: expected a folder that exists or a hub name, got"),
+        ("draft: E", "? [E]\n: E", 2, "recipe: expected names as keys, got a list"),
+        (f"{MODELS}/adapters/E", "a b", 3, "attributes['E']: expected a folder that exists or a hub name, got 'a b' ("),
+        (f"E: {MODELS}/adapters/E", "E: {}", 3, "attributes['E']: expected a folder or a hub name, got a mapping"),
+        ("window: 30", "windo: 30", 10, "options: windo: unknown option; did you mean 'window'?"),
+        ("window: 30", "window: 0", 10, "options: window: expected an integer 1..65536, got 0"),
+        ("window: 30", "top_k: 5", 10, "options: top_k: not an option of sampler 'scr', got 5"),
+        ("sampler: scr", "sampler: srr", 9, "options: sampler: expected one of exact"),
+        ("draft: E", "draft: 2026-13-01", 2, "expected YAML: "),
+        ("presets:", "presets: [", 7, "expected YAML: "),
+        ("options:", "options: !!python/name:os.system x", 9, "expected YAML: "),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_refused_with_file_and_line(old, new, line, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    assert BODY.count(old) == 1
+    file.write_text(BODY.replace(old, new))
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{file}:{line}: {message}')}"):
+        Recipe.of(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", ":1: expected the keys base and attributes, got an empty file"),
+        ("- base", ":1: recipe: expected a mapping, got a list"),
+        ("base: gpt2", ":1: attributes: expected in every recipe, got base"),
+        ("base: gpt2\nattributes: {}", ":2: attributes: expected at least one, got none"),
+        ("base: \0", ": expected YAML: "),
+        (b"\xff\xfe\x00", ": expected a recipe in UTF-8, got"),
+        (None, ": expected a recipe in UTF-8, got"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{file}{message}')}"):
+        Recipe.of(file)
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_with_its_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: {MODELS}\nattributes:\n  E: {MODELS}/adapters/E\n  T: empty\n")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}:4: attributes\['T'\]: expected a model"):
+        mpg.load(file, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.7", 0.7), ("1e-3", 1e-3), ("12", 12), ("true", True), ("merged", "merged"), ("null", None)]
+)
+def test_values_are_read_as_a_person_means_them(text, value):
+    assert parse_value(text) == value
+    assert type(parse_value(text)) is type(value)
+
+
+def test_a_value_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"expected a number, true, false or a word, got '\{'"):
+        parse_value("{")
+
+
+def test_commands_take_a_recipe(cooked, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(BODY)
+
+    def run(command, *arguments):
+        done = CliRunner().invoke(app, [command, "--models", str(file), "--device", "cpu", "--json", *arguments])
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    prompt = ["--prompt", "Hello?", "--seed", "3", "--max-new-tokens", "8"]
+    assert tuple(run("generate", *prompt)["tokens"]) == cooked.generate("Hello?", **SHORT).tokens
+    given = run("generate", *prompt, "--weights", "F", "--sampler", "direct")
+    assert tuple(given["tokens"]) == cooked.generate("Hello?", weights="F", sampler="direct", **SHORT).tokens
+    assert run("info")["recipe"]["presets"] == {"ET": {"E": 1, "T": 0.5}, "F": {"T": -1}}
+    (tmp_path / "prompts").write_text("Hello?\nWho?\n")
+    report = run("check", "--prompts", str(tmp_path / "prompts"), "--max-new-tokens", "2", "--seeds", "1")
+    assert report["sections"][0]["weights"] == {"E": 1, "T": 0.5}
+
+
+def test_the_recipe_in_the_readme_loads(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    [body] = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "mpg.yaml").write_text(body)
+    (tmp_path / "base").symlink_to(MODELS)
+    (tmp_path / "adapters").symlink_to(MODELS / "adapters")
+    loaded = mpg.load(tmp_path, device="cpu")
+    assert loaded.generate("Hello?", max_new_tokens=2).weights == loaded.recipe.weights
+    assert loaded.generate("Hello?", weights="ESTJ", max_new_tokens=2).weights == loaded.recipe.presets["ESTJ"]
