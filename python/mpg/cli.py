@@ -1,4 +1,4 @@
-"""The `mpg` command: demo, generate, check, info. Knows how to read arguments and print, and nothing else."""
+"""The `mpg` command: demo, generate, chat, check, info. Knows how to read arguments and print, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from rich.table import Table
 
 import mpg
 import mpg_ext
+from mpg.chat import Chat, parse_setting
+from mpg.chat import run as run_chat
 from mpg.check import PROMPTS as NEUTRAL_PROMPTS
 from mpg.check import TARGETS as CHECK_TARGETS
 from mpg.check import check as run_check
@@ -151,8 +153,27 @@ def generate(
     for name, results in answers.items():
         for text, result in zip(prompt, results, strict=True):
             print() if streamed else print(f"> {name and f'[{name}] '}{text}\n{result.text}\n")
-            stats = "  ".join(f"{name} {value:.3g}" for name, value in result.stats.items())
-            err.print(f"{result.finish_reason}, {len(result.tokens)} tokens, seed {result.seed}  {stats}", style="dim")
+            err.print(result.summary(), style="dim")
+
+
+@app.command()
+def chat(
+    weights: Weights = None,
+    models: Models = "demo",
+    system: Annotated[str, typer.Option(help="A system prompt, where the chat template takes one.")] = "",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE: an option, such as sampler=direct; repeat it.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Talk with a weighted combination; weights, sampler and options change on the way. /help lists the commands."""
+    with _clear_errors():
+        options = dict(parse_setting(setting) for setting in settings or ())
+        recipe = Recipe.of(_place(models))
+        recipe.weigh(weights)  # before minutes of loading, as the options
+        mpg.Options.of(options, recipe.options)
+        run_chat(Chat(_load(models, device, dtype), weights, options, system), Console())
 
 
 @app.command()

@@ -68,6 +68,11 @@ class Result:
     stats: dict[str, float]
     log_ratios: tuple[dict[str, float], ...] | None
 
+    def summary(self) -> str:
+        """One line: how it ended, its length, its seed and its statistics."""
+        stats = "  ".join(f"{name} {value:.3g}" for name, value in self.stats.items())
+        return f"{self.finish_reason}, {len(self.tokens)} tokens, seed {self.seed}  {stats}"
+
 
 @dataclass
 class Transcript:

@@ -13,13 +13,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mpg.demo.corpus import HELD_OUT_QUESTIONS
+from mpg.colours import colours_of, legend, strongest_push
+from mpg.demo.corpus import HELD_OUT_QUESTIONS, TRAITS
 from mpg.demo.judge import score_traits
 from mpg.engine import Model
 from mpg.results import Result, Token
 
-COLOURS = {"E": "dark_orange", "S": "green", "T": "deep_sky_blue1", "J": "magenta"}
-FAINT = 0.1  # nats: a token pushed less than this keeps the terminal's own colour
+COLOURS = colours_of(TRAITS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Cell:
 
 def show(console: Console, model: Model, questions: Sequence[str], num_held_out: int, seed: int) -> None:
     """Stream the answers to the console, then the mean trait scores over `num_held_out` (>= 2) other questions."""
-    console.print(f"Every token takes the colour of the attribute that pushed it most: {_legend()}")
+    console.print(f"Every token takes the colour of the attribute that pushed it most: {legend(COLOURS)}")
     for i, question in enumerate(questions):
         _answer(console, model, question, seed + i)
     with console.status(f"Answering {num_held_out} more questions to measure the traits"):
@@ -65,24 +65,13 @@ def _answer(console: Console, model: Model, question: str, seed: int) -> None:
         for column, cell in zip(COLUMNS, cells, strict=True):
 
             def append(token: Token, column: Column = column, cell: Cell = cell) -> None:
-                cell.text.append(token.text, style=_colour(token, column.weights or {}))
+                cell.text.append(token.text, style=COLOURS.get(strongest_push(token, column.weights or {}), ""))
                 live.update(_answers(question, cells), refresh=console.is_terminal)
 
             cell.result = model.generate(
                 question, weights=column.weights, seed=seed, trace=True, on_token=append, **column.options
             )
     console.print(_answers(question, cells))
-
-
-def _colour(token: Token, weights: dict[str, float]) -> str:
-    """The colour of the attribute whose weighted log-ratio is the largest, if it is more than faint."""
-    pushes = {name: weights[name] * ratio for name, ratio in (token.log_ratios or {}).items()}
-    name = max(pushes, key=pushes.__getitem__, default=None)
-    return COLOURS[name] if name is not None and pushes[name] > FAINT else ""
-
-
-def _legend() -> Text:
-    return Text(" ").join(Text(name, style=colour) for name, colour in COLOURS.items())
 
 
 def _answers(question: str, cells: Sequence[Cell]) -> Table:
