@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-SAMPLERS = ("exact", "direct", "scr", "token-rs", "seq-rs")
+SAMPLERS = ("exact", "direct", "auto", "scr", "token-rs", "seq-rs")
 TARGETS = ("arithmetic", "anchored", "geometric", "base")
 DRAFTS = ("model", "reference", "lookup", "merged")
 MAX_WINDOW = 65_536
@@ -35,6 +35,7 @@ _SCORE: dict[str, Any] = {
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "exact": {**_ROW, "chunk_size": 4, "draft": "model", "verify": "block", "adaptive": False},
     "direct": _ROW,
+    "auto": _ROW,
     "scr": {**_SCORE, "chunk_size": 4, "empty": "raise", "observed": False},
     "token-rs": {**_SCORE, "tries": 64},
     "seq-rs": {**_SCORE, "tries": 64},
@@ -45,14 +46,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 class Options:
     """Options of one generation call. An option that is not given takes its sampler's own default:
 
-    exact, direct   target "geometric", temperature 1, top_p 1, top_k 0, min_p 0, mixture_span "token"
+    exact, direct, auto  target "geometric", temperature 1, top_p 1, top_k 0, min_p 0, mixture_span "token"
     exact           chunk_size 4, draft "model", verify "block", adaptive False
     scr             target "arithmetic", temperature 0.7, top_p 0.9, chunk_size 4, window 20, gamma 1.2, tau 0.01,
                     initial_bound 2, empty "raise", observed False (section 4.1; the paper leaves M_0 open)
     token-rs        as scr where it has the option, and tries 64; seq-rs alike
 
-    sampler         "exact" (speculative, lossless) or "direct" (one draw a token); or, approximate, "scr" (Algorithm 1)
-                    and the rejection baselines "token-rs" and "seq-rs" (section 4.5)
+    sampler         "exact" (speculative, lossless), "direct" (one draw a token), or "auto": one of the two, with the
+                    draft and chunk_size that a short trial found to be the fastest (`mpg.plan`; so its choice, and the
+                    text of a seed, may differ from call to call, their law does not); or, approximate, "scr"
+                    (Algorithm 1) and the rejection baselines "token-rs" and "seq-rs" (section 4.5)
     target          "arithmetic" (Eq. 10-13), "anchored" (arithmetic around the base), "geometric" (Eq. 7 for the
                     reverse KL), or "base" (no attribute). Under scr it names the score (arithmetic as published, or
                     geometric as Eq. 7 has it), whose weights scr divides by their sum where that is positive
@@ -63,7 +66,7 @@ class Options:
     trace           also return every token's log-ratio under every attribute
     batch_size      requests decoded at once, at most; the others wait until one has ended
 
-    exact and direct:
+    exact, direct and auto:
     top_k           tokens that a row keeps at most, 0 for all
     min_p           share of the row's largest probability that a token needs, in [0, 1]
     mixture_span    arithmetic: how far one draw of the mixture reaches: "token", a number of tokens, or "sequence"

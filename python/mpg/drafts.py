@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mpg.ensemble import Ensemble, Session
 
 
+ROLES = {"reference": "base", "model": "draft", "merged": "merged"}  # the model behind each draft that has one
+
+
 class Draft(Protocol):
     """Proposes a chunk for every active sequence.
 
@@ -120,5 +123,5 @@ def make_draft(models: Ensemble, verified: tuple[str, ...], options: Options, op
     """The draft that the options name. `verified`: the roles that every verification feeds."""
     if options.draft == "lookup":
         return LookupDraft()
-    role = {"reference": "base", "model": "draft", "merged": "merged"}[options.draft]
+    role = ROLES[options.draft]
     return ModelDraft(role, options, ops, is_verified=any(models.is_same(role, other) for other in verified))

@@ -10,6 +10,7 @@ import numbers
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -19,6 +20,7 @@ from jinja2 import TemplateError
 from mpg import ensemble
 from mpg.config import DEFAULT_NEW_TOKENS, Options, check_weights
 from mpg.ensemble import Ensemble, Source
+from mpg.plan import Plan, plan
 from mpg.recipe import Recipe
 from mpg.results import Result, Token
 from mpg.run import Request, decode
@@ -41,6 +43,7 @@ class Model:
     def __init__(self, models: Ensemble, recipe: Recipe | None = None):
         self.models = models
         self.recipe = recipe or Recipe()
+        self._plans: dict[Any, Plan] = {}
 
     @classmethod
     def from_pretrained(cls, base: Source, *args: Any, **kwargs: Any) -> Model:
@@ -92,8 +95,22 @@ class Model:
             raise ValueError(f"on_token: expected a callable, got {on_token!r}")
         prompts, is_list = _as_list(prompt)
         requests = self._check_requests([self._encode(prompt, raw) for prompt in prompts], weights, checked)
+        why = None
+        if checked.sampler == "auto":
+            chosen = self._plan(requests, checked)
+            checked, why = chosen.options, str(chosen)
         results = decode(self.models, requests, checked, on_token, started_at)
+        if why is not None:
+            results = [replace(result, plan=why) for result in results]
         return results if is_list else results[0]
+
+    def _plan(self, requests: list[Request], options: Options) -> Plan:
+        """The plan for requests like these, made when they first come: this target, these weights, as many rows."""
+        options = replace(options, seed=None, max_new_tokens=None)
+        key = options, min(options.batch_size, len(requests)), frozenset(request.alpha for request in requests)
+        if key not in self._plans:
+            self._plans[key] = plan(self.models, requests, options)
+        return self._plans[key]
 
     def __repr__(self) -> str:
         return f"mpg.Model(attributes={self.models.attribute_names})"

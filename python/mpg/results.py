@@ -57,6 +57,7 @@ class Result:
     weights        alpha by attribute, as asked for
     stats          see `STATISTICS`; those of exact, scr and the rejection samplers only where it was one
     log_ratios     per token, by attribute, as in `Token`
+    plan           under sampler "auto": what it picked, rather than what, at which expected cost
     """
 
     text: str
@@ -67,11 +68,13 @@ class Result:
     weights: dict[str, float]
     stats: dict[str, float]
     log_ratios: tuple[dict[str, float], ...] | None
+    plan: str | None = None
 
     def summary(self) -> str:
         """One line: how it ended, its length, its seed and its statistics."""
         stats = "  ".join(f"{name} {value:.3g}" for name, value in self.stats.items())
-        return f"{self.finish_reason}, {len(self.tokens)} tokens, seed {self.seed}  {stats}"
+        plan = f"\nauto: {self.plan}" if self.plan else ""
+        return f"{self.finish_reason}, {len(self.tokens)} tokens, seed {self.seed}  {stats}{plan}"
 
 
 @dataclass
