@@ -27,7 +27,7 @@ def test_each_sampler_has_its_own_defaults():
     [
         ({"samplr": "scr"}, "samplr: unknown option; did you mean 'sampler'"),
         ({"zzz": 1}, "zzz: unknown option; expected one of sampler, target"),
-        ({"sampler": "beam"}, "sampler: expected one of exact, direct, scr.*, got 'beam'"),
+        ({"sampler": "beam"}, "sampler: expected one of exact, direct, auto, scr.*, got 'beam'"),
         ({"target": "harmonic"}, "target: expected one of .*, got 'harmonic'"),
         ({"target": "base", "sampler": "scr"}, "target: expected one of arithmetic, geometric, got 'base'"),
         ({"top_k": 2**70}, "top_k: expected an integer 0"),
