@@ -90,3 +90,24 @@ def test_failed_sequence_is_no_longer_active_and_says_why():
     batch.commit(torch.ones(3, 1, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
     assert batch.empty.tolist() == [False, True, False]
     assert batch.lengths.tolist() == [3, 1, 4]
+
+
+def test_sequence_stopped_from_outside_commits_nothing_more():
+    batch = make_batch()
+    batch.commit(torch.ones(3, 2, dtype=torch.int64), torch.tensor([2, 2, 1]))
+    batch.stop([0])
+    assert batch.active.tolist() == [False, True, False]
+    batch.commit(torch.ones(3, 1, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
+    assert batch.lengths.tolist() == [4, 4, 4]
+
+
+def test_chunk_ends_a_sequence_by_its_last_token_or_by_the_limit():
+    batch = make_batch()
+    chunk = torch.tensor([[1, EOS], [1, 1], [1, 1]])
+    for counts, expected in (
+        ([0, 0, 0], [False] * 3),
+        ([1, 1, 1], [False, False, True]),
+        ([2, 2, 2], [True, False, True]),
+    ):
+        assert batch.ends_with(chunk, torch.tensor(counts)).tolist() == expected
+    assert batch.ends_with(chunk[:, :0], torch.tensor([0, 0, 0])).tolist() == [False] * 3

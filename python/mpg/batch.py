@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Round(NamedTuple):
@@ -57,10 +59,12 @@ class Batch:
     weights     (B, N), alpha
     seeds       (B,) int64
     rounds      (B,) int64, rounds each request has seen: part of its uniforms' keys
-    active      (B,) bool, neither ended by an end-of-sequence token nor full
+    active      (B,) bool, neither ended by an end-of-sequence token nor full nor stopped by the host
     unusable    (B,) bool, a model returned NaN or +inf for it
     empty       (B,) bool, no token was left to draw
     draft_lengths  (B,) int64, tokens that each request drafts next, where its sampler adapts them, else None
+    processors  per row what the target's rows pass through before the warp (see `processors`), or None; None where no
+                request has any
 
     What the host steers by, without waiting for the device:
     longest        upper bound on the length of every row that is still active
@@ -78,6 +82,7 @@ class Batch:
         eos_token_ids: Sequence[int],
         *,
         capacity: int | None = None,
+        processors: list[Processor | None] | None = None,
     ):
         """The first request of every row. `capacity`: tokens that a row may hold; default what these requests need."""
         device, num_rows = weights.device, len(prompts)
@@ -90,6 +95,7 @@ class Batch:
         self.weights, self.seeds = torch.zeros_like(weights), torch.zeros_like(seeds)
         self.active, self.unusable, self.empty = torch.zeros(3, num_rows, dtype=torch.bool, device=device)
         self.draft_lengths: Tensor | None = None
+        self.processors = processors
         self.longest, self.longest_draft = 0, 0
         self._committed: tuple[Tensor, Tensor, Tensor | None] | None = None
         self.replace(range(num_rows), prompts, max_new_tokens, weights, seeds)
@@ -142,6 +148,13 @@ class Batch:
         """Whether tokens end their sequence. out: bool, of the shape of `tokens`"""
         return (tokens[..., None] == self.eos_token_ids).any(-1)
 
+    def ends_with(self, chunk: Tensor, counts: Tensor) -> Tensor:
+        """Whether the first counts[b] tokens of chunk (B, K), once committed, end their request. out: (B,) bool"""
+        if not chunk.shape[1]:
+            return self.lengths >= self.limits
+        last = chunk.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0]
+        return self.is_eos(last) & (counts > 0) | (self.lengths + counts >= self.limits)
+
     def has_room(self, index: int) -> Tensor:
         """Whether a chunk's token number `index` (from 0) could be committed. out: (B,) bool"""
         has_room = self.lengths + index < self.limits
@@ -165,6 +178,10 @@ class Batch:
             if mask is not None:
                 flag |= mask & self.active
         self.active &= ~self.unusable & ~self.empty
+
+    def stop(self, rows: Sequence[int]) -> None:
+        """End the requests in some rows, whose texts the host has seen to be at an end; what is committed stays."""
+        self.active[torch.tensor(list(rows), dtype=torch.int64, device=self.active.device)] = False
 
     def commit(self, chunk: Tensor, counts: Tensor, log_ratios: Tensor | None = None) -> None:
         """Append the first counts[b] tokens of chunk[b] to every active row, and end its round.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpg.batch import Batch
 from mpg.config import Options
+from mpg.processors import process_rows
 from mpg.rng import Generator, Purpose
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class Draft(Protocol):
 
 
 class ModelDraft:
-    """Drafts with a model of the same vocabulary, one pass a token, warped as the target is.
+    """Drafts with a model of the same vocabulary, one pass a token; its rows are processed and warped as the target's
+    are. That costs a call of the processors for every drafted token, and buys acceptance: what they exclude or push
+    down in the target is then not drafted.
 
     is_verified  whether verification feeds this model too; if not, it has not read the chunk's last token when the next
                  round begins, and the first pass reads two tokens
@@ -58,13 +61,23 @@ class ModelDraft:
         for index in range(chunk_size):
             is_drafting = is_drafting & batch.has_room(index)
             logits = self._read_last() if index == 0 else self._read(tokens[-1], index)
-            rows.append(self.ops.warp_rows(logits.to(batch.weights.dtype), **options.warp()))
+            log_row = logits.to(batch.weights.dtype)
+            if batch.processors is not None:
+                log_row = self._process(log_row, tokens, is_drafting)
+            rows.append(self.ops.warp_rows(log_row, **options.warp()))
             batch.fail(unusable=is_drafting & rows[-1][:, 0].isnan())
             is_drafting = is_drafting & batch.active
             tokens.append(self.rng.categorical(rows[-1], Purpose.DRAFT, index, is_drafting))
             is_drafting = is_drafting & ~batch.is_eos(tokens[-1])
         chunk = torch.stack(tokens, 1)
         return chunk, torch.stack(rows, 1), torch.full_like(batch.lengths, chunk_size)
+
+    def _process(self, log_row: Tensor, tokens: list[Tensor], is_drafting: Tensor) -> Tensor:
+        """The row (B, V) behind the tokens drafted so far, processed; as it was where nothing would be left."""
+        drafted = torch.stack(tokens, 1) if tokens else self.batch.tokens[:, :0]
+        log_row = log_row.log_softmax(-1)
+        processed = process_rows(self.batch, log_row[:, None], drafted, is_drafting.long())[:, 0]
+        return torch.where(processed.amax(-1, keepdim=True) == -torch.inf, log_row, processed)
 
     def _read_last(self) -> Tensor:
         """Logits after the last committed token. out: (B, V)"""

@@ -6,7 +6,8 @@ leaves a rejected token in a cache, or feeds one at the wrong position, samples 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,7 @@ from mpg.batch import Batch, Round
 from mpg.config import Options
 from mpg.decode import SAMPLERS
 from mpg.ensemble import Cost
+from mpg.results import Transcript
 from mpg.rng import KeyedGenerator, ReplayingGenerator, enumerate_branches
 
 NUM_ROWS = 997  # distinct rows of one model; a prime, so that few prefixes share one
@@ -119,11 +121,16 @@ def enumerate_sampler(
     weights: dict[str, float],
     *,
     predecessor: tuple[Sequence[int], int] | None = None,
+    processor: Any = None,
+    stops: Callable[[Sequence[int]], bool] | None = None,
+    rounds_ahead: int = 0,
     **options: Any,
 ) -> dict[tuple[int, ...], float]:
     """The exact law of a sampler's production loop over the new tokens, by walking every branch of it.
 
-    predecessor  prompt and limit of a request that had each row before, and all of whose branches are walked too
+    predecessor   prompt and limit of a request that had each row before, and all of whose branches are walked too
+    processor     of every row but the last companion's
+    stops         whether a text ends with its last token; rows are stopped as `mpg.run` does it, by rounds read so late
     """
     checked = Options.of(options)
 
@@ -134,12 +141,19 @@ def enumerate_sampler(
         alpha = torch.tensor([list(weights.values())] * len(prompts), dtype=torch.float64).view(len(prompts), -1)
         ends = [len(start) + limit for start, limit in zip(prompts, limits, strict=True)]
         capacity = max(len(prompt) + max_new_tokens, *ends)
-        batch = Batch(prompts, limits, alpha, torch.arange(len(prompts)), models.eos_token_ids, capacity=capacity)
+        processors = None if processor is None else [processor] * (len(prompts) - 1) + [None]
+        seeds = torch.arange(len(prompts))
+        batch = Batch(prompts, limits, alpha, seeds, models.eos_token_ids, capacity=capacity, processors=processors)
+        transcripts = [Transcript(None, (), row, len(start), stops) for row, start in enumerate(prompts)]
+        unread: deque[Round] = deque()
         sampler = SAMPLERS[checked.sampler](models, tuple(weights), checked, composed=True)
         session = models.open(prompts, sampler.roles, batch.capacity)
         sampler.start(session, batch, _WithCompanions(rng, KeyedGenerator(batch.seeds, batch.rounds)))
         waiting = set(range(batch_size)) if predecessor else set()
-        for _ in rounds_of(sampler, batch):
+        for done in rounds_of(sampler, batch):
+            unread.append(done)
+            if stops is not None and len(unread) > rounds_ahead:
+                batch.stop(_read(unread.popleft(), transcripts))
             if free := [row for row in sorted(waiting) if not batch.active[row]]:
                 count = len(free)
                 batch.replace(free, [prompt] * count, [max_new_tokens] * count, alpha[free], torch.tensor(free))
@@ -148,6 +162,10 @@ def enumerate_sampler(
                 waiting -= set(free)
         assert not batch.unusable.any()
         assert not batch.empty.any()
+        if stops is not None:
+            for done in unread:
+                _read(done, transcripts)
+            return [tuple(transcript.tokens) for transcript in transcripts][:batch_size]
         rows = zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)
         return [tuple(row[len(prompt) : length]) for row, length in rows][:batch_size]
 
@@ -155,6 +173,14 @@ def enumerate_sampler(
     for prob, text in enumerate_branches(run):
         law[text] = law.get(text, 0.0) + prob
     return law
+
+
+def _read(done: Round, transcripts: Sequence[Transcript]) -> list[int]:
+    """Extend the transcripts by a round. out: the rows that are stopped"""
+    for row, transcript in enumerate(transcripts):
+        if not transcript.is_stopped:
+            list(transcript.extend(done.tokens[row][: done.counts[row]], None, is_last=False))
+    return [row for row, transcript in enumerate(transcripts) if transcript.is_stopped]
 
 
 def rounds_of(sampler: Any, batch: Batch) -> Iterator[Round]:

@@ -59,15 +59,21 @@ def warp(row, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, **_):
     return _normalised([p if p >= min_p * max(row) else 0.0 for p in row])
 
 
-def target_law(models: FakeModels, prompt, max_new_tokens, weights, **options) -> Law:
-    """The law of the target over whole texts, which end at an end-of-sequence token or the limit."""
+def target_law(
+    models: FakeModels, prompt, max_new_tokens, weights, *, process=lambda history, row: row, stops=None, **options
+) -> Law:
+    """The law of the target over whole texts, which end at an end-of-sequence token, the limit, or where `stops(text)`.
+
+    process: what becomes of a normalised row after a history, before it is warped
+    """
     law, open_texts = {}, {(): 1.0}
     while open_texts:
         text, prob = open_texts.popitem()
-        row = warp(target_row(models, prompt, text, weights, **options), **options)
+        row = process((*prompt, *text), target_row(models, prompt, text, weights, **options))
+        row = warp(_normalised(row), **options)
         for token, p in enumerate(row):
             grown = (*text, token)
-            done = token in models.eos_token_ids or len(grown) == max_new_tokens
+            done = token in models.eos_token_ids or len(grown) == max_new_tokens or (stops is not None and stops(grown))
             if p > 0:
                 (law if done else open_texts)[grown] = prob * p
     return law

@@ -40,8 +40,8 @@ class Direct:
         fed = batch.last_tokens()[:, None]  # (B, 1)
         logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))
 
-        # Combine, warp, draw
-        rows, log_totals = self.target.of(logits, fed[:, :0])
+        # Combine, process, warp, draw
+        rows, log_totals = self.target.of(logits, fed[:, :0], torch.zeros_like(batch.lengths))
         batch.fail(unusable=rows[:, 0, 0].isnan(), empty=log_totals[:, 0] == -torch.inf)
         token = self.rng.categorical(rows[:, 0], Purpose.LAST, 0, batch.active)
         self.target.commit(logits, torch.zeros_like(token), token)

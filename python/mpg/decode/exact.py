@@ -70,13 +70,13 @@ class Exact:
         fed = torch.cat([batch.last_tokens()[:, None], chunk], 1)
         kv_length = batch.kv_length(fed.shape[1])
         logits = self.session.forward(self.target.roles, fed, batch.lengths - 1, kv_length=kv_length)
-        rows, log_totals = self.target.of(logits, chunk)
+        rows, log_totals = self.target.of(logits, chunk, num_usable)
 
         # Verify: the first `accepted` tokens of the chunk stay, and the row that they leave gives one more
         accepted, carry = self._verify(rows, draft_rows, chunk, num_usable)
         batch.fail(unusable=accepted < 0)
         accepted = accepted.clamp_min(0)
-        ends = batch.is_eos(_at(chunk, accepted - 1)) & (accepted > 0) | (batch.lengths + accepted >= batch.limits)
+        ends = batch.ends_with(chunk, accepted)
         log_total = _at(log_totals, accepted)
         batch.fail(unusable=log_total.isnan() & ~ends, empty=(log_total == -torch.inf) & ~ends)
         token = self._draw_last(rows, draft_rows, chunk, num_usable, accepted, carry, batch.active & ~ends)

@@ -1,4 +1,4 @@
-"""The target's rows along a text: the models they come from, the weights as they stand, the warp.
+"""The target's rows along a text: the models they come from, the weights as they stand, the processors, the warp.
 
 Shared by the samplers that draw from the target itself. Knows no draft and no acceptance.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpg.batch import Batch
 from mpg.config import Options
+from mpg.processors import process_rows
 from mpg.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -44,18 +45,24 @@ class TargetRows:
     def reset(self, rows: Tensor) -> None:
         self.weights[rows] = self.batch.weights[rows]
 
-    def of(self, logits: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, logits: Tensor, chunk: Tensor, num_usable: Tensor) -> tuple[Tensor, Tensor]:
         """The target's rows after the last committed token and after each drafted one.
 
-        logits: (len(roles), B, K + 1, V), after the last committed token, C_1, ..., C_K
-        chunk:  (B, K) int64
+        logits:     (len(roles), B, K + 1, V), after the last committed token, C_1, ..., C_K
+        chunk:      (B, K) int64
+        num_usable: (B,) int64 in 0..K, drafted tokens that could be committed; rows behind them are meaningless
 
-        out: probabilities (B, K + 1, V), warped, zeros where the target is empty; the logarithm (B, K + 1) of what each
-        row was divided by: -inf where it is empty, NaN where a model's logits are unusable
+        out: probabilities (B, K + 1, V): combined, normalised, processed, warped; zeros where nothing is left. And the
+        logarithm (B, K + 1) of what each row was divided by: -inf where it is empty, NaN where a model's logits are
+        unusable
         """
         base, anchor, attributes = self._split(logits)
         self.chunk_weights = self._weights_along(attributes, chunk)
         log_rows, log_totals = self.target.combine(self.ops, base, anchor, attributes, self.chunk_weights)
+        if self.batch.processors is not None:
+            num_rows = num_usable + (~self.batch.ends_with(chunk, num_usable)).long()
+            log_rows = process_rows(self.batch, log_rows, chunk, num_rows * self.batch.active)
+            log_totals = log_totals.where(log_rows.amax(-1) != -torch.inf, -torch.inf)
         probs = self.ops.warp_rows(log_rows.flatten(0, 1), **self.options.warp())
         return probs.view_as(log_rows), log_totals
 
@@ -71,8 +78,8 @@ class TargetRows:
         self.weights.copy_(self._advance(weights, logprobs, self.batch.num_new_tokens() + accepted + 1))
 
     def log_ratios(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """log pi_i - log anchor of the tokens (B, K + 1) that `logits` came before; against the unwarped target row
-        where the target runs no anchor. out: (N, B, K + 1)"""
+        """log pi_i - log anchor of the tokens (B, K + 1) that `logits` came before; against the target's row as it
+        was combined where the target runs no anchor. out: (N, B, K + 1)"""
         base, anchor, attributes = self._split(logits)
         ratios = self._gather(attributes, tokens)
         if anchor is not None:
