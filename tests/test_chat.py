@@ -195,7 +195,7 @@ class _EmptyAnswer:
     """A model that ends before it has said a word."""
 
     def __init__(self, model):
-        self.models, self.recipe, self._encode = model.models, model.recipe, model._encode
+        self.models, self.recipe, self.encode = model.models, model.recipe, model.encode
 
     def generate(self, messages, on_token, **_):
         on_token(mpg.Token(0, 1, "", None))
@@ -207,10 +207,10 @@ def test_the_oldest_turns_are_left_out_where_positions_run_short_and_stay_in_the
         messages, num_left_out = chat.prompt(QUESTION)
         assert messages[0]["role"] == "system"
         assert messages[1:-1] == chat.history[2 * num_left_out :]
-        assert len(model._encode(messages, raw=False)) + 60 <= 256
+        assert len(model.encode(messages)) + 60 <= 256
         if num_left_out:  # and one more would not have fitted
             more = [messages[0], *chat.history[2 * num_left_out - 2 :], messages[-1]]
-            assert len(model._encode(more, raw=False)) + 60 > 256
+            assert len(model.encode(more)) + 60 > 256
         chat.answer(messages, None)
         assert len(chat.history) == 2 * (turn + 1)
     assert num_left_out

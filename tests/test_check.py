@@ -13,6 +13,7 @@ from mpg import check as checks
 from mpg.check import check, plot, read_prompts, render, score_texts
 from mpg.cli import app
 from mpg.demo.corpus import HELD_OUT_QUESTIONS
+from mpg.prompts import encode
 
 PROMPTS = [question.text for question in HELD_OUT_QUESTIONS[:6]]
 BOTH = {"E": 1.0, "T": 1.0}
@@ -26,7 +27,8 @@ def report(model):
 
 def test_scores_of_texts_are_those_of_their_generation(model):
     """One pass over finished texts, some longer than a slice, finds the log-ratios that decoding traced."""
-    prompts = [model._encode(prompt, False) for prompt in ("Hello?", *PROMPTS)]
+    tokenizer, vocab_size = model.models.tokenizer, model.models.vocab_size
+    prompts = [encode(prompt, tokenizer, vocab_size, raw=False) for prompt in ("Hello?", *PROMPTS)]
     results = model.generate(prompts, weights={"E": 1, "J": -0.5}, sampler="direct", trace=True, seed=0)
     assert max(len(result.tokens) for result in results) > 32
     traced = [[sum(ratios[name] for ratios in result.log_ratios) for name in ("E", "J")] for result in results]

@@ -9,9 +9,10 @@ import mpg
 from mpg import engine
 from mpg import plan as planning
 from mpg.batch import Batch
-from mpg.config import Options
+from mpg.config import Options, check_weights
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
+from mpg.run import Request
 
 BOTH = {"E": 1, "T": 1}
 QUESTIONS = [question.text for question in HELD_OUT_QUESTIONS[:6]]
@@ -19,8 +20,9 @@ QUESTIONS = [question.text for question in HELD_OUT_QUESTIONS[:6]]
 
 def plan_for(model, weights, questions=tuple(QUESTIONS), **options):
     checked = Options(sampler="auto", seed=0, **options)
-    requests = model._check_requests([model._encode(question, False) for question in questions], weights, checked)
-    return planning.plan(model.models, requests, checked)
+    alpha = check_weights(weights, model.models.attribute_names, checked.target)
+    requests = [Request(model.encode(question), alpha, weights, 64, seed) for seed, question in enumerate(questions)]
+    return planning.plan(model.models, requests, checked, model.models.eos_token_ids)
 
 
 def of_draft(plan, draft, chunk_size):
@@ -76,7 +78,7 @@ def test_lookup_accepts_what_it_would_have_drafted():
 def test_auto_writes_what_the_picked_sampler_writes_and_says_so(model, picked, monkeypatch):
     calls = []
 
-    def fixed(models, requests, options):
+    def fixed(models, requests, options, eos_token_ids):
         calls.append(len(requests))
         chosen = Options(**picked, temperature=options.temperature, top_p=options.top_p)
         return planning.Plan((planning.Candidate(chosen, None, 1.0, 0.001),))

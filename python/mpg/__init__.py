@@ -7,9 +7,10 @@ print(model.generate("How was your weekend?", weights={"E": 1, "T": 1}).text)
 """
 
 from mpg.config import Options
+from mpg.drop_in import custom_generate
 from mpg.engine import Model, load
 from mpg.methods import METHODS, answer
 from mpg.results import STATISTICS, Result, Token
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "STATISTICS", "Model", "Options", "Result", "Token", "answer", "load"]
+__all__ = ["METHODS", "STATISTICS", "Model", "Options", "Result", "Token", "answer", "custom_generate", "load"]

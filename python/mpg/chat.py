@@ -71,7 +71,7 @@ class Chat:
         room = self._checked().max_new_tokens or min(DEFAULT_NEW_TOKENS, limit // 2)
         for first in range(0, len(self.history) + 1, 2):
             messages = [*self._system(), *self.history[first:], _message("user", text)]
-            if len(self.model._encode(messages, raw=False)) + room <= limit:
+            if len(self.model.encode(messages)) + room <= limit:
                 break
         return messages, first // 2
 
@@ -125,7 +125,7 @@ class Chat:
     def set_system(self, text: str) -> str:
         before, self.system = self.system, text
         try:
-            self.model._encode([*self._system(), _message("user", "Hello")], raw=False)
+            self.model.encode([*self._system(), _message("user", "Hello")])
         except ValueError:
             self.system = before
             raise

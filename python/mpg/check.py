@@ -164,7 +164,7 @@ def check(
     alphas = dict(zip(names, check_weights(model.recipe.weigh(weights), names, target), strict=True))
     model = Model(model.models)  # without the recipe's options
     plans, notes = _plan(model.models, {name: alpha for name, alpha in alphas.items() if alpha}, target)
-    token_ids = [model._encode(prompt, raw) for prompt in prompts]
+    token_ids = [model.encode(prompt, raw=raw) for prompt in prompts]
     sampling = _Sampling(model, token_ids, max_new_tokens, num_seeds, seed, batch_size, on_progress)
 
     resamples = np.random.default_rng(seed).integers(len(prompts), size=(NUM_RESAMPLES, len(prompts)))
@@ -251,6 +251,7 @@ class _Sampling:
     def draw(self, name: str, options: Mapping[str, Any], weights: Mapping[str, float], target: str = "base") -> _Texts:
         """The texts of one sampler. `weights` also names the attributes that are measured."""
         options = {"target": target, **options, **_UNWARPED, "max_new_tokens": self.max_new_tokens}
+        options["batch_size"] = self.batch_size
         alpha = None if options["target"] == "base" else weights
         label = f"{name} ({options['target']}, {len(self.prompts)} texts)" if alpha else name
         # what only a first call costs is not timed

@@ -10,7 +10,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 SAMPLERS = ("exact", "direct", "auto", "scr", "token-rs", "seq-rs")
 TARGETS = ("arithmetic", "anchored", "geometric", "base")
@@ -141,9 +141,7 @@ class Options:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-                raise ValueError(f"{name}: unknown option; {hint}")
+                refuse_unknown(name, known)
         given = {name: value for name, value in options.items() if value is not None}
         merged = {**(defaults or {}), **given}
         sampler = merged.get("sampler", cls.sampler)
@@ -197,6 +195,13 @@ class Options:
             _integer("tries", self.tries, low=1, high=MAX_COUNT)
         if self.sampler == "scr":
             _one_of("empty", self.empty, ("raise", "base"))
+
+
+def refuse_unknown(name: str, known: Sequence[str]) -> NoReturn:
+    """Raises ValueError for a keyword that is not among the known ones, with the nearest of them."""
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    raise ValueError(f"{name}: unknown option; {hint}")
 
 
 def has_option(sampler: str, name: str) -> bool:

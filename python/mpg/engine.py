@@ -6,7 +6,6 @@ Knows what callers may say; how requests are decoded is `run`'s business.
 from __future__ import annotations
 
 import math
-import numbers
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,21 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
-from jinja2 import TemplateError
 
 from mpg import ensemble
 from mpg.config import DEFAULT_NEW_TOKENS, Options, check_weights
+from mpg.conventions import Conventions
 from mpg.ensemble import Ensemble, Source
 from mpg.plan import Plan, plan
+from mpg.prompts import Messages, Prompt, as_list, encode, unpad
 from mpg.recipe import Recipe
 from mpg.results import Result, Token
 from mpg.run import Request, decode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
-Messages: TypeAlias = Sequence[Mapping[str, str]]
-Prompt: TypeAlias = str | Messages | Sequence[int]
 Weights: TypeAlias = Mapping[str, float] | str
 OnToken: TypeAlias = Callable[[Token], None] | None
 
@@ -62,15 +61,22 @@ class Model:
     def generate(self, prompt: str, **options: Any) -> Result: ...
 
     @overload
-    def generate(self, prompt: Sequence[Any], **options: Any) -> Any: ...
+    def generate(self, prompt: Any = None, **options: Any) -> Any: ...
 
     def generate(
         self,
-        prompt: Prompt | Sequence[str] | Sequence[Messages],
+        prompt: Prompt | Sequence[str] | Sequence[Messages] | torch.Tensor | None = None,
         *,
         weights: Weights | Sequence[Weights] | None = None,
         raw: bool = False,
         on_token: OnToken = None,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[Any] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **options: Any,
     ) -> Result | list[Result]:
         """Continue a prompt, or each of a list of them.
@@ -80,79 +86,95 @@ class Model:
                   of a preset in the recipe; or a list of one of these per prompt. Default: the recipe's, if any
         raw       take strings verbatim, not as a user message through the chat template (where there is one)
         on_token  called with every `Token` as soon as its round is done
-        options   the fields of `Options`; those not given are the recipe's, where the sampler has them
+        options   the fields of `Options`; those not given are the recipe's, where the sampler has them. Also the fields
+                  of transformers' GenerationConfig that `mpg.conventions` honours: do_sample, max_length, eos_token_id,
+                  stop_strings, repetition_penalty, num_return_sequences, ...
+
+        As transformers' generate has them:
+
+        input_ids, attention_mask  instead of a prompt, (B, L), padded on either side
+        generation_config          keywords go before its fields, and what it leaves None has mpg's default
+        logits_processor           act on the combined row, as normalised log-probabilities, before it is warped; under
+                                   exact and direct alone. One call a row and position, which waits for the device
+        stopping_criteria          called after every new token, per request, with scores=None
+        streamer                   of one prompt; gets the prompt's ids, every token, and the end
+        tokenizer                  for stop_strings, where the model has none
+
+        num_return_sequences returns so many results per prompt one after another, with seeds that count up throughout.
+        A stop string or criterion cuts off what the same round committed behind it; the statistics count that too.
 
         out: a `Result`, or the list of them in the order of the prompts
 
         Raises ValueError that names the argument if one is not as here or in `Options`, if a prompt is empty or leaves
-        too few positions, if a model returns NaN or +inf, or if no token is left to draw (negative weights can do it).
-        Raises MemoryError with the sizes if the caches or a forward need more memory than there is; the model stays
-        usable.
+        too few positions, if a model returns NaN or +inf, or if no token is left to draw (negative weights can do it,
+        and processors). Raises MemoryError with the sizes if the caches or a forward need more memory than there is;
+        the model stays usable.
         """
         started_at = time.perf_counter()
-        checked = Options.of(options, self.recipe.options)
+        models = self.models
+        chosen, conventions = Conventions.of(
+            generation_config,
+            options,
+            eos_token_ids=models.eos_token_ids,
+            tokenizer=tokenizer or models.tokenizer,
+            logits_processor=logits_processor or (),
+            stopping_criteria=stopping_criteria or (),
+        )
+        checked = Options.of(chosen, self.recipe.options)
+        conventions.check_sampler(checked)
         if on_token is not None and not callable(on_token):
             raise ValueError(f"on_token: expected a callable, got {on_token!r}")
-        prompts, is_list = _as_list(prompt)
-        requests = self._check_requests([self._encode(prompt, raw) for prompt in prompts], weights, checked)
+        if prompt is not None and input_ids is not None:
+            raise ValueError("prompt: expected a prompt or input_ids, got both")
+        if input_ids is not None or attention_mask is not None or isinstance(prompt, torch.Tensor):
+            prompt = unpad(prompt if input_ids is None else input_ids, attention_mask, conventions.pad_token_id)
+        prompts, is_list = as_list(prompt)
+        encoded = [self.encode(prompt, raw=raw) for prompt in prompts]
+        requests = self._check_requests(encoded, weights, checked, conventions)
+        if streamer is not None:
+            if len(requests) != 1:
+                raise ValueError(f"streamer: expected one prompt and one sequence, got {len(requests)}")
+            streamer.put(torch.tensor([requests[0].token_ids]))
+            on_token = _also_to(streamer, on_token)
         why = None
-        if checked.sampler == "auto":
-            chosen = self._plan(requests, checked)
-            checked, why = chosen.options, str(chosen)
-        results = decode(self.models, requests, checked, on_token, started_at)
+        try:
+            if checked.sampler == "auto":
+                chosen_plan = self._plan(requests, checked, conventions.eos_token_ids)
+                checked, why = chosen_plan.options, str(chosen_plan)
+            results = decode(models, requests, checked, conventions.eos_token_ids, on_token, started_at)
+        finally:
+            if streamer is not None:
+                streamer.end()  # whoever iterates over it must not wait for ever
         if why is not None:
             results = [replace(result, plan=why) for result in results]
-        return results if is_list else results[0]
+        return results if is_list or conventions.num_return_sequences > 1 else results[0]
 
-    def _plan(self, requests: list[Request], options: Options) -> Plan:
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of one prompt, as `generate` takes it."""
+        return encode(prompt, self.models.tokenizer, self.models.vocab_size, raw=raw)
+
+    def _plan(self, requests: list[Request], options: Options, eos_token_ids: tuple[int, ...]) -> Plan:
         """The plan for requests like these, made when they first come: this target, these weights, as many rows."""
         options = replace(options, seed=None, max_new_tokens=None)
         key = options, min(options.batch_size, len(requests)), frozenset(request.alpha for request in requests)
         if key not in self._plans:
-            self._plans[key] = plan(self.models, requests, options)
+            self._plans[key] = plan(self.models, requests, options, eos_token_ids)
         return self._plans[key]
 
     def __repr__(self) -> str:
         return f"mpg.Model(attributes={self.models.attribute_names})"
 
-    def _encode(self, prompt: Any, raw: bool) -> list[int]:
-        """Token ids of one prompt."""
-        tokenizer, vocab_size = self.models.tokenizer, self.models.vocab_size
-        token_ids: Any
-        if not prompt:
-            raise ValueError(f"prompt: expected at least one token, got {prompt!r}")
-        if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise ValueError(f"prompt: expected text that UTF-8 can hold, got {prompt!r}")
-        if not isinstance(prompt, str) and isinstance(prompt[0], numbers.Integral):
-            token_ids = [int(token) for token in prompt]
-        elif tokenizer is None:
-            raise ValueError(f"prompt: this model has no tokenizer, expected token ids, got {prompt!r}")
-        elif isinstance(prompt, str) and (raw or not tokenizer.chat_template):
-            token_ids = tokenizer(prompt)["input_ids"]
-        elif not tokenizer.chat_template:
-            raise ValueError(f"prompt: this model has no chat template, expected a string, got {prompt!r}")
-        else:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            if not all(message.get("content") for message in messages):
-                raise ValueError(f"prompt: expected some text in every message, got {prompt!r}")
-            try:
-                token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            except (TemplateError, TypeError) as error:  # a role that it refuses; text that UTF-8 cannot hold
-                wanted = "messages that the chat template takes"
-                raise ValueError(f"prompt: expected {wanted}, got {prompt!r}: {error}") from error
-        for token in token_ids:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"prompt: expected token ids in 0..{vocab_size - 1}, got {token}")
-        return token_ids
-
-    def _check_requests(self, prompts: list[list[int]], weights: Any, options: Options) -> list[Request]:
+    def _check_requests(
+        self, prompts: list[list[int]], weights: Any, options: Options, conventions: Conventions
+    ) -> list[Request]:
         per_prompt = weights if isinstance(weights, (list, tuple)) else [weights] * len(prompts)
         if len(per_prompt) != len(prompts):
             raise ValueError(
                 f"weights: expected one mapping, or one per prompt ({len(prompts)}), got {len(per_prompt)}"
             )
         first_seed = secrets.randbits(32) if options.seed is None else int(options.seed)
-        requests = []
+        device = self.models.device
+        requests: list[Request] = []
         for index, (token_ids, given) in enumerate(zip(prompts, per_prompt, strict=True)):
             chosen = self.recipe.weigh(given, options.target)
             alpha = check_weights(chosen, self.models.attribute_names, options.target)
@@ -160,12 +182,16 @@ class Model:
             positions = f"the model has {self.models.max_positions} positions and prompt {index} takes {len(token_ids)}"
             if room < 1:
                 raise ValueError(f"prompt: {positions}, expected at least one left for a new token")
-            max_new_tokens = options.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+            asked = options.max_new_tokens or conventions.max_new_tokens(index, len(token_ids))
+            max_new_tokens = int(asked or min(DEFAULT_NEW_TOKENS, room))
             if max_new_tokens > room:
                 raise ValueError(f"max_new_tokens: {positions}, expected at most {room}, got {max_new_tokens}")
-            seed = (first_seed + index) % 2**63
             weighed = {name: float(weight) for name, weight in (chosen or {}).items()}
-            requests.append(Request(token_ids, alpha, weighed, int(max_new_tokens), seed))
+            for _ in range(conventions.num_return_sequences):
+                seed = (first_seed + len(requests)) % 2**63
+                processor = conventions.processor(len(requests), token_ids, max_new_tokens, device)
+                ends = conventions.ends(token_ids, device)
+                requests.append(Request(token_ids, alpha, weighed, max_new_tokens, seed, processor, ends))
         return requests
 
 
@@ -196,17 +222,12 @@ load.__doc__ = f"""{ensemble.load.__doc__}
     """
 
 
-def _as_list(prompt: Any) -> tuple[list[Prompt], bool]:
-    """The prompts of a call, and whether they were given as a list of them."""
-    if isinstance(prompt, str):
-        return [prompt], False
-    if isinstance(prompt, (list, tuple)) and prompt:
-        if _is_all(prompt, Mapping) or _is_all(prompt, numbers.Integral):
-            return [prompt], False
-        if all(isinstance(part, str) or _is_all(part, Mapping) or _is_all(part, numbers.Integral) for part in prompt):
-            return list(prompt), True
-    raise ValueError(f"prompt: expected text, messages, token ids, or a list of one of these, got {prompt!r}")
+def _also_to(streamer: BaseStreamer, on_token: OnToken) -> Callable[[Token], None]:
+    """on_token, and each token's id to the streamer as transformers puts it there, (1,) int64."""
 
+    def put(token: Token) -> None:
+        streamer.put(torch.tensor([token.id]))
+        if on_token is not None:
+            on_token(token)
 
-def _is_all(parts: Any, kind: type) -> bool:
-    return isinstance(parts, (list, tuple)) and all(isinstance(p, kind) and not isinstance(p, bool) for p in parts)
+    return put

@@ -77,17 +77,19 @@ class Plan:
 
 
 @torch.no_grad()
-def plan(models: Ensemble, requests: Sequence[Request], options: Options) -> Plan:
+def plan(models: Ensemble, requests: Sequence[Request], options: Options, eos_token_ids: tuple[int, ...]) -> Plan:
     """Continue some of the requests for up to TRIAL_TOKENS tokens, time rounds, and rank the ways to go on.
 
     The requests run as many at once as `options` says, so that rounds are timed as they will be.
 
     options  of sampler "auto": those of the target
+
+    Logits processors run in the trial and in the timed rounds, but not on the rows whose overlap is a.
     """
     requests = requests[: options.batch_size]
     short = [replace(request, max_new_tokens=min(request.max_new_tokens, TRIAL_TOKENS)) for request in requests]
     direct = replace(options, sampler="direct")
-    acceptances = _measure_acceptance(models, short[:MAX_PROMPTS], direct)
+    acceptances = _measure_acceptance(models, short[:MAX_PROMPTS], direct, eos_token_ids)
     candidates = [Candidate(direct, None, 1.0, _time_round(models, short, direct))]
     for draft, a in acceptances.items():
         ways = {k: replace(direct, sampler="exact", draft=draft, chunk_size=k) for k in CHUNK_SIZES}
@@ -101,7 +103,7 @@ def plan(models: Ensemble, requests: Sequence[Request], options: Options) -> Pla
 
 def _time_round(models: Ensemble, requests: Sequence[Request], options: Options) -> float:
     """Seconds of a round, the host's reading of it included."""
-    run = Run(models, requests, options, None, perf_counter())
+    run = Run(models, requests, options, (), None, perf_counter())  # no end, so that all rows go on
     seconds = []
     for _ in range(TIMED_ROUNDS + 1):  # the first is not counted
         started_at = perf_counter()
@@ -111,9 +113,11 @@ def _time_round(models: Ensemble, requests: Sequence[Request], options: Options)
     return min(seconds[1:])
 
 
-def _measure_acceptance(models: Ensemble, requests: Sequence[Request], direct: Options) -> dict[str, float]:
+def _measure_acceptance(
+    models: Ensemble, requests: Sequence[Request], direct: Options, eos_token_ids: tuple[int, ...]
+) -> dict[str, float]:
     """a of every draft that these models have, along texts of the target itself."""
-    run = Run(models, requests, direct, None, perf_counter())
+    run = Run(models, requests, direct, eos_token_ids, None, perf_counter())
     prompts = [request.token_ids for request in requests]
     texts = [result.tokens for result in run.finish()]
     attributes = tuple(models.attribute_names[i] for i in run.used)
@@ -134,7 +138,7 @@ def _measure_acceptance(models: Ensemble, requests: Sequence[Request], direct: O
     target.start(batch)
     fed, start = torch.cat([batch.last_tokens()[:, None], chunk], 1), batch.lengths - 1
     logits = session.forward(target.roles, fed, start, kv_length=batch.capacity)
-    rows = target.of(logits, chunk)[0][:, :-1]
+    rows = target.of(logits, chunk, lengths[:, 0])[0][:, :-1]
 
     def overlap(draft_rows: Tensor) -> float:
         return torch.minimum(rows, draft_rows).sum(-1)[is_text].mean().clamp(0, 1).item()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ STATISTICS = {
 class Token:
     """One committed token, as `on_token` gets it.
 
-    request     index of its prompt in the call
+    request     index of its result in the list that the call returns
     id          token id
     text        the text that it completes; "" while a character is incomplete, and for special tokens
     log_ratios  by attribute log pi_i(token) - log anchor(token) where the call traces, else None; against the target's
@@ -48,9 +48,9 @@ class Token:
 class Result:
     """What one request returned.
 
-    text           the new text, without special tokens
+    text           the new text, without special tokens; a stop string that ended it included
     tokens         ids of the new tokens, a final end-of-sequence token included
-    finish_reason  "stop" (end-of-sequence token) or "length"
+    finish_reason  "stop" (end-of-sequence token, stop string or stopping criterion) or "length"
     prompt_tokens  length of the prompt, in tokens
     seed           reproduces the result; in another batch as far as the models' forwards do not depend on the batch
                    (in bfloat16 they do)
@@ -83,16 +83,20 @@ class Transcript:
 
     tokenizer      decodes ids, or None
     attributes     names of those that log-ratios come by
-    request        index of its prompt in the call
+    request        index of its result in the list that the call returns
     prompt_length  in tokens
+    ends           whether the last of the new tokens ends the text, where something beside its end-of-sequence tokens
+                   and its limit can
     """
 
     tokenizer: Any
     attributes: tuple[str, ...]
     request: int
     prompt_length: int
+    ends: Callable[[Sequence[int]], bool] | None = None
     tokens: list[int] = field(default_factory=list)
     log_ratios: list[dict[str, float]] = field(default_factory=list)
+    is_stopped: bool = False  # by `ends`
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     _printed: int = 0  # tokens whose text has been handed out
@@ -107,9 +111,11 @@ class Transcript:
         return f"prompt {self.request}, new token {len(self.tokens)}"
 
     def extend(self, tokens: list[int], log_ratios: list[list[float]] | None, *, is_last: bool) -> Iterator[Token]:
-        """Append a round's tokens, with their log-ratios (one list a token) where traced. out: the same as `Token`s
+        """Append a round's tokens, with their log-ratios (one list a token) where traced, up to one that ends the text.
 
         is_last: the request ends with this round
+
+        out: the same as `Token`s
         """
         if tokens:  # seq-rs has rounds without any
             self.last_token_at = time.perf_counter()
@@ -120,8 +126,11 @@ class Transcript:
             if log_ratios is not None:
                 by_name = dict(zip(self.attributes, log_ratios[i], strict=True))
                 self.log_ratios.append(by_name)
-            text = self._next_text(is_last=is_last and i == len(tokens) - 1)
+            self.is_stopped = self.ends is not None and self.ends(self.tokens)
+            text = self._next_text(is_last=self.is_stopped or (is_last and i == len(tokens) - 1))
             yield Token(self.request, token, text, by_name)
+            if self.is_stopped:
+                return
 
     def text(self) -> str:
         """All of the new text, special tokens left out."""

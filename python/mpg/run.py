@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from mpg.batch import Batch, Round, Snapshot
+from mpg.batch import Batch, Processor, Round, Snapshot
 from mpg.config import Options
 from mpg.decode import SAMPLERS
 from mpg.drafts import merged_shares
@@ -28,13 +28,19 @@ ROUNDS_AHEAD = {"cuda": 1, "cpu": 0}
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt of a call, checked. `alpha` by attribute of the models, in their order; `weights` as asked for."""
+    """One prompt of a call, checked. `alpha` by attribute of the models, in their order; `weights` as asked for.
+
+    processor  as in `Batch.processors`
+    ends       as in `Transcript`
+    """
 
     token_ids: list[int]
     alpha: tuple[float, ...]
     weights: dict[str, float]
     max_new_tokens: int
     seed: int
+    processor: Processor | None = None
+    ends: Callable[[Sequence[int]], bool] | None = None
 
 
 @torch.no_grad()
@@ -42,12 +48,16 @@ def decode(
     models: Ensemble,
     requests: Sequence[Request],
     options: Options,
+    eos_token_ids: tuple[int, ...],
     on_token: Callable[[Token], None] | None,
     started_at: float,
 ) -> list[Result]:
-    """The results of requests, in order. `started_at`: when the call began, by `perf_counter`."""
+    """The results of requests, in order. `started_at`: when the call began, by `perf_counter`.
+
+    Raises what `Model.generate` says that decoding may raise.
+    """
     try:
-        return Run(models, requests, options, on_token, started_at).finish()
+        return Run(models, requests, options, eos_token_ids, on_token, started_at).finish()
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:2])
     # here, where nothing holds the caches any more: the error's traceback did
@@ -82,17 +92,18 @@ class Run:
         models: Ensemble,
         requests: Sequence[Request],
         options: Options,
+        eos_token_ids: tuple[int, ...],
         on_token: Callable[[Token], None] | None,
         started_at: float,
     ):
         self.options, self.on_token, self.started_at = options, on_token, started_at
-        self.eos_token_ids, self.device = models.eos_token_ids, models.device
+        self.eos_token_ids, self.device = eos_token_ids, models.device
         # an attribute that no request weighs takes no part
         self.used = [i for i in range(len(models.attribute_names)) if any(request.alpha[i] for request in requests)]
         attributes = tuple(models.attribute_names[i] for i in self.used)
         self.entries = [
-            _Entry(request, Transcript(models.tokenizer, attributes, i, len(request.token_ids)), started_at, Cost())
-            for i, request in enumerate(requests)
+            _Entry(r, Transcript(models.tokenizer, attributes, i, len(r.token_ids), r.ends), started_at, Cost())
+            for i, r in enumerate(requests)
         ]
         self.waiting = deque(self.entries)
         self.rows = [self.waiting.popleft() for _ in range(min(options.batch_size, len(requests)))]
@@ -105,7 +116,8 @@ class Run:
             models = models.merge(attributes, self.shares)
         self.sampler = SAMPLERS[options.sampler](models, attributes, options)
         self.session = models.open(prompts, self.sampler.roles, capacity)
-        self.batch = Batch(prompts, limits, weights, seeds, models.eos_token_ids, capacity=capacity)
+        processors = [entry.request.processor for entry in self.rows] if any(r.processor for r in requests) else None
+        self.batch = Batch(prompts, limits, weights, seeds, eos_token_ids, capacity=capacity, processors=processors)
         self.sampler.start(self.session, self.batch, KeyedGenerator(self.batch.seeds, self.batch.rounds))
         # an adaptive chunk is as long as the host has read that it may be
         self.rounds_ahead = 0 if options.adaptive else ROUNDS_AHEAD[models.device.type]
@@ -130,6 +142,8 @@ class Run:
         for row in free:
             entry = self.rows[row] = self.waiting.popleft()
             entry.entered_at, entry.costs = perf_counter(), replace(self.session.cost)
+            if self.batch.processors is not None:
+                self.batch.processors[row] = entry.request.processor
         prompts, limits, weights, seeds = self._arguments([self.rows[row] for row in free])
         self.batch.replace(free, prompts, limits, weights, seeds)
         self.shares.copy_(merged_shares(self.batch.weights, self.options.target))
@@ -156,6 +170,8 @@ class Run:
             transcript = entry.transcript
             if done.unusable[row]:
                 raise ValueError(f"{transcript.where()}: {self._explain_unusable(row)}")
+            if done.empty[row] and entry.request.processor is not None:
+                raise ValueError(f"logits_processor: {transcript.where()}: no token is left, expected one at least")
             if done.empty[row]:
                 raise ValueError(
                     f"weights: {transcript.where()}: the combined row is empty, expected weights that leave some token "
@@ -166,10 +182,12 @@ class Run:
             for token in transcript.extend(done.tokens[row][:count], log_ratios, is_last=is_last):
                 if self.on_token is not None:
                     self.on_token(token)
-            if is_last:
+            if is_last or transcript.is_stopped:
                 ended.append((row, entry))
         if ended:
             self._close(ended, costs)
+        if stopped := [row for row, entry in ended if entry.transcript.is_stopped]:
+            self.batch.stop(stopped)
         lengths = [entry.transcript.length for entry in self.rows if entry.result is None]
         longest = max(lengths, default=1) + num_ahead * len(done.tokens[0])
         self.batch.longest, self.batch.longest_draft = min(longest, self.batch.capacity), max(done.draft_lengths)
@@ -180,11 +198,11 @@ class Run:
         rounds = self.batch.rounds.tolist()
         for row, entry in ended:
             request, transcript, before = entry.request, entry.transcript, entry.costs
-            num_tokens = len(transcript.tokens)
+            num_tokens, is_stopped = len(transcript.tokens), transcript.is_stopped
             entry.result = Result(
                 text=transcript.text(),
                 tokens=tuple(transcript.tokens),
-                finish_reason="stop" if transcript.tokens[-1] in self.eos_token_ids else "length",
+                finish_reason="stop" if is_stopped or transcript.tokens[-1] in self.eos_token_ids else "length",
                 prompt_tokens=len(request.token_ids),
                 seed=request.seed,
                 weights=request.weights,
