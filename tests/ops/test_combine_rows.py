@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 import mpg_ext
+from covering import cases_of
+from memory import laid_out, nothing_else_written
 from mpg_ext import reference
+from twins import assert_as_accurate, in_float64
 
 INF, NAN = math.inf, math.nan
 KINDS = [("arithmetic", False), ("arithmetic", True), ("geometric", True)]  # target, with base and anchor
@@ -37,19 +40,27 @@ def combine(inputs: list[Tensor], target: str, has_anchor: bool, ops=mpg_ext) ->
     return ops.combine_rows(attributes, weights, *((base, anchor) if has_anchor else (None, None)), target=target)
 
 
-@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("N", "B", "P", "V"),
-    [(1, 1, 1, 1), (2, 3, 2, 2), (4, 2, 33, 31), (3, 2, 3, 33), (2, 0, 4, 9), (9, 2, 1, 111), (2, 1, 2, 4096)],
-)
-def test_op_equals_twin(device, target, has_anchor, dtype, N, B, P, V):
-    inputs = case(N, B, P, V, dtype, device)
-    out = combine(inputs, target, has_anchor)
-    exact = combine([tensor.double() for tensor in inputs], target, has_anchor, reference)
-    for tensor, wanted in zip(out, exact, strict=True):
-        assert tensor.dtype == torch.float32
-        # Cancellation between signed terms costs digits of a small mass: absolute in probability, not relative.
+@cases_of("combine_rows")
+def test_rows_are_as_accurate_as_plain_torch(device, V, K, N, B, dtype, layout, target):
+    """Weights are not negative under the sum of Eq. 10: what a difference leaves of its digits is the problem's own."""
+    inputs = case(N, B, K, V, dtype, device)
+    if target != "geometric":
+        inputs[1].abs_()
+    inputs[0], inputs[2], inputs[3] = (laid_out(inputs[i], layout) for i in (0, 2, 3))
+    kind = ("arithmetic", False) if target == "mixture" else (target, True)
+    with nothing_else_written(inputs):
+        out = combine(inputs, *kind)
+    plain, exact = combine(inputs, *kind, reference), combine(in_float64(inputs), *kind, reference)
+    assert [tensor.dtype for tensor in out] == [torch.float32] * 2
+    assert_as_accurate(*(torch.cat([tensor.flatten() for tensor in pair]) for pair in (out, plain, exact)))
+
+
+@pytest.mark.parametrize("has_anchor", [True, False])
+@pytest.mark.parametrize(("N", "B", "P", "V"), [(2, 3, 2, 2), (9, 2, 1, 111), (2, 1, 2, 9000)])
+def test_differences_equal_the_twin_in_probability(device, has_anchor, N, B, P, V):
+    inputs = case(N, B, P, V, torch.float32, device)
+    out = combine(inputs, "arithmetic", has_anchor)
+    for tensor, wanted in zip(out, combine(in_float64(inputs), "arithmetic", has_anchor, reference), strict=True):
         torch.testing.assert_close(tensor.double().exp(), wanted.exp(), rtol=1e-4, atol=1e-6)
 
 
@@ -60,20 +71,6 @@ def test_float64_rows_equal_the_twin(target, has_anchor):
     for tensor, twin in zip(out, wanted, strict=True):
         assert tensor.dtype == torch.float64
         torch.testing.assert_close(tensor, twin, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
-def test_rows_spanning_several_slices_stay_accurate(device, target, has_anchor):
-    """No worse than twice plain torch in float32, against float64."""
-    inputs = case(3, 1, 2, 32000, torch.float32, device)
-    inputs[1].abs_()
-    out, plain = combine(inputs, target, has_anchor), combine(inputs, target, has_anchor, reference)
-    exact = combine([tensor.double() for tensor in inputs], target, has_anchor, reference)
-    for tensor, twin, wanted in zip(out, plain, exact, strict=True):
-        mass = wanted > -INF
-        assert torch.equal(tensor > -INF, mass)
-        one_rounding = torch.finfo(torch.float32).eps * (1 + wanted[mass].abs().max())
-        assert (tensor - wanted)[mass].abs().max() <= 2 * (twin - wanted)[mass].abs().max() + one_rounding
 
 
 @pytest.mark.parametrize(("target", "has_anchor"), KINDS)
@@ -212,16 +209,3 @@ def test_base_and_anchor_may_be_one_tensor(device):
         out = combine([*inputs[:2], inputs[3], inputs[3]], target, True)
         for tensor, expected in zip(out, wanted, strict=True):
             torch.testing.assert_close(tensor, expected)
-
-
-@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
-def test_strided_logits_give_the_same_rows(device, target, has_anchor):
-    inputs = case(2, 3, 4, 37, torch.float32, device)
-    wanted = combine(inputs, target, has_anchor)
-    padded = torch.full((4, 3, 4, 41), NAN, device=device)  # (P, B, model, V)
-    views = padded[..., 2:39].permute(2, 1, 0, 3)  # (model, B, P, V)
-    views[:2], views[2], views[3] = inputs[0], inputs[2], inputs[3]
-    for tensor, expected in zip(
-        combine([views[:2], inputs[1], views[2], views[3]], target, has_anchor), wanted, strict=True
-    ):
-        torch.testing.assert_close(tensor, expected)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import mpg_ext
+from covering import cases_of
+from memory import nothing_else_written
 from mpg_ext import reference
 
 # Counter, key and output of Philox4x32-10 from kat_vectors of Random123.
@@ -71,6 +75,27 @@ def test_every_backend_and_the_twin_give_the_same_bits(device):
             assert out[b, 32].item() == uniform(words[0], words[1])
 
 
+@cases_of("draw_uniforms")
+def test_op_and_twin_give_the_same_bits(device, K, B):
+    generator = torch.Generator().manual_seed(B)
+    seeds, rounds = (torch.randint(-(2**63), 2**63 - 1, (B,), generator=generator).to(device) for _ in range(2))
+    with nothing_else_written([seeds, rounds]):
+        out = mpg_ext.draw_uniforms(seeds, rounds, purpose=3, count=K)
+    assert torch.equal(out, reference.draw_uniforms(seeds, rounds, purpose=3, count=K))
+
+
+WORDS, NUMBERS = st.integers(0, 2**32 - 1), st.integers(-(2**63), 2**63 - 1)
+
+
+@given(seed=NUMBERS, round_=NUMBERS, purpose=WORDS, index=WORDS)
+def test_every_key_gives_the_bits_of_python_integers(device, seed, round_, purpose, index):
+    seeds, rounds = (torch.tensor([number], device=device) for number in (seed, round_))
+    out = mpg_ext.draw_uniforms(seeds, rounds, purpose=purpose, count=1, first=index)
+    key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+    words = philox((index, purpose, round_ & 0xFFFFFFFF, round_ >> 32 & 0xFFFFFFFF), key)
+    assert out.item() == uniform(words[0], words[1])
+
+
 def test_a_uniform_depends_on_its_own_key_alone(device):
     seeds, rounds = torch.tensor([5, 9, 5], device=device), torch.tensor([0, 2, 0], device=device)
     batch = mpg_ext.draw_uniforms(seeds, rounds, purpose=3, count=8)
@@ -100,7 +125,6 @@ def test_uniforms_lie_in_the_half_open_interval_and_fill_it(device):
     assert torch.histc(out.cpu(), bins=10, min=0, max=1).sub(10000).abs().max() < 500
 
 
-@pytest.mark.parametrize(("B", "count"), [(0, 4), (3, 0)])
-def test_nothing_asked_gives_nothing(device, B, count):
-    zeros = torch.zeros(B, dtype=torch.int64, device=device)
-    assert mpg_ext.draw_uniforms(zeros, zeros, purpose=0, count=count).shape == (B, count)
+def test_no_uniforms_asked_for_are_none(device):
+    seeds = torch.zeros(3, dtype=torch.int64, device=device)
+    assert mpg_ext.draw_uniforms(seeds, seeds, purpose=0, count=0).shape == (3, 0)

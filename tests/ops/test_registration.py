@@ -10,98 +10,10 @@ import torch
 from torch import Tensor
 
 import mpg_ext
+from calls import OPS, calls, outputs_of
 from mpg_ext import reference
 
-B, K, N, V, W = 2, 3, 2, 7, 4
-BOUND = {"log_initial_bound": 0.5, "log_gamma": 0.2, "tau": 0.1}
-
-
-def state(device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    return {
-        "window": torch.zeros(B, W, device=device),
-        "num_scores": torch.zeros(B, dtype=torch.int64, device=device),
-        "num_rounds": torch.zeros(B, dtype=torch.int64, device=device),
-        "log_bound": torch.zeros(B, device=device),
-        "frozen": torch.zeros(B, dtype=torch.bool, device=device),
-    }
-
-
-def arguments(device: str | torch.device = "cpu") -> dict[str, dict]:
-    """A valid call of every op, by name."""
-    tokens = torch.ones(B, K, dtype=torch.int64, device=device)
-    uniforms = torch.full((B, K), 0.5, dtype=torch.float64, device=device)
-    weights = torch.ones(B, N, device=device)
-    lengths = torch.full((B,), K, device=device)
-    active = torch.ones(B, dtype=torch.bool, device=device)
-    block = {
-        "target_probs": torch.full((B, K + 1, V), 1 / V, device=device),
-        "draft_probs": torch.full((B, K, V), 1 / V, device=device),
-        "tokens": tokens,
-        "lengths": lengths,
-    }
-    return {
-        "gather_logprobs": {"logits": torch.zeros(B, K, V, device=device), "tokens": tokens, "temperature": 0.5},
-        "score_prefixes": {
-            "attribute_logprobs": torch.zeros(N, B, K, device=device),
-            "anchor_logprobs": torch.zeros(B, K, device=device),
-            "weights": weights,
-            "score": "arithmetic",
-        },
-        "accept_prefixes": {
-            "scores": torch.zeros(B, K, device=device),
-            "log_bound": torch.zeros(B, device=device),
-            "uniforms": uniforms,
-            "lengths": lengths,
-        },
-        "update_bound_": {**state(device), "scores": torch.zeros(B, 2, device=device), "active": active, **BOUND},
-        "verify_chunks": {
-            "anchor_logits": torch.zeros(B, K, V, device=device),
-            "attribute_logits": torch.zeros(N, B, K, V, device=device),
-            "tokens": tokens,
-            "lengths": lengths,
-            "weights": weights,
-            "uniforms": uniforms,
-            **state(device),
-            "score": "geometric",
-            **BOUND,
-        },
-        "draw_fallback": {
-            "anchor_logits": torch.zeros(B, V, device=device),
-            "attribute_logits": torch.zeros(N, B, V, device=device),
-            "draft_probs": torch.full((B, V), 1 / V, device=device),
-            "weights": weights,
-            "log_bound": torch.zeros(B, device=device),
-            "uniforms": uniforms[:, 0],
-            "active": active,
-            "score": "arithmetic",
-        },
-        "draw_uniforms": {"seeds": lengths, "rounds": lengths, "purpose": 1, "count": 5, "first": 3},
-        "combine_rows": {
-            "attribute_logits": torch.zeros(N, B, K, V, device=device),
-            "weights": torch.ones(B, K, N, device=device),
-            "base_logits": torch.zeros(B, K, V, device=device),
-            "anchor_logits": torch.ones(B, K, V, device=device),
-            "target": "geometric",
-        },
-        "warp_rows": {
-            "log_rows": torch.zeros(B, V, device=device),
-            "temperature": 0.7,
-            "top_k": 4,
-            "top_p": 0.9,
-            "min_p": 0.1,
-        },
-        "draw_tokens": {"probs": torch.ones(B, V, device=device), "uniforms": uniforms[:, 0]},
-        "verify_block": {**block, "uniforms": uniforms},
-        "draw_residual": {
-            **block,
-            "accepted": lengths - 1,
-            "carry": torch.ones(B, device=device),
-            "uniforms": uniforms[:, 0],
-        },
-    }
-
-
-OPS = list(arguments())
+B, K, N, V, W = 2, 3, 2, 7, 4  # as calls() has them
 
 
 def opcheck(name: str, inputs: dict) -> None:
@@ -113,7 +25,7 @@ def opcheck(name: str, inputs: dict) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(device, name):
-    opcheck(name, arguments(device)[name])
+    opcheck(name, calls(device)[name])
 
 
 @pytest.mark.parametrize(
@@ -125,15 +37,14 @@ def test_opcheck(device, name):
     ],
 )
 def test_opcheck_without_optional_tensors(device, name, left_out):
-    opcheck(name, arguments(device)[name] | left_out)
+    opcheck(name, calls(device)[name] | left_out)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_meta_tensors_get_the_shapes_and_dtypes_of_real_ones(name):
-    real = getattr(mpg_ext, name)(**arguments()[name])
-    meta = getattr(mpg_ext, name)(**arguments("meta")[name])
-    as_tuple = lambda out: () if out is None else out if isinstance(out, tuple) else (out,)  # noqa: E731
-    for tensor, wanted in zip(as_tuple(meta), as_tuple(real), strict=True):
+    real = getattr(mpg_ext, name)(**calls()[name])
+    meta = getattr(mpg_ext, name)(**calls("meta")[name])
+    for tensor, wanted in zip(outputs_of(meta), outputs_of(real), strict=True):
         assert (tensor.device.type, tensor.shape, tensor.dtype) == ("meta", wanted.shape, wanted.dtype)
 
 
@@ -152,7 +63,7 @@ def test_op_and_twin_have_one_signature(name):
 def test_traced_graph_calls_the_op():
     """Traced without a compiler: the op is one node, not a break in the graph."""
     compiled = torch.compile(mpg_ext.gather_logprobs, backend="eager", fullgraph=True)
-    inputs = arguments()["gather_logprobs"]
+    inputs = calls()["gather_logprobs"]
     torch.testing.assert_close(compiled(**inputs), mpg_ext.gather_logprobs(**inputs))
 
 
@@ -234,7 +145,7 @@ ERRORS = [
 )
 def test_wrong_argument_is_named_with_what_was_wanted_and_what_came(name, change, message):
     with pytest.raises(ValueError, match=message):
-        getattr(mpg_ext, name)(**(arguments()[name] | change))
+        getattr(mpg_ext, name)(**(calls()[name] | change))
 
 
 def test_build_info_names_the_torch_it_was_built_for():

@@ -8,9 +8,13 @@ import statistics
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import mpg_ext
+from covering import cases_of
+from memory import guarded, nothing_else_written
 from mpg_ext import reference
 
 LOG_M0, LOG_GAMMA = math.log(2), math.log(1.2)
@@ -83,6 +87,27 @@ def test_bound_follows_the_scalar_walk(device, update, W, P, dtype):
     assert (True, True) in phases
 
 
+@given(
+    pushed=st.lists(st.lists(st.integers(-8, 8).map(lambda x: x / 4) | st.just(-math.inf), max_size=4), max_size=12),
+    W=st.integers(1, 5),
+)
+def test_any_scores_move_the_bound_as_the_scalar_walk(device, pushed, W):
+    """Multiples of a quarter, so that no variance comes within a rounding of tau."""
+    walk, bound = ScalarBound(W, tau=0.2987), fresh_bound(1, W, torch.float32, device)
+    for scores in pushed:
+        walk.step(scores)
+        mpg_ext.update_bound_(
+            *bound,
+            torch.tensor([scores + [-math.inf] * (5 - len(scores))], device=device),
+            torch.ones(1, dtype=torch.bool, device=device),
+            log_initial_bound=LOG_M0,
+            log_gamma=LOG_GAMMA,
+            tau=walk.tau,
+        )
+        assert bound[3].item() == pytest.approx(walk.log_bound, abs=1e-6)
+        assert bound[4].item() == walk.is_frozen
+
+
 def run(scores: list[float], W: int, tau: float, device: torch.device) -> list[tuple[float, bool]]:
     bound = fresh_bound(1, W, torch.float32, device)
     history = []
@@ -141,7 +166,17 @@ def test_inactive_rows_keep_every_byte(device):
     assert bound[3][1].item() == 9.0
 
 
-def test_no_sequences_are_no_work(device):
-    bound = fresh_bound(0, 4, torch.float32, device)
-    empty = torch.empty(0, 1, device=device)
-    mpg_ext.update_bound_(*bound, empty, empty[:, 0].bool(), log_initial_bound=0.0, log_gamma=0.0, tau=0.1)
+@cases_of("update_bound_")
+def test_op_equals_twin(device, K, B, W):
+    generator = torch.Generator().manual_seed(W)
+    bound = fresh_bound(B, W, torch.float32, device)
+    twin_bound, bound = bound, [guarded(tensor) for tensor in bound]
+    for _ in range(3 + W):
+        scores = torch.randn(B, K, generator=generator).to(device)
+        active = (torch.rand(B, generator=generator) < 0.8).to(device)
+        constants = {"log_initial_bound": LOG_M0, "log_gamma": LOG_GAMMA, "tau": 0.8}
+        with nothing_else_written([scores, active], written=bound):
+            mpg_ext.update_bound_(*bound, scores, active, **constants)
+        reference.update_bound_(*twin_bound, scores, active, **constants)
+        for tensor, wanted in zip(bound, twin_bound, strict=True):
+            torch.testing.assert_close(tensor, wanted, equal_nan=True)

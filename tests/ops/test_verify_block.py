@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 import mpg_ext
+from covering import cases_of
+from memory import laid_out, nothing_else_written
 from mpg_ext import reference
+from twins import assert_drawn
 
 INF, NAN = math.inf, math.nan
 
@@ -57,17 +60,16 @@ def test_float64_draws_equal_the_twin_on_both_sides_of_every_threshold(V):
             assert torch.equal(mpg_ext.draw_tokens(probs, u), reference.draw_tokens(probs, u))
 
 
-@pytest.mark.parametrize("V", [1, 2, 31, 33, 111, 4096, 32000])
-def test_float32_draws_equal_the_twin_away_from_thresholds(device, V):
-    probs = torch.rand(40, V, generator=torch.Generator().manual_seed(V))
+@cases_of("draw_tokens")
+def test_float32_draws_invert_the_cumulated_row(device, V, B, layout):
+    """Every third row holds one token alone, the others no third token."""
+    probs = torch.rand(B, V, generator=torch.Generator().manual_seed(V))
     probs[:, 1::3] = 0
-    u = uniforms(40, seed=V)
-    exact = probs.double().cumsum(-1)
-    gap = (exact - (u * exact[:, -1])[:, None]).abs().amin(-1) / exact[:, -1]
-    out = mpg_ext.draw_tokens(*to(device, probs, u)).cpu()
-    is_clear = gap > 1e-12
-    assert is_clear.sum() > 30
-    assert torch.equal(out[is_clear], reference.draw_tokens(probs, u)[is_clear])
+    probs[2::3] = (torch.arange(V) == V // 2).float()
+    probs, u = laid_out(probs.to(device), layout), uniforms(B, seed=V).to(device)
+    with nothing_else_written([probs, u]):
+        tokens = mpg_ext.draw_tokens(probs, u)
+    assert_drawn(tokens, probs.double(), u, tolerance=1e-12)
 
 
 def test_draws_by_hand(device):
@@ -192,25 +194,32 @@ def test_float64_decides_what_the_twin_decides_on_both_sides_of_every_threshold(
             assert torch.equal(mpg_ext.draw_residual(*args), reference.draw_residual(*args))
 
 
-@pytest.mark.parametrize("has_draft", [True, False])
-@pytest.mark.parametrize(("B", "K", "V"), SHAPES)
-def test_float32_decides_what_the_twin_decides_away_from_thresholds(device, B, K, V, has_draft):
-    inputs = case(B, K, V, has_draft=has_draft, dtype=torch.float32)
-    h, _ = reference.block_accept_probs(*inputs)
-    for seed in range(4):
-        u = uniforms(B, K, seed=seed)
-        u = u.where((u - h).abs() > 1e-9, 0.5 * h)
-        accepted, carry = mpg_ext.verify_block(*to(device, *inputs, u))
-        twin_accepted, twin_carry = reference.verify_block(*inputs, u)
-        assert torch.equal(accepted.cpu(), twin_accepted)
-        torch.testing.assert_close(carry.cpu(), twin_carry)
+def placed(inputs: tuple[Tensor | None, ...], layout: str, device: torch.device) -> list[Tensor | None]:
+    target, draft, tokens, lengths = to(device, *inputs)
+    return [laid_out(target, layout), None if draft is None else laid_out(draft, layout), tokens, lengths]
 
-        u = uniforms(B, seed=100 + seed)
-        rows = reference.residual_rows(*inputs, twin_accepted, twin_carry).cumsum(-1)
-        gap = (rows - (u * rows[:, -1])[:, None]).abs().amin(-1) / rows[:, -1]
-        tokens = mpg_ext.draw_residual(*to(device, *inputs, twin_accepted, twin_carry, u)).cpu()
-        wanted = reference.draw_residual(*inputs, twin_accepted, twin_carry, u)
-        assert torch.equal(tokens[gap > 1e-9], wanted[gap > 1e-9])
+
+@cases_of("verify_block")
+def test_float32_decides_what_the_twin_decides_away_from_thresholds(device, V, K, B, layout, has_draft):
+    inputs = placed(case(B, K, V, has_draft=has_draft, dtype=torch.float32), layout, device)
+    h, _ = reference.block_accept_probs(*inputs)
+    u = uniforms(B, K, seed=V).to(device)
+    u = u.where((u - h).abs() > 1e-9, 0.5 * h)
+    with nothing_else_written([*inputs, u]):
+        accepted, carry = mpg_ext.verify_block(*inputs, u)
+    twin_accepted, twin_carry = reference.verify_block(*inputs, u)
+    assert torch.equal(accepted, twin_accepted)
+    torch.testing.assert_close(carry, twin_carry)
+
+
+@cases_of("draw_residual")
+def test_float32_draws_from_the_rows_of_the_twin(device, V, K, B, layout, has_draft):
+    inputs = placed(case(B, K, V, has_draft=has_draft, dtype=torch.float32), layout, device)
+    accepted, carry = reference.verify_block(*inputs, uniforms(B, K, seed=V).to(device))
+    u = uniforms(B, seed=K).to(device)
+    with nothing_else_written([*inputs, accepted, carry, u]):
+        tokens = mpg_ext.draw_residual(*inputs, accepted, carry, u)
+    assert_drawn(tokens, reference.residual_rows(*inputs, accepted, carry), u, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("ops", [mpg_ext, reference], ids=["op", "twin"])
@@ -226,18 +235,6 @@ def test_lengths_are_read_as_if_clipped(device, ops):
             for lengths in (wild, clipped)
         )
         assert torch.equal(drawn, expected)
-
-
-def test_strided_rows_are_read_as_they_are(device):
-    target, draft, tokens, lengths = to(device, *case(4, 3, 20, dtype=torch.float32))
-    u, u_draw = uniforms(4, 3, seed=1).to(device), uniforms(4, seed=2).to(device)
-    views = (target.mT.contiguous().mT, draft.mT.contiguous().mT, tokens.T.contiguous().T, lengths)
-    out, wanted = mpg_ext.verify_block(*views, u), mpg_ext.verify_block(target, draft, tokens, lengths, u)
-    assert torch.equal(out[0], wanted[0]) and torch.equal(out[1], wanted[1])
-    drawn, expected = (
-        mpg_ext.draw_residual(*rows, *wanted, u_draw) for rows in (views, (target, draft, tokens, lengths))
-    )
-    assert torch.equal(drawn, expected)
 
 
 # ---- draw_residual

@@ -1,0 +1,110 @@
+"""A valid call of every op, its values drawn from a seed. Knows no result."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BOUND = {"log_initial_bound": math.log(2), "log_gamma": math.log(1.2), "tau": 0.1}
+WRITTEN = ("window", "num_scores", "num_rounds", "log_bound", "frozen")  # in place, by update_bound_ and verify_chunks
+
+
+def calls(
+    device: str | torch.device = "cpu", seed: int = 0, *, B: int = 2, K: int = 3, N: int = 2, V: int = 7, W: int = 4
+) -> dict[str, dict[str, Any]]:
+    """Arguments by name, by op. Attributes are near their anchor, so that much of what is drafted is accepted."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator).to(device)
+
+    uniforms = torch.rand(B, K, dtype=torch.float64, generator=generator).to(device)
+    one_uniform = torch.rand(B, dtype=torch.float64, generator=generator).to(device)
+    tokens, lengths = integers(V, B, K), integers(K + 1, B)
+    active = integers(4, B) > 0
+    weights = normal(B, N).abs()
+    log_bound = normal(B) / 2
+    anchor = normal(B, K, V)
+    chunk = {
+        "anchor_logits": anchor,
+        "attribute_logits": anchor + normal(N, B, K, V) / 5,
+        "tokens": tokens,
+        "lengths": lengths,
+        "weights": weights,
+        "uniforms": uniforms,
+    }
+    state = {
+        "window": normal(B, W) / 5,
+        "num_scores": integers(2 * W, B),
+        "num_rounds": integers(2 * W, B),
+        "log_bound": log_bound,
+        "frozen": integers(2, B) > 0,
+    }
+    block = {
+        "target_probs": normal(B, K + 1, V).softmax(-1),
+        "draft_probs": normal(B, K, V).softmax(-1),
+        "tokens": tokens,
+        "lengths": lengths,
+    }
+    return {
+        "gather_logprobs": {"logits": anchor, "tokens": tokens, "temperature": 0.5},
+        "score_prefixes": {
+            "attribute_logprobs": -normal(N, B, K).abs(),
+            "anchor_logprobs": -normal(B, K).abs(),
+            "weights": weights,
+            "score": "arithmetic",
+        },
+        "accept_prefixes": {
+            "scores": normal(B, K),
+            "log_bound": log_bound,
+            "uniforms": uniforms,
+            "lengths": lengths,
+        },
+        "update_bound_": {**state, "scores": normal(B, 2), "active": active, **BOUND},
+        "verify_chunks": {**chunk, **state, "score": "geometric", **BOUND},
+        "draw_fallback": {
+            "anchor_logits": anchor[:, 0],
+            "attribute_logits": chunk["attribute_logits"][:, :, 0],
+            "draft_probs": block["draft_probs"][:, 0],
+            "weights": weights,
+            "log_bound": log_bound,
+            "uniforms": one_uniform,
+            "active": active,
+            "score": "arithmetic",
+        },
+        "draw_uniforms": {"seeds": integers(2**40, B), "rounds": lengths, "purpose": 1, "count": 5, "first": 3},
+        "combine_rows": {
+            "attribute_logits": chunk["attribute_logits"],
+            "weights": normal(B, K, N),
+            "base_logits": normal(B, K, V),
+            "anchor_logits": anchor,
+            "target": "geometric",
+        },
+        "warp_rows": {"log_rows": normal(B, V), "temperature": 0.7, "top_k": 4, "top_p": 0.9, "min_p": 0.1},
+        "draw_tokens": {"probs": normal(B, V).abs(), "uniforms": one_uniform},
+        "verify_block": {**block, "uniforms": uniforms},
+        "draw_residual": {
+            **block,
+            "accepted": lengths // 2,
+            "carry": normal(B).abs().clamp(max=1),
+            "uniforms": one_uniform,
+        },
+    }
+
+
+OPS = list(calls("meta"))
+
+
+def clone(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in call.items()}
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """What an op returned, as a list: of nothing for update_bound_."""
+    return [] if result is None else list(result) if isinstance(result, tuple) else [result]
