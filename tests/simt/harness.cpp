@@ -21,6 +21,26 @@ void swap_warps(bool has_barrier) {
   if (has_barrier) __syncthreads();
   result[threadIdx.x] = x[threadIdx.x ^ 32];
 }
+void dynamic_shared_memory() {
+  MPG_DYNAMIC_SHARED(float, x);
+  x[threadIdx.x] = float(threadIdx.x);
+  __syncthreads();
+  result[threadIdx.x] = x[threadIdx.x ^ 32];
+}
+void shared_memory_overrun() {
+  __shared__ float x[kThreads];
+  x[threadIdx.x + (threadIdx.x == 5) * kThreads] = 1;
+  result[threadIdx.x] = x[threadIdx.x];
+}
+// Every lane reads what its neighbour wrote.
+void swap_lanes(bool has_barrier) {
+  __shared__ float x[kThreads];
+  x[threadIdx.x] = float(threadIdx.x);
+  if (has_barrier) __syncwarp();
+  result[threadIdx.x] = x[threadIdx.x ^ 1];
+}
+void warp_barrier() { swap_lanes(true); }
+void missing_warp_barrier() { swap_lanes(false); }
 void barrier() { swap_warps(true); }
 void missing_barrier() { swap_warps(false); }
 void divergent_barrier() {
@@ -51,6 +71,9 @@ void nothing() {}
 
 const std::map<std::string_view, void (*)()> kKernels = {
     {"barrier", barrier},
+    {"warp_barrier", warp_barrier},
+    {"missing_warp_barrier", missing_warp_barrier},
+    {"shared_memory_overrun", shared_memory_overrun},
     {"missing_barrier", missing_barrier},
     {"divergent_barrier", divergent_barrier},
     {"barrier_after_exit", barrier_after_exit},
@@ -67,7 +90,16 @@ void run(std::string_view name) {
   if (name == "block_too_large") return simt::launch(1, 1025, 0, nothing);
   if (name == "grid_too_tall") return simt::launch(dim3(1, 65536), 32, 0, nothing);
   if (name == "grid_empty") return simt::launch(0, 32, 0, nothing);
-  if (name == "dynamic_shared_memory") return simt::launch(1, 32, 4, nothing);
+  if (name == "block_empty") return simt::launch(1, 0, 0, nothing);
+  if (name == "block_of_two_dimensions") return simt::launch(1, dim3(32, 2), 0, nothing);
+  if (name == "grid_too_deep") return simt::launch(dim3(1, 1, 65536), 32, 0, nothing);
+  if (name == "too_much_dynamic_shared_memory") return simt::launch(1, 32, 48 * 1024 + 1, nothing);
+  if (name == "too_little_dynamic_shared_memory") {
+    return simt::launch(1, kThreads, (kThreads - 1) * sizeof(float), dynamic_shared_memory);
+  }
+  if (name == "dynamic_shared_memory") {
+    return simt::launch(1, kThreads, sizeof(float[kThreads]), dynamic_shared_memory);
+  }
   if (name == "blocks_grow_after_an_error") {
     try {
       simt::launch(1, kThreads, 0, half_mask);

@@ -8,7 +8,10 @@
 // starts. The environment variable MPG_SIMT_ORDER picks the order of blocks, warps and lanes:
 // forward (default), reverse or random.
 //
-// Only what the kernels use: one-dimensional blocks, static shared memory, no atomics. x86-64 only.
+// Overruns and misaligned accesses are for the sanitizers that this is compiled with. Out of sight
+// remain: blocks that run at the same time, and memory order, as every switch of fibers is one
+// (a __syncwarp beside another warp operation is never missed). No atomics, one-dimensional blocks.
+// x86-64 only.
 #pragma once
 
 #include <sanitizer/asan_interface.h>
@@ -54,7 +57,12 @@ inline uint3 threadIdx, blockIdx;
 #define MPG_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (void)(stream), simt::launch(grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); })
 
-// The shared memory of all kernels, collected by shared.ld.
+// Declares the dynamic shared memory of a block, for nvcc `extern __shared__ type name[]`. No
+// kernel needs any so far; the first that does brings this macro to launch.cuh.
+#define MPG_DYNAMIC_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>(simt::machine.dynamic_shared.data())
+
+// The static shared memory of all kernels, collected by shared.ld.
 extern "C" char simt_shared_begin[], simt_shared_end[];
 
 namespace simt {
@@ -64,6 +72,7 @@ struct Error : std::runtime_error {
 };
 
 constexpr unsigned kLanes = 32, kMaxThreads = 1024;
+constexpr size_t kMaxDynamicShared = 48 * 1024;  // without asking the driver for more
 constexpr size_t kStackBytes = 256 * 1024;
 
 enum class State { kReady, kAtBarrier, kAtWarpOp, kFinished };
@@ -85,7 +94,8 @@ struct Machine {
   void (*call)(void*) = nullptr;
   void* kernel = nullptr;
   std::exception_ptr thrown;
-  void* stack_pointer = nullptr;  // of the scheduler, which runs on the caller's stack
+  std::vector<char> dynamic_shared;  // of exactly the size asked for, so that an overrun shows
+  void* stack_pointer = nullptr;     // of the scheduler, which runs on the caller's stack
   void* fake_stack = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_bytes = 0;
@@ -242,6 +252,7 @@ __attribute__((no_sanitize("address"))) inline void poison_shared_memory() {
 
 inline void run_block(Order order, std::mt19937& random) {
   poison_shared_memory();
+  std::fill(machine.dynamic_shared.begin(), machine.dynamic_shared.end(), char(0xff));
   for (unsigned i = 0; i < machine.num_threads; ++i) start_fiber(machine.fibers[i]);
   static std::vector<unsigned> warps, threads;
   do {
@@ -260,20 +271,27 @@ inline void run_block(Order order, std::mt19937& random) {
   } while (!pass_barrier());
 }
 
+inline std::string sizes(dim3 d) {
+  return std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z);
+}
+
 template <class Kernel>
 void launch(dim3 grid, dim3 block, size_t shared_bytes, Kernel kernel) {
   const auto is_at_most = [](unsigned size, unsigned most) { return size >= 1 && size <= most; };
   if (!is_at_most(block.x, kMaxThreads) || block.y != 1 || block.z != 1) {
-    throw Error("simt: a block must have 1 to 1024 threads in x, got " + std::to_string(block.x));
+    throw Error("simt: a block must have 1 to 1024 threads in x alone, got " + sizes(block));
   }
   if (!is_at_most(grid.x, 0x7fffffff) || !is_at_most(grid.y, 65535) || !is_at_most(grid.z, 65535)) {
-    throw Error("simt: the grid is over the limits: " + std::to_string(grid.x) + ", " +
-                std::to_string(grid.y) + ", " + std::to_string(grid.z));
+    throw Error("simt: the grid is over the limits: " + sizes(grid));
   }
-  if (shared_bytes != 0) throw Error("simt: dynamic shared memory is not simulated");
+  if (shared_bytes > kMaxDynamicShared) {
+    throw Error("simt: at most 48 KiB of dynamic shared memory, got " +
+                std::to_string(shared_bytes) + " bytes");
+  }
   const Order order = order_from_environment();
   std::mt19937 random(grid.x);  // a fixed seed: a failure repeats
   machine.num_threads = block.x;
+  std::vector<char>(shared_bytes).swap(machine.dynamic_shared);
   machine.call = [](void* kernel) { (*static_cast<Kernel*>(kernel))(); };
   machine.kernel = &kernel;
   const uint64_t num_blocks = uint64_t(grid.x) * grid.y * grid.z;

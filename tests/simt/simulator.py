@@ -54,7 +54,7 @@ def module_path(sanitize: bool) -> Path:
 
 def write_sources(to: Path, edits: Mapping[str, tuple[str, str]]) -> None:
     """Writes only the files that differ, so that the build compiles only what they enter."""
-    patterns = ("CMakeLists.txt", "cmake/*.py", "csrc/**/*.*", "tests/simt/simt.h", "tests/simt/shared.ld")
+    patterns = ("CMakeLists.txt", "cmake/*.py", "csrc/**/*.*", "tests/simt/*.[ch]*", "tests/simt/shared.ld")
     for file in (file for pattern in patterns for file in ROOT.glob(pattern)):
         name = file.relative_to(ROOT)
         text = file.read_text()
@@ -78,7 +78,7 @@ def load(path: Path) -> ModuleType:
 
 
 def run_sanitized(*pytest_arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The op tests on the sanitized module, as it was last built, in a process of their own."""
+    """Tests on the sanitized module, as it was last built, in a process of their own."""
     compiler = os.environ.get("CXX", "g++")
     runtimes = [
         subprocess.run(
@@ -92,6 +92,8 @@ def run_sanitized(*pytest_arguments: str, **environment: str) -> subprocess.Comp
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
         SANITIZE_VARIABLE: "1",
+        "MPG_MAX_ELEMENTS": str(2**18),  # the largest vocabulary still has a case
+        "MPG_SIMT_SOURCE": str(build_folder(sanitize=True) / "source"),
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["--confcutdir=tests/ops", *pytest_arguments]  # without the models, which load slowly under sanitizers

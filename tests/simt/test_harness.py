@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+# mutants.py tests a copy in which it has planted a bug.
+HERE = Path(os.environ.get("MPG_SIMT_SOURCE", Path(__file__).parents[2])) / "tests" / "simt"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="simt.h switches stacks on x86-64 only")
@@ -43,10 +44,13 @@ def numbers(text: str) -> list[float]:
         ("half_mask", "lane outside its own mask"),
         ("shuffle_after_exit", ", which has left"),
         ("shuffle_against_barrier", "deadlock, a warp operation never completes"),
-        ("block_too_large", "1 to 1024 threads in x, got 1025"),
+        ("block_too_large", "1 to 1024 threads in x alone, got 1025, 1, 1"),
         ("grid_too_tall", "the grid is over the limits: 1, 65536, 1"),
         ("grid_empty", "the grid is over the limits: 0, 1, 1"),
-        ("dynamic_shared_memory", "dynamic shared memory is not simulated"),
+        ("grid_too_deep", "the grid is over the limits: 1, 1, 65536"),
+        ("block_empty", "1 to 1024 threads in x alone, got 0, 1, 1"),
+        ("block_of_two_dimensions", "1 to 1024 threads in x alone, got 32, 2, 1"),
+        ("too_much_dynamic_shared_memory", "at most 48 KiB of dynamic shared memory, got 49153 bytes"),
     ],
 )
 def test_fault_is_reported(harness, kernel, message, order):
@@ -59,7 +63,9 @@ def test_unknown_order_is_refused(harness):
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 def test_right_kernels_compute_what_hardware_does(harness, order):
-    assert numbers(run(harness, "barrier", order)) == [i ^ 32 for i in range(64)]
+    for kernel in ("barrier", "dynamic_shared_memory"):
+        assert numbers(run(harness, kernel, order)) == [i ^ 32 for i in range(64)]
+    assert numbers(run(harness, "warp_barrier", order)) == [i ^ 1 for i in range(64)]
     assert numbers(run(harness, "shuffle", order)) == [i if i % 32 == 31 else i + 1 for i in range(64)]
     assert numbers(run(harness, "ballot", order)) == [3] * 64
     assert numbers(run(harness, "blocks_grow_after_an_error", order))[:31] == list(range(1, 32))
@@ -70,6 +76,26 @@ def test_without_its_barrier_a_whole_warp_reads_uninitialised_shared_memory(harn
     is_nan = [math.isnan(x) for x in numbers(run(harness, "missing_barrier", order))]
     assert sum(is_nan) == 32
     assert is_nan[:32] == [is_nan[0]] * 32
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_without_a_barrier_of_the_warp_half_the_lanes_read_uninitialised_shared_memory(harness, order):
+    is_nan = [math.isnan(x) for x in numbers(run(harness, "missing_warp_barrier", order))]
+    assert is_nan == [order == "forward", order == "reverse"] * 32
+
+
+@pytest.mark.parametrize("harness", [SANITIZERS], ids=["sanitized"], indirect=True)
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("shared_memory_overrun", "index 69 out of bounds"),
+        ("too_little_dynamic_shared_memory", "heap-buffer-overflow"),
+    ],
+)
+def test_sanitizers_see_overruns_of_shared_memory(harness, kernel, message):
+    finished = subprocess.run([harness, kernel], capture_output=True, text=True)
+    assert finished.returncode != 0
+    assert message in finished.stderr
 
 
 def test_shuffle_from_a_lane_outside_the_mask_is_nan(harness):
