@@ -7,6 +7,7 @@ TRANSFORMERS ?= transformers==5.23.0
 # the oldest transformers that mpg works with, and its environment
 OLD_TRANSFORMERS := transformers==5.17.0
 OLD_VENV := .venv-old
+SEED ?= $(shell date +%s)
 
 BIN := $(VENV)/bin
 # another torch or transformers, another stamp: the environment is then set up again
@@ -14,7 +15,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants docs gpu clean
+.PHONY: demo test law lint check mutants fuzz soak docs gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -36,8 +37,19 @@ lint: $(INSTALLED)
 mutants: $(BIN)/.built
 	$(BIN)/python tests/simt/mutants.py
 
-# The long form: the suite once more under the oldest transformers, and every planted bug.
-check: test mutants
+# The property tests on a thousand examples each, from the seed that the command shows, and every simulated schedule.
+fuzz: $(BIN)/.built
+	$(BIN)/python -m pytest tests/ops -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
+	for order in forward reverse random; do \
+	  MPG_SIMT_ORDER=$$order $(BIN)/python -m pytest tests/ops -k simt || exit 1; \
+	done
+
+# Thousands of short requests to one loaded model: memory stays flat.
+soak: $(BIN)/.built
+	$(BIN)/python tests/soak.py
+
+# The long form: every planted bug, fuzz, soak, and the suite once more under the oldest transformers.
+check: test mutants fuzz soak
 	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built
 	$(OLD_VENV)/bin/python -m pytest --ignore=tests/test_build.py
 
@@ -47,8 +59,9 @@ docs: $(BIN)/.built
 	$(BIN)/python docs/tabulate_architectures.py
 
 # On a machine with a GPU, with the torch that is there: no network, no virtual environment.
+#   make gpu PART=sanitize    # or tests, ops, decode; without PART all of them
 gpu:
-	$(PYTHON) bench/gpu.py
+	$(PYTHON) bench/gpu.py $(PART)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
