@@ -50,16 +50,18 @@ READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class Adapter:
     """One LoRA adapter.
 
-    name:    what the caller called it, for messages
-    source:  where it came from
-    factors: per module down (in, r) and up (r, out) with the scaling folded in, both float32
-    frozen:  weights of the base that were saved with the adapter (PEFT does so for an adapted head)
+    name:       what the caller called it, for messages
+    source:     where it came from
+    factors:    per module down (in, r) and up (r, out) with the scaling folded in, both float32
+    frozen:     weights of the base that were saved with the adapter (PEFT does so for an adapted head)
+    trained_on: the base model's name or path at that time, "" if unknown or the very model that it is in
     """
 
     name: str
     source: str
     factors: dict[str, tuple[Tensor, Tensor]]
     frozen: dict[str, Tensor]
+    trained_on: str = ""
 
     @property
     def rank(self) -> int:
@@ -109,7 +111,7 @@ def read_adapter(name: str, folder: str | Path) -> Adapter:
     if not factors:
         raise ValueError(f"{name}: expected LoRA weights in the adapter folder {folder}, got none")
     frozen = {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for key, tensor in weights.items()}
-    return Adapter(name, str(folder), factors, frozen)
+    return Adapter(name, str(folder), factors, frozen, config.base_model_name_or_path or "")
 
 
 def adapter_in_memory(name: str, model: PeftModel, adapter_name: str) -> Adapter:
@@ -163,7 +165,11 @@ def share(argument: str, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         # A new Parameter over the same storage has its own requires_grad and device. Quantised ones carry more state.
         plain = type(parameter) is nn.Parameter
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
-    twin = copy.deepcopy(original, memo)
+    try:
+        twin = copy.deepcopy(original, memo)
+    except RuntimeError as error:
+        wanted = "a model that can be copied, as one with ensure_weight_tying in an adapter cannot"
+        raise ValueError(f"{argument}: expected {wanted}, got {error}") from error
     for module, layer in list(twin.named_modules()):
         if is_peft and isinstance(layer, LoraLayer):
             if layer.merged:
@@ -199,7 +205,7 @@ class AdapterStack:
                 _check_fit(model, adapter, module, *factors)
             own = dict(model.named_parameters(remove_duplicate=False))
             for name, weight in adapter.frozen.items():
-                if name not in own or not torch.equal(own[name].cpu(), weight.to(own[name].dtype)):
+                if name not in own or not _is_equal(own[name].cpu(), weight):
                     raise ValueError(f"{adapter.name}: expected the model's weights for {name}, got some of its own")
         adapted = {module: down.shape[0] for adapter in adapters for module, (down, _) in adapter.factors.items()}
         for modules in _group_readers({m: adapted[m] for m, _ in model.named_modules() if m in adapted}):
@@ -292,7 +298,7 @@ class StackedLinear(nn.Module):
         if self.stack.shares is not None:
             num_rows, num_merged = self.stack.shares.shape
             parts = hidden.reshape(num_rows, -1, num_merged, self.ranks[self.place])
-            hidden = (parts * self.stack.shares[:, None, :, None]).view_as(hidden)
+            hidden = (parts * self.stack.shares.to(parts.device)[:, None, :, None]).view_as(hidden)
         out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(hidden, up)
         return out
 
@@ -305,6 +311,11 @@ def _group_readers(sizes: Mapping[str, int]) -> list[list[str]]:
         together = next((names for names in READ_TOGETHER if name in names), name)
         readers.setdefault((parent, together, size), []).append(module)
     return list(readers.values())
+
+
+def _is_equal(own: Tensor, saved: Tensor) -> bool:
+    """Whether two weights are one, which may have been rounded on either side."""
+    return torch.equal(own, saved.to(own.dtype)) or torch.equal(own.to(saved.dtype), saved)
 
 
 def _check_fit(model: PreTrainedModel, adapter: Adapter, module: str, down: Tensor, up: Tensor) -> None:

@@ -88,9 +88,11 @@ class _RaggedLayer(CacheLayerMixin):
         return self._write_and_read(self.keys, key_states), self._write_and_read(self.values, value_states)
 
     def _write_and_read(self, buffer: Tensor, states: Tensor) -> Tensor:
-        buffer.index_copy_(0, self.cache.slots, states.transpose(1, 2).flatten(0, 1))
-        rows = buffer.unflatten(0, (self.cache.num_rows, self.cache.capacity))
-        return rows[self.cache.rows, : self.cache.kv_length].transpose(1, 2)  # (R, H, kv, D)
+        # A model that is split over devices has some of its layers elsewhere than its input.
+        buffer.index_copy_(0, self.cache.slots.to(buffer.device), states.transpose(1, 2).flatten(0, 1))
+        buffer = buffer.unflatten(0, (self.cache.num_rows, self.cache.capacity))
+        rows = self.cache.rows if isinstance(self.cache.rows, slice) else self.cache.rows.to(buffer.device)
+        return buffer[rows, : self.cache.kv_length].transpose(1, 2)  # (R, H, kv, D)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.kv_length, 0

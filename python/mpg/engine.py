@@ -204,12 +204,13 @@ def load(
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: Mapping[str, Any] | None = None,
 ) -> Model:
     recipe = Recipe.of(base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer)
     with recipe.locate_errors():
         models = ensemble.load(
             recipe.base, recipe.attributes, anchor=recipe.anchor, draft=recipe.draft, tokenizer=recipe.tokenizer,
-            dtype=dtype, device=device,
+            dtype=dtype, device=device, device_map=device_map,
         )  # fmt: skip
     return Model(models, recipe.pin(models.describe()))
 

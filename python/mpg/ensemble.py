@@ -9,8 +9,10 @@ import copy
 import logging
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,14 +28,17 @@ from mpg.adapters import Adapter, AdapterStack, adapter_in_memory, read_adapter,
 from mpg.cache import RaggedCache, use_ragged_attention, verify_ragged_attention
 from mpg.linear import pack_linears
 
-BASE, ANCHOR, DRAFT, MERGED = "base", "anchor", "draft", "merged"
+ROLES = BASE, ANCHOR, DRAFT = "base", "anchor", "draft"
+MERGED = "merged"
 ADAPTER_CONFIG = "adapter_config.json"
 PREFILL_TOKENS = 512  # of a prompt, read at once: what a forward needs beside the cache does not grow with the prompt
+SPLITTING_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
 
 logger = logging.getLogger("mpg")
 
 Source = str | Path | PreTrainedModel | PeftModel
+Place = torch.device | str | dict[str, Any]  # a device, or what transformers' device_map takes to split a model
 Slot = tuple[int, int]  # (model, group of its adapter stack); roles that share a slot are one and the same
 
 
@@ -51,6 +56,7 @@ class _Member:
     tokenizer: PreTrainedTokenizerBase | None
     num_parameters: int
     bytes_per_position: int  # of the cache, for one row
+    devices: tuple[torch.device, ...]  # one, or those that a model is split over
     adapters: list[Adapter] = field(default_factory=list)
     stack: AdapterStack | None = None
     merged: tuple[list[int], Tensor] | None = None
@@ -80,6 +86,7 @@ def load(
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: Mapping[str, Any] | None = None,
 ) -> Ensemble:
     """Load the models of a combination. Models that are passed in stay as they are: only their weights are shared.
 
@@ -92,19 +99,28 @@ def load(
     tokenizer:  default: the one in the base folder, if any
     dtype:      default: loaded models keep theirs, a base folder has the checkpoint's own on CUDA and float32 on CPU,
                 other folders take the base's
-    device:     "cpu" or "cuda[:i]"; default: that of a loaded base, else "cuda" where mpg can use it, else "cpu". On
-                the CPU large float32 layers are packed anew: those of a loaded model then take their memory twice
+    device:     "cpu" or "cuda[:i]", for every model; default: loaded models stay where they are, folders are read to
+                the device of a loaded base, else to "cuda" where mpg can use it, else to "cpu". On the CPU large
+                float32 layers are packed anew: those of a loaded model then take their memory twice
+    device_map: {"base", "anchor", "draft" or an attribute's name: the device of its model}, before `device`; a folder
+                also takes what splits a model in transformers ("auto", {module: device}, ...). Adapters run where
+                their model is, all else where the base is
 
     Adapters attach to the model they were trained on: the anchor where that is a model, else the base. So
     base=specialised, anchor=original, attributes={name: adapter of the original} is the specialised reference of
     arXiv 2511.01891, Table 4.
+
+    Vocabularies must be the same token by token, where tokenizers are known; the models' sizes may then differ by
+    padding, and what is beyond the smallest is cut off. Warns where an attribute has another chat template or end of
+    text than the base, and where an adapter names another base model than the one it gets: names are no proof, as
+    folders are renamed and repositories mirrored, so only shapes and modules that do not fit are refused.
 
     Raises ValueError, naming the argument, for what cannot be found or read, cannot be stacked or cannot run on a
     ragged cache, and for members whose dtypes or vocabularies differ.
     """
     if attributes is not None and not isinstance(attributes, Mapping):
         raise ValueError(f"attributes: expected a mapping from names to sources, got {type(attributes).__name__}")
-    sources = {f"attributes[{name!r}]": source for name, source in (attributes or {}).items()}
+    sources = {_argument(name): source for name, source in (attributes or {}).items()}
     for argument, source in {**sources, BASE: base, ANCHOR: anchor or base, DRAFT: draft or base}.items():
         if not isinstance(source, Source):
             wanted = "a folder, a hub name or a loaded model"
@@ -122,7 +138,10 @@ def load(
             wanted = f"at least one, given here or found as {Path(host, 'adapters', 'NAME', ADAPTER_CONFIG)}"
         raise ValueError(f"attributes: expected {wanted}, got none")
 
-    loader = _Loader(_resolve_dtype(dtype), _resolve_device(device, base), host)
+    places = _resolve_places(
+        device_map, {**{name: _argument(name) for name in names}, **{role: role for role in ROLES}}
+    )
+    loader = _Loader(_resolve_dtype(dtype), _resolve_device(device, base), places, host, keeps_devices=device is None)
     slots = {BASE: loader.add(BASE, base)}
     if host is anchor:
         slots[ANCHOR] = loader.add(ANCHOR, host)
@@ -130,7 +149,7 @@ def load(
         if not isinstance(name, str) or not name or name in (BASE, ANCHOR, DRAFT, MERGED):
             wanted = f"names other than {BASE!r}, {ANCHOR!r}, {DRAFT!r} and {MERGED!r}"
             raise ValueError(f"attributes: expected {wanted}, got {name!r}")
-        slots[name] = loader.add_attribute(f"attributes[{name!r}]", source)
+        slots[name] = loader.add_attribute(_argument(name), source)
     for role, given in ((ANCHOR, anchor), (DRAFT, draft)):
         if given is None:
             slots[role] = slots[BASE]
@@ -152,7 +171,7 @@ class Ensemble:
     """Loaded models by role. Attributes are read-only by convention; `open` starts decoding.
 
     attribute_names: in the order given to load()
-    vocab_size:      of every member
+    vocab_size:      the smallest of any member; what a larger one has beyond is padding
     eos_token_ids:   of the base (generation config, else config, else tokenizer)
     max_positions:   the smallest limit of any member, or None
     device, dtype:   of the base
@@ -164,7 +183,7 @@ class Ensemble:
         self._slots = dict(slots)
         model = members[0].model
         self.attribute_names = attribute_names
-        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.vocab_size: int = min(_vocab_size(member.model) for member in members)
         self.tokenizer = members[0].tokenizer
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
         limits = [getattr(m.model.config.get_text_config(), "max_position_embeddings", None) for m in members]
@@ -205,7 +224,7 @@ class Ensemble:
         return twin
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Per role: source, model_type, parameters, adapter (its source, or None) and adapter_rank."""
+        """Per role: source, model_type, parameters, device, adapter (its source, or None) and adapter_rank."""
         described = {}
         for role, (index, group) in self._slots.items():
             member = self._members[index]
@@ -214,6 +233,7 @@ class Ensemble:
                 "source": member.source,
                 "model_type": member.model.config.model_type,
                 "parameters": member.num_parameters,
+                "device": ", ".join(map(str, member.devices)),
                 "adapter": adapter.source if adapter else None,
                 "adapter_rank": adapter.rank if adapter else None,
             }
@@ -251,16 +271,21 @@ class Ensemble:
         return sum(self._members[index].bytes_per_position for index, _ in slots) * num_rows * capacity
 
     def _check_memory(self, roles: Sequence[str], num_rows: int, capacity: int) -> None:
-        """Report what the caches will take, and raise MemoryError where there is not as much."""
-        needed, available = self.cache_bytes(roles, num_rows, capacity), _available_bytes(self.device)
-        num_slots = len({self._slots[role] for role in roles})
-        sizes = f"key/value caches of {num_rows} rows x {capacity} positions x {num_slots} models and adapters"
-        logger.info("%s: %.1f MiB of %.0f MiB", sizes, needed / 2**20, available / 2**20)
-        if needed > available:
-            raise MemoryError(
-                f"batch_size, max_new_tokens: the {sizes} take {needed / 2**30:.1f} GiB, expected at most "
-                f"{available / 2**30:.1f} GiB on {self.device}; lower either, or load with dtype='bfloat16'"
-            )
+        """Report what the caches will take, device by device, and raise MemoryError where there is not as much."""
+        devices_of = {role: self._members[self._slots[role][0]].devices for role in roles}
+        for devices in set(devices_of.values()):
+            here = [role for role in roles if devices_of[role] == devices]
+            needed = self.cache_bytes(here, num_rows, capacity)
+            available = sum(_available_bytes(device) for device in devices)
+            num_slots = len({self._slots[role] for role in here})
+            sizes = f"key/value caches of {num_rows} rows x {capacity} positions x {num_slots} models and adapters"
+            logger.info("%s: %.1f MiB of %.0f MiB", sizes, needed / 2**20, available / 2**20)
+            if needed > available:
+                raise MemoryError(
+                    f"batch_size, max_new_tokens: the {sizes} take {needed / 2**30:.1f} GiB, expected at most "
+                    f"{available / 2**30:.1f} GiB on {', '.join(map(str, devices))}; lower either, or load with "
+                    f"dtype='bfloat16'"
+                )
 
 
 class Session:
@@ -274,6 +299,7 @@ class Session:
         self, ensemble: Ensemble, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int
     ) -> None:
         self.cost = Cost()
+        self._device, self._vocab_size = ensemble.device, ensemble.vocab_size
         self._slots = {role: ensemble._slots[role] for role in roles}
         self._is_bad = {role: torch.zeros(len(prompts), dtype=torch.bool, device=ensemble.device) for role in roles}
         self._members: dict[int, _OpenMember] = {}
@@ -318,6 +344,8 @@ class Session:
             for low, high in _runs(rows):
                 outputs.append(member.forward(low, high, tokens, start, kv_length))
                 order += [(index, group) for group in member.groups[low:high]]
+        # Only here: every device has its work before one of them is waited for.
+        outputs = [output.to(self._device)[..., : self._vocab_size] for output in outputs]
         self.cost.depth += len(outputs)
         self.cost.model_calls += len(order)
         self.cost.positions += len(order) * tokens.shape[1]
@@ -375,15 +403,18 @@ class _OpenMember:
 
         sequences: (B,) int64, which of the session's they are; default all
         """
-        count = high - low
+        count, device = high - low, self.model.device
+        tokens, start = tokens.to(device), start.to(device)
         rows: slice | Tensor = slice(low * self.batch, high * self.batch)
         if sequences is not None:
-            rows = (torch.arange(low, high, device=start.device)[:, None] * self.batch + sequences).flatten()
+            rows = (torch.arange(low, high, device=device)[:, None] * self.batch + sequences.to(device)).flatten()
         with self.lock:
             positions = self.cache.place(rows, start.repeat(count), tokens.shape[1], kv_length)
             if self.stack is not None:
                 num_rows, num_tokens = positions.shape
-                shares = None if self.shares is None else self.shares.expand(self.batch, -1)[rows].to(self.model.dtype)
+                shares = self.shares
+                if shares is not None:
+                    shares = shares.to(device, self.model.dtype).expand(self.batch, -1)[rows]
                 self.stack.run_groups(self._factors(low, high), num_rows, num_tokens, shares)
             output = self.model(
                 input_ids=tokens.repeat(count, 1),
@@ -416,8 +447,18 @@ def _runs(rows: list[int]) -> list[tuple[int, int]]:
 class _Loader:
     """Gives every distinct source one slot. Adapters attach to one model, the host, and are stacked by `finish`."""
 
-    def __init__(self, dtype: torch.dtype | None, device: torch.device, host: Source) -> None:
-        self.dtype, self.device, self.host = dtype, device, host
+    def __init__(
+        self,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        places: dict[str, Place],
+        host: Source,
+        *,
+        keeps_devices: bool,
+    ) -> None:
+        """device: of models that `places` does not name; loaded ones stay where they are if keeps_devices"""
+        self.dtype, self.device, self.places, self.host = dtype, device, places, host
+        self.keeps_devices = keeps_devices
         self.members: list[_Member] = []
         self.slots: dict[int | str, Slot] = {}
 
@@ -449,49 +490,76 @@ class _Loader:
 
     def finish(self) -> list[_Member]:
         """Stack the adapters and compare the members."""
+        if self.places:
+            got = f"{next(iter(self.places))}, an adapter or a model that has another name"
+            raise ValueError(f"device_map: expected names that bring a model of their own, got {got}")
         for member in self.members:
             if member.adapters:
                 member.stack = AdapterStack(member.model, member.adapters)
             pack_linears(member.model)
         for member in self.members[1:]:
             _check_agreement(self.members[0], member)
+        known = [(member.argument, member.tokenizer) for member in self.members if member.tokenizer is not None]
+        for adapter in (adapter for member in self.members for adapter in member.adapters):
+            if Path(adapter.source).is_dir() and (tokenizer := _read_tokenizer(adapter.name, adapter.source)):
+                known.append((adapter.name, tokenizer))
+        for argument, tokenizer in known[1:]:
+            _check_tokenizers(known[0][1], argument, tokenizer)
         return self.members
 
     def _add_adapter(self, adapter: Adapter) -> Slot:
         if _key(self.host) not in self.slots:
             raise ValueError(f"{adapter.name}: expected a model, got the adapter {adapter.source}")
         index, _ = self.slots[_key(self.host)]
+        _warn_of_another_base(adapter, self.members[index])
         self.members[index].adapters.append(adapter)
         return index, len(self.members[index].adapters)
 
     def _add_model(self, argument: str, source: Source) -> Slot:
         tokenizer = None
+        place = self.places.pop(argument, None)
         if isinstance(source, PeftModel) and source is not self.host:
             wanted = "a PeftModel only where adapters attach to it"
             raise ValueError(f"{argument}: expected {wanted}, got another; give its base or a merged model")
         if isinstance(source, nn.Module):
             model = share(argument, source)
+            if not isinstance(place, torch.device | None):
+                raise ValueError(f"{argument}: expected one device in device_map for a loaded model, got {place!r}")
+            place = place or (None if self.keeps_devices else self.device)
         elif not _has_file(source, "config.json"):
             loaded = f" or an adapter of {sorted(self.host.peft_config)}" if isinstance(self.host, PeftModel) else ""
             wanted = f"a model (config.json), an adapter ({ADAPTER_CONFIG}){loaded}"
             raise ValueError(f"{argument}: expected {wanted}, got none of it in {source}")
         else:
             dtype = self.dtype or (self.members[0].model.dtype if self.members else None)
-            model = _read_model(argument, source, dtype, self.device)
+            model = _read_model(argument, source, dtype, place or self.device)
             tokenizer = _read_tokenizer(argument, source)
         use_ragged_attention(model, argument)
         # A pad token makes some models (GPT-2) look for padding in every input, which waits for the device.
         model.config.pad_token_id = None
         model.requires_grad_(False).eval()
-        dtype = self.dtype or model.dtype
-        if (model.device, model.dtype) != (self.device, dtype):
-            model.to(self.device, dtype)  # type: ignore[arg-type]  # its annotation lost the arguments
-        is_real = self.device.type != "meta"
-        bytes_per_position = verify_ragged_attention(model, argument) if is_real else 0
+        self._move(argument, model, place)
+        bytes_per_position = verify_ragged_attention(model, argument) if model.device.type != "meta" else 0
         name = str(source) if isinstance(source, str | Path) else model.name_or_path or type(model).__name__
-        member = _Member(argument, name, model, tokenizer, model.num_parameters(), bytes_per_position)
+        devices = tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
+        member = _Member(argument, name, model, tokenizer, model.num_parameters(), bytes_per_position, devices)
         self.members.append(member)
         return len(self.members) - 1, 0
+
+    def _move(self, argument: str, model: PreTrainedModel, place: Place | None) -> None:
+        device = place if isinstance(place, torch.device) else model.device
+        dtype = self.dtype or model.dtype
+        if (model.device, model.dtype) == (device, dtype):
+            return
+        is_split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        if is_split or getattr(model.config, "quantization_config", None):
+            wanted = f"a {'split' if is_split else 'quantised'} model of {dtype} on {device}, as it cannot be changed"
+            raise ValueError(f"{argument}: expected {wanted}, got {model.dtype} on {model.device}")
+        model.to(device, dtype)  # type: ignore[arg-type]  # its annotation lost the arguments
+
+
+def _argument(name: str) -> str:
+    return f"attributes[{name!r}]"
 
 
 def _key(source: Source) -> int | str:
@@ -528,14 +596,25 @@ def _default_attributes(host: Source) -> dict[str, Source]:
     return {folder.name: folder for folder in folders}
 
 
-def _read_model(argument: str, source: str | Path, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+def _read_model(argument: str, source: str | Path, dtype: torch.dtype | None, place: Place) -> PreTrainedModel:
     with refuse_unreadable(argument, source):
         config = AutoConfig.from_pretrained(source)
     if config.is_encoder_decoder:
         raise ValueError(f"{argument}: expected a decoder-only model, got the encoder-decoder {source}")
-    own_dtype = "auto" if device.type == "cuda" else torch.float32
+    quantisation = getattr(config, "quantization_config", None) or {}
+    if quantisation.get("quant_method") == "bitsandbytes" and find_spec("bitsandbytes") is None:
+        raise ValueError(f"{argument}: expected the package bitsandbytes, whose weights {source} holds, got none")
+    is_cpu = isinstance(place, torch.device) and place.type == "cpu"
     with refuse_unreadable(argument, source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or own_dtype, device_map={"": device})
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype or (torch.float32 if is_cpu else "auto"),
+            device_map={"": place} if isinstance(place, torch.device) else place,
+        )
+    left_out = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if left_out and place != torch.device("meta"):
+        raise ValueError(f"{argument}: expected devices that hold all of {source}, got none for {left_out[0]}")
+    return model
 
 
 def _read_tokenizer(argument: str, source: str | Path) -> PreTrainedTokenizerBase | None:
@@ -549,16 +628,60 @@ def _check_agreement(base: _Member, other: _Member) -> None:
     if base.model.dtype != other.model.dtype:
         dtypes = f"expected the base's dtype {base.model.dtype}, got {other.model.dtype}"
         raise ValueError(f"{other.argument}: {dtypes}; dtype= converts them all")
-    sizes = [member.model.config.get_text_config().vocab_size for member in (base, other)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"{other.argument}: expected the base's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
-    if base.tokenizer is None or other.tokenizer is None:
-        return
-    ids, other_ids = base.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    size, other_size = _vocab_size(base.model), _vocab_size(other.model)
+    if size != other_size and (base.tokenizer is None or other.tokenizer is None):
+        known = "without the tokenizers of both, which would tell padding from tokens"
+        raise ValueError(
+            f"{other.argument}: expected the base's vocabulary of {size} tokens, got {other_size}, {known}"
+        )
+    for tokenizer in (base.tokenizer, other.tokenizer) if size != other_size else ():
+        assert tokenizer is not None
+        token, token_id = max(_vocabulary(tokenizer).items(), key=lambda item: item[1])
+        if token_id >= min(size, other_size):
+            wanted = f"models of {size} and {other_size} tokens that differ by padding alone"
+            raise ValueError(f"{other.argument}: expected {wanted}, got the token {token!r} of id {token_id}")
+    ends, other_ends = _eos_token_ids(base.model, base.tokenizer), _eos_token_ids(other.model, other.tokenizer)
+    if other.argument != DRAFT and not set(other_ends) <= set(ends):
+        text = f"its texts end with {list(other_ends)}, those of the base with {list(ends)}, which will be looked for"
+        warnings.warn(f"{other.argument}: {text}", stacklevel=5)
+
+
+def _check_tokenizers(base: PreTrainedTokenizerBase, argument: str, other: PreTrainedTokenizerBase) -> None:
+    ids, other_ids = _vocabulary(base), _vocabulary(other)
     for token in ids.keys() | other_ids.keys() if ids != other_ids else ():
         if ids.get(token) != other_ids.get(token):
             wanted, got = ids.get(token), other_ids.get(token)
-            raise ValueError(f"{other.argument}: expected token {token!r} to have the base's id {wanted}, got {got}")
+            raise ValueError(f"{argument}: expected token {token!r} to have the base's id {wanted}, got {got}")
+    if argument != DRAFT and other.chat_template and other.chat_template != base.chat_template:
+        text = "its chat template is not the base's, which writes every conversation"
+        warnings.warn(f"{argument}: {text}", stacklevel=5)
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids by token, but for a padding token of its own: training scripts add one, and no text has it."""
+    ids = dict(tokenizer.get_vocab())
+    if tokenizer.pad_token not in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token):
+        ids.pop(tokenizer.pad_token, None)
+    return ids
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _warn_of_another_base(adapter: Adapter, member: _Member) -> None:
+    """Compare the names of the model that an adapter was trained on and of the one it gets, without their folders."""
+    names = [_model_name(adapter.trained_on, adapter.source), _model_name(member.model.name_or_path or "", ".")]
+    if all(names) and names[0] != names[1]:
+        text = f"it was trained on {adapter.trained_on}, and attaches to {member.source}"
+        warnings.warn(f"{adapter.name}: {text}; if that is another model, its effect is undefined", stacklevel=6)
+
+
+def _model_name(name: str, folder: str) -> str:
+    if name.startswith("."):
+        name = str(Path(folder, name).resolve())
+    parts = [part for part in Path(name).parts if part.startswith("models--")] or Path(name).parts  # the hub's cache
+    return parts[-1].split("--")[-1].lower() if parts else ""
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
@@ -585,7 +708,20 @@ def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return resolved
 
 
-def _resolve_device(device: torch.device | str | None, base: Source) -> torch.device:
+def _resolve_places(device_map: Mapping[str, Any] | None, arguments: Mapping[str, str]) -> dict[str, Place]:
+    """The device map by the arguments of load(), which messages name; `arguments` has them by its keys."""
+    if device_map is not None and not isinstance(device_map, Mapping):
+        raise ValueError(f"device_map: expected a mapping from {list(arguments)} to devices, got {device_map!r}")
+    places: dict[str, Place] = {}
+    for name, place in (device_map or {}).items():
+        if name not in arguments:
+            raise ValueError(f"device_map: expected some of {list(arguments)}, got {name!r}")
+        splits = isinstance(place, dict) or place in SPLITTING_DEVICE_MAPS
+        places[arguments[name]] = place if splits else _resolve_device(place, argument=f"device_map[{name!r}]")
+    return places
+
+
+def _resolve_device(device: Any, base: Source | None = None, argument: str = "device") -> torch.device:
     with_cuda = mpg_ext.build_info()["cuda"]
     if device is None:
         can_use_cuda = with_cuda and torch.cuda.is_available()
@@ -595,14 +731,14 @@ def _resolve_device(device: torch.device | str | None, base: Source) -> torch.de
     except (RuntimeError, TypeError):
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"device: expected 'cpu' or 'cuda[:i]', got {str(device)!r}")
+        raise ValueError(f"{argument}: expected 'cpu' or 'cuda[:i]', got {str(device)!r}")
     if resolved.type != "cuda":
         return torch.device(resolved.type)
     if not with_cuda or not torch.cuda.is_available():
         without = "mpg" if not with_cuda else None if torch.version.cuda else f"torch {torch.__version__}"
         why = f"{without} was built without CUDA" if without else "no CUDA device is visible"
-        raise ValueError(f"device: expected 'cpu', as {why}, got {str(device)!r}")
+        raise ValueError(f"{argument}: expected 'cpu', as {why}, got {str(device)!r}")
     index = torch.cuda.current_device() if resolved.index is None else resolved.index  # as parameters report it
     if index >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
+        raise ValueError(f"{argument}: expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
     return torch.device("cuda", index)

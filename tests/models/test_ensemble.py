@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -129,6 +131,7 @@ def test_describe_says_what_stands_behind_each_role(set_folder):
         "source": str(set_folder),
         "model_type": "llama",
         "parameters": AutoModelForCausalLM.from_pretrained(set_folder).num_parameters(),
+        "device": "cpu",
         "adapter": str(set_folder / "adapters/E"),
         "adapter_rank": 4,
     }
@@ -188,16 +191,98 @@ def test_a_model_without_a_head_is_refused(tiny_model):
 
 
 def test_different_vocabulary_sizes_are_refused(tiny_model):
-    with pytest.raises(ValueError, match=r"attributes\['E'\]: expected the base's vocabulary of 61 tokens, got 64"):
+    message = r"attributes\['E'\]: expected the base's vocabulary of 61 tokens, got 64, without the tokenizers of both"
+    with pytest.raises(ValueError, match=message):
         load(tiny_model(), {"E": tiny_model(vocab_size=64)})
 
 
-def test_tokenizers_that_map_a_token_elsewhere_are_refused(set_folder, tiny_model, tmp_path):
+def _warnings(*arguments, **settings) -> list[str]:
+    """What a load warns of."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        load(*arguments, **settings)
+    return [str(warning.message) for warning in warned if warning.category is UserWarning]
+
+
+def _folder(path: Path, model, tokenizer: PreTrainedTokenizerFast) -> Path:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_padded_vocabularies_are_cut_to_the_smallest(tiny_model, full_logits, tmp_path):
+    models = {"base": tiny_model(vocab_size=64), "E": tiny_model(vocab_size=72), "draft": tiny_model()}
+    folders = {role: _folder(tmp_path / role, model, _tokenizer(*"abcd")) for role, model in models.items()}
+    ensemble = load(folders["base"], {"E": folders["E"]}, draft=folders["draft"])
+    assert ensemble.vocab_size == 61
+    for role, of_role in zip(models, _logits(ensemble, list(models)), strict=True):
+        expected = full_logits(models[role], [3, 4, 5, 6, 9])[3:, :61]
+        torch.testing.assert_close(of_role[0], expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_token_in_what_would_be_cut_is_refused(tiny_model, tmp_path):
+    words = [f"t{index}" for index in range(64)]
+    base = _folder(tmp_path / "base", tiny_model(vocab_size=64), _tokenizer(*words))
+    other = _folder(tmp_path / "other", tiny_model(), _tokenizer(*words))
+    with pytest.raises(
+        ValueError, match=r"draft: expected models of 64 and 61 tokens .*, got the token 't63' of id 63"
+    ):
+        load(base, {"E": base}, draft=other)
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_tokenizers_that_map_a_token_elsewhere_are_refused(kind, set_folder, tiny_model, tmp_path):
     _tokenizer("a", "b", "c").save_pretrained(set_folder)
-    tiny_model().save_pretrained(tmp_path / "other")
-    _tokenizer("a", "c", "b").save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"draft: expected token '[bc]' to have the base's id [12], got [12]"):
-        load(set_folder, draft=tmp_path / "other")
+    other = _folder(tmp_path / "other", tiny_model(), _tokenizer("a", "c", "b"))
+    if kind == "adapter":
+        other = set_folder / "adapters/E"
+        _tokenizer("a", "c", "b").save_pretrained(other)
+    with pytest.raises(ValueError, match=r": expected token '[bc]' to have the base's id [12], got [12]"):
+        load(set_folder, draft=other)
+
+
+def test_a_padding_token_of_its_own_makes_no_other_vocabulary(set_folder):
+    _tokenizer("a", "b", "c").save_pretrained(set_folder)
+    tokenizer = _tokenizer("a", "b", "c")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(set_folder / "adapters/E")
+    assert load(set_folder).attribute_names == ("E", "T")
+
+
+def test_another_chat_template_or_end_of_text_warns(set_folder, tiny_model, tmp_path):
+    tokenizer = _tokenizer("a", "b", "c")
+    tokenizer.chat_template = "one"
+    tokenizer.save_pretrained(set_folder)
+    tokenizer.chat_template = "two"
+    other = _folder(tmp_path / "other", tiny_model(eos_token_id=1), tokenizer)
+    assert _warnings(set_folder, {"F": other}) == [
+        "attributes['F']: its texts end with [1], those of the base with [2], which will be looked for",
+        "attributes['F']: its chat template is not the base's, which writes every conversation",
+    ]
+    tokenizer.save_pretrained(set_folder / "adapters/E")
+    assert _warnings(set_folder) == [
+        "attributes['E']: its chat template is not the base's, which writes every conversation"
+    ]
+    assert not _warnings(set_folder, {"T": set_folder / "adapters/T"}, draft=other)  # changes the speed alone
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "is_base"),
+    [
+        ("somebody/Set", True),
+        ("/elsewhere/set/", True),
+        ("/cache/models--somebody--set/snapshots/0123", True),
+        ("../..", True),
+        (None, True),
+        ("somebody/other", False),
+        ("/cache/models--somebody--other/snapshots/0123", False),
+    ],
+)
+def test_an_adapter_that_names_another_base_warns(trained_on, is_base, set_folder):
+    file = set_folder / "adapters/E/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": trained_on}))
+    expected = [] if is_base else [f"attributes['E']: it was trained on {trained_on}, and attaches to {set_folder}; if"]
+    assert [message.split(" that is")[0] for message in _warnings(set_folder)] == expected
 
 
 @pytest.mark.parametrize("name", ["base", "anchor", "draft", "merged", ""])
