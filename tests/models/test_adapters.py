@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from mpg.adapters import share
+import mpg.ensemble
+from mpg.adapters import read_adapter, share
 from mpg.ensemble import load
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
@@ -266,3 +269,85 @@ def test_unknown_settings_of_newer_versions_are_ignored(lora_folder, tiny_model)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"from_the_future": None}))
     assert load(tiny_model(), {"E": folder}).describe()["E"]["adapter_rank"] == 4
+
+
+def test_an_adapted_head_may_share_its_weights_with_the_embedding(tiny_model, full_logits, tmp_path):
+    """The update is the head's alone, as in PEFT."""
+    base = tiny_model(tie_word_embeddings=True)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config, adapter_name="E").eval()
+    model.save_pretrained(tmp_path)
+    tokens, start = torch.tensor([[3, 4, 5]]), torch.zeros(1, dtype=torch.int64)
+    for ensemble in (load(model), load(share("base", model), {"E": tmp_path / "E"})):
+        logits = ensemble.open([[3]], ["base", "E"], 8).forward(["base", "E"], tokens, start, kv_length=8)
+        for adapter, of_role in zip((None, "E"), logits, strict=True):
+            torch.testing.assert_close(of_role[0], full_logits(model, [3, 4, 5], adapter), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("from_folder", [False, True], ids=["in_memory", "from_folder"])
+def test_an_adapter_of_head_and_embedding_together_is_refused(from_folder, tiny_model, tmp_path):
+    settings = dict(task_type="CAUSAL_LM", target_modules=["lm_head"], ensure_weight_tying=True)
+    model = get_peft_model(tiny_model(tie_word_embeddings=True), LoraConfig(**settings), adapter_name="E")
+    model.save_pretrained(tmp_path)
+    sources = (tiny_model(tie_word_embeddings=True), {"E": tmp_path / "E"}) if from_folder else (model, None)
+    with pytest.raises(ValueError, match=r"LoRA on linear layers alone, got .*embed_tokens|ensure_weight_tying"):
+        load(*sources)
+
+
+def test_a_head_saved_in_another_precision_is_the_models_own(lora_folder, tiny_model):
+    base = tiny_model()
+    folder = lora_folder("E", base=copy.deepcopy(base).bfloat16(), target_modules=["lm_head"])
+    assert load(base, {"E": folder}).describe()["E"]["adapter_rank"] == 4
+
+
+def test_adapters_of_single_experts_are_refused(lora_folder, tiny_model):
+    """Those of transformers 4, where every expert was a layer of its own; newer ones are target_parameters, above."""
+    folder = lora_folder("E", "mixtral", target_modules=["q_proj"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w1"
+    weights |= {f"{name}.lora_A.weight": torch.zeros(4, 32), f"{name}.lora_B.weight": torch.zeros(48, 4)}
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"E'\]: expected an adapter of Mixtral.*, got an adapter of .*experts.1.w1, which"
+    ):
+        load(tiny_model("mixtral"), {"E": folder})
+
+
+def test_a_bitsandbytes_base_takes_adapters_and_is_not_converted(tmp_path, tiny_model, lora_folder):
+    """Where bitsandbytes is installed. PEFT is no measure on CPU: its base pass there is not the model's own."""
+    pytest.importorskip("bitsandbytes")
+    base = tiny_model(hidden_size=64, intermediate_size=128, num_key_value_heads=4, head_dim=16)
+    base.save_pretrained(tmp_path)
+    folder = lora_folder("E", base=base, target_modules=["q_proj", "down_proj"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    settings = dict(quantization_config=config, dtype=torch.float32, device_map={"": device})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+    tokens, start = torch.tensor([[3, 4, 5]], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    roles = ["base", "E"]
+    logits = load(model, {"E": folder}).open([[3]], roles, 8).forward(roles, tokens, start, kv_length=8)
+    message = r"base: expected a quantised model of torch.bfloat16 on .*, got torch.float32"
+    with pytest.raises(ValueError, match=message):
+        load(model, {"E": folder}, dtype="bfloat16")
+
+    with torch.no_grad():
+        expected = [model(tokens).logits[0]]
+        for name, (down, up) in read_adapter("E", folder).factors.items():
+            down, up = down.to(device), up.to(device)
+            model.get_submodule(name).register_forward_hook(
+                lambda layer, args, out, down=down, up=up: out + args[0] @ down @ up
+            )
+        expected.append(model(tokens).logits[0])
+    torch.testing.assert_close(logits[:, 0], torch.stack(expected), atol=1e-4, rtol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+
+
+def test_bitsandbytes_weights_without_bitsandbytes_are_refused(tiny_model, tmp_path, monkeypatch):
+    base = tiny_model()
+    base.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(mpg.ensemble, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"base: expected the package bitsandbytes, whose weights .* holds, got none"):
+        load(tmp_path, {"E": base})
