@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import mpg.ensemble
 import mpg_ext
+from mpg.engine import Model
 
 load = partial(mpg.ensemble.load, device="cpu")  # where the tensors of these tests are
 
@@ -210,14 +211,19 @@ def _folder(path: Path, model, tokenizer: PreTrainedTokenizerFast) -> Path:
     return path
 
 
-def test_padded_vocabularies_are_cut_to_the_smallest(tiny_model, full_logits, tmp_path):
-    models = {"base": tiny_model(vocab_size=64), "E": tiny_model(vocab_size=72), "draft": tiny_model()}
+def test_other_architectures_with_padded_vocabularies_are_cut_to_the_smallest(tiny_model, full_logits, tmp_path):
+    models = {"base": tiny_model(vocab_size=64), "E": tiny_model("qwen3", vocab_size=72), "draft": tiny_model("gpt2")}
     folders = {role: _folder(tmp_path / role, model, _tokenizer(*"abcd")) for role, model in models.items()}
     ensemble = load(folders["base"], {"E": folders["E"]}, draft=folders["draft"])
     assert ensemble.vocab_size == 61
     for role, of_role in zip(models, _logits(ensemble, list(models)), strict=True):
         expected = full_logits(models[role], [3, 4, 5, 6, 9])[3:, :61]
         torch.testing.assert_close(of_role[0], expected, atol=2e-5, rtol=2e-5)
+
+    model, options = Model(ensemble), dict(weights={"E": 0.5}, max_new_tokens=20, seed=0)
+    greedy = [model.generate([3, 4, 5], temperature=0, draft=draft, **options) for draft in ("model", "reference")]
+    assert greedy[0].tokens == greedy[1].tokens
+    assert max(model.generate([3, 4, 5], temperature=5.0, **options).tokens) < 61
 
 
 def test_a_token_in_what_would_be_cut_is_refused(tiny_model, tmp_path):
