@@ -22,6 +22,12 @@ MPG_HOST_DEVICE float float_from_bits(uint32_t bits) {
   return value;
 }
 
+MPG_HOST_DEVICE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 MPG_HOST_DEVICE double to_float(double x) { return x; }
 MPG_HOST_DEVICE float to_float(float x) { return x; }
 MPG_HOST_DEVICE float to_float(BFloat16 x) { return float_from_bits(uint32_t(x.bits) << 16); }

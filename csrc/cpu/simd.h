@@ -1,0 +1,57 @@
+// How the CPU side vectorises: plain loops over blocks of floats that stay in the first-level
+// cache,
+// `#pragma omp simd` where a sum or a maximum may be taken in lanes, and exp and log that a loop
+// can contain. Functions marked MPG_MULTIVERSION are compiled for AVX-512, AVX2 and any other
+// machine, and picked at run time; what they call is MPG_INLINE, so that it is compiled with them.
+// float64 is left as it is: it is for tests, and adds in the order of its twins.
+#pragma once
+
+#include "../numerics.h"
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define MPG_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define MPG_MULTIVERSION
+#endif
+#define MPG_INLINE inline __attribute__((always_inline))
+
+namespace mpg::cpu {
+
+constexpr int64_t kBlock = 2048;  // 8 KiB of floats: half of a small first-level cache
+
+// exp(x) for x <= 0, relative error below 2e-7; 0 below -87.3 (no subnormals); NaN stays NaN.
+MPG_INLINE float exp_nonpositive(float x) {
+  const float clamped = x < -87.3f ? 0 : x;
+  // x = n log 2 + r with |r| <= log(2) / 2; adding 1.5 * 2^23 rounds n into the low mantissa bits.
+  const float shifted = clamped * 1.44269504f + 0x1.8p23f;
+  const float n = shifted - 0x1.8p23f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts
+  float p = r * 1.9875691500e-4f + 1.3981999507e-3f;                  // minimax (Cephes expf)
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const float power = float_from_bits((bits_of(shifted) + 127) << 23);  // 2^n, from its exponent
+  return x < -87.3f ? 0 : p * power;
+}
+
+// log(x) of positive, finite, normal numbers, relative error below 2e-7; NaN stays NaN.
+MPG_INLINE float log_positive(float x) {
+  // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)): n is the exponent of x / sqrt(1/2).
+  const int32_t bits = int32_t(bits_of(x)), exponent = (bits - 0x3f3504f3) >> 23;
+  const float n = float(exponent);
+  const float f = float_from_bits(uint32_t(bits - exponent * (1 << 23))) - 1.f;
+  float p = f * 7.0376836292e-2f - 1.1514610310e-1f;  // minimax (Cephes logf)
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  p = (p * f * f * f - n * 2.12194440e-4f) - f * f * 0.5f;
+  return x == x ? (p + f) + n * 0.693359375f : x;  // log 2 in two parts
+}
+
+}  // namespace mpg::cpu
