@@ -554,14 +554,15 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
         kind,
         log_rows.mutable_data_ptr<A>(),
         log_totals.mutable_data_ptr<A>(),
-        nullptr};
+        scratch<A>(row_partials, {B, P, mpg::num_slices(V), 2}, weights)};
     if (uses_kernels(device)) {
       args.rows.partials = scratch<A>(partials, {num_rows, mpg::num_slices(V), 2}, weights);
-      args.row_partials = scratch<A>(row_partials, {B, P, mpg::num_slices(V), 2}, weights);
     }
     MPG_LAUNCH_IF_CUDA(device, args, combine_rows)
     split(num_rows, V, args.rows, mpg::cpu::normalize_rows<A>);
-    split(B * P, N * V, args, mpg::cpu::combine_rows<A>);
+    const int64_t slices = B * P * mpg::num_slices(V), slice_size = std::min(V, mpg::kSliceSize);
+    split(slices, N * slice_size, args, mpg::cpu::combine_slices<A>);
+    split(slices, slice_size, args, mpg::cpu::combine_rows<A>);
   });
   return {log_rows, log_totals};
 }

@@ -152,7 +152,7 @@ struct CombineRows {
   Score target;
   A* log_rows;      // (B, P, V)
   A* log_totals;    // (B, P)
-  A* row_partials;  // (B, P, num_slices, 2) scratch, CUDA only
+  A* row_partials;  // (B, P, num_slices, 2) scratch
 };
 
 template <class A>
@@ -222,7 +222,9 @@ void draw_fallback(const DrawFallback<A>& args, int64_t begin,
                    int64_t end);                                           // sequences, normalized
 void draw_uniforms(const DrawUniforms& args, int64_t begin, int64_t end);  // sequences
 template <class A>
-void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end);  // (b, p), normalized
+void combine_slices(const CombineRows<A>& args, int64_t begin, int64_t end);  // slices, normalized
+template <class A>
+void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end);  // slices, combined
 template <class A>
 void warp_rows(const WarpRows<A>& args, int64_t begin, int64_t end);  // rows
 template <class A>

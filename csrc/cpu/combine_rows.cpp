@@ -1,27 +1,103 @@
-// Combined rows: log v of every token, then the row's log-sum-exp taken off.
+// Combined rows in two steps, each over slices of the vocabulary, so that the threads share a
+// single row too: log v of every token with the slice's log-sum-exp; then the row's is taken off.
+#include <algorithm>
+
 #include "logsumexp.h"
+#include "scores.h"
 
 namespace mpg::cpu {
+namespace {
+
+// combined_log_mass of the tokens [begin, end) at position p of sequence b.
+template <class T>
+void combine_tokens(const CombineRows<double>& args, int64_t b, int64_t p, int64_t begin,
+                    int64_t end, double* log_masses) {
+  for (int64_t y = begin; y < end; ++y) log_masses[y - begin] = combined_log_mass<T>(args, b, p, y);
+}
+
+template <class T>
+MPG_MULTIVERSION void combine_block(const CombineRows<float>& args, int64_t b, int64_t p,
+                                    int64_t begin, int64_t size, float* log_masses) {
+  const ModelRows<T> models = {args.rows, b, p, begin};
+  float base[kBlock] = {}, anchor[kBlock] = {};
+  if (args.has_anchor) {
+    models.logprobs(args.base, size, base);
+    models.logprobs(0, size, anchor);
+  }
+  const float* weights = args.weights + (b * args.rows.logits.K + p) * args.N;
+  ScoreSums sums(args.target, size);
+  for (int64_t i = 0; i < args.N; ++i) {
+    const int64_t model = i + args.has_anchor;
+    sums.add(weights[i], models.logits(model), models.normalizer(model), anchor);
+  }
+  sums.values(log_masses);
+  for (int64_t y = 0; y < size; ++y) {
+    // Excluded by the base, whatever the ratios; invalid by the anchor, even where no weight asks.
+    const float log_mass = is_nan(anchor[y]) ? NAN : base[y] + log_masses[y];
+    log_masses[y] = base[y] == -INFINITY ? -INFINITY : log_mass;
+  }
+}
+
+template <class T>
+void combine_tokens(const CombineRows<float>& args, int64_t b, int64_t p, int64_t begin,
+                    int64_t end, float* log_masses) {
+  for (int64_t y = begin; y < end; y += kBlock) {
+    combine_block<T>(args, b, p, y, std::min(kBlock, end - y), log_masses + (y - begin));
+  }
+}
+
+MPG_MULTIVERSION void subtract(float* log_masses, int64_t size, Normalizer<float> normalizer) {
+  for (int64_t y = 0; y < size; ++y) log_masses[y] = logprob(log_masses[y], normalizer, 1.f);
+}
+void subtract(double* log_masses, int64_t size, Normalizer<double> normalizer) {
+  for (int64_t y = 0; y < size; ++y) log_masses[y] = logprob(log_masses[y], normalizer, 1.);
+}
+
+template <class A, class F>
+void for_each_slice(const CombineRows<A>& args, int64_t begin, int64_t end, F f) {
+  const int64_t V = args.rows.logits.V, slices = num_slices(V);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item % slices * kSliceSize;
+    f(item / slices, item % slices, first, std::min(V, first + kSliceSize));
+  }
+}
+
+}  // namespace
 
 template <class A>
-void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end) {
+void combine_slices(const CombineRows<A>& args, int64_t begin, int64_t end) {
   const ModelLogits& logits = args.rows.logits;
-  with_logit_type<A>(logits.dtype, [&](auto type) {
-    using T = decltype(type);
-    for (int64_t row = begin; row < end; ++row) {
-      A* log_row = args.log_rows + row * logits.V;
-      for (int64_t y = 0; y < logits.V; ++y) {
-        log_row[y] = combined_log_mass<T>(args, row / logits.K, row % logits.K, y);
-      }
-      const Normalizer<A> normalizer = row_log_sum(log_row, logits.V, A(1)).normalizer();
-      for (int64_t y = 0; y < logits.V; ++y) {
-        log_row[y] = normalized_log_mass(log_row[y], normalizer);
-      }
-      args.log_totals[row] = normalizer.max + normalizer.log_sum;
-    }
+  for_each_slice(args, begin, end, [&](int64_t row, int64_t slice, int64_t first, int64_t last) {
+    A* log_masses = args.log_rows + row * logits.V + first;
+    with_logit_type<A>(logits.dtype, [&](auto type) {
+      using T = decltype(type);
+      combine_tokens<T>(args, row / logits.K, row % logits.K, first, last, log_masses);
+    });
+    const LogSum<A> sum = row_log_sum(log_masses, last - first, A(1));
+    A* partial = args.row_partials + (row * num_slices(logits.V) + slice) * 2;
+    partial[0] = sum.max;
+    partial[1] = sum.sum;
   });
 }
 
+template <class A>
+void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end) {
+  const int64_t V = args.rows.logits.V;
+  for_each_slice(args, begin, end, [&](int64_t row, int64_t slice, int64_t first, int64_t last) {
+    LogSum<A> sum;
+    for (int64_t s = 0; s < num_slices(V); ++s) {
+      const A* partial = args.row_partials + (row * num_slices(V) + s) * 2;
+      sum.merge({partial[0], partial[1]}, A(1));
+    }
+    const Normalizer<A> normalizer = sum.normalizer();
+    if (slice == 0) args.log_totals[row] = normalizer.max + normalizer.log_sum;
+    const bool has_mass = normalizer.log_sum != -A(INFINITY);
+    if (has_mass) subtract(args.log_rows + row * V + first, last - first, normalizer);
+  });
+}
+
+template void combine_slices(const CombineRows<float>&, int64_t, int64_t);
+template void combine_slices(const CombineRows<double>&, int64_t, int64_t);
 template void combine_rows(const CombineRows<float>&, int64_t, int64_t);
 template void combine_rows(const CombineRows<double>&, int64_t, int64_t);
 
