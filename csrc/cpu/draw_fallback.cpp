@@ -1,42 +1,84 @@
-// The single-token fallback in closed form (lines 17-23 of Algorithm 1): one pass for the mass of
-// every token the draft can propose, one walk along the cumulated masses.
-#include <vector>
-
-#include "../numerics.h"
+// The single-token fallback in closed form (lines 17-23 of Algorithm 1): y with mass
+// draft_probs[y] * min(1, exp(S_1(y) - log M)). Where the draft proposes few tokens, as after
+// top-p, they are scored one by one.
+#include "inverse_cdf.h"
+#include "scores.h"
 
 namespace mpg::cpu {
+namespace {
+
+// accepted_mass of `size` tokens from `begin` on, one by one.
+template <class T, class A>
+void accepted_masses_each(const DrawFallback<A>& args, int64_t b, int64_t begin, int64_t size,
+                          double* masses) {
+  const A* draft_probs = args.draft_probs + b * args.rows.logits.V + begin;
+  for (int64_t y = 0; y < size; ++y) {
+    // Other tokens need no score, and may not have one where the anchor excludes them.
+    masses[y] =
+        draft_probs[y] <= 0
+            ? 0
+            : accepted_mass(draft_probs[y], token_score<T>(args, b, begin + y), args.log_bound[b]);
+  }
+}
+
+template <class T>
+void accepted_masses(const DrawFallback<double>& args, int64_t b, int64_t begin, int64_t size,
+                     double* masses) {
+  accepted_masses_each<T>(args, b, begin, size, masses);
+}
+
+template <class T>
+MPG_MULTIVERSION void accepted_masses(const DrawFallback<float>& args, int64_t b, int64_t begin,
+                                      int64_t size, double* masses) {
+  const ModelLogits& logits = args.rows.logits;
+  const float* draft_probs = args.draft_probs + b * logits.V + begin;
+  int64_t num_proposed = 0;
+#pragma omp simd reduction(+ : num_proposed)
+  for (int64_t y = 0; y < size; ++y) num_proposed += !(draft_probs[y] <= 0);
+  if (num_proposed < size / 16) return accepted_masses_each<T>(args, b, begin, size, masses);
+
+  float anchor[kBlock], scores[kBlock];
+  const ModelRows<T> models = {args.rows, b, 0, begin};
+  models.logprobs(0, size, anchor);
+  ScoreSums sums(args.score, size);
+  for (int64_t i = 0; i < logits.N; ++i) {
+    sums.add(args.weights[b * logits.N + i], models.logits(i + 1), models.normalizer(i + 1),
+             anchor);
+  }
+  sums.values(scores);
+
+  const float log_bound = args.log_bound[b];
+  for (int64_t y = 0; y < size; ++y) {
+    const float excess = scores[y] - log_bound;
+    const float mass = draft_probs[y] * exp_nonpositive(excess > 0 ? 0 : excess);
+    masses[y] = draft_probs[y] <= 0 || scores[y] == -INFINITY ? 0 : mass;
+  }
+}
+
+}  // namespace
 
 template <class A>
 void draw_fallback(const DrawFallback<A>& args, int64_t begin, int64_t end) {
   const ModelLogits& logits = args.rows.logits;
-  const int64_t V = logits.V;
   with_logit_type<A>(logits.dtype, [&](auto type) {
     using T = decltype(type);
-    std::vector<A> masses(V);
     for (int64_t b = begin; b < end; ++b) {
       args.tokens[b] = -1;
       args.scores[b] = -A(INFINITY);
       args.accept_probs[b] = 0;
       if (!logits.active[b]) continue;
 
-      double total = 0;
-      for (int64_t y = 0; y < V; ++y) {
-        const A draft_prob = args.draft_probs[b * V + y];
-        // Other tokens need no score, and may not have one where the anchor excludes them.
-        masses[y] = draft_prob <= 0
-                        ? 0
-                        : accepted_mass(draft_prob, token_score<T>(args, b, y), args.log_bound[b]);
-        total += masses[y];
-      }
-      args.accept_probs[b] = A(total);
-      if (is_nan(total)) {
+      InverseCdf<A> cdf(logits.V, [&, b](int64_t first, int64_t size, double* masses) {
+        accepted_masses<T>(args, b, first, size, masses);
+      });
+      args.accept_probs[b] = A(cdf.total());
+      if (cdf.total() > 0) {
+        args.tokens[b] = cdf.draw(args.uniforms[b]);
+        args.scores[b] = token_score<T>(args, b, args.tokens[b]);
+      } else if (is_nan(cdf.total())) {
         args.tokens[b] = -2;
         args.scores[b] = A(NAN);
-        continue;
       }
-      double target = args.uniforms[b] * total;
-      args.tokens[b] = pick(V, target, [&](int64_t y) { return masses[y]; });
-      if (args.tokens[b] >= 0) args.scores[b] = token_score<T>(args, b, args.tokens[b]);
     }
   });
 }

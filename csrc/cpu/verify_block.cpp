@@ -1,21 +1,51 @@
 // Block verification, the draw that follows it, and the plain draw from a row.
 #include "../block.h"
+#include "inverse_cdf.h"
+#include "simd.h"
 
 namespace mpg::cpu {
 namespace {
 
-template <class F>
-double sum_over(int64_t V, F mass_of) {
-  double total = 0;
-  for (int64_t y = 0; y < V; ++y) total += mass_of(y);
-  return total;
+MPG_MULTIVERSION void widen(const float* row, int64_t size, double* masses) {
+  for (int64_t y = 0; y < size; ++y) masses[y] = row[y];
+}
+void widen(const double* row, int64_t size, double* masses) {
+  for (int64_t y = 0; y < size; ++y) masses[y] = row[y];
 }
 
-// By inverting the cumulated mass in token order; 0 without mass or with NaN.
-template <class F>
-int64_t draw(int64_t V, double total, double uniform, F mass_of) {
-  double target = uniform * total;
-  return total > 0 ? pick(V, target, mass_of) : 0;
+MPG_MULTIVERSION void subtract(const float* target, const float* draft, double carry, int64_t size,
+                               double* masses) {
+  for (int64_t y = 0; y < size; ++y) masses[y] = positive_part(carry * target[y] - draft[y]);
+}
+void subtract(const double* target, const double* draft, double carry, int64_t size,
+              double* masses) {
+  for (int64_t y = 0; y < size; ++y) masses[y] = positive_part(carry * target[y] - draft[y]);
+}
+
+template <class A>
+InverseCdf<A> row_cdf(const A* row, int64_t V) {
+  return {V,
+          [row](int64_t begin, int64_t size, double* masses) { widen(row + begin, size, masses); }};
+}
+
+template <class A>
+const A* target_row(const Block<A>& block, int64_t b, int64_t position) {
+  return block.target_probs + (b * (block.K + 1) + position) * block.V;
+}
+
+// Of (carry p - q)_+, see residual_mass.
+template <class A>
+InverseCdf<A> residual_cdf(const Block<A>& block, int64_t b, int64_t position, double carry) {
+  return {block.V, [=, &block](int64_t begin, int64_t size, double* masses) {
+            if (block.draft_probs == nullptr) {
+              for (int64_t y = 0; y < size; ++y) {
+                masses[y] = residual_mass(block, b, position, carry, begin + y);
+              }
+              return;
+            }
+            const A* draft = block.draft_probs + (b * block.K + position) * block.V;
+            subtract(target_row(block, b, position) + begin, draft + begin, carry, size, masses);
+          }};
 }
 
 }  // namespace
@@ -23,9 +53,7 @@ int64_t draw(int64_t V, double total, double uniform, F mass_of) {
 template <class A>
 void draw_tokens(const DrawTokens<A>& args, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
-    const A* probs = args.probs + b * args.V;
-    const auto mass_of = [probs](int64_t y) { return double(probs[y]); };
-    args.tokens[b] = draw(args.V, sum_over(args.V, mass_of), args.uniforms[b], mass_of);
+    args.tokens[b] = row_cdf(args.probs + b * args.V, args.V).draw(args.uniforms[b]);
   }
 }
 
@@ -41,8 +69,7 @@ void verify_block(const VerifyBlock<A>& args, int64_t begin, int64_t end) {
       carry = next_carry(block, b, i - 1, carry);
       double accept_prob = carry;
       if (i < length && carry != 0) {
-        const auto mass_of = [&](int64_t y) { return residual_mass(block, b, i, carry, y); };
-        accept_prob = prefix_accept_prob(carry, sum_over(block.V, mass_of));
+        accept_prob = prefix_accept_prob(carry, residual_cdf(block, b, i, carry).total());
       }
       if (is_nan(accept_prob)) {
         args.accepted[b] = -1;
@@ -60,21 +87,18 @@ void verify_block(const VerifyBlock<A>& args, int64_t begin, int64_t end) {
 template <class A>
 void draw_residual(const DrawResidual<A>& args, int64_t begin, int64_t end) {
   const Block<A>& block = args.block;
-  const int64_t V = block.V;
   for (int64_t b = begin; b < end; ++b) {
     const int64_t position = next_position(args, b);
     args.tokens[b] = 0;
     if (position < 0) continue;
-    const auto residual = [&](int64_t y) {
-      return residual_mass(block, b, position, args.carry[b], y);
-    };
-    const double residual_total = position < num_drafted(block, b) ? sum_over(V, residual) : 0;
-    if (residual_total != 0) {
-      args.tokens[b] = draw(V, residual_total, args.uniforms[b], residual);
-      continue;
+    if (position < num_drafted(block, b)) {
+      auto residual = residual_cdf(block, b, position, args.carry[b]);
+      if (residual.total() != 0) {
+        args.tokens[b] = residual.draw(args.uniforms[b]);
+        continue;
+      }
     }
-    const auto target = [&](int64_t y) { return target_prob(block, b, position, y); };
-    args.tokens[b] = draw(V, sum_over(V, target), args.uniforms[b], target);
+    args.tokens[b] = row_cdf(target_row(block, b, position), block.V).draw(args.uniforms[b]);
   }
 }
 
