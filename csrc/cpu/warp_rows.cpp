@@ -1,32 +1,114 @@
-// Temperature, top-k, top-p and min-p. The tokens that a cut keeps are found by a radix select: one
-// histogram of weights for every 8 bits of the preference code, none of the vocabulary sorted.
+// Temperature, top-k, top-p and min-p. A cut of top-k or top-p is found without sorting the
+// vocabulary: one histogram over the distance from the largest value, then a selection among the
+// tokens of the one bin that the cut goes through.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
-#include "../preference.h"
+#include "simd.h"
 
 namespace mpg::cpu {
 namespace {
 
-// The greatest code from which up the tokens weigh at least `budget`; 0 if all together do not. So
-// a token is kept, code >= cut, if those preferred to it weigh less than the budget.
-template <class A, class F>
-typename Preference<A>::Code find_cut(const Preference<A>& preference, double budget, F weight_of) {
-  typename Preference<A>::Code cut = 0;
-  double above = 0;  // weight of the tokens whose leading digits exceed those of the cut
-  for (int shift = (preference.num_bits() + 7) / 8 * 8 - 8; shift >= 0; shift -= 8) {
-    double weights[256] = {};
-    for (int64_t y = 0; y < preference.V; ++y) {
-      const auto code = preference(y);
-      // In two steps, because a shift by all bits of a number is undefined.
-      if (code >> shift >> 8 == cut >> shift >> 8)
-        weights[int(code >> shift & 255)] += weight_of(y);
-    }
-    int digit = 255;
-    while (digit > 0 && above + weights[digit] < budget) above += weights[digit--];
-    cut |= typename Preference<A>::Code(digit) << shift;
+constexpr int kBins = 256;  // each a sixteenth of a factor e wide: 16 of them, and the rest
+
+MPG_INLINE float exp_of(float x) { return exp_nonpositive(x); }
+MPG_INLINE double exp_of(double x) { return std::exp(x); }
+
+// The largest value, or NaN where there is NaN or +inf.
+template <class A>
+MPG_MULTIVERSION A max_of(const A* row, int64_t V) {
+  A max = -A(INFINITY);
+  int64_t num_invalid = 0;
+#pragma omp simd reduction(max : max) reduction(+ : num_invalid)
+  for (int64_t y = 0; y < V; ++y) {
+    max = row[y] > max ? row[y] : max;
+    num_invalid += !(row[y] < A(INFINITY));
   }
-  return cut;
+  return num_invalid > 0 ? A(NAN) : max;
+}
+
+// Masses, 1 for the largest value, and their sum.
+template <class A>
+MPG_MULTIVERSION double exponentiate(const A* row, int64_t V, double max, double temperature,
+                                     A* masses) {
+  const double scale = std::min(1 / temperature, 0x1p1023);  // finite: 0 * scale is 0
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t y = 0; y < V; ++y) {
+    masses[y] = exp_of(A((row[y] - max) * scale));
+    total += masses[y];
+  }
+  return total;
+}
+
+// Keeps the masses of tokens with x >= least, and adds them up.
+template <class A>
+MPG_MULTIVERSION double keep_from(A least, const A* x, int64_t size, A* masses) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t y = 0; y < size; ++y) {
+    masses[y] = x[y] >= least ? masses[y] : 0;
+    total += masses[y];
+  }
+  return total;
+}
+
+// Tokens are preferred by value and, among equals, by lower id.
+template <class A>
+double keep_to(int64_t last, const A* row, int64_t V, A* masses) {
+  const int64_t size = last + 1;  // of those that also an equal value would keep
+  return keep_from(row[last], row, size, masses) +
+         keep_from(std::nextafter(row[last], A(INFINITY)), row + size, V - size, masses + size);
+}
+
+template <class A>
+MPG_MULTIVERSION void multiply(double factor, int64_t V, A* masses) {
+  for (int64_t y = 0; y < V; ++y) masses[y] = A(masses[y] * factor);
+}
+
+template <class A>
+MPG_MULTIVERSION void find_bins(const A* row, int64_t V, A max, double temperature, uint8_t* bins) {
+  const A scale = A(16 / temperature);
+  for (int64_t y = 0; y < V; ++y) {
+    const A distance = (max - row[y]) * scale;
+    bins[y] = uint8_t(distance < kBins - 1 ? int32_t(distance) : kBins - 1);
+  }
+}
+
+// The least preferred token of those to keep: with it, and not without, they weigh `budget`.
+template <class A, class F>
+int64_t find_last(const A* row, const std::vector<uint8_t>& bins, double budget, F weight_of) {
+  // Four histograms: in a single one, most sums would wait for the one before.
+  double parts[4][kBins] = {}, weights[kBins];
+  for (size_t y = 0; y < bins.size(); ++y) parts[y % 4][bins[y]] += weight_of(y);
+  for (int i = 0; i < kBins; ++i)
+    weights[i] = parts[0][i] + parts[1][i] + parts[2][i] + parts[3][i];
+  int bin = 0, last_bin = kBins - 1;
+  while (weights[last_bin] == 0) --last_bin;  // where rounding leaves all together below the budget
+  double before = 0;                          // weight of the tokens preferred to those in question
+  while (bin < last_bin && before + weights[bin] < budget) before += weights[bin++];
+
+  std::vector<int64_t> tokens;
+  for (size_t y = 0; y < bins.size(); ++y) {
+    if (bins[y] == bin) tokens.push_back(int64_t(y));
+  }
+  auto begin = tokens.begin(), end = tokens.end();
+  while (end - begin > 1) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, [row](int64_t a, int64_t b) {
+      return row[a] > row[b] || (row[a] == row[b] && a < b);
+    });
+    double weight = 0;
+    for (auto y = begin; y < middle; ++y) weight += weight_of(*y);
+    if (before + weight >= budget) {
+      end = middle;
+    } else {
+      before += weight;
+      begin = middle;
+    }
+  }
+  return *begin;
 }
 
 }  // namespace
@@ -37,35 +119,30 @@ void warp_rows(const WarpRows<A>& args, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const A* row = args.log_rows + r * V;
     A* probs = args.probs + r * V;
-    const int64_t top = std::max_element(row, row + V) - row;  // the first of equals
-    const A max = row[top];
-    const bool is_valid = std::all_of(row, row + V, [](A x) { return x < A(INFINITY); });
-    if (!is_valid || max == -A(INFINITY) || args.temperature == 0) {
-      std::fill(probs, probs + V, is_valid ? A(0) : A(NAN));
-      if (is_valid && max != -A(INFINITY)) probs[top] = 1;
+    const A max = max_of(row, V);
+    if (is_nan(max) || max == -A(INFINITY) || args.temperature == 0) {
+      std::fill(probs, probs + V, is_nan(max) ? A(NAN) : A(0));
+      if (max > -A(INFINITY)) probs[std::find(row, row + V, max) - row] = 1;
       continue;
     }
 
-    for (int64_t y = 0; y < V; ++y) {  // masses at first, 1 for the largest
-      probs[y] = std::exp(A((double(row[y]) - max) / args.temperature));
+    double total = exponentiate(row, V, max, args.temperature, probs);
+    std::vector<uint8_t> bins;
+    const bool has_top_k = args.top_k > 0 && args.top_k < V;
+    if (has_top_k || args.top_p < 1) {
+      bins.resize(V);
+      find_bins(row, V, max, args.temperature, bins.data());
     }
-    const Preference<A> preference(row, V);
-    typename Preference<A>::Code cut = 0;
-    if (args.top_k > 0 && args.top_k < V) {
-      cut = find_cut(preference, double(args.top_k), [](int64_t) { return 1; });
+    if (has_top_k) {
+      const int64_t last = find_last(row, bins, double(args.top_k), [](int64_t) { return 1; });
+      total = keep_to(last, row, V, probs);
     }
     if (args.top_p < 1) {
-      const auto mass_of = [&](int64_t y) { return preference(y) < cut ? 0 : double(probs[y]); };
-      double total = 0;
-      for (int64_t y = 0; y < V; ++y) total += mass_of(y);
-      cut = find_cut(preference, args.top_p * total, mass_of);
+      const auto mass_of = [probs](int64_t y) { return double(probs[y]); };
+      total = keep_to(find_last(row, bins, args.top_p * total, mass_of), row, V, probs);
     }
-    double total = 0;
-    for (int64_t y = 0; y < V; ++y) {
-      if (preference(y) < cut || probs[y] < args.min_p) probs[y] = 0;
-      total += probs[y];
-    }
-    for (int64_t y = 0; y < V; ++y) probs[y] = A(probs[y] / total);
+    if (args.min_p > 0) total = keep_from(A(args.min_p), probs, V, probs);
+    multiply(1 / total, V, probs);
   }
 }
 

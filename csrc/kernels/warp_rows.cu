@@ -37,7 +37,7 @@ __device__ __forceinline__ double sum_block(double x) {
 // a token is kept, code >= cut, if those preferred to it weigh less than the budget. Two bits a
 // pass.
 template <class F>
-__device__ __forceinline__ uint64_t find_cut(const Preference<float>& preference, double budget,
+__device__ __forceinline__ uint64_t find_cut(const Preference& preference, double budget,
                                              F weight_of) {
   uint64_t cut = 0;
   for (int shift = (preference.num_bits() - 1) / 2 * 2; shift >= 0; shift -= 2) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kRowThreads) warp_rows_kernel(const WarpRows<f
   const int64_t V = args.V;
   const float* row = args.log_rows + blockIdx.x * V;
   float* probs = args.probs + blockIdx.x * V;
-  const Preference<float> preference(row, V);
+  const Preference preference(row, V);
 
   uint64_t top = 0;
   int num_invalid = 0;

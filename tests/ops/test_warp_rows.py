@@ -119,6 +119,14 @@ def test_top_p_counts_what_top_k_left(device):
     assert_row(warp([0.1, 0.4, 0.2, 0.3], device, top_k=3, top_p=0.75), [0, 4 / 7, 0, 3 / 7])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_p_just_below_one_keeps_every_token(dtype):
+    rows = torch.rand(50, 999, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 3
+    out = mpg_ext.warp_rows(rows, temperature=1.0, top_p=1 - 2**-53)
+    torch.testing.assert_close(out, rows.softmax(-1))
+    assert (out > 0).all()
+
+
 def test_rows_need_not_be_normalised(device):
     row = torch.tensor([[0.1, 0.4, 0.2, 0.3]], device=device).log() + 100
     assert_row(mpg_ext.warp_rows(row, temperature=1.0, top_k=2)[0], [0, 4 / 7, 0, 3 / 7])
