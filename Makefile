@@ -15,7 +15,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants fuzz soak docs gpu clean
+.PHONY: demo test law lint check mutants fuzz soak bench docs gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -57,6 +57,11 @@ check: test mutants fuzz soak
 docs: $(BIN)/.built
 	$(BIN)/python docs/tabulate_laws.py
 	$(BIN)/python docs/tabulate_architectures.py
+
+# Op times beside plain torch and the bandwidth floor; the last line is JSON.  make bench BENCH="-k verify_chunks"
+BENCH ?= --save
+bench: $(BIN)/.built
+	$(BIN)/python -m pytest bench --benchmark-quiet --disable-warnings $(BENCH)
 
 # On a machine with a GPU, with the torch that is there: no network, no virtual environment.
 #   make gpu PART=sanitize    # or tests, ops, decode; without PART all of them
