@@ -1,4 +1,4 @@
-"""The `mpg` command: demo, generate, chat, check, info. Knows how to read arguments and print, and nothing else."""
+"""The `mpg` command: demo, generate, chat, check, bench, info. Knows how to read arguments and print, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 import mpg
 import mpg_ext
+from mpg import bench as bench_module
 from mpg.chat import Chat, parse_setting
 from mpg.chat import run as run_chat
 from mpg.check import PROMPTS as NEUTRAL_PROMPTS
@@ -262,6 +264,30 @@ def check(
     if plot is not None:
         with _clear_errors():
             draw_report(report, plot)
+
+
+@app.command()
+def bench(
+    full: Annotated[bool, typer.Option("--full", help="The paper's size: hours on a CPU.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A folder for the whole report: bench-DEVICE.json and .png.")] = None,
+    device: Annotated[str, typer.Option(help="cpu | cuda, with the goals of either.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Of torch's products on the CPU.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure decoding against its goals, the loops one would write without mpg, and its own forwards."""
+    with _clear_errors():
+        if out is not None:
+            check_plot(out / "bench.png")
+        report = bench_module.run(
+            bench_module.FULL if full else bench_module.Plan(), device, threads, say=partial(err.print, style="dim")
+        )
+        if out is not None:
+            (out / f"bench-{device}.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
+            bench_module.plot_growth(report, out / f"bench-{device}.png")
+    if as_json:
+        print(json.dumps({"rows": report.as_json()["rows"]}, allow_nan=False))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(bench_module.render(report))
 
 
 def _parse_descriptions(items: list[str] | None) -> dict[str, str]:

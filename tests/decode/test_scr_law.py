@@ -9,9 +9,14 @@ import math
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
-from fakes import FakeModels, enumerate_sampler, total_variation
+from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law, warp
+from mpg.batch import Batch
+from mpg.config import Options
+from mpg.decode.scr import SCR
+from mpg.rng import KeyedGenerator
 
 EOS = 2
 
@@ -190,3 +195,20 @@ def test_scr_is_biased_at_a_bound_that_clips():
         models, [1], 3, weights, sampler="scr", chunk_size=2, initial_bound=1.43, temperature=1.0, top_p=1.0
     )
     assert total_variation(law, target_law(models, (1,), 3, weights, target="arithmetic")) > 0.01
+
+
+@pytest.mark.parametrize("same", [("anchor",), ()], ids=["anchor is base", "own anchor"])
+@pytest.mark.parametrize("initial_bound", [1e-9, 1.6, 1e9], ids=["all accepted", "some", "all fall back"])
+def test_a_round_takes_k_passes_of_the_base_and_one_of_the_others(initial_bound, same):
+    """The rows that the chunk was drafted from are those it is scored and salvaged with: no pass more for either."""
+    k, num_attributes = 3, 2
+    models = FakeModels(4, same=same, seed=3)
+    options = Options(sampler="scr", chunk_size=k, initial_bound=initial_bound)
+    batch = Batch([[1, 0], [2]], [12, 12], torch.ones(2, num_attributes, dtype=torch.float64), torch.arange(2), [])
+    sampler = SCR(models, ("E", "T"), options)
+    session = models.open([[1, 0], [2]], sampler.roles, batch.capacity)
+    sampler.start(session, batch, KeyedGenerator(batch.seeds, batch.rounds))
+    num_rounds = sum(1 for _ in rounds_of(sampler, batch))
+    num_scored = num_attributes + (not same)
+    assert session.cost.depth == num_rounds * (k + 1)
+    assert session.cost.model_calls == num_rounds * (k + num_scored)
