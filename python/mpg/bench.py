@@ -120,6 +120,7 @@ def run(plan: Plan, device: str = "cpu", threads: int = 1, say: Say = lambda sta
             Row(f"{entry['models']}/{entry['method']}/{key}", entry[key])
             for entry in report.methods
             for key in HEADLINES
+            if entry[key] is not None
         ]
         say("growth")
         report.growth = measure_growth(plan, device)
@@ -410,20 +411,21 @@ def measure_growth(plan: Plan, device: str) -> dict[str, list[dict[str, Any]]]:
     crowd = peers.add_adapters(base, max(plan.num_models), KL, ALL_LINEARS)
     model = load(crowd, {name: name for name in crowd.peft_config})
     few, more = plan.growth_tokens, max(plan.growth_tokens, 3 * max(plan.chunk_sizes))  # some rounds of every K
-
-    def point(x: int, samplers: Sequence[str] = ("direct",), **settings: Any) -> dict[str, Any]:
-        speeds = {
-            sampler: median(decode_speed(model, sampler=sampler, **settings) for _ in range(plan.runs))
-            for sampler in samplers
-        }
-        return {"x": x, **speeds}
-
-    return {
-        "N": [point(n, num_models=n, max_new_tokens=few) for n in plan.num_models],
-        "batch": [point(b, batch=b, max_new_tokens=few) for b in plan.batch_sizes],
-        "context": [point(c, context=c, max_new_tokens=few) for c in plan.contexts],
-        "K": [point(k, ("exact", "scr"), chunk_size=k, max_new_tokens=more) for k in plan.chunk_sizes],
+    quantities: dict[str, tuple[str, Sequence[int], int, Sequence[str]]] = {
+        "N": ("num_models", plan.num_models, few, ("direct",)),
+        "batch": ("batch", plan.batch_sizes, few, ("direct",)),
+        "context": ("context", plan.contexts, few, ("direct",)),
+        "K": ("chunk_size", plan.chunk_sizes, more, ("exact", "scr")),
     }
+    growth = {}
+    for quantity, (setting, values, new_tokens, samplers) in quantities.items():
+        runs: dict[tuple[int, str], list[float]] = {(x, sampler): [] for x in values for sampler in samplers}
+        for seed in range(plan.runs):
+            for (x, sampler), speeds in runs.items():
+                options: dict[str, Any] = {setting: x, "sampler": sampler, "max_new_tokens": new_tokens, "seed": seed}
+                speeds.append(decode_speed(model, **options))
+        growth[quantity] = [{"x": x, **{name: median(runs[x, name]) for name in samplers}} for x in values]
+    return growth
 
 
 def decode_speed(
@@ -435,7 +437,7 @@ def decode_speed(
     if options.get("target") != "base":
         options["weights"] = dict.fromkeys(model.models.attribute_names[:num_models], 1 / num_models)
     with watch.watching():
-        model.generate(prompts, seed=0, on_token=watch.see, **options)
+        model.generate(prompts, **{"seed": 0, **options}, on_token=watch.see)
     return watch.tokens_per_second()
 
 
