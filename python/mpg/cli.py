@@ -1,4 +1,4 @@
-"""The `mpg` command: demo, generate, chat, check, bench, info. Knows how to read arguments and print, and nothing else."""
+"""The `mpg` command: demo, generate, chat, check, bench, info. Knows how to read arguments and print, no more."""
 
 from __future__ import annotations
 
