@@ -222,6 +222,10 @@ class Conventions:
             options["temperature"] = 0
         return options, cls(fields={name: asked[name] for name in asked if name not in _OPTIONS}, **own)
 
+    def before(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """What is left of the options that go where a call is silent: max_length says how many tokens are new."""
+        return {name: v for name, v in defaults.items() if name != "max_new_tokens" or "max_length" not in self.fields}
+
     def check_sampler(self, options: Options) -> None:
         """Raises ValueError, naming it, for what this sampler cannot honour."""
         if self.num_return_sequences > 1 and options.temperature == 0:

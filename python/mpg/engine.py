@@ -120,7 +120,7 @@ class Model:
             logits_processor=logits_processor or (),
             stopping_criteria=stopping_criteria or (),
         )
-        checked = Options.of(chosen, self.recipe.options)
+        checked = Options.of(chosen, conventions.before(self.recipe.options))
         conventions.check_sampler(checked)
         if on_token is not None and not callable(on_token):
             raise ValueError(f"on_token: expected a callable, got {on_token!r}")
