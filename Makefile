@@ -51,7 +51,7 @@ soak: $(BIN)/.built
 # The long form: every planted bug, fuzz, soak, and the suite once more under the oldest transformers.
 check: test mutants fuzz soak
 	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built
-	$(OLD_VENV)/bin/python -m pytest --ignore=tests/test_build.py
+	MPG_LONG=1 $(OLD_VENV)/bin/python -m pytest --ignore=tests/test_build.py
 
 # The table and the plot of docs/laws.md, enumerated anew, and the tables of docs/architectures.md.
 docs: $(BIN)/.built

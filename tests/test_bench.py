@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,7 @@ def _load(adapted):
     return load(adapted, {name: name for name in adapted.peft_config})
 
 
+@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes; make check sets MPG_LONG")
 def test_a_run_has_every_row_with_its_goal_and_every_table(monkeypatch, tmp_path):
     monkeypatch.setattr(peers, "SMALL", TINY)
     monkeypatch.setattr(bench, "Plan", lambda: PLAN)

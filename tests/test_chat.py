@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -264,8 +265,10 @@ class Terminal:
         self.master, slave = os.openpty()
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "300"}
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
-        )
+            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment,
+            # a suite that runs in the background of a shell ignores Ctrl-C, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         os.close(slave)
         self.unread = ""
 

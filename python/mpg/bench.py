@@ -315,7 +315,7 @@ def open_model_sets(adapted: Any, plan: Plan, device: str) -> Iterator[tuple[str
     plain = tuple(method for method in METHODS if method not in specialised)
     folders = {"demo": DEMO_MODELS}
     if os.environ.get("MPG_MODELS"):
-        folders["mbti-tiny"] = Path(os.environ["MPG_MODELS"])
+        folders["mbti-tiny"] = Path(os.environ["MPG_MODELS"], "mbti-tiny")
     for name, folder in folders.items():
         model = load(folder, device=device)
         questions = [DEMO_QUESTIONS[index % len(DEMO_QUESTIONS)] for index in range(plan.prompts)]
