@@ -142,7 +142,7 @@ def caught_by(mutant: Mutant) -> str | None:
     run = simulator.run_sanitized("-vv", "-x", f"tests/{file}", "-k", selected, PYTHONUNBUFFERED="1")
     started = re.findall(rf"^tests/{file}::(.*?)(?: [A-Z]+ .*)?$", run.stdout, flags=re.MULTILINE)
     assert started, f"no test of {mutant.tests!r} ran: {run.stdout[-2000:]}{run.stderr[-2000:]}"
-    return started[-1] if run.returncode != 0 else None
+    return started[-1].strip() if run.returncode != 0 else None
 
 
 def main() -> None:
