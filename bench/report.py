@@ -36,7 +36,7 @@ class Report:
     def write(self, save: bool) -> None:
         self.machine["load_average_after"] = os.getloadavg()[0]
         everything = {"machine": self.machine, "rows": rounded(self.rows), "times": rounded(self.times)}
-        print("", *self.time_table(), "", *self.goal_table(), "", sep="\n")
+        print("", self.machine, *self.time_table(), "", *self.goal_table(), "", sep="\n")
         if save:
             name = re.sub(r"\W+", "-", self.machine["device"].lower())
             path = RESULTS / f"{'gpu' if self.device == 'cuda' else 'cpu'}-ops-{name}.json"
