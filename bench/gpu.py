@@ -19,7 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"make gpu: {sys.executable} has no torch; name a Python that has: make gpu PYTHON=... Nothing was run.")
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_LIMIT_S, PART_LIMIT_S = 180, 350

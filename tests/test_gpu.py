@@ -143,6 +143,12 @@ def test_make_gpu_without_a_gpu_says_so_and_fails():
     assert "sees no CUDA device here. Nothing was run." in finished.stderr
 
 
+def test_make_gpu_without_torch_says_so_and_fails():
+    finished = run(sys.executable, "-S", "bench/gpu.py")  # -S: without installed packages
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(f"make gpu: {sys.executable} has no torch; name a Python that has")
+
+
 def test_unknown_part_is_named():
     finished = run(sys.executable, "bench/gpu.py", "everything")
     assert finished.returncode == 1
