@@ -29,6 +29,7 @@ from mpg import run
 from mpg.conventions import HONOURED, IDLE, REFUSED, Conventions
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
+from mpg.recipe import Recipe
 
 README = Path(__file__).parent.parent / "README.md"
 BOTH = {"E": 1.0, "T": 1.0}
@@ -155,6 +156,20 @@ class TestFields:
         with pytest.raises(ValueError, match="max_length: expected an integer above the 3 tokens of prompt 0, got 3"):
             model.generate(prompt, max_length=3, **long)
 
+    def test_what_a_call_says_goes_before_the_recipe(self, model):
+        recipe = Recipe(options={"max_new_tokens": 3, "top_k": 1, "sampler": "direct"})
+        cooked, how = mpg.Model(model.models, recipe), {"weights": BOTH, "seed": 0, "eos_token_id": []}
+        assert len(cooked.generate([5, 6, 7], **how).tokens) == 3
+        assert len(cooked.generate([5, 6, 7], max_length=10, **how).tokens) == 7
+        assert len(cooked.generate([5, 6, 7], generation_config=GenerationConfig(max_new_tokens=5), **how).tokens) == 5
+        free = model.generate([5, 6, 7], max_new_tokens=3, sampler="direct", **how)
+        assert cooked.generate([5, 6, 7], top_k=0, **how).tokens == free.tokens
+
+    def test_configuration_that_leaves_top_k_off_suits_every_sampler(self, model):
+        config = GenerationConfig(do_sample=True, top_k=0, temperature=0.9)
+        for sampler in ("scr", "token-rs"):
+            assert model.generate(LONG, generation_config=config, sampler=sampler, **SHORT).text
+
     def test_no_sampling_is_the_argmax(self, model):
         expected = model.generate(LONG, temperature=0, **SHORT)
         config = GenerationConfig(do_sample=False, top_k=3, temperature=0.7)
@@ -279,6 +294,15 @@ class TestStops:
         assert len(stopped[0].tokens) < len(free[0].tokens)
         assert stopped[0].text.find(stop) + len(stop) > len(model.models.tokenizer.decode(stopped[0].tokens[:-1]))
         assert stopped[0].finish_reason == "stop"
+
+    def test_sampler_auto_shows_no_trial_to_a_criterion_and_keeps_processors(self, model):
+        asked = []
+        criteria = [lambda *of: bool(asked.append(of))]
+        how = SHORT | {"sampler": "auto", "suppress_tokens": [44], "stopping_criteria": criteria}
+        result = mpg.Model(model.models).generate(LONG, **how)
+        assert len(asked) == len(result.tokens)
+        assert 44 not in result.tokens
+        assert result.plan
 
     @pytest.mark.parametrize("batch_size", [1, 32])
     def test_rounds_read_late_are_cut_at_the_same_token(self, model, batch_size, monkeypatch):

@@ -274,10 +274,3 @@ def test_the_recipe_in_the_readme_loads(tmp_path):
     loaded = mpg.load(tmp_path, device="cpu")
     assert loaded.generate("Hello?", max_new_tokens=2).weights == loaded.recipe.weights
     assert loaded.generate("Hello?", weights="ESTJ", max_new_tokens=2).weights == loaded.recipe.presets["ESTJ"]
-
-
-def test_max_length_of_a_call_goes_before_the_recipes_new_tokens(model):
-    own = mpg.Model(model.models, Recipe(options={"max_new_tokens": 3, "sampler": "direct"}))
-    prompt = own.encode("How was your weekend?")
-    assert len(own.generate(prompt, weights={"E": 1}, seed=0).tokens) == 3
-    assert len(own.generate(prompt, weights={"E": 1}, seed=0, max_length=len(prompt) + 5).tokens) == 5

@@ -41,6 +41,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "seq-rs": {**_SCORE, "tries": 64},
 }
 
+_OFF = {"top_k": 0, "min_p": 0.0}  # values that ask for nothing, of a sampler that lacks the option too
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -153,7 +155,7 @@ class Options:
         for name in dict.fromkeys(name for options in _DEFAULTS.values() for name in options):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, defaults.get(name))
-            elif name not in defaults:
+            elif name not in defaults and getattr(self, name) != _OFF.get(name):
                 raise ValueError(f"{name}: not an option of sampler {self.sampler!r}, got {getattr(self, name)!r}")
         has_score = "initial_bound" in defaults
         if has_score:

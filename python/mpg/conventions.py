@@ -24,7 +24,7 @@ from mpg.stopping import Criterion, Stops
 # Honoured: what each does here it does there. Beside it the value other than None that asks for nothing.
 HONOURED: dict[str, Any] = {
     # options of the sampler; do_sample=False is temperature 0
-    "do_sample": None, "temperature": None, "top_k": 0, "top_p": None, "min_p": 0.0, "max_new_tokens": None,
+    "do_sample": None, "temperature": None, "top_k": None, "top_p": None, "min_p": None, "max_new_tokens": None,
     # lengths of prompt and new tokens; max_new_tokens goes before max_length
     "max_length": None, "min_length": 0, "min_new_tokens": 0,
     # what ends a text; pad_token_id tells what is no prompt where input_ids come without an attention_mask
@@ -211,9 +211,6 @@ class Conventions:
                 refuse_unknown(name, (*_OPTIONS, *HONOURED, *_ARGUMENTS))
         asked = {name: value for name, value in given.items() if name in HONOURED and not _is_neutral(name, value)}
         options = {name: value for name, value in given.items() if name in _OPTIONS}
-        for name in ("top_k", "min_p"):  # so that samplers without them take a configuration that leaves them off
-            if name not in asked:
-                options.pop(name, None)
         do_sample = asked.pop("do_sample", True)
         if not isinstance(do_sample, bool):
             raise ValueError(f"do_sample: expected True or False, got {do_sample!r}")

@@ -154,9 +154,11 @@ class Model:
         return encode(prompt, self.models.tokenizer, self.models.vocab_size, raw=raw)
 
     def _plan(self, requests: list[Request], options: Options, eos_token_ids: tuple[int, ...]) -> Plan:
-        """The plan for requests like these, made when they first come: this target, these weights, as many rows."""
+        """The plan for requests like these, made when they first come: this target, these weights, as many rows, with
+        processors or without."""
         options = replace(options, seed=None, max_new_tokens=None)
-        key = options, min(options.batch_size, len(requests)), frozenset(request.alpha for request in requests)
+        kinds = frozenset((request.alpha, request.processor is None) for request in requests)
+        key = options, min(options.batch_size, len(requests)), kinds
         if key not in self._plans:
             self._plans[key] = plan(self.models, requests, options, eos_token_ids)
         return self._plans[key]

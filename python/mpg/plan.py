@@ -87,7 +87,8 @@ def plan(models: Ensemble, requests: Sequence[Request], options: Options, eos_to
     Logits processors run in the trial and in the timed rounds, but not on the rows whose overlap is a.
     """
     requests = requests[: options.batch_size]
-    short = [replace(request, max_new_tokens=min(request.max_new_tokens, TRIAL_TOKENS)) for request in requests]
+    # a stopping criterion may count what it is shown, so it is shown no trial
+    short = [replace(r, max_new_tokens=min(r.max_new_tokens, TRIAL_TOKENS), ends=None) for r in requests]
     direct = replace(options, sampler="direct")
     acceptances = _measure_acceptance(models, short[:MAX_PROMPTS], direct, eos_token_ids)
     candidates = [Candidate(direct, None, 1.0, _time_round(models, short, direct))]

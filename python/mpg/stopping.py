@@ -43,5 +43,13 @@ class Stops:
         if not self.criteria:
             return False
         input_ids = torch.tensor([[*self.prompt, *tokens]], device=self.device)
-        # every one is asked, as it may count; all of a list that holds tensors of one row
-        return any([bool(torch.as_tensor(criterion(input_ids, None)).all()) for criterion in self.criteria])
+        answers = [criterion(input_ids, None) for criterion in self.criteria]  # every one is asked, as it may count
+        return any(_is_true(answer) for answer in answers)
+
+
+def _is_true(answer: Any) -> bool:
+    try:
+        return bool(torch.as_tensor(answer).item())
+    except (RuntimeError, TypeError):
+        wanted = "True, False or a tensor of one of them"
+        raise ValueError(f"stopping_criteria: expected {wanted}, got {answer!r} from a criterion") from None

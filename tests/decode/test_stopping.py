@@ -92,6 +92,13 @@ def test_stop_string_is_found_across_rounds_and_bytes_and_not_in_the_prompt():
     assert one.text() == "\u00e9b"
 
 
+@pytest.mark.parametrize("answer", [None, [], [True, False], "yes"])
+def test_criterion_without_a_truth_value_is_refused(answer):
+    one = transcript(stops(criteria=(lambda input_ids, scores: answer,)))
+    with pytest.raises(ValueError, match="stopping_criteria: expected True, False or a tensor of one of them, got "):
+        list(one.extend([0], None, is_last=False))
+
+
 def test_every_criterion_is_asked_after_every_token_with_the_prompt_before_it():
     asked = []
 
