@@ -77,6 +77,9 @@ def test_generate_answers_a_batch_in_order():
         (["--weights", "E=1", "--temperature", "0", "--sampler", "scr"], "temperature: scr"),
         (["--weights", "E=1", "--draft", "no/such"], "draft: expected a model's folder, got 'no/such'"),
         (["--weights", "E=1", "--models", "no/such"], "models: expected 'demo', a folder or a recipe, got 'no/such'"),
+        (["--weights", "E=1", "--models", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
+        (["--weights", "E=1", "--anchor", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
+        (["--weights", "E=1", "--draft", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
         (["--weights", "E=1", "--device", "cuda:99"], "device"),
     ],
 )
@@ -165,9 +168,15 @@ def test_an_anchor_makes_the_models_a_specialised_base(tmp_path):
             "describe: expected a method among pp, pp-single, pp-specialized",
         ),
         (["--method", "pp", "--describe", "E"], "describe: expected NAME=TEXT, got 'E'"),
+        (["--method", "mod", "--top-p", "2"], "top_p: expected a number in (0, 1], got 2.0"),
+        (["--method", "mod", "--chunk-size", "2"], "chunk_size: not an option of sampler 'direct', got 2"),
+        (["--method", "token-rs", "--top-k", "2"], "top_k: not an option of sampler 'token-rs', got 2"),
+        (["--method", "scr", "--temperature", "0"], "temperature: scr"),
     ],
 )
-def test_bad_method_call_is_one_line_on_stderr(arguments, message):
+def test_bad_method_call_is_one_line_on_stderr_before_models_load(arguments, message, monkeypatch):
+    if "scr-specialized" not in arguments:  # whether the base is the anchor is seen when they are loaded
+        monkeypatch.setattr(mpg, "load", None)
     done = run("generate", "--prompt", PROMPT, "--weights", "E=1", "--json", *arguments)
     assert done.exit_code == 2
     assert done.stdout == ""

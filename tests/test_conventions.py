@@ -127,6 +127,9 @@ class TestFields:
             ({"do_sample": False, "sampler": "scr"}, "temperature: scr .* got 0; use sampler 'direct'"),
             ({"stop_strings": ["a", ""]}, "stop_strings: expected a string or a list of them, none empty"),
             ({"stop_strings": 3}, "stop_strings: expected a string or a list of them, none empty, got 3"),
+            ({"tokenizer": 3}, "tokenizer: expected a tokenizer of transformers, got int"),
+            ({"raw": "x"}, "raw: expected True or False, got 'x'"),
+            ({"trace": "x"}, "trace: expected True or False, got 'x'"),
             ({"max_time": "long"}, "max_time: expected seconds, got 'long'"),
             ({"num_return_sequences": 0}, "num_return_sequences: expected an integer >= 1, got 0"),
             (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 
 import numpy as np
@@ -193,6 +194,16 @@ def test_temperature_zero_is_the_argmax_of_the_target(model):
 def test_bad_call_is_refused(model, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         model.generate(prompt, **({"weights": BOTH} | options))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_prompt_that_is_too_long_gets_our_error_and_no_warning_of_the_tokenizer(model, raw, monkeypatch, caplog):
+    monkeypatch.setattr(model.models.tokenizer, "model_max_length", 256)
+    monkeypatch.setattr(model.models.tokenizer, "deprecation_warnings", {})  # it warns once
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(ValueError, match="prompt: the model has 256 positions and prompt 0 takes"):
+        model.generate("word " * 600, weights=BOTH, raw=raw)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("way", [*WAYS, *REJECTION_WAYS], ids=lambda way: " ".join(way.values()))

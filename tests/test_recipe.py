@@ -103,7 +103,7 @@ def test_what_is_given_beside_a_recipe_goes_before_it(cooked, tmp_path):
     file = tmp_path / "mine.yml"
     file.write_text(BODY)
     assert mpg.load(file, draft="T", device="cpu").models.is_same("draft", "T")
-    with pytest.raises(ValueError, match=r"^draft: expected .* got none of it in .*none"):
+    with pytest.raises(ValueError, match=r"^draft: expected .* got .*none, which is no folder"):
         mpg.load(file, draft=tmp_path / "none", device="cpu")
     with pytest.raises(ValueError, match=r"attributes: expected none beside the recipe .*mine.yml"):
         mpg.load(file, {"E": MODELS})

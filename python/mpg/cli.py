@@ -32,7 +32,7 @@ from mpg.config import DRAFTS, SAMPLERS, TARGETS
 from mpg.demo import MODELS as DEMO_MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
 from mpg.demo.show import show
-from mpg.methods import METHODS, PROMPTED_METHODS, SINGLE_METHODS, answer
+from mpg.methods import METHODS, PROMPTED_METHODS, SINGLE_METHODS, answer, sampler_of
 from mpg.recipe import Recipe
 
 app = typer.Typer(
@@ -134,6 +134,9 @@ def generate(
         recipe.weigh(weights)  # before minutes of loading, as the options
         if method is None:
             mpg.Options.of(options, recipe.options)
+        else:
+            mpg.Options.of({**options, "sampler": sampler_of(method)})
+        descriptions = _parse_descriptions(describe)
         model = _load(models, device, dtype, draft=None if draft in (None, *DRAFTS) else draft, anchor=anchor)
         with Progress(console=err, disable=len(prompt) == 1, transient=True) as progress:
             task = progress.add_task("tokens", total=None)
@@ -148,7 +151,7 @@ def generate(
             if method is None:
                 answers = {"": model.generate(list(prompt), weights=weights, **how)}
             else:
-                answers = answer(model, method, prompt, weights, descriptions=_parse_descriptions(describe), **how)
+                answers = answer(model, method, prompt, weights, descriptions=descriptions, **how)
     if as_json:
         print(json.dumps(_json_of(answers), allow_nan=False))
         return

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from mpg.batch import Processor
 from mpg.config import Options, refuse_unknown
@@ -175,6 +175,8 @@ class Conventions:
             if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
                 raise ValueError(f"eos_token_id: expected a token id or a list of them, got {given!r}")
             object.__setattr__(self, "eos_token_ids", tuple(ids))
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase | None):
+            raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(self.tokenizer).__name__}")
         if self.stop_strings() and self.tokenizer is None:
             got = self.fields["stop_strings"]
             raise ValueError(f"stop_strings: this model has no tokenizer, expected tokenizer=..., got {got!r}")

@@ -18,10 +18,11 @@ from threading import Lock
 from typing import Any
 
 import torch
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 import mpg_ext
 from mpg.adapters import Adapter, AdapterStack, adapter_in_memory, read_adapter, refuse_unreadable, share
@@ -120,18 +121,24 @@ def load(
     """
     if attributes is not None and not isinstance(attributes, Mapping):
         raise ValueError(f"attributes: expected a mapping from names to sources, got {type(attributes).__name__}")
-    sources = {_argument(name): source for name, source in (attributes or {}).items()}
-    for argument, source in {**sources, BASE: base, ANCHOR: anchor or base, DRAFT: draft or base}.items():
+    sources: dict[str, Any] = {BASE: base, ANCHOR: anchor, DRAFT: draft}
+    sources = {role: source for role, source in sources.items() if role == BASE or source is not None}
+    sources |= {_argument(name): source for name, source in (attributes or {}).items()}
+    for argument, source in sources.items():
         if not isinstance(source, Source):
             wanted = "a folder, a hub name or a loaded model"
             raise ValueError(f"{argument}: expected {wanted}, got {type(source).__name__}")
 
-    peft_models = [source for source in (*sources.values(), draft) if isinstance(source, PeftModel)]
+    own_tokenizer = _own_tokenizer(tokenizer)
+    peft_models = [source for source in (*(attributes or {}).values(), draft) if isinstance(source, PeftModel)]
     base, anchor = _with_adapters(base, peft_models), _with_adapters(anchor, peft_models)
     names = _default_attributes(base) if attributes is None else attributes
     host = base if anchor is None or anchor in names or _is_adapter(anchor, base) else anchor
     if attributes is None:
         names = _default_attributes(host)
+    for argument, source in sources.items():  # before minutes of loading
+        if argument not in (ANCHOR, DRAFT) or source not in names:
+            _check_found(argument, source, host)
     if not names:
         wanted = "at least one"
         if isinstance(host, str | Path):
@@ -150,20 +157,17 @@ def load(
             wanted = f"names other than {BASE!r}, {ANCHOR!r}, {DRAFT!r} and {MERGED!r}"
             raise ValueError(f"attributes: expected {wanted}, got {name!r}")
         slots[name] = loader.add_attribute(_argument(name), source)
-    for role, given in ((ANCHOR, anchor), (DRAFT, draft)):
-        if given is None:
+    for role, source in ((ANCHOR, anchor), (DRAFT, draft)):
+        if source is None:
             slots[role] = slots[BASE]
-        elif isinstance(given, str) and given in names:
-            slots[role] = slots[given]
+        elif isinstance(source, str) and source in names:
+            slots[role] = slots[source]
         elif role == DRAFT:
-            slots[role] = loader.add_attribute(role, given)
+            slots[role] = loader.add_attribute(role, source)
         elif role not in slots:
-            slots[role] = loader.add(role, given)
-    if tokenizer is not None:
-        found = _read_tokenizer("tokenizer", tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-        if found is None:
-            raise ValueError(f"tokenizer: expected a folder or hub name with a tokenizer, got {tokenizer}")
-        loader.members[0].tokenizer = found
+            slots[role] = loader.add(role, source)
+    if own_tokenizer is not None:
+        loader.members[0].tokenizer = own_tokenizer
     return Ensemble(loader.finish(), slots, tuple(names))
 
 
@@ -508,8 +512,6 @@ class _Loader:
         return self.members
 
     def _add_adapter(self, adapter: Adapter) -> Slot:
-        if _key(self.host) not in self.slots:
-            raise ValueError(f"{adapter.name}: expected a model, got the adapter {adapter.source}")
         index, _ = self.slots[_key(self.host)]
         _warn_of_another_base(adapter, self.members[index])
         self.members[index].adapters.append(adapter)
@@ -526,10 +528,6 @@ class _Loader:
             if not isinstance(place, torch.device | None):
                 raise ValueError(f"{argument}: expected one device in device_map for a loaded model, got {place!r}")
             place = place or (None if self.keeps_devices else self.device)
-        elif not _has_file(source, "config.json"):
-            loaded = f" or an adapter of {sorted(self.host.peft_config)}" if isinstance(self.host, PeftModel) else ""
-            wanted = f"a model (config.json), an adapter ({ADAPTER_CONFIG}){loaded}"
-            raise ValueError(f"{argument}: expected {wanted}, got none of it in {source}")
         else:
             dtype = self.dtype or (self.members[0].model.dtype if self.members else None)
             model = _read_model(argument, source, dtype, place or self.device)
@@ -566,13 +564,44 @@ def _key(source: Source) -> int | str:
     return id(source) if isinstance(source, nn.Module) else str(source)
 
 
+def _check_found(argument: str, source: Source, host: Source) -> None:
+    """Refuse what is neither a model nor an adapter, and an adapter as base."""
+    is_adapter = _is_adapter(source, host)
+    if is_adapter and argument == BASE:
+        raise ValueError(f"{argument}: expected a model, got the adapter {source}")
+    if isinstance(source, nn.Module) or is_adapter or _has_file(source, "config.json"):
+        return
+    wanted = f"a model (config.json) or an adapter ({ADAPTER_CONFIG})"
+    if isinstance(host, PeftModel):
+        wanted += f" or an adapter of {sorted(host.peft_config)}"
+    raise ValueError(f"{argument}: expected {wanted}, got {_nothing_in(source, 'config.json')}")
+
+
+def _nothing_in(source: str | Path, name: str) -> str:
+    """What to say of a source that has no such file: of a name that is no folder also what the hub says."""
+    if Path(source).is_dir():
+        return f"none of it in {source}"
+    try:
+        file_exists(str(source), name)
+        found = ", and none of it in a repository of the hub by that name"
+    except HFValidationError:  # nor can a repository be called so
+        found = ""
+    except Exception as error:  # its types are those of an HTTP client, another in every version of the hub's package
+        found = f", and could not be looked for on the hub: {type(error).__name__}: {error}".splitlines()[0]
+    return f"{source}, which is no folder{found}"
+
+
 def _has_file(source: str | Path, *names: str) -> bool:
-    """Whether a folder, or a hub repository that can be reached or is cached, holds one of these files."""
-    if Path(source).is_dir() or Path(source).is_absolute() or str(source).startswith("."):
+    """Whether a folder, or a hub repository that is cached or answers, holds one of these files.
+
+    The hub is asked once. A download would be tried again for half a minute, also for a folder's name that is mistyped.
+    """
+    if Path(source).is_dir():
         return any((Path(source) / name).is_file() for name in names)
     try:
-        return any(cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in names)
-    except (OSError, ValueError):  # no such repository, no network, or not a repository's name at all
+        cached = (try_to_load_from_cache(str(source), name) for name in names)
+        return any(isinstance(file, str) for file in cached) or any(file_exists(str(source), name) for name in names)
+    except Exception:  # no name of a repository, none that may be read, no network
         return False
 
 
@@ -622,6 +651,20 @@ def _read_tokenizer(argument: str, source: str | Path) -> PreTrainedTokenizerBas
         return None
     with refuse_unreadable(argument, source):
         return AutoTokenizer.from_pretrained(source)
+
+
+def _own_tokenizer(given: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that an argument is, or names."""
+    if given is None or isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if not isinstance(given, str | Path):
+        wanted = "a folder, a hub name or a loaded tokenizer"
+        raise ValueError(f"tokenizer: expected {wanted}, got {type(given).__name__}")
+    tokenizer = _read_tokenizer("tokenizer", given)
+    if tokenizer is None:
+        wanted = f"a tokenizer ({' or '.join(TOKENIZER_FILES)})"
+        raise ValueError(f"tokenizer: expected {wanted}, got {_nothing_in(given, TOKENIZER_FILES[0])}")
+    return tokenizer
 
 
 def _check_agreement(base: _Member, other: _Member) -> None:

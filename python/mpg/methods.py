@@ -87,8 +87,7 @@ def answer(
 
     Raises ValueError, naming the argument, for an unknown method and where a method lacks what it needs.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    sampler = sampler_of(method)
     for name in ("sampler", "target"):
         if options.get(name) is not None:
             raise ValueError(f"{name}: expected none beside a method, which sets it, got {options[name]!r}")
@@ -106,8 +105,8 @@ def answer(
         preference = _state_preference(alpha, {**DESCRIPTIONS, **(descriptions or {})})
         requests = [_prefix(request, preference) for request in requests]
 
-    own = {name: value for name, value in options.items() if value is not None}
-    direct = {**PAPERS_DRAW, **own, "sampler": "direct"}
+    own = {name: value for name, value in options.items() if value is not None} | {"sampler": sampler}
+    direct = {**PAPERS_DRAW, **own}
 
     def run(models: Ensemble, weights: Weights | None = None, **how: Any) -> list[Result]:
         results = Model(models).generate(requests, weights=weights, raw=raw, on_token=on_token, **how)
@@ -116,7 +115,7 @@ def answer(
     if method in ("pp-single", "dpo-single"):
         return {name: run(models.with_roles(base=name), **direct, target="base") for name in alpha}
     if method == "scr-dpo-single":
-        return {name: run(models.with_roles(base=name), alpha, **own, sampler="scr") for name in alpha}
+        return {name: run(models.with_roles(base=name), alpha, **own) for name in alpha}
     if method == "soups":
         shares = _average(method, alpha)
         merged = models.merge(list(shares), torch.tensor([list(shares.values())], device=models.device))
@@ -125,11 +124,16 @@ def answer(
         first = next(iter(alpha))
         pool = models.with_roles(base=first, anchor=first)
         return {"": run(pool, _average(method, alpha), **direct, target="geometric")}
-    if method in ("seq-rs", "token-rs"):
-        return {"": run(models, alpha, **own, sampler=method)}
-    if method in ("scr", "scr-specialized"):
-        return {"": run(models, alpha, **own, sampler="scr")}
+    if sampler != "direct":  # seq-rs, token-rs, scr, scr-specialized
+        return {"": run(models, alpha, **own)}
     return {"": run(models, **direct, target="base")}  # base, pp and their specialised forms
+
+
+def sampler_of(method: str) -> str:
+    """The sampler that a method runs; ValueError for an unknown one."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    return "scr" if method.startswith("scr") else method if method in ("seq-rs", "token-rs") else "direct"
 
 
 def _average(method: str, alpha: Mapping[str, float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 Prompt: TypeAlias = str | Messages | Sequence[int]
+_QUIET = {"verbose": False}  # no warning of its own about a long prompt, which is refused where the model is known
 
 
 def as_list(prompt: Any) -> tuple[list[Prompt], bool]:
@@ -35,6 +36,8 @@ def as_list(prompt: Any) -> tuple[list[Prompt], bool]:
 def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, *, raw: bool) -> list[int]:
     """Token ids of one prompt. raw: take a string verbatim, not as a user message through the chat template"""
     token_ids: Any
+    if not isinstance(raw, bool):
+        raise ValueError(f"raw: expected True or False, got {raw!r}")
     if not prompt:
         raise ValueError(f"prompt: expected at least one token, got {prompt!r}")
     if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
@@ -44,7 +47,7 @@ def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
     elif tokenizer is None:
         raise ValueError(f"prompt: this model has no tokenizer, expected token ids, got {prompt!r}")
     elif isinstance(prompt, str) and (raw or not tokenizer.chat_template):
-        token_ids = tokenizer(prompt)["input_ids"]
+        token_ids = tokenizer(prompt, **_QUIET)["input_ids"]
     elif not tokenizer.chat_template:
         raise ValueError(f"prompt: this model has no chat template, expected a string, got {prompt!r}")
     else:
@@ -52,7 +55,9 @@ def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
         if not all(message.get("content") for message in messages):
             raise ValueError(f"prompt: expected some text in every message, got {prompt!r}")
         try:
-            token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            token_ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=_QUIET
+            )
         except (TemplateError, TypeError) as error:  # a role that it refuses; text that UTF-8 cannot hold
             wanted = "messages that the chat template takes"
             raise ValueError(f"prompt: expected {wanted}, got {prompt!r}: {error}") from error

@@ -310,24 +310,70 @@ def test_a_folder_without_adapters_is_refused_with_what_was_looked_for(tiny_mode
         load(tmp_path)
 
 
-def test_a_missing_folder_is_refused_by_argument(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match=r"base: expected .*config.json.*got none of it in .*missing"):
-        load(tmp_path / "missing", {"E": tmp_path})
-    with pytest.raises(ValueError, match=r"draft: expected .*config.json.*got none of it in .*missing"):
-        load(tiny_model(), {"E": tiny_model()}, draft=tmp_path / "missing")
+def test_a_missing_folder_is_refused_by_argument_before_anything_is_loaded(set_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(mpg.ensemble, "_read_model", None)
+    missing = tmp_path / "missing"
+    wanted = r"expected a model \(config.json\) or an adapter \(adapter_config.json\), got"
+    for attributes in (None, {"E": set_folder / "adapters/E"}):
+        with pytest.raises(ValueError, match=f"^base: {wanted} {missing}, which is no folder$"):
+            load(missing, attributes)
+        with pytest.raises(ValueError, match=f"^base: {wanted} none of it in {tmp_path}$"):
+            load(tmp_path, attributes)
+        for role in ("anchor", "draft"):
+            with pytest.raises(ValueError, match=f"^{role}: {wanted} {missing}, which is no folder$"):
+                load(set_folder, attributes, **{role: missing})
+    with pytest.raises(ValueError, match=rf"^attributes\['E'\]: {wanted} {missing}, which is no folder$"):
+        load(set_folder, {"E": missing})
+    with pytest.raises(ValueError, match=rf"^tokenizer: expected a tokenizer .*, got {missing}, which is no folder$"):
+        load(set_folder, tokenizer=missing)
+    with pytest.raises(ValueError, match=r"^tokenizer: expected a folder, a hub name or a loaded tokenizer, got int"):
+        load(set_folder, tokenizer=3)
+
+
+def _no_repository(repository, name):
+    return False
+
+
+def _no_network(repository, name):
+    raise ConnectionError("no network\nmore of it")
+
+
+@pytest.mark.parametrize(
+    ("hub", "answer"),
+    [
+        (_no_repository, "and none of it in a repository of the hub by that name"),
+        (_no_network, "and could not be looked for on the hub: ConnectionError: no network"),
+    ],
+)
+def test_a_name_that_is_no_folder_is_asked_for_once_a_file_on_the_hub(hub, answer, tiny_model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(mpg.ensemble, "file_exists", lambda *of: asked.append(of) or hub(*of))
+    with pytest.raises(
+        ValueError, match=rf"^attributes\['E'\]: expected .*, got me/mine, which is no folder, {answer}$"
+    ):
+        load(tiny_model(), {"E": "me/mine"})
+    assert len(asked) == 3  # for an adapter, a model, and the reason
+
+
+@pytest.mark.parametrize("name", ["./mine", "models/of/mine", "~/mine", "my model", "/models/mine"])
+def test_a_name_that_is_no_repositorys_is_not_looked_for_on_the_hub(name, tiny_model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", None)
+    with pytest.raises(ValueError, match=rf"^attributes\['E'\]: expected .*, got {name}, which is no folder$"):
+        load(tiny_model(), {"E": name})
 
 
 def test_an_unknown_adapter_name_is_refused_with_the_names_there_are(tiny_model):
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="one")
     with pytest.raises(
-        ValueError, match=r"attributes\['E'\]: expected .* or an adapter of \['one'\], got none of it in ./two"
+        ValueError, match=r"attributes\['E'\]: expected .* or an adapter of \['one'\], got ./two, which is no folder"
     ):
         load(model, {"E": "./two"})
 
 
 def test_an_adapter_as_base_is_refused(set_folder):
-    with pytest.raises(ValueError, match="base: expected a model, got the adapter"):
-        load(set_folder / "adapters/E", {"E": set_folder / "adapters/E"})
+    for attributes in (None, {"E": set_folder / "adapters/E"}):
+        with pytest.raises(ValueError, match="base: expected a model, got the adapter"):
+            load(set_folder / "adapters/E", attributes)
 
 
 def test_a_peft_model_around_another_model_is_refused(tiny_model):
