@@ -81,6 +81,10 @@ def test_generate_answers_a_batch_in_order():
         (["--weights", "E=1", "--anchor", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
         (["--weights", "E=1", "--draft", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
         (["--weights", "E=1", "--device", "cuda:99"], "device"),
+        (["--weights", "E=1", "--stop", ""], "stop: expected strings that are not empty, got ['']"),
+        (["--weights", "E=1", "--batch-size", "0"], "batch_size: expected an integer >= 1, got 0"),
+        (["--weights", "E=1", "--device-map", "cuda:0"], "device_map: expected NAME=DEVICE, got 'cuda:0'"),
+        (["--weights", "E=1", "--device-map", "F=cpu"], "device_map: expected some of ['E', "),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(arguments, message):
@@ -89,6 +93,21 @@ def test_bad_input_is_one_line_on_stderr(arguments, message):
     assert done.stdout == ""
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_generate_takes_stop_strings_a_batch_size_and_a_device_map(model, monkeypatch):
+    how = {"weights": {"E": 1}, "seed": 4, "stop_strings": ["!", "ing"]}
+    arguments = ["--weights", "E=1", "--prompt", PROMPT, "--seed", 4, "--stop", "!", "--stop", "ing", "--json"]
+    place = os.environ.get("MPG_DEVICE", "cpu")
+    done = run("generate", *arguments, "--batch-size", 1, "--device-map", f"base={place}")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == list(model.generate(PROMPT, **how).tokens)
+    seen = {}
+    monkeypatch.setattr(mpg, "load", lambda base, **load: seen.update(load) or model)
+    monkeypatch.setattr(mpg.Model, "generate", lambda self, prompts, **call: seen.update(call) or [])
+    run("generate", *arguments, "--batch-size", 3, "--device-map", "base=cuda:0,E=cuda:1")
+    assert seen["device_map"] == {"base": "cuda:0", "E": "cuda:1"}
+    assert (seen["batch_size"], seen["stop_strings"]) == (3, ["!", "ing"])
 
 
 def test_unknown_option_is_refused():

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -132,6 +133,43 @@ def test_a_folder_without_a_recipe_saves_its_attributes_by_name(model, tmp_path,
     assert text.startswith("base: .\nattributes:\n  E: adapters/E\n")
     (tmp_path / "set").rename(tmp_path / "moved")  # models below the recipe move with it
     assert mpg.load(tmp_path / "moved", device="cpu").models.attribute_names == loaded.models.attribute_names
+
+
+def test_a_recipe_says_where_its_models_are_unless_the_caller_does(tmp_path):
+    file = tmp_path / "mine.yaml"
+    (tmp_path / "other").symlink_to(MODELS)
+    body = f"base: {MODELS}\nattributes:\n  F: other\ndevice_map:\n  base: cpu\n  F: PLACE\n"
+
+    def devices(place, **arguments):
+        file.write_text(body.replace("PLACE", place))
+        loaded = mpg.load(file, dtype="float32", **arguments)
+        loaded.save_pretrained(file)
+        return loaded.recipe.device_map, loaded.models.describe()["F"]["device"], Recipe.of(file).device_map
+
+    for place, plain in {"meta": "meta", "{'': cpu}": {"": "cpu"}}.items():
+        saved = {"base": "cpu", "F": plain}
+        assert devices(place) == (saved, "meta" if place == "meta" else "cpu", saved)
+    assert devices("meta", device="cpu") == ({}, "cpu", None)
+    given = {"F": torch.device("meta")}
+    assert devices("cpu", device_map=given, device="cpu") == ({"F": "meta"}, "meta", {"F": "meta"})
+
+
+@pytest.mark.parametrize(
+    ("device_map", "line", "message"),
+    [
+        ("{F: gpu}", 3, r"device_map\['F'\]: expected 'cpu' or 'cuda\[:i\]', got 'gpu'"),
+        ("\n  base: cpu\n  T: cpu", 5, "device_map: unknown name 'T'; expected one of F, base, anchor, draft"),
+        ("\n  F: cpu\n  base: true", 5, "device_map: expected a device for 'base', got True"),
+        ("\n  base:\n    model: [0]", 5, r"device_map\['base'\]: expected a device for 'model', got a list"),
+        ("auto", 3, "device_map: expected a mapping, got 'auto'"),
+        ("\n  draft: cpu", 4, "device_map: expected names that bring a model of their own, got draft"),
+    ],
+)
+def test_a_mistaken_device_is_refused_with_its_line(device_map, line, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: {MODELS}\nattributes: {{F: {MODELS}/adapters/E}}\ndevice_map: {device_map}\n")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:{line}: {message}"):
+        mpg.load(file)
 
 
 def test_models_in_memory_are_refused_with_the_remedy_before_anything_is_written(tmp_path):

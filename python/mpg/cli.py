@@ -96,6 +96,10 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Of the target row, or of the draft under scr.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus mass of the same row.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first prompt; the next ones count up.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a text; repeat the option.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts decoded at once; the others wait. Default: 32.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Tokens that the target row keeps, 0 for all.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Share of the largest probability that a token needs.")] = None,
     mixture_span: Annotated[str | None, typer.Option(help="arithmetic: token | sequence | a number of tokens.")] = None,
@@ -112,6 +116,9 @@ def generate(
     empty: Annotated[str | None, typer.Option(help="scr: raise | base, where nothing can be accepted.")] = None,
     observed: Annotated[bool | None, typer.Option(help="scr: push every tested score, not only the accepted.")] = None,
     device: Device = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="NAME=DEVICE,...: where the model of base, anchor, draft or an attribute goes.")
+    ] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -120,7 +127,7 @@ def generate(
         "sampler": sampler, "target": target, "max_new_tokens": max_new_tokens, "temperature": temperature,
         "top_p": top_p, "seed": seed, "chunk_size": chunk_size, "window": window, "gamma": gamma, "tau": tau,
         "initial_bound": initial_bound, "tries": tries, "empty": empty, "observed": observed, "top_k": top_k,
-        "min_p": min_p,
+        "min_p": min_p, "batch_size": batch_size,
         "mixture_span": int(mixture_span) if mixture_span and mixture_span.isdecimal() else mixture_span,
         "verify": verify, "adaptive": adaptive, "draft": draft if draft in (None, *DRAFTS) else "model",
     }  # fmt: skip
@@ -130,14 +137,18 @@ def generate(
             raise ValueError(f"method: expected no sampler and no target beside {method!r}, got {given}")
         if describe and method not in PROMPTED_METHODS:
             raise ValueError(f"describe: expected a method among {', '.join(PROMPTED_METHODS)}, got {method!r}")
+        if stop and not all(stop):
+            raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
         recipe = Recipe.of(_place(models))
         recipe.weigh(weights)  # before minutes of loading, as the options
         if method is None:
             mpg.Options.of(options, recipe.options)
         else:
             mpg.Options.of({**options, "sampler": sampler_of(method)})
-        descriptions = _parse_descriptions(describe)
-        model = _load(models, device, dtype, draft=None if draft in (None, *DRAFTS) else draft, anchor=anchor)
+        descriptions = _parse_pairs("describe", "NAME=TEXT", describe or [])
+        places = None if device_map is None else _parse_pairs("device_map", "NAME=DEVICE", device_map.split(","))
+        own_draft = None if draft in (None, *DRAFTS) else draft
+        model = _load(models, device, dtype, draft=own_draft, anchor=anchor, device_map=places)
         with Progress(console=err, disable=len(prompt) == 1, transient=True) as progress:
             task = progress.add_task("tokens", total=None)
             streamed = len(prompt) == 1 and not as_json and method not in SINGLE_METHODS
@@ -147,7 +158,7 @@ def generate(
                 if streamed:
                     print(token.text, end="", flush=True)
 
-            how: dict[str, Any] = {"raw": raw, "on_token": on_token, **options}
+            how: dict[str, Any] = {"raw": raw, "on_token": on_token, "stop_strings": stop or None, **options}
             if method is None:
                 answers = {"": model.generate(list(prompt), weights=weights, **how)}
             else:
@@ -293,15 +304,15 @@ def bench(
         Console(width=None if sys.stdout.isatty() else 120).print(bench_module.render(report))
 
 
-def _parse_descriptions(items: list[str] | None) -> dict[str, str]:
-    """Descriptions from NAME=TEXT items."""
-    descriptions = {}
-    for item in items or []:
+def _parse_pairs(option: str, form: str, items: list[str]) -> dict[str, str]:
+    """What an option's items, of a form like NAME=TEXT, say of each name."""
+    pairs = {}
+    for item in items:
         name, _, text = (part.strip() for part in item.partition("="))
         if not name or not text:
-            raise ValueError(f"describe: expected NAME=TEXT, got {item!r}")
-        descriptions[name] = text
-    return descriptions
+            raise ValueError(f"{option}: expected {form}, got {item!r}")
+        pairs[name] = text
+    return pairs
 
 
 def _json_of(answers: dict[str, list[mpg.Result]]) -> dict[str, Any]:
@@ -313,17 +324,23 @@ def _json_of(answers: dict[str, list[mpg.Result]]) -> dict[str, Any]:
 
 
 def _load(
-    models: str, device: str | None, dtype: str | None, draft: str | None = None, anchor: str | None = None
+    models: str,
+    device: str | None,
+    dtype: str | None,
+    draft: str | None = None,
+    anchor: str | None = None,
+    device_map: dict[str, str] | None = None,
 ) -> mpg.Model:
     place = _place(models)
     for name, folder in (("draft", draft), ("anchor", anchor)):
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"{name}: expected a model's folder, got {folder!r}")
+    how: dict[str, Any] = dict(device=device, dtype=dtype, draft=draft, anchor=anchor, device_map=device_map)
     if models != "demo":
-        return mpg.load(place, device=device, dtype=dtype, draft=draft, anchor=anchor)
+        return mpg.load(place, **how)
     torch.set_num_threads(1)  # models as small as these lose more to threads that wait for one another
     with redirect_stderr(io.StringIO()):  # transformers' bar, over before it can be read
-        return mpg.load(place, device=device, dtype=dtype, draft=draft, anchor=anchor)
+        return mpg.load(place, **how)
 
 
 def _place(models: str) -> Path:

@@ -208,11 +208,13 @@ def load(
     device: torch.device | str | None = None,
     device_map: Mapping[str, Any] | None = None,
 ) -> Model:
-    recipe = Recipe.of(base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer)
+    if device is not None and device_map is None:
+        device_map = {}  # this device for every model, whatever a recipe says
+    recipe = Recipe.of(base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer, device_map=device_map)
     with recipe.locate_errors():
         models = ensemble.load(
             recipe.base, recipe.attributes, anchor=recipe.anchor, draft=recipe.draft, tokenizer=recipe.tokenizer,
-            dtype=dtype, device=device, device_map=device_map,
+            dtype=dtype, device=device, device_map=recipe.device_map,
         )  # fmt: skip
     return Model(models, recipe.pin(models.describe()))
 
@@ -220,8 +222,8 @@ def load(
 # one description, of the function that does it
 load.__doc__ = f"""{ensemble.load.__doc__}
     Instead of the base and its attributes, a recipe: a .yaml file, or a folder that holds mpg.yaml. Its keys: base and
-    attributes (required), anchor, draft, tokenizer (paths are relative to the file), weights, presets (weights by name)
-    and options (of `mpg.Options`). What is given beside it goes before it.
+    attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map, weights, presets
+    (weights by name) and options (of `mpg.Options`). What is given beside it goes before it, a device before its map.
     """
 
 

@@ -20,14 +20,15 @@ from mpg.config import Options, check_weights, parse_weights
 
 FILE = "mpg.yaml"  # what a folder is searched for
 SUFFIXES = (".yaml", ".yml")
-KEYS = ("base", "anchor", "draft", "tokenizer", "attributes", "weights", "presets", "options")
+KEYS = ("base", "anchor", "draft", "tokenizer", "attributes", "device_map", "weights", "presets", "options")
+ROLES = ("base", "anchor", "draft")  # names that no attribute has
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The models of a combination and its defaults, as `mpg.load` was given them or read them from a file.
 
-    base, anchor, draft, tokenizer, attributes  as `mpg.load` takes them; None where not given
+    base, anchor, draft, tokenizer, attributes, device_map  as `mpg.load` takes them; None where not given
     weights  alpha by attribute where the caller gives no weights, or None
     presets  alpha by attribute, by a name that stands for it
     options  of `Options`, where the caller is silent and his sampler has them
@@ -39,6 +40,7 @@ class Recipe:
     anchor: Any = None
     draft: Any = None
     tokenizer: Any = None
+    device_map: Mapping[str, Any] | None = None
     weights: Mapping[str, float] | None = None
     presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class Recipe:
         if attributes is not None:
             raise ValueError(f"attributes: expected none beside the recipe {file}, which names them, got {attributes}")
         recipe = _read(file)
-        lines = {argument: line for argument, line in recipe.lines.items() if argument not in given}
+        lines = {argument: line for argument, line in recipe.lines.items() if argument.partition("[")[0] not in given}
         return replace(recipe, **given, lines=lines)
 
     def weigh(self, weights: Any, target: str | None = None) -> Any:
@@ -96,7 +98,7 @@ class Recipe:
 
         roles  `Ensemble.describe()`
         """
-        names = [name for name in roles if name not in ("base", "anchor", "draft")]
+        names = [name for name in roles if name not in ROLES]
         attributes = self.attributes or {name: roles[name]["adapter"] for name in names}
         return replace(
             self,
@@ -105,6 +107,7 @@ class Recipe:
             anchor=_pin(self.anchor, names),
             draft=_pin(self.draft, names),
             tokenizer=_pin(self.tokenizer),
+            device_map=self.device_map and _plain(self.device_map),
         )
 
     def write(self, target: str | Path) -> None:
@@ -131,6 +134,7 @@ class Recipe:
                 document[name] = place(name, getattr(self, name))
         attributes = self.attributes or {}
         document["attributes"] = {name: place(f"attributes[{name!r}]", at) for name, at in attributes.items()}
+        document["device_map"] = self.device_map
         document["weights"] = self.weights and dict(self.weights)
         document["presets"] = {name: dict(weights) for name, weights in self.presets.items()}
         document["options"] = dict(self.options)
@@ -166,6 +170,13 @@ def _pin(source: Any, names: Sequence[str] = ()) -> Any:
     if not isinstance(source, str | Path):
         return type(source)
     return str(Path(source).absolute()) if Path(source).exists() else str(source)
+
+
+def _plain(place: Any) -> Any:
+    """A place of a device map as a file has it: a device by its name."""
+    if isinstance(place, Mapping):
+        return {name: _plain(part) for name, part in place.items()}
+    return place if isinstance(place, int) else str(place)
 
 
 def _read(file: Path) -> Recipe:
@@ -210,6 +221,7 @@ class _Reader:
         sources = {key: nodes[key] for key in ("base", "anchor", "draft", "tokenizer") if key in nodes}
         places = {key: self.source(key, node, of_attributes) for key, node in sources.items()}
         attributes = {name: self.source(f"attributes[{name!r}]", node) for name, node in of_attributes.items()}
+        device_map = self.places("device_map", nodes.get("device_map"), [*attributes, *ROLES])
         presets = {}
         for name, node in self.entries(nodes.get("presets"), "presets", "preset").items():
             if not name or "=" in name:
@@ -225,8 +237,11 @@ class _Reader:
             default = self.weights("weights", weights, attributes) if weights is not None else None
         lines = {key: self.line(node) for key, node in nodes.items()}
         lines |= {f"attributes[{name!r}]": self.line(node) for name, node in of_attributes.items()}
+        of_devices = self.entries(nodes.get("device_map"), "device_map", "name")
+        lines |= {f"device_map[{name!r}]": self.line(node) for name, node in of_devices.items()}
         return Recipe(
             attributes=attributes,
+            device_map=device_map,
             weights=default,
             presets=presets,
             options=self.options(nodes.get("options")),
@@ -271,6 +286,20 @@ class _Reader:
         if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and not (slash and (folder / owner).is_dir()):
             return value
         raise self.mistake(node, f"{argument}: expected a folder that exists or a hub name, got {value!r} ({path})")
+
+    def places(self, what: str, node: yaml.Node | None, known: Sequence[str] | None = None) -> dict[str, Any] | None:
+        """Devices by name; that of a name may be a mapping too, which splits its model."""
+        if node is None:
+            return None
+        places: dict[str, Any] = {}
+        for name, place in self.entries(node, what, "name", known).items():
+            if isinstance(place, yaml.MappingNode) and known is not None:
+                places[name] = self.places(f"{what}[{name!r}]", place)
+                continue
+            places[name] = self.value(place) if isinstance(place, yaml.ScalarNode) else None
+            if not isinstance(places[name], str | int) or isinstance(places[name], bool):
+                raise self.mistake(place, f"{what}: expected a device for {name!r}, got {self.got(place)}")
+        return places
 
     def weights(self, what: str, node: yaml.Node, attributes: Mapping[str, Any]) -> dict[str, float]:
         nodes = self.entries(node, what, "attribute", list(attributes))
