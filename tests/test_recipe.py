@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,23 @@ def test_a_recipe_says_where_its_models_are_unless_the_caller_does(tmp_path):
     assert devices("meta", device="cpu") == ({}, "cpu", None)
     given = {"F": torch.device("meta")}
     assert devices("cpu", device_map=given, device="cpu") == ({"F": "meta"}, "meta", {"F": "meta"})
+
+
+def test_a_recipe_takes_adapters_of_a_base_by_another_name_where_it_says_so(tmp_path):
+    for name in ("base", "copy"):
+        shutil.copytree(MODELS, tmp_path / name, ignore=shutil.ignore_patterns("mpg.yaml"))
+    file = tmp_path / "mine.yaml"
+    body = "base: copy\nattributes:\n  E: base/adapters/E\n"
+    file.write_text(body)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}:3: attributes\['E'\]: expected an adapter of"):
+        mpg.load(file, device="cpu")
+    mpg.load(file, device="cpu", allow_other_base=True).save_pretrained(file)
+    assert mpg.load(file, device="cpu").recipe.allow_other_base is True
+    file.write_text(body + "allow_other_base: 1\n")
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(file))}:4: allow_other_base: expected True or False, got 1"
+    ):
+        mpg.load(file, device="cpu")
 
 
 @pytest.mark.parametrize(

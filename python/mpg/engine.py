@@ -207,14 +207,18 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: Mapping[str, Any] | None = None,
+    allow_other_base: bool | None = None,
 ) -> Model:
     if device is not None and device_map is None:
         device_map = {}  # this device for every model, whatever a recipe says
-    recipe = Recipe.of(base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer, device_map=device_map)
+    recipe = Recipe.of(
+        base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer,
+        device_map=device_map, allow_other_base=allow_other_base,
+    )  # fmt: skip
     with recipe.locate_errors():
         models = ensemble.load(
             recipe.base, recipe.attributes, anchor=recipe.anchor, draft=recipe.draft, tokenizer=recipe.tokenizer,
-            dtype=dtype, device=device, device_map=recipe.device_map,
+            dtype=dtype, device=device, device_map=recipe.device_map, allow_other_base=recipe.allow_other_base,
         )  # fmt: skip
     return Model(models, recipe.pin(models.describe()))
 
@@ -222,8 +226,9 @@ def load(
 # one description, of the function that does it
 load.__doc__ = f"""{ensemble.load.__doc__}
     Instead of the base and its attributes, a recipe: a .yaml file, or a folder that holds mpg.yaml. Its keys: base and
-    attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map, weights, presets
-    (weights by name) and options (of `mpg.Options`). What is given beside it goes before it, a device before its map.
+    attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map,
+    allow_other_base, weights, presets (weights by name) and options (of `mpg.Options`). What is given beside it goes
+    before it, a device before its map.
     """
 
 

@@ -9,6 +9,7 @@ import copy
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from mpg.linear import pack_linears
 ROLES = BASE, ANCHOR, DRAFT = "base", "anchor", "draft"
 MERGED = "merged"
 ADAPTER_CONFIG = "adapter_config.json"
+CACHED = "models--"  # what the folder of a repository begins with in the hub's cache: models--OWNER--NAME
 PREFILL_TOKENS = 512  # of a prompt, read at once: what a forward needs beside the cache does not grow with the prompt
 SPLITTING_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
@@ -88,6 +90,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: Mapping[str, Any] | None = None,
+    allow_other_base: bool = False,
 ) -> Ensemble:
     """Load the models of a combination. Models that are passed in stay as they are: only their weights are shared.
 
@@ -106,6 +109,7 @@ def load(
     device_map: {"base", "anchor", "draft" or an attribute's name: the device of its model}, before `device`; a folder
                 also takes what splits a model in transformers ("auto", {module: device}, ...). Adapters run where
                 their model is, all else where the base is
+    allow_other_base: take adapters also where they name another base model than the one they get, as below
 
     Adapters attach to the model they were trained on: the anchor where that is a model, else the base. So
     base=specialised, anchor=original, attributes={name: adapter of the original} is the specialised reference of
@@ -113,12 +117,19 @@ def load(
 
     Vocabularies must be the same token by token, where tokenizers are known; the models' sizes may then differ by
     padding, and what is beyond the smallest is cut off. Warns where an attribute has another chat template or end of
-    text than the base, and where an adapter names another base model than the one it gets: names are no proof, as
-    folders are renamed and repositories mirrored, so only shapes and modules that do not fit are refused.
+    text than the base.
+
+    An adapter of another base is refused where its shapes and modules do not fit, and where it surely was trained on
+    another model than the one it gets: where both are repositories of the hub, whose names differ in more than owner
+    and case, or both are models' folders on this machine, which differ and are not called alike. A folder against a
+    repository, or against a folder that is not here, is a difference in names alone, as of a renamed copy: that warns.
+    allow_other_base=True is for mirrors and copies under other names, and turns off both.
 
     Raises ValueError, naming the argument, for what cannot be found or read, cannot be stacked or cannot run on a
     ragged cache, and for members whose dtypes or vocabularies differ.
     """
+    if not isinstance(allow_other_base, bool):
+        raise ValueError(f"allow_other_base: expected True or False, got {allow_other_base!r}")
     if attributes is not None and not isinstance(attributes, Mapping):
         raise ValueError(f"attributes: expected a mapping from names to sources, got {type(attributes).__name__}")
     sources: dict[str, Any] = {BASE: base, ANCHOR: anchor, DRAFT: draft}
@@ -148,7 +159,10 @@ def load(
     places = _resolve_places(
         device_map, {**{name: _argument(name) for name in names}, **{role: role for role in ROLES}}
     )
-    loader = _Loader(_resolve_dtype(dtype), _resolve_device(device, base), places, host, keeps_devices=device is None)
+    loader = _Loader(
+        _resolve_dtype(dtype), _resolve_device(device, base), places, host,
+        keeps_devices=device is None, allows_other_base=allow_other_base,
+    )  # fmt: skip
     slots = {BASE: loader.add(BASE, base)}
     if host is anchor:
         slots[ANCHOR] = loader.add(ANCHOR, host)
@@ -459,10 +473,11 @@ class _Loader:
         host: Source,
         *,
         keeps_devices: bool,
+        allows_other_base: bool,
     ) -> None:
         """device: of models that `places` does not name; loaded ones stay where they are if keeps_devices"""
         self.dtype, self.device, self.places, self.host = dtype, device, places, host
-        self.keeps_devices = keeps_devices
+        self.keeps_devices, self.allows_other_base = keeps_devices, allows_other_base
         self.members: list[_Member] = []
         self.slots: dict[int | str, Slot] = {}
 
@@ -513,7 +528,8 @@ class _Loader:
 
     def _add_adapter(self, adapter: Adapter) -> Slot:
         index, _ = self.slots[_key(self.host)]
-        _warn_of_another_base(adapter, self.members[index])
+        if not self.allows_other_base:
+            _check_trained_on(adapter, self.members[index])
         self.members[index].adapters.append(adapter)
         return index, len(self.members[index].adapters)
 
@@ -712,19 +728,40 @@ def _vocab_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def _warn_of_another_base(adapter: Adapter, member: _Member) -> None:
-    """Compare the names of the model that an adapter was trained on and of the one it gets, without their folders."""
-    names = [_model_name(adapter.trained_on, adapter.source), _model_name(member.model.name_or_path or "", ".")]
-    if all(names) and names[0] != names[1]:
-        text = f"it was trained on {adapter.trained_on}, and attaches to {member.source}"
-        warnings.warn(f"{adapter.name}: {text}; if that is another model, its effect is undefined", stacklevel=6)
+def _check_trained_on(adapter: Adapter, member: _Member) -> None:
+    """Refuse an adapter of a model that surely is another than the one it gets, and warn where names alone differ."""
+    given, places = member.model.name_or_path or "", [adapter.trained_on]
+    if adapter.trained_on.startswith("."):  # seen from its own folder, by its name or by where that is a link to
+        place = Path(adapter.source, adapter.trained_on)
+        places = [str(place.resolve()), os.path.normpath(place)]
+    if not adapter.trained_on or not given or any(_is_same_model(place, given) for place in places):
+        return
+    remedy = "if that is the same model under another name, load with allow_other_base=True"
+    both = places[0], given
+    if all(map(_is_repository, both)) or all(Path(place, "config.json").is_file() for place in both):
+        got = f"one that was trained on {adapter.trained_on}"
+        raise ValueError(f"{adapter.name}: expected an adapter of {member.source}, got {got}; {remedy}")
+    text = f"it was trained on {adapter.trained_on}, and attaches to {member.source}"
+    warnings.warn(f"{adapter.name}: {text}; {remedy}, else its effect is undefined", stacklevel=6)
 
 
-def _model_name(name: str, folder: str) -> str:
-    if name.startswith("."):
-        name = str(Path(folder, name).resolve())
-    parts = [part for part in Path(name).parts if part.startswith("models--")] or Path(name).parts  # the hub's cache
+def _is_same_model(source: str, other: str) -> bool:
+    """Whether two names are of one folder, or end alike."""
+    if Path(source).is_dir() and Path(other).is_dir() and Path(source).samefile(other):
+        return True
+    return _model_name(source) == _model_name(other)
+
+
+def _model_name(source: str) -> str:
+    """The last part of a folder's or repository's name, in small letters."""
+    parts = [part for part in Path(source).parts if part.startswith(CACHED)] or Path(source).parts
     return parts[-1].split("--")[-1].lower() if parts else ""
+
+
+def _is_repository(source: str) -> bool:
+    """Whether a name is OWNER/NAME and no folder here, or a folder in the hub's cache."""
+    is_cached = any(part.startswith(CACHED) for part in Path(source).parts)
+    return is_cached or (re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).is_dir())
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:

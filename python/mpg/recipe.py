@@ -20,7 +20,10 @@ from mpg.config import Options, check_weights, parse_weights
 
 FILE = "mpg.yaml"  # what a folder is searched for
 SUFFIXES = (".yaml", ".yml")
-KEYS = ("base", "anchor", "draft", "tokenizer", "attributes", "device_map", "weights", "presets", "options")
+KEYS = (
+    "base", "anchor", "draft", "tokenizer", "attributes", "device_map", "allow_other_base", "weights", "presets",
+    "options",
+)  # fmt: skip
 ROLES = ("base", "anchor", "draft")  # names that no attribute has
 
 
@@ -28,7 +31,7 @@ ROLES = ("base", "anchor", "draft")  # names that no attribute has
 class Recipe:
     """The models of a combination and its defaults, as `mpg.load` was given them or read them from a file.
 
-    base, anchor, draft, tokenizer, attributes, device_map  as `mpg.load` takes them; None where not given
+    base, anchor, draft, tokenizer, attributes, device_map, allow_other_base  as `mpg.load` takes them
     weights  alpha by attribute where the caller gives no weights, or None
     presets  alpha by attribute, by a name that stands for it
     options  of `Options`, where the caller is silent and his sampler has them
@@ -41,6 +44,7 @@ class Recipe:
     draft: Any = None
     tokenizer: Any = None
     device_map: Mapping[str, Any] | None = None
+    allow_other_base: bool = False
     weights: Mapping[str, float] | None = None
     presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -135,6 +139,7 @@ class Recipe:
         attributes = self.attributes or {}
         document["attributes"] = {name: place(f"attributes[{name!r}]", at) for name, at in attributes.items()}
         document["device_map"] = self.device_map
+        document["allow_other_base"] = self.allow_other_base
         document["weights"] = self.weights and dict(self.weights)
         document["presets"] = {name: dict(weights) for name, weights in self.presets.items()}
         document["options"] = dict(self.options)
@@ -222,6 +227,7 @@ class _Reader:
         places = {key: self.source(key, node, of_attributes) for key, node in sources.items()}
         attributes = {name: self.source(f"attributes[{name!r}]", node) for name, node in of_attributes.items()}
         device_map = self.places("device_map", nodes.get("device_map"), [*attributes, *ROLES])
+        allows_other_base = nodes.get("allow_other_base")
         presets = {}
         for name, node in self.entries(nodes.get("presets"), "presets", "preset").items():
             if not name or "=" in name:
@@ -242,6 +248,7 @@ class _Reader:
         return Recipe(
             attributes=attributes,
             device_map=device_map,
+            allow_other_base=False if allows_other_base is None else self.value(allows_other_base),
             weights=default,
             presets=presets,
             options=self.options(nodes.get("options")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -273,22 +274,55 @@ def test_another_chat_template_or_end_of_text_warns(set_folder, tiny_model, tmp_
 
 
 @pytest.mark.parametrize(
-    ("trained_on", "is_base"),
+    ("trained_on", "base", "verdict"),
     [
-        ("somebody/Set", True),
-        ("/elsewhere/set/", True),
-        ("/cache/models--somebody--set/snapshots/0123", True),
-        ("../..", True),
-        (None, True),
-        ("somebody/other", False),
-        ("/cache/models--somebody--other/snapshots/0123", False),
+        ("somebody/Set", "set", "fine"),
+        ("/elsewhere/set/", "set", "fine"),
+        ("/cache/models--somebody--set/snapshots/0123", "set", "fine"),
+        ("../..", "set", "fine"),
+        ("../..", "link", "fine"),
+        ("{here}/set", "link", "fine"),
+        (None, "set", "fine"),
+        ("somebody/other", "set", "warned"),
+        ("other", "set", "warned"),
+        ("/elsewhere/other", "set", "warned"),
+        ("/cache/models--somebody--other/snapshots/0123", "set", "warned"),
+        ("/elsewhere/other", "somebody/set", "warned"),
+        ("{here}/other", "somebody/set", "warned"),
+        ("{here}/other", "set", "refused"),
+        ("{here}/empty", "set", "warned"),
+        ("../../../other", "set", "refused"),
+        ("mirror/Set", "somebody/set", "fine"),
+        ("somebody/other", "somebody/set", "refused"),
+        ("somebody/set", "/cache/models--somebody--set-instruct/snapshots/0123", "refused"),
+        ("/cache/models--somebody--other/snapshots/0123", "somebody/set", "refused"),
     ],
 )
-def test_an_adapter_that_names_another_base_warns(trained_on, is_base, set_folder):
+def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_of_where_names_differ(
+    trained_on, base, verdict, set_folder
+):
+    here = set_folder.parent
+    shutil.copytree(set_folder, here / "other")
+    (here / "empty").mkdir()
+    (here / "link").symlink_to(set_folder)
+    trained_on = trained_on and trained_on.format(here=here)
     file = set_folder / "adapters/E/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": trained_on}))
-    expected = [] if is_base else [f"attributes['E']: it was trained on {trained_on}, and attaches to {set_folder}; if"]
-    assert [message.split(" that is")[0] for message in _warnings(set_folder)] == expected
+    model = AutoModelForCausalLM.from_pretrained(set_folder)
+    model.name_or_path = source = str(here / base) if base in ("set", "link") else base
+    arguments, remedy = (model, {"E": set_folder / "adapters/E"}), "if that is the same model under another name, load"
+    if verdict == "refused":
+        message = (
+            f"attributes['E']: expected an adapter of {source}, got one that was trained on {trained_on}; {remedy}"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)} with allow_other_base=True$"):
+            load(*arguments)
+    else:
+        texts = [f"attributes['E']: it was trained on {trained_on}, and attaches to {source}; "] * (verdict == "warned")
+        assert [message.split("if that")[0] for message in _warnings(*arguments)] == texts
+    assert not _warnings(*arguments, allow_other_base=True)
+    with pytest.raises(ValueError, match="allow_other_base: expected True or False, got 'yes'"):
+        load(*arguments, allow_other_base="yes")
 
 
 @pytest.mark.parametrize("name", ["base", "anchor", "draft", "merged", ""])
