@@ -1,6 +1,7 @@
 """Where models are put, and that several of them work side by side on several devices, without having any.
 
 "cpu:1" and "cpu:2" are different devices to a FakeTensor, which holds nothing and refuses to be mixed with another's.
+The last test wants a GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import mpg.ensemble
 import mpg_ext
 from mpg.adapters import read_adapter
+from mpg.engine import Model
 from mpg.ensemble import load
 
 FIRST, SECOND = torch.device("cpu:1"), torch.device("cpu:2")
@@ -142,3 +144,32 @@ def test_a_split_model_is_not_moved(tiny_model):
         ValueError, match=r"base: expected a split model of torch.bfloat16 on cpu, .*, got torch.float32"
     ):
         load(model, {"E": tiny_model()}, dtype="bfloat16")
+
+
+NO_GPU = not (torch.cuda.is_available() and mpg_ext.build_info()["cuda"])
+
+
+@pytest.mark.skipif(NO_GPU, reason="needs a GPU, and mpg built for it")
+def test_a_base_on_a_gpu_and_full_models_beside_it_answer_as_one_by_one(tiny_model, lora_folder, full_logits, tmp_path):
+    models = {name: tiny_model() for name in ("base", "F")}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    adapter = lora_folder("E", base=tiny_model(), target_modules=["q_proj", "down_proj"])
+    attributes = {"E": adapter, "F": tmp_path / "F"}
+    apart = load(tmp_path / "base", attributes, draft="F", device="cuda", device_map={"F": "cpu"})
+    assert [apart.describe()[role]["device"] for role in ("base", "E", "F", "draft")] == ["cuda:0"] * 2 + ["cpu"] * 2
+    prompt, text = [3, 4, 5], [6, 7, 8]
+    session = apart.open([prompt], ["base", "E", "F"], 16)
+    tokens, start = torch.tensor([[prompt[-1], *text]]).cuda(), torch.tensor([len(prompt) - 1]).cuda()
+    logits = session.forward(["base", "E", "F"], tokens, start, kv_length=8)
+    assert logits.device == apart.device == torch.device("cuda:0")
+    for role, of_role in (("base", logits[0, 0]), ("F", logits[2, 0])):
+        expected = full_logits(models[role], prompt + text)[len(prompt) - 1 :]
+        torch.testing.assert_close(of_role.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+    together = load(tmp_path / "base", attributes, draft="F", device="cpu")
+    how = dict(weights={"E": 1.0, "F": 0.5}, max_new_tokens=24, temperature=0)
+    greedy = [
+        Model(m).generate(prompt, sampler=s, **how).tokens for m in (apart, together) for s in ("exact", "direct")
+    ]
+    assert greedy == greedy[:1] * 4
