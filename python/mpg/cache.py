@@ -5,7 +5,7 @@ Knows nothing of tokens, adapters or decoding: a forward says where its rows sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,19 @@ class RaggedCache(Cache):
         self.slots = (numbers[:, None] * self.capacity + positions).flatten()
         return positions
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int], num_positions: int) -> None:
+        """Let the first positions of some rows be those of others."""
+        for buffer in self._buffers() if num_positions else ():
+            rows = buffer.unflatten(0, (self.num_rows, self.capacity))[:, :num_positions]
+            rows[list(targets)] = rows[list(sources)]
+
     def bytes_per_position(self) -> int:
         """What one position of one row takes in all layers that have been written to."""
+        return sum(buffer[0].numel() * buffer.element_size() for buffer in self._buffers())
+
+    def _buffers(self) -> list[Tensor]:
         written = [layer for layer in self.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
-        buffers = [buffer for layer in written for buffer in (layer.keys, layer.values)]
-        return sum(buffer[0].numel() * buffer.element_size() for buffer in buffers)
+        return [buffer for layer in written for buffer in (layer.keys, layer.values)]
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override]  # one per row
         return self.start

@@ -310,7 +310,7 @@ class Session:
     """The caches of B sequences for some roles. Made by Ensemble.open; `cost` is a running total.
 
     Positions before a forward's start must have been fed before; feeding a position again replaces what was there, so
-    rejecting tokens is starting earlier.
+    rejecting tokens is starting earlier. No forward starts before the last token of a row's prompt.
     """
 
     def __init__(
@@ -320,6 +320,7 @@ class Session:
         self._device, self._vocab_size = ensemble.device, ensemble.vocab_size
         self._slots = {role: ensemble._slots[role] for role in roles}
         self._is_bad = {role: torch.zeros(len(prompts), dtype=torch.bool, device=ensemble.device) for role in roles}
+        self._prompts: list[tuple[int, ...]] = [()] * len(prompts)  # that rows hold; () where none is sure to be whole
         self._members: dict[int, _OpenMember] = {}
         for index in sorted({index for index, _ in self._slots.values()}):
             groups = sorted({group for owner, group in self._slots.values() if owner == index})
@@ -327,22 +328,45 @@ class Session:
         self.replace(range(len(prompts)), prompts)
 
     def replace(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        """Let some rows hold these prompts but for their last tokens, whatever was there. Counts in no cost."""
-        is_bad = next(iter(self._is_bad.values()))
-        index = torch.tensor(list(rows), device=is_bad.device)
+        """Let some rows hold these prompts but for their last tokens, whatever was there. Counts in no cost.
+
+        A prompt is read once, or not at all where a row has it still, and copied. Only a merged model, which is another
+        one in every row, reads each of them.
+        """
+        wanted = {row: tuple(prompt) for row, prompt in zip(rows, prompts, strict=True)}
+        holder = {prompt: row for row, prompt in enumerate(self._prompts) if wanted.get(row, prompt) == prompt}
+        unread = []
+        for row, prompt in wanted.items():
+            self._prompts[row] = prompt
+            if prompt not in holder:
+                holder[prompt] = row
+                unread.append(row)
+        copied = [row for row, prompt in wanted.items() if holder[prompt] != row]
+        sources = [holder[wanted[row]] for row in copied]
+        num_copied = max((len(wanted[row]) - 1 for row in copied), default=0)
         for is_bad in self._is_bad.values():
-            is_bad[index] = False
-        sequences = None if list(rows) == list(range(len(is_bad))) else index
-        width = max(len(prompt) for prompt in prompts) - 1
+            is_bad[list(rows)] = False
+        for member in self._members.values():
+            if member.shares is not None and len(member.shares) > 1:
+                self._read(member, list(rows))
+            else:
+                self._read(member, unread)
+                member.copy(sources, copied, num_copied)
+
+    def _read(self, member: _OpenMember, rows: list[int]) -> None:
+        """Feed the prompts of some rows, but for their last tokens, to a model."""
+        prompts = [self._prompts[row] for row in rows]
+        width = max((len(prompt) for prompt in prompts), default=1) - 1
         # right-padded: what a short row writes behind its end is written again before it is seen
         padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
-        tokens = torch.tensor(padded, dtype=torch.int64, device=index.device)
-        for member in self._members.values():
-            for first in range(0, width, PREFILL_TOKENS):
-                part = tokens[:, first : first + PREFILL_TOKENS]
-                start = torch.full_like(index, first)
-                kv_length = first + part.shape[1]
-                member.forward(0, len(member.groups), part, start, kv_length, sequences, logits_to_keep=1)
+        tokens = torch.tensor(padded, dtype=torch.int64, device=self._device)
+        index = torch.tensor(rows, device=self._device)
+        sequences = None if rows == list(range(member.batch)) else index
+        for first in range(0, width, PREFILL_TOKENS):
+            part = tokens[:, first : first + PREFILL_TOKENS]
+            kv_length = first + part.shape[1]
+            start = torch.full_like(index, first)
+            member.forward(0, len(member.groups), part, start, kv_length, sequences, logits_to_keep=1)
 
     def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         """Feed tokens[b] at positions start[b], start[b] + 1, ... to every role; the logits behind each of them.
@@ -372,6 +396,8 @@ class Session:
         else:
             rows_of = dict(zip(order, (row for output in outputs for row in output), strict=True))
             logits = torch.stack([rows_of[slot] for slot in wanted])
+        # What runs past kv_length is written at its end: a row that has ended, among shorter ones, loses its prompt.
+        self._prompts = [prompt if len(prompt) <= kv_length else () for prompt in self._prompts]
         # NaN and +inf reach a row's maximum, -inf only where there is nothing else.
         is_bad = ~logits.amax(-1).isfinite().all(-1)  # (roles, B)
         for role, rows in zip(roles, is_bad, strict=True):
@@ -442,6 +468,15 @@ class _OpenMember:
                 **kwargs,
             )
         return output.logits.unflatten(0, (count, tokens.shape[0]))
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], num_positions: int) -> None:
+        """Let some sequences begin as others do, in every group."""
+        first_rows = range(0, self.cache.num_rows, self.batch)
+        self.cache.copy(
+            [first + source for first in first_rows for source in sources],
+            [first + target for first in first_rows for target in targets],
+            num_positions,
+        )
 
     def _factors(self, low: int, high: int) -> list[tuple[Tensor, Tensor]] | None:
         if self.groups[low:high] == [0] and self.shares is None:
