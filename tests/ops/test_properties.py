@@ -263,7 +263,7 @@ def test_warped_row_keeps_the_preferred_tokens_in_proportion(device, row, temper
     x = row[0].double()
     kept = out > 0
     assert out.sum().item() == pytest.approx(1, rel=1e-5)
-    assert out.argmax() == x.argmax() or x[out.argmax()] == x.max()
+    assert (x.max() - x[out.argmax()]) / temperature < 1e-6  # values as near as that may get one mass
     order = sorted(range(len(x)), key=lambda y: (-x[y], y))
     num_kept = int(kept.sum())
     # Tokens whose mass rounds to 0 are not told from dropped ones.
