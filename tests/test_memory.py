@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -25,6 +27,17 @@ def test_caches_take_what_is_reported_before_they_are_taken(model, caplog):
     taken = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
     assert model.models.cache_bytes(roles, 2, 40) == taken > 0
     assert f"2 rows x 40 positions x 3 models and adapters: {taken / 2**20:.1f} MiB" in caplog.text
+
+
+def test_caches_of_a_dropped_session_are_freed_without_the_garbage_collector(model):
+    gc.disable()
+    try:
+        session = model.models.open([[1, 2, 3]], ("base",), 40)
+        keys = weakref.ref(session._members[0].cache.layers[0].keys)
+        del session
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_too_large_caches_are_refused_before_they_are_taken_and_smaller_ones_work(model, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class _RaggedLayer(CacheLayerMixin):
 
     def __init__(self, cache: RaggedCache) -> None:
         super().__init__()
-        self.cache = cache
+        self.cache: RaggedCache = proxy(cache)  # a cycle would keep the memory until the garbage collector comes by
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: a masked NaN would still poison the weighted sum of the values.
