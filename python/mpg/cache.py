@@ -64,6 +64,13 @@ class RaggedCache(Cache):
             rows = buffer.unflatten(0, (self.num_rows, self.capacity))[:, :num_positions]
             rows[list(targets)] = rows[list(sources)]
 
+    def clear(self) -> None:
+        """Make it as it was before its first forward, at the same addresses."""
+        for layer in self.layers:
+            if isinstance(layer, _RaggedLayer) and layer.is_initialized:
+                layer.keys.zero_()
+                layer.values.zero_()
+
     def bytes_per_position(self) -> int:
         """What one position of one row takes in all layers that have been written to."""
         return sum(buffer[0].numel() * buffer.element_size() for buffer in self._buffers())

@@ -11,8 +11,9 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -28,7 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import mpg_ext
 from mpg.adapters import Adapter, AdapterStack, adapter_in_memory, read_adapter, refuse_unreadable, share
 from mpg.cache import RaggedCache, use_ragged_attention, verify_ragged_attention
+from mpg.graphs import CAPTURES, CaptureError, bucket
 from mpg.linear import pack_linears
+from mpg.workspaces import Workspaces
 
 ROLES = BASE, ANCHOR, DRAFT = "base", "anchor", "draft"
 MERGED = "merged"
@@ -36,6 +39,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 CACHED = "models--"  # what the folder of a repository begins with in the hub's cache: models--OWNER--NAME
 PREFILL_TOKENS = 512  # of a prompt, read at once: what a forward needs beside the cache does not grow with the prompt
 SPLITTING_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# What is captured with graphs=True: forwards of at most so many tokens a row, at cache lengths of so many positions.
+CAPTURED_TOKENS, CAPTURED_POSITIONS = 32, 64
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
 
 logger = logging.getLogger("mpg")
@@ -51,6 +56,7 @@ class _Member:
 
     merged: groups of the stack whose weighted sum this model is, with the weights (B, N); such a member of one batch
             shares model and stack with the one that has the adapters
+    workspaces: what sessions leave to others where graphs are captured; such a member shares them too
     """
 
     argument: str  # the first argument of load() that named it, for messages
@@ -64,6 +70,27 @@ class _Member:
     stack: AdapterStack | None = None
     merged: tuple[list[int], Tensor] | None = None
     lock: Lock = field(default_factory=Lock)  # held by a forward: what the stack runs is state that all threads share
+    workspaces: Workspaces[_OpenMember] = field(default_factory=Workspaces)
+
+    def cache_sizes(self, num_rows: int, capacity: int) -> tuple[int, int]:
+        """Rows and positions of a session's cache: as asked for, or rounded up where its forwards are captured."""
+        if self.workspaces.new_capture is None:
+            return num_rows, capacity
+        rounded = bucket(capacity, CAPTURED_POSITIONS)
+        return bucket(num_rows, 1), min(rounded, _max_positions(self.model) or rounded)
+
+    def workspace_key(self, groups: Sequence[int], num_rows: int, capacity: int) -> Hashable:
+        """What an idle workspace must agree in with the session that takes it."""
+        merged = tuple(self.merged[0]) if self.merged else None
+        # Work of its last session may still be under way: only on the same stream the next one comes after that. And
+        # what was made in inference mode cannot be written to outside of it.
+        device = self.model.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        sizes = self.cache_sizes(num_rows, capacity)
+        return merged, tuple(groups), sizes, stream, torch.is_inference_mode_enabled()
+
+    def cache_bytes(self, num_groups: int, num_rows: int, capacity: int) -> int:
+        return self.bytes_per_position * num_groups * math.prod(self.cache_sizes(num_rows, capacity))
 
 
 @dataclass
@@ -91,6 +118,7 @@ def load(
     device: torch.device | str | None = None,
     device_map: Mapping[str, Any] | None = None,
     allow_other_base: bool = False,
+    graphs: bool = False,
 ) -> Ensemble:
     """Load the models of a combination. Models that are passed in stay as they are: only their weights are shared.
 
@@ -110,6 +138,11 @@ def load(
                 also takes what splits a model in transformers ("auto", {module: device}, ...). Adapters run where
                 their model is, all else where the base is
     allow_other_base: take adapters also where they name another base model than the one they get, as below
+    graphs:     capture the forwards of decoding as CUDA graphs and replay them, also in later calls: for each model
+                that lies on one CUDA device. Its caches are rounded up to sizes that calls share, rows by a quarter at
+                most, positions by a quarter or to the next 64; caches and graphs of its four latest sizes stay in
+                memory, and are given up where a call needs it. A model that cannot be captured warns once and runs as
+                without. Shown on the CPU by recorded forwards alone, and not yet run on a GPU; hence the default
 
     Adapters attach to the model they were trained on: the anchor where that is a model, else the base. So
     base=specialised, anchor=original, attributes={name: adapter of the original} is the specialised reference of
@@ -126,10 +159,12 @@ def load(
     allow_other_base=True is for mirrors and copies under other names, and turns off both.
 
     Raises ValueError, naming the argument, for what cannot be found or read, cannot be stacked or cannot run on a
-    ragged cache, and for members whose dtypes or vocabularies differ.
+    ragged cache, for members whose dtypes or vocabularies differ, and for graphs=True where no model can have them.
     """
     if not isinstance(allow_other_base, bool):
         raise ValueError(f"allow_other_base: expected True or False, got {allow_other_base!r}")
+    if not isinstance(graphs, bool):
+        raise ValueError(f"graphs: expected True or False, got {graphs!r}")
     if attributes is not None and not isinstance(attributes, Mapping):
         raise ValueError(f"attributes: expected a mapping from names to sources, got {type(attributes).__name__}")
     sources: dict[str, Any] = {BASE: base, ANCHOR: anchor, DRAFT: draft}
@@ -182,7 +217,10 @@ def load(
             slots[role] = loader.add(role, source)
     if own_tokenizer is not None:
         loader.members[0].tokenizer = own_tokenizer
-    return Ensemble(loader.finish(), slots, tuple(names))
+    members = loader.finish()
+    if graphs:
+        _keep_workspaces(members)
+    return Ensemble(members, slots, tuple(names))
 
 
 class Ensemble:
@@ -204,7 +242,7 @@ class Ensemble:
         self.vocab_size: int = min(_vocab_size(member.model) for member in members)
         self.tokenizer = members[0].tokenizer
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
-        limits = [getattr(m.model.config.get_text_config(), "max_position_embeddings", None) for m in members]
+        limits = [_max_positions(member.model) for member in members]
         self.max_positions: int | None = min((limit for limit in limits if limit is not None), default=None)
         self.device, self.dtype = model.device, model.dtype
 
@@ -222,8 +260,8 @@ class Ensemble:
         """The same loaded models with one more role: "merged", the weighted sum of LoRA adapters.
 
         shares: (B, N), or (1, N) for all rows alike: weights a of these N attributes; every row of a session computes
-                base(x) + sum_i a_i (x A_i) B_i with weights of its own, as the tensor has them at each forward; no
-                weights are merged
+                base(x) + sum_i a_i (x A_i) B_i with weights of its own, as the tensor has them when rows are replaced;
+                no weights are merged
 
         Raises ValueError unless the attributes are adapters of one model.
         """
@@ -280,22 +318,45 @@ class Ensemble:
         if longest > capacity or (self.max_positions is not None and capacity > self.max_positions):
             wanted = f"{longest} (the longest prompt) to {self.max_positions or 'any number of'} positions"
             raise ValueError(f"capacity: expected {wanted}, got {capacity}")
-        self._check_memory(roles, len(prompts), capacity)
         return Session(self, prompts, roles, capacity)
 
     def cache_bytes(self, roles: Sequence[str], num_rows: int, capacity: int) -> int:
         """What the caches of a session take: keys and values of every slot behind the roles."""
-        slots = {self._slots[role] for role in roles}
-        return sum(self._members[index].bytes_per_position for index, _ in slots) * num_rows * capacity
+        groups = self._groups(roles)
+        return sum(self._members[index].cache_bytes(len(groups[index]), num_rows, capacity) for index in groups)
 
-    def _check_memory(self, roles: Sequence[str], num_rows: int, capacity: int) -> None:
-        """Report what the caches will take, device by device, and raise MemoryError where there is not as much."""
-        devices_of = {role: self._members[self._slots[role][0]].devices for role in roles}
-        for devices in set(devices_of.values()):
-            here = [role for role in roles if devices_of[role] == devices]
-            needed = self.cache_bytes(here, num_rows, capacity)
-            available = sum(_available_bytes(device) for device in devices)
-            num_slots = len({self._slots[role] for role in here})
+    def graph_bytes(self) -> int:
+        """What captured graphs have taken beside the caches of their sessions, idle ones and others."""
+        return _graph_bytes(self._members)
+
+    def drop_idle(self) -> bool:
+        """Free the oldest idle caches and graphs of a model; whether there were any."""
+        return any(member.workspaces.drop() for member in self._members)
+
+    def _groups(self, roles: Sequence[str]) -> dict[int, list[int]]:
+        """The models behind the roles, each with the groups of its adapters."""
+        slots = sorted({self._slots[role] for role in roles})
+        return {index: [group for owner, group in slots if owner == index] for index, _ in slots}
+
+    def _open_members(self, roles: Sequence[str], num_rows: int, capacity: int) -> dict[int, _OpenMember]:
+        """The models behind the roles with caches of these sizes: idle ones where there are, else new ones."""
+        groups = self._groups(roles)
+        opened = {index: _OpenMember.take(self._members[index], groups[index], num_rows, capacity) for index in groups}
+        self._check_memory({index: groups[index] for index in groups if opened[index] is None}, num_rows, capacity)
+        return {
+            index: member or _OpenMember(self._members[index], groups[index], num_rows, capacity)
+            for index, member in opened.items()
+        }
+
+    def _check_memory(self, groups: Mapping[int, list[int]], num_rows: int, capacity: int) -> None:
+        """Report what new caches will take, device by device, and raise MemoryError where there is not as much once
+        idle ones have been dropped. `groups`: of the models that need one"""
+        for devices in {self._members[index].devices for index in groups}:
+            new = {index: groups[index] for index in groups if self._members[index].devices == devices}
+            needed = sum(self._members[index].cache_bytes(len(new[index]), num_rows, capacity) for index in new)
+            while needed > (available := self._room(devices)) and self.drop_idle():
+                logger.info("idle caches and graphs were dropped to make room")
+            num_slots = sum(map(len, new.values()))
             sizes = f"key/value caches of {num_rows} rows x {capacity} positions x {num_slots} models and adapters"
             logger.info("%s: %.1f MiB of %.0f MiB", sizes, needed / 2**20, available / 2**20)
             if needed > available:
@@ -304,6 +365,11 @@ class Ensemble:
                     f"{available / 2**30:.1f} GiB on {', '.join(map(str, devices))}; lower either, or load with "
                     f"dtype='bfloat16'"
                 )
+
+    def _room(self, devices: Sequence[torch.device]) -> float:
+        """Bytes that new caches can take: what is available, but for what graphs keep to themselves."""
+        here = [member for member in self._members if set(member.devices) & set(devices)]
+        return sum(_available_bytes(device) for device in devices) - _graph_bytes(here)
 
 
 class Session:
@@ -321,10 +387,7 @@ class Session:
         self._slots = {role: ensemble._slots[role] for role in roles}
         self._is_bad = {role: torch.zeros(len(prompts), dtype=torch.bool, device=ensemble.device) for role in roles}
         self._prompts: list[tuple[int, ...]] = [()] * len(prompts)  # that rows hold; () where none is sure to be whole
-        self._members: dict[int, _OpenMember] = {}
-        for index in sorted({index for index, _ in self._slots.values()}):
-            groups = sorted({group for owner, group in self._slots.values() if owner == index})
-            self._members[index] = _OpenMember(ensemble._members[index], groups, len(prompts), capacity)
+        self._members = ensemble._open_members(roles, len(prompts), capacity)
         self.replace(range(len(prompts)), prompts)
 
     def replace(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
@@ -347,7 +410,8 @@ class Session:
         for is_bad in self._is_bad.values():
             is_bad[list(rows)] = False
         for member in self._members.values():
-            if member.shares is not None and len(member.shares) > 1:
+            member.read_shares()
+            if member.is_one_model_a_row():
                 self._read(member, list(rows))
             else:
                 self._read(member, unread)
@@ -404,6 +468,12 @@ class Session:
             self._is_bad[role] |= rows
         return logits
 
+    def close(self) -> None:
+        """Leave what graphs run on to the next session of these sizes; this one is over."""
+        for member in self._members.values():
+            member.leave()
+        self._members = {}
+
     def blame(self, row: int | None = None) -> str | None:
         """The first role that has returned NaN, +inf or nothing but -inf since the session was opened, or None.
 
@@ -416,23 +486,52 @@ class Session:
 
 
 class _OpenMember:
-    """One model in a session: the adapter groups it runs, and the cache of their rows, model-major."""
+    """One model in a session: the adapter groups it runs, and the cache of their rows, model-major.
 
-    def __init__(self, member: _Member, groups: list[int], batch: int, capacity: int) -> None:
-        self.model, self.stack, self.groups, self.batch = member.model, member.stack, groups, batch
-        self.lock = member.lock
+    Where forwards are captured it outlives the session: graphs hold the addresses of all that is in it.
+    """
+
+    def __init__(self, member: _Member, groups: list[int], num_rows: int, capacity: int) -> None:
+        self.member, self.model, self.stack, self.groups = member, member.model, member.stack, groups
+        self.key = member.workspace_key(groups, num_rows, capacity)
+        self.batch, capacity = member.cache_sizes(num_rows, capacity)
         num_layers = member.model.config.get_text_config().num_hidden_layers
-        self.cache = RaggedCache(num_layers, len(groups) * batch, capacity)
+        self.cache = RaggedCache(num_layers, len(groups) * self.batch, capacity)
+        self.graphs = member.workspaces.new_graphs(self.batch)
         self.factors: list[tuple[Tensor, Tensor]] = []
-        self.shares: Tensor | None = None
+        self.shares: Tensor | None = None  # (batch, N) in the model's dtype
         if member.stack and member.merged:
-            merged, self.shares = member.merged
+            merged, shares = member.merged
             self.factors = member.stack.merge(merged)
+            self.shares = torch.zeros(self.batch, shares.shape[1], dtype=self.model.dtype, device=self.model.device)
         elif member.stack and groups != [0]:
             self.factors = member.stack.select(groups)
         self._factors_of_run: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
-    @torch.no_grad()
+    @classmethod
+    def take(cls, member: _Member, groups: list[int], num_rows: int, capacity: int) -> _OpenMember | None:
+        """An idle one of these groups and sizes, with nothing of its last session left in it."""
+        opened = member.workspaces.take(member.workspace_key(groups, num_rows, capacity))
+        if opened is not None:
+            opened.member = member
+            opened.cache.clear()
+        return opened
+
+    def leave(self) -> None:
+        """Be idle, for `take`."""
+        if self.graphs is not None:
+            self.member.workspaces.leave(self.key, self)
+
+    def read_shares(self) -> None:
+        """Take the weights of merged adapters as they are now."""
+        if self.shares is not None and self.member.merged:
+            shares = self.member.merged[1]
+            (self.shares if len(shares) == 1 else self.shares[: len(shares)]).copy_(shares)
+
+    def is_one_model_a_row(self) -> bool:
+        """Whether merged adapters have weights of every row's own."""
+        return self.member.merged is not None and len(self.member.merged[1]) > 1
+
     def forward(
         self,
         low: int,
@@ -445,20 +544,45 @@ class _OpenMember:
     ) -> Tensor:
         """The logits (high - low, B, q, V) of the groups in places low to high - 1, in one batched forward.
 
-        sequences: (B,) int64, which of the session's they are; default all
+        sequences: (B,) int64, which of the session's they are; default the first B
+        kwargs:    of the model's forward
         """
+        tokens, start = tokens.to(self.model.device), start.to(self.model.device)
+        if self.graphs is not None and sequences is None and not kwargs and tokens.shape[1] <= CAPTURED_TOKENS:
+            assert kv_length <= self.cache.capacity
+            rounded = min(bucket(kv_length, CAPTURED_POSITIONS), self.cache.capacity)
+            key = low, high, tokens.shape[1], rounded
+            try:
+                logits = self.graphs.run(key, partial(self._run, low, high, kv_length=rounded), tokens, start)
+                return logits[:, : len(tokens)].clone()
+            except CaptureError as error:
+                self.graphs = self.member.workspaces.new_capture = None
+                text = f"its forward cannot be captured and runs as without graphs: {error}"
+                warnings.warn(f"{self.member.argument}: {text}", stacklevel=2)
+        return self._run(low, high, tokens, start, kv_length, sequences, **kwargs)
+
+    @torch.no_grad()
+    def _run(
+        self,
+        low: int,
+        high: int,
+        tokens: Tensor,
+        start: Tensor,
+        kv_length: int,
+        sequences: Tensor | None = None,
+        **kwargs: int,
+    ) -> Tensor:
+        """`forward`, kernel by kernel."""
         count, device = high - low, self.model.device
-        tokens, start = tokens.to(device), start.to(device)
         rows: slice | Tensor = slice(low * self.batch, high * self.batch)
-        if sequences is not None:
-            rows = (torch.arange(low, high, device=device)[:, None] * self.batch + sequences.to(device)).flatten()
-        with self.lock:
+        if sequences is not None or len(tokens) < self.batch:
+            numbers = torch.arange(len(tokens), device=device) if sequences is None else sequences.to(device)
+            rows = (torch.arange(low, high, device=device)[:, None] * self.batch + numbers).flatten()
+        with self.member.lock:
             positions = self.cache.place(rows, start.repeat(count), tokens.shape[1], kv_length)
             if self.stack is not None:
                 num_rows, num_tokens = positions.shape
-                shares = self.shares
-                if shares is not None:
-                    shares = shares.to(device, self.model.dtype).expand(self.batch, -1)[rows]
+                shares = None if self.shares is None else self.shares[rows]
                 self.stack.run_groups(self._factors(low, high), num_rows, num_tokens, shares)
             output = self.model(
                 input_ids=tokens.repeat(count, 1),
@@ -484,6 +608,10 @@ class _OpenMember:
         if (low, high) not in self._factors_of_run:
             self._factors_of_run[low, high] = [(down[low:high], up[low:high]) for down, up in self.factors]
         return self._factors_of_run[low, high]
+
+
+def _graph_bytes(members: Sequence[_Member]) -> int:
+    return sum(workspaces.graph_bytes() for workspaces in {member.workspaces for member in members})
 
 
 def _runs(rows: list[int]) -> list[tuple[int, int]]:
@@ -605,6 +733,16 @@ class _Loader:
             wanted = f"a {'split' if is_split else 'quantised'} model of {dtype} on {device}, as it cannot be changed"
             raise ValueError(f"{argument}: expected {wanted}, got {model.dtype} on {model.device}")
         model.to(device, dtype)  # type: ignore[arg-type]  # its annotation lost the arguments
+
+
+def _keep_workspaces(members: Sequence[_Member]) -> None:
+    """Let forwards be captured, of every model that lies on one device whose forwards can be."""
+    able = [member for member in members if len(member.devices) == 1 and member.devices[0].type in CAPTURES]
+    if not able:
+        where = ", ".join(sorted({str(device) for member in members for device in member.devices}))
+        raise ValueError(f"graphs: expected a model on one device of {', '.join(CAPTURES)}, got {where}")
+    for member in able:
+        member.workspaces = Workspaces(partial(CAPTURES[member.devices[0].type], member.devices[0]))
 
 
 def _argument(name: str) -> str:
@@ -797,6 +935,10 @@ def _is_repository(source: str) -> bool:
     """Whether a name is OWNER/NAME and no folder here, or a folder in the hub's cache."""
     is_cached = any(part.startswith(CACHED) for part in Path(source).parts)
     return is_cached or (re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).is_dir())
+
+
+def _max_positions(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:

@@ -111,6 +111,7 @@ def _time_round(models: Ensemble, requests: Sequence[Request], options: Options)
         run.sampler.round()
         run.batch.snapshot().read()
         seconds.append(perf_counter() - started_at)
+    run.session.close()
     return min(seconds[1:])
 
 
@@ -149,6 +150,7 @@ def _measure_acceptance(
         logits = session.forward((role,), fed[:, :-1], start, kv_length=batch.capacity)[0]
         draft_rows = mpg_ext.warp_rows(logits.flatten(0, 1).to(rows.dtype), **direct.warp())
         acceptances[draft] = overlap(draft_rows.view_as(rows))
+    session.close()
     return acceptances
 
 

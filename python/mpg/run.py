@@ -61,6 +61,8 @@ def decode(
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:2])
     # here, where nothing holds the caches any more: the error's traceback did
+    while models.drop_idle():
+        pass
     if models.device.type == "cuda":
         torch.cuda.empty_cache()
     rows = min(options.batch_size, len(requests))
@@ -125,13 +127,16 @@ class Run:
     def finish(self) -> list[Result]:
         """Run rounds until every request has ended. out: their results, in order"""
         ahead: deque[tuple[Snapshot, list[_Entry], Cost]] = deque()
-        while any(entry.result is None for entry in self.entries):
-            self._admit()
-            self.sampler.round()
-            ahead.append((self.batch.snapshot(), self.rows.copy(), replace(self.session.cost)))
-            if len(ahead) > self.rounds_ahead:
-                snapshot, rows, costs = ahead.popleft()
-                self._read(snapshot.read(), rows, costs, num_ahead=len(ahead))
+        try:
+            while any(entry.result is None for entry in self.entries):
+                self._admit()
+                self.sampler.round()
+                ahead.append((self.batch.snapshot(), self.rows.copy(), replace(self.session.cost)))
+                if len(ahead) > self.rounds_ahead:
+                    snapshot, rows, costs = ahead.popleft()
+                    self._read(snapshot.read(), rows, costs, num_ahead=len(ahead))
+        finally:
+            self.session.close()
         return [entry.result for entry in self.entries if entry.result is not None]
 
     def _admit(self) -> None:

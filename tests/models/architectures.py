@@ -122,7 +122,7 @@ ARCHITECTURES = (
             intermediate_size=[48] * 4,
             activation_sparsity_pattern=[0.0] * 4,
         ),
-        note="layers that share keys and values",
+        note="layers that share keys and values; its forward is not captured under transformers 5.17",
     ),
     Architecture(
         "Gemma 4",
