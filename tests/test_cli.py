@@ -85,6 +85,10 @@ def test_generate_answers_a_batch_in_order():
         (["--weights", "E=1", "--batch-size", "0"], "batch_size: expected an integer >= 1, got 0"),
         (["--weights", "E=1", "--device-map", "cuda:0"], "device_map: expected NAME=DEVICE, got 'cuda:0'"),
         (["--weights", "E=1", "--device-map", "F=cpu"], "device_map: expected some of ['E', "),
+        (
+            ["--weights", "E=1", "--device", "cpu", "--graphs"],
+            "graphs: expected a model on one device of cuda, got cpu",
+        ),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(arguments, message):

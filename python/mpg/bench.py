@@ -57,8 +57,12 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How much is run. `new_tokens`, `prompts`: of the table of methods; `peer_tokens`: of a call of a peer."""
+    """How much is run. `new_tokens`, `prompts`: of the table of methods; `peer_tokens`: of a call of a peer.
 
+    graphs: whether our own forwards are captured
+    """
+
+    graphs: bool = False
     runs: int = 3
     prompts: int = 2
     new_tokens: int = 32
@@ -208,7 +212,8 @@ def loop_overhead(gaps: Sequence[tuple[float, float]]) -> float:
 def compare_peers(adapted: Any, batch: int, plan: Plan) -> dict[str, Any]:
     """Tokens a second of mpg and of every peer, all adapters of `adapted` in use; and mpg's own loop."""
     names = tuple(adapted.peft_config)
-    model, base, device = load(adapted, {name: name for name in names}), peers.plain(adapted), str(adapted.device)
+    base, device = peers.plain(adapted), str(adapted.device)
+    model = load(adapted, {name: name for name in names}, graphs=plan.graphs)
     prompts = random_prompts(batch, PROMPT_TOKENS, model.models.vocab_size).to(device)
     shares = [1 / len(names)] * len(names)
     weights = dict(zip(names, shares, strict=True))
@@ -317,7 +322,7 @@ def open_model_sets(adapted: Any, plan: Plan, device: str) -> Iterator[tuple[str
     if os.environ.get("MPG_MODELS"):
         folders["mbti-tiny"] = Path(os.environ["MPG_MODELS"], "mbti-tiny")
     for name, folder in folders.items():
-        model = load(folder, device=device)
+        model = load(folder, device=device, graphs=plan.graphs)
         questions = [DEMO_QUESTIONS[index % len(DEMO_QUESTIONS)] for index in range(plan.prompts)]
         for count in sorted({2, min(4, len(model.models.attribute_names))}):
             yield f"{name}, N = {count}", first_attributes(model, count), questions, plain
@@ -325,8 +330,8 @@ def open_model_sets(adapted: Any, plan: Plan, device: str) -> Iterator[tuple[str
     prompts = random_prompts(plan.prompts, PROMPT_TOKENS, adapted.config.vocab_size).tolist()
     for count in (2, 4):
         name, attributes = f"{peers.SMALL.name}, N = {count}", {f"a{i}": f"a{i}" for i in range(count)}
-        yield name, load(adapted, attributes), prompts, plain
-        yield name, load(merged, attributes, anchor=adapted), prompts, specialised
+        yield name, load(adapted, attributes, graphs=plan.graphs), prompts, plain
+        yield name, load(merged, attributes, anchor=adapted, graphs=plan.graphs), prompts, specialised
 
 
 def first_attributes(model: Model, count: int) -> Model:
@@ -409,7 +414,7 @@ def measure_growth(plan: Plan, device: str) -> dict[str, list[dict[str, Any]]]:
     """
     base = peers.random_llama(peers.SMALL, device, torch.float32)
     crowd = peers.add_adapters(base, max(plan.num_models), KL, ALL_LINEARS)
-    model = load(crowd, {name: name for name in crowd.peft_config})
+    model = load(crowd, {name: name for name in crowd.peft_config}, graphs=plan.graphs)
     few, more = plan.growth_tokens, max(plan.growth_tokens, 3 * max(plan.chunk_sizes))  # some rounds of every K
     quantities: dict[str, tuple[str, Sequence[int], int, Sequence[str]]] = {
         "N": ("num_models", plan.num_models, few, ("direct",)),
@@ -527,11 +532,11 @@ def measure_gpu_goals(large: Shape, small: Shape, plan: Plan, device: str | None
         )
         bound = copy_bandwidth(device) / peers.num_bytes(base)
         few = peers.add_adapters(base, 4, KL, QUERY_VALUE)
-        model = load(few, {name: name for name in few.peft_config})
+        model = load(few, {name: name for name in few.peft_config}, graphs=plan.graphs)
         values["gpu_direct_vs_base_qv"] = _speed(model, plan) / _speed(model, plan, target="base")
         all_adapted = peers.add_adapters(few.unload(), 4, KL, ALL_LINEARS)
         draft = peers.random_llama(small, device, torch.bfloat16)
-        model = load(all_adapted, {name: name for name in all_adapted.peft_config}, draft=draft)
+        model = load(all_adapted, {name: name for name in all_adapted.peft_config}, draft=draft, graphs=plan.graphs)
         own = _speed(model, plan, target="base")
         values["gpu_base_vs_bandwidth"] = own / bound
         values["gpu_base_vs_eager"], values["gpu_base_vs_compiled"] = own / eager, own / compiled

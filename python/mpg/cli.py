@@ -60,6 +60,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, ... Default: the checkpoint's on cuda, else float32.")
 ]
+Graphs = Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA graphs; not yet run on a GPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -120,6 +121,7 @@ def generate(
         str | None, typer.Option(help="NAME=DEVICE,...: where the model of base, anchor, draft or an attribute goes.")
     ] = None,
     dtype: Dtype = None,
+    graphs: Graphs = False,
     as_json: Json = False,
 ) -> None:
     """Continue prompts as a weighted combination of attributes."""
@@ -148,7 +150,7 @@ def generate(
         descriptions = _parse_pairs("describe", "NAME=TEXT", describe or [])
         places = None if device_map is None else _parse_pairs("device_map", "NAME=DEVICE", device_map.split(","))
         own_draft = None if draft in (None, *DRAFTS) else draft
-        model = _load(models, device, dtype, draft=own_draft, anchor=anchor, device_map=places)
+        model = _load(models, device, dtype, draft=own_draft, anchor=anchor, device_map=places, graphs=graphs)
         with Progress(console=err, disable=len(prompt) == 1, transient=True) as progress:
             task = progress.add_task("tokens", total=None)
             streamed = len(prompt) == 1 and not as_json and method not in SINGLE_METHODS
@@ -182,6 +184,7 @@ def chat(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    graphs: Graphs = False,
 ) -> None:
     """Talk with a weighted combination; weights, sampler and options change on the way. /help lists the commands."""
     with _clear_errors():
@@ -189,7 +192,7 @@ def chat(
         recipe = Recipe.of(_place(models))
         recipe.weigh(weights)  # before minutes of loading, as the options
         mpg.Options.of(options, recipe.options)
-        run_chat(Chat(_load(models, device, dtype), weights, options, system), Console())
+        run_chat(Chat(_load(models, device, dtype, graphs=graphs), weights, options, system), Console())
 
 
 @app.command()
@@ -286,15 +289,15 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="A folder for the whole report: bench-DEVICE.json and .png.")] = None,
     device: Annotated[str, typer.Option(help="cpu | cuda, with the goals of either.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of torch's products on the CPU.")] = 1,
+    graphs: Graphs = False,
     as_json: Json = False,
 ) -> None:
     """Measure decoding against its goals, the loops one would write without mpg, and its own forwards."""
     with _clear_errors():
         if out is not None:
             check_plot(out / "bench.png")
-        report = bench_module.run(
-            bench_module.FULL if full else bench_module.Plan(), device, threads, say=partial(err.print, style="dim")
-        )
+        plan = dataclasses.replace(bench_module.FULL if full else bench_module.Plan(), graphs=graphs)
+        report = bench_module.run(plan, device, threads, say=partial(err.print, style="dim"))
         if out is not None:
             (out / f"bench-{device}.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
             bench_module.plot_growth(report, out / f"bench-{device}.png")
@@ -330,12 +333,15 @@ def _load(
     draft: str | None = None,
     anchor: str | None = None,
     device_map: dict[str, str] | None = None,
+    graphs: bool = False,
 ) -> mpg.Model:
     place = _place(models)
     for name, folder in (("draft", draft), ("anchor", anchor)):
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"{name}: expected a model's folder, got {folder!r}")
-    how: dict[str, Any] = dict(device=device, dtype=dtype, draft=draft, anchor=anchor, device_map=device_map)
+    how: dict[str, Any] = dict(
+        device=device, dtype=dtype, draft=draft, anchor=anchor, device_map=device_map, graphs=graphs
+    )
     if models != "demo":
         return mpg.load(place, **how)
     torch.set_num_threads(1)  # models as small as these lose more to threads that wait for one another
