@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import sys
 from itertools import pairwise
@@ -36,6 +37,14 @@ BOTH = {"E": 1.0, "T": 1.0}
 SHORT = {"weights": BOTH, "seed": 0, "max_new_tokens": 16}
 LONG, QUICK = DEMO_QUESTIONS[0], "Hello?"
 EOS, DOT = 3, 17
+
+
+class Silent(transformers.generation.BaseStreamer):
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +140,17 @@ class TestFields:
             ({"raw": "x"}, "raw: expected True or False, got 'x'"),
             ({"trace": "x"}, "trace: expected True or False, got 'x'"),
             ({"max_time": "long"}, "max_time: expected seconds, got 'long'"),
+            ({"max_time": math.nan}, "max_time: expected seconds, got nan"),
+            ({"max_time": -1}, "max_time: expected seconds, got -1"),
+            ({"max_length": "long"}, "max_length: expected an integer, got 'long'"),  # max_new_tokens goes before it
+            ({"pad_token_id": [0]}, r"pad_token_id: expected an integer, got \[0\]"),
+            ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size: expected an integer, got True"),
+            ({"suppress_tokens": {3: 1}}, "suppress_tokens: expected a token id or a list of them, got {3: 1}"),
+            ({"forced_eos_token_id": True}, "forced_eos_token_id: expected a token id or a list of them, got True"),
+            ({"prefix_allowed_tokens_fn": [3]}, r"prefix_allowed_tokens_fn: expected a callable, got \[3\]"),
+            ({"exponential_decay_length_penalty": [1]}, r"exponential_decay_length_penalty: .*; got \[1\]"),
+            ({"sequence_bias": [[]]}, r"sequence_bias: .*; got \[\[\]\]"),
+            ({"tokenizer": ""}, "tokenizer: expected a tokenizer of transformers, got str"),
             ({"num_return_sequences": 0}, "num_return_sequences: expected an integer >= 1, got 0"),
             (
                 {"num_return_sequences": 2, "do_sample": False},
@@ -140,8 +160,10 @@ class TestFields:
             ({"repetition_penalty": -1.0}, "repetition_penalty: .*positive.*; got -1.0"),
             ({"bad_words_ids": [3]}, r"bad_words_ids: .*; got \[3\]"),
             ({"logits_processor": 3}, "logits_processor: expected a list of callables, got 3"),
+            ({"logits_processor": {}}, "logits_processor: expected a list of callables, got {}"),
             ({"stopping_criteria": [3]}, r"stopping_criteria: expected a list of callables, got \[3\]"),
-            ({"streamer": object(), "num_return_sequences": 2}, "streamer: expected one prompt and one sequence"),
+            ({"streamer": object()}, "streamer: expected one of transformers, with put and end, got <object"),
+            ({"streamer": Silent(), "num_return_sequences": 2}, "streamer: expected one prompt and one sequence"),
             ({"input_ids": [[1]]}, "prompt: expected a prompt or input_ids, got both"),
             ({"sampler": "scr", "repetition_penalty": 1.2}, "repetition_penalty: acts on .*'scr' never"),
             ({"sampler": "token-rs", "logits_processor": [print]}, "logits_processor: acts on the combined row"),
@@ -535,12 +557,8 @@ class TestCustomGenerate:
         with pytest.raises(ValueError, match="past_key_values: expected none, as mpg has a cache of its own"):
             plain.generate(**batch, past_key_values=cache, custom_generate=decode)
 
-        class Any(transformers.generation.BaseStreamer):
-            def put(self, value):
-                pass
-
         with pytest.raises(ValueError, match="streamer: expected one prompt and one sequence, got 2"):
-            plain.generate(**inputs(LONG, QUICK), streamer=Any(), custom_generate=decode)
+            plain.generate(**inputs(LONG, QUICK), streamer=Silent(), custom_generate=decode)
         with pytest.raises(ValueError, match="custom_generate: expected to be called by the generate of"):
             decode(plain, ids)
         other = AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=7, hidden_size=8,

@@ -137,6 +137,12 @@ _PROCESSORS: dict[str, Callable[[Any, _Text], Processor]] = {
         v, t.prompt_length, t.device
     ),
 }
+# What is looked at before anything runs. What a processor is made from is that class's to judge, when it is made.
+_INTEGERS = (
+    "max_length", "min_length", "min_new_tokens", "pad_token_id", "num_return_sequences", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "forced_bos_token_id",
+)  # fmt: skip
+_TOKEN_IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 _ABOUT_THE_END = ("min_length", "min_new_tokens", "exponential_decay_length_penalty")  # nothing without such a token
 
 
@@ -166,15 +172,18 @@ class Conventions:
             if type(processor).__name__ in _HAVE_STATE:
                 wanted = "processors that depend on their arguments alone, as drafted tokens may be taken back"
                 raise ValueError(f"logits_processor: expected {wanted}, got {type(processor).__name__}")
-        count = self.num_return_sequences
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"num_return_sequences: expected an integer >= 1, got {count!r}")
+        for name, value in self.fields.items():
+            if name in _INTEGERS and not _is_integer(value):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
+            if name in _TOKEN_IDS and not all(map(_is_integer, _as_tuple(value))):
+                raise ValueError(f"{name}: expected a token id or a list of them, got {value!r}")
+        if self.num_return_sequences < 1:
+            raise ValueError(f"num_return_sequences: expected an integer >= 1, got {self.num_return_sequences}")
+        if not callable(self.fields.get("prefix_allowed_tokens_fn", callable)):
+            got = self.fields["prefix_allowed_tokens_fn"]
+            raise ValueError(f"prefix_allowed_tokens_fn: expected a callable, got {got!r}")
         if "eos_token_id" in self.fields:
-            given = self.fields["eos_token_id"]
-            ids = given if isinstance(given, (list, tuple)) else (given,)
-            if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-                raise ValueError(f"eos_token_id: expected a token id or a list of them, got {given!r}")
-            object.__setattr__(self, "eos_token_ids", tuple(ids))
+            object.__setattr__(self, "eos_token_ids", _as_tuple(self.fields["eos_token_id"]))
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase | None):
             raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(self.tokenizer).__name__}")
         if self.stop_strings() and self.tokenizer is None:
@@ -185,11 +194,11 @@ class Conventions:
                 got = self.fields["stop_strings"]
                 raise ValueError(f"stop_strings: expected a string or a list of them, none empty, got {got!r}")
         if "max_time" in self.fields:  # counted from here
-            try:
-                limit = transformers.MaxTimeCriteria(float(self.fields["max_time"]), time.time())
-            except (TypeError, ValueError):
-                raise ValueError(f"max_time: expected seconds, got {self.fields['max_time']!r}") from None
-            object.__setattr__(self, "stopping_criteria", (*self.stopping_criteria, limit))
+            limit = self.fields["max_time"]
+            if not isinstance(limit, (int, float)) or not limit >= 0:
+                raise ValueError(f"max_time: expected seconds, got {limit!r}")
+            criterion = transformers.MaxTimeCriteria(limit, time.time())
+            object.__setattr__(self, "stopping_criteria", (*self.stopping_criteria, criterion))
 
     @classmethod
     def of(
@@ -277,7 +286,7 @@ class Conventions:
             if name in self.fields and (self.eos_token_ids or name not in _ABOUT_THE_END):
                 try:
                     made = make(self.fields[name], text)
-                except (TypeError, ValueError) as error:
+                except Exception as error:  # whatever a value of the wrong form makes it raise
                     raise ValueError(f"{name}: {error}; got {self.fields[name]!r}") from None
                 chain.append(own.get(type(made), made))
         chain += [processor for processor in self.logits_processor if not any(processor is other for other in chain)]
@@ -292,8 +301,7 @@ class Conventions:
         return Stops(prompt, strings, tuple(self.stopping_criteria), self.tokenizer, device).end
 
     def stop_strings(self) -> tuple[str, ...]:
-        given = self.fields.get("stop_strings", ())
-        return tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        return _as_tuple(self.fields.get("stop_strings", ()))
 
 
 def _fields_of(config: GenerationConfig | None) -> dict[str, Any]:
@@ -311,6 +319,15 @@ def _fields_of(config: GenerationConfig | None) -> dict[str, Any]:
         for name, value in vars(config).items()
         if value is not None and name in known and not name.startswith("_")
     }
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """One or several, as several."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _is_neutral(name: str, value: Any) -> bool:

@@ -116,14 +116,16 @@ class Model:
             generation_config,
             options,
             eos_token_ids=models.eos_token_ids,
-            tokenizer=tokenizer or models.tokenizer,
-            logits_processor=logits_processor or (),
-            stopping_criteria=stopping_criteria or (),
+            tokenizer=models.tokenizer if tokenizer is None else tokenizer,
+            logits_processor=() if logits_processor is None else logits_processor,
+            stopping_criteria=() if stopping_criteria is None else stopping_criteria,
         )
         checked = Options.of(chosen, conventions.before(self.recipe.options))
         conventions.check_sampler(checked)
         if on_token is not None and not callable(on_token):
             raise ValueError(f"on_token: expected a callable, got {on_token!r}")
+        if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise ValueError(f"streamer: expected one of transformers, with put and end, got {streamer!r}")
         if prompt is not None and input_ids is not None:
             raise ValueError("prompt: expected a prompt or input_ids, got both")
         if input_ids is not None or attention_mask is not None or isinstance(prompt, torch.Tensor):
