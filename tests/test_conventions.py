@@ -387,6 +387,8 @@ class TestPrompts:
                 r"attention_mask: expected padding before or behind .* got some between: \[1, 0, 1\]",
             ),
             ({"input_ids": torch.tensor([[5, 0, 7]])}, "attention_mask: expected padding before or behind"),
+            ({"input_ids": "hi"}, "input_ids: expected a tensor or lists of token ids, got 'hi'"),
+            ({"attention_mask": [[1]]}, "input_ids: expected a tensor or lists of token ids, got None"),
             ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, r"attention_mask: expected 2 entries .* got \[1\]"),
             ({"input_ids": [[5, 6]], "attention_mask": [1, 1]}, "attention_mask: expected 1 rows as in input_ids"),
             ({"input_ids": torch.tensor([[0, 0]])}, r"prompt: expected at least one token, got \[\]"),
@@ -561,6 +563,8 @@ class TestCustomGenerate:
             plain.generate(**inputs(LONG, QUICK), streamer=Silent(), custom_generate=decode)
         with pytest.raises(ValueError, match="custom_generate: expected to be called by the generate of"):
             decode(plain, ids)
+        with pytest.raises(ValueError, match=r"model: expected what mpg.load returns, got LlamaForCausalLM"):
+            mpg.custom_generate(plain)
         other = AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=7, hidden_size=8,
             intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))  # fmt: skip
         with pytest.raises(ValueError, match="custom_generate: expected a transformers model with mpg's vocabulary of"):

@@ -49,6 +49,9 @@ def custom_generate(
     Raises ValueError, naming it, for what cannot be honoured.
     """
 
+    if not isinstance(model, Model):
+        raise ValueError(f"model: expected what mpg.load returns, got {type(model).__name__}")
+
     def decode(base: Any, input_ids: Tensor, **prepared: Any) -> Tensor | GenerateDecoderOnlyOutput:
         # Processors and criteria arrive mixed with those of transformers, which count padding; a streamer does not
         # arrive at all (5.17 to 5.23), and whoever reads it would wait for ever. So look at the call itself.

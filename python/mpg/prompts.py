@@ -52,8 +52,8 @@ def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, vocab_size: i
         raise ValueError(f"prompt: this model has no chat template, expected a string, got {prompt!r}")
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if not all(message.get("content") for message in messages):
-            raise ValueError(f"prompt: expected some text in every message, got {prompt!r}")
+        if not all(message.get("role") and message.get("content") for message in messages):
+            raise ValueError(f"prompt: expected a role and some text in every message, got {prompt!r}")
         try:
             token_ids = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=_QUIET
@@ -84,6 +84,8 @@ def unpad(input_ids: Any, attention_mask: Any, pad_token_id: int | None) -> Any:
         if attention_mask is None and pad_token_id is not None:
             attention_mask = input_ids != pad_token_id
         input_ids = input_ids.tolist()
+    if not isinstance(input_ids, (list, tuple)):
+        raise ValueError(f"input_ids: expected a tensor or lists of token ids, got {input_ids!r}")
     if attention_mask is None:
         return input_ids
     mask = attention_mask.tolist() if isinstance(attention_mask, Tensor) else attention_mask
