@@ -760,8 +760,10 @@ def _check_found(argument: str, source: Source, host: Source) -> None:
         raise ValueError(f"{argument}: expected a model, got the adapter {source}")
     if isinstance(source, nn.Module) or is_adapter or _has_file(source, "config.json"):
         return
-    wanted = f"a model (config.json) or an adapter ({ADAPTER_CONFIG})"
-    if isinstance(host, PeftModel):
+    wanted = "a model (config.json)"
+    if argument != BASE:
+        wanted += f" or an adapter ({ADAPTER_CONFIG})"
+    if argument != BASE and isinstance(host, PeftModel):
         wanted += f" or an adapter of {sorted(host.peft_config)}"
     raise ValueError(f"{argument}: expected {wanted}, got {_nothing_in(source, 'config.json')}")
 
