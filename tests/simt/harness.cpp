@@ -65,6 +65,11 @@ void shuffle_against_barrier() {
 void shuffle_from_outside_mask() {
   if (threadIdx.x < 16) result[threadIdx.x] = __shfl_sync(0xffff, 1.f, 16);
 }
+// The lower half of a warp has done one operation more when all lanes come to the same one.
+void shuffle_after_half_a_warp() {
+  if (threadIdx.x % 32 < 16) __syncwarp(0xffff);
+  result[threadIdx.x] = __shfl_sync(kAllLanes, float(threadIdx.x), int(threadIdx.x % 32) ^ 16);
+}
 void ballot() { result[threadIdx.x] = float(__ballot_sync(kAllLanes, threadIdx.x % 32 < 2)); }
 void order() { result[threadIdx.x] = float(turn++); }
 void nothing() {}
@@ -82,6 +87,7 @@ const std::map<std::string_view, void (*)()> kKernels = {
     {"shuffle_after_exit", shuffle_after_exit},
     {"shuffle_against_barrier", shuffle_against_barrier},
     {"shuffle_from_outside_mask", shuffle_from_outside_mask},
+    {"shuffle_after_half_a_warp", shuffle_after_half_a_warp},
     {"ballot", ballot},
     {"order", order},
 };

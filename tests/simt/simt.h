@@ -84,8 +84,8 @@ struct Fiber {
   State state = State::kFinished;
   uintptr_t site = 0;  // where in the source it waits
   unsigned mask = 0;   // of the warp operation
-  unsigned num_exchanges = 0;
-  uint64_t sent[2] = {};  // what other lanes may read; alternating, as a fast lane sends again
+  uint64_t sent = 0;
+  uint64_t shown = 0;  // what was sent when the operation was complete; a fast lane sends again
 };
 
 struct Machine {
@@ -196,7 +196,9 @@ inline bool release_warp(unsigned first) {
     }
     if (!complete) continue;
     for (unsigned other = 0; other < count; ++other) {
-      if (mask >> other & 1) lanes[other].state = State::kReady;
+      if ((mask >> other & 1) == 0) continue;
+      lanes[other].state = State::kReady;
+      lanes[other].shown = lanes[other].sent;
     }
     released = true;
   }
@@ -309,30 +311,27 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Kernel kernel) {
   }
 }
 
-// Gives `value` to the warp and waits for the lanes of the mask; the return value says which of a
-// lane's two slots to read.
+// Shows `value` to the warp, once all lanes of the mask are here.
 template <class T>
-unsigned exchange(unsigned mask, T value, uintptr_t site) {
+void exchange(unsigned mask, T value, uintptr_t site) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   Fiber& fiber = machine.fibers[machine.current];
   if ((mask >> machine.current % kLanes & 1) == 0) {
     throw Error("simt: lane outside its own mask" + place(machine.current));
   }
-  const unsigned slot = fiber.num_exchanges++ % 2;
-  std::memcpy(&fiber.sent[slot], &value, sizeof value);
+  std::memcpy(&fiber.sent, &value, sizeof value);
   wait(State::kAtWarpOp, mask, site);
-  return slot;
 }
 
-inline const Fiber& lane_of_warp(unsigned lane) {
-  return machine.fibers[machine.current / kLanes * kLanes + lane];
+inline const uint64_t& shown_by(unsigned lane) {
+  return machine.fibers[machine.current / kLanes * kLanes + lane].shown;
 }
 
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source, uintptr_t site) {
-  const unsigned slot = exchange(mask, value, site);
+  exchange(mask, value, site);
   std::memset(static_cast<void*>(&value), 0xff, sizeof value);  // undefined for lanes not named
-  if (mask >> source & 1) std::memcpy(&value, &lane_of_warp(source).sent[slot], sizeof value);
+  if (mask >> source & 1) std::memcpy(&value, &shown_by(source), sizeof value);
   return value;
 }
 
@@ -358,10 +357,10 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, SIMT_SITE_PARAMETERS)
   return simt::shuffle(mask, value, source < simt::kLanes ? source : lane, SIMT_SITE);
 }
 inline unsigned __ballot_sync(unsigned mask, bool predicate, SIMT_SITE_PARAMETERS) {
-  const unsigned slot = simt::exchange(mask, uint64_t(predicate), SIMT_SITE);
+  simt::exchange(mask, uint64_t(predicate), SIMT_SITE);
   unsigned ballot = 0;
   for (unsigned lane = 0; lane < simt::kLanes; ++lane) {
-    if (mask >> lane & 1) ballot |= unsigned(simt::lane_of_warp(lane).sent[slot]) << lane;
+    if (mask >> lane & 1) ballot |= unsigned(simt::shown_by(lane)) << lane;
   }
   return ballot;
 }

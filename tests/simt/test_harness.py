@@ -67,6 +67,7 @@ def test_right_kernels_compute_what_hardware_does(harness, order):
         assert numbers(run(harness, kernel, order)) == [i ^ 32 for i in range(64)]
     assert numbers(run(harness, "warp_barrier", order)) == [i ^ 1 for i in range(64)]
     assert numbers(run(harness, "shuffle", order)) == [i if i % 32 == 31 else i + 1 for i in range(64)]
+    assert numbers(run(harness, "shuffle_after_half_a_warp", order)) == [i ^ 16 for i in range(64)]
     assert numbers(run(harness, "ballot", order)) == [3] * 64
     assert numbers(run(harness, "blocks_grow_after_an_error", order))[:31] == list(range(1, 32))
 
