@@ -179,7 +179,8 @@ MPG_HOST_DEVICE void update_bound(const Bound<A>& bound, int64_t b, const A* sco
 // Probability that one try of the fallback loop proposes this token and accepts it.
 template <class A>
 MPG_HOST_DEVICE A accepted_mass(A draft_prob, A score, A log_bound) {
-  if (draft_prob <= 0 || score == -A(INFINITY)) return 0;
+  if (draft_prob <= 0) return 0;
+  if (score == -A(INFINITY)) return draft_prob * 0;  // whatever the bound, but NaN stays NaN
   const A excess = score - log_bound;
   return excess > 0 ? draft_prob : draft_prob * std::exp(excess);
 }

@@ -50,8 +50,9 @@ MPG_MULTIVERSION void accepted_masses(const DrawFallback<float>& args, int64_t b
   const float log_bound = args.log_bound[b];
   for (int64_t y = 0; y < size; ++y) {
     const float excess = scores[y] - log_bound;
-    const float mass = draft_probs[y] * exp_nonpositive(excess > 0 ? 0 : excess);
-    masses[y] = draft_probs[y] <= 0 || scores[y] == -INFINITY ? 0 : mass;
+    const float accept_prob = exp_nonpositive(excess > 0 ? 0 : excess);
+    const float mass = draft_probs[y] * (scores[y] == -INFINITY ? 0 : accept_prob);
+    masses[y] = draft_probs[y] <= 0 ? 0 : mass;
   }
 }
 

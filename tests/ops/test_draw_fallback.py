@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_acceptance_is_clipped_at_one(device):
     assert by_hand(0.5, device, log_bound=-9.0)[2] == pytest.approx(1.0, rel=1e-6)
 
 
-def single(device: torch.device, **changes: Tensor) -> tuple[int, float, float]:
+def single(device: torch.device, ops: ModuleType = mpg_ext, **changes: Tensor) -> tuple[int, float, float]:
     """One sequence, one attribute model, three tokens; uniform draft; arguments replaced by name."""
     inputs = {
         "anchor_logits": torch.zeros(1, 3),
@@ -104,7 +105,7 @@ def single(device: torch.device, **changes: Tensor) -> tuple[int, float, float]:
         "uniforms": torch.full((1,), 0.5, dtype=torch.float64),
         "active": torch.ones(1, dtype=torch.bool),
     } | changes
-    out = mpg_ext.draw_fallback(**{name: tensor.to(device) for name, tensor in inputs.items()}, score="arithmetic")
+    out = ops.draw_fallback(**{name: tensor.to(device) for name, tensor in inputs.items()}, score="arithmetic")
     return tuple(tensor.item() for tensor in out)
 
 
@@ -131,6 +132,17 @@ def test_invalid_logits_give_token_minus_two(device, poison):
     assert token == -2
     assert math.isnan(score)
     assert math.isnan(prob)
+
+
+@pytest.mark.parametrize("ops", [mpg_ext, reference], ids=["op", "twin"])
+def test_invalid_draft_gives_token_minus_two_even_for_a_token_that_no_score_accepts(device, ops):
+    """V = 40: on the CPU a draft of one token is scored by itself, a draft of all in lanes."""
+    for probs in (torch.zeros(1, 40), torch.full((1, 40), 1 / 40)):
+        probs[0, 1] = NAN
+        attribute = torch.zeros(1, 1, 40)
+        attribute[0, 0, 1] = -INF
+        logits = {"anchor_logits": torch.zeros(1, 40), "attribute_logits": attribute}
+        assert single(device, ops, **logits, draft_probs=probs)[0] == -2
 
 
 def test_attribute_with_weight_zero_may_be_invalid(device):
