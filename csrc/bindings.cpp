@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string_view>
@@ -244,8 +245,9 @@ Tensor gather_logprobs(const Tensor& logits, const Tensor& tokens, double temper
   const at::Device device = logits.device();
   check_positions("K", K);
   check("tokens", tokens, "(R, K)", {R, K}, at::kLong, device);
-  TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature > 0,
-                    "temperature must be finite and positive, got ", temperature);
+  // Logits are multiplied by its inverse: both have to be normal numbers in float32.
+  TORCH_CHECK_VALUE(temperature >= 0x1p-126 && temperature <= 0x1p126,
+                    "temperature must be in [2^-126, 2^126], got ", temperature);
 
   const auto dtype = accumulation_dtype(logits);
   Tensor logprobs = empty({R, K}, logits, dtype), partials;
@@ -511,7 +513,7 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
   const at::Device device = attribute_logits.device();
   const auto dtype = accumulation_dtype(attribute_logits);
   check_models(N);
-  TORCH_CHECK_VALUE(P >= 1 && P <= 33, "P must be between 1 and 33, got ", P);
+  check_positions("P", P, 33);  // of the draft and the one after it
   check("weights", weights, "(B, P, N)", {B, P, N}, dtype, device);
   const mpg::Score kind = score_of(target, "target");
   const bool has_anchor = anchor_logits.has_value();

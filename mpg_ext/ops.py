@@ -23,7 +23,7 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0)
 
     logits: (R, K, V), any number of rows R
     tokens: (R, K) int64; a token outside [0, V) has log-probability -inf and is never read
-    temperature: finite and positive
+    temperature: in [2**-126, 2**126]
 
     out: (R, K) acc; NaN where a row has NaN or +inf or is -inf throughout
     """

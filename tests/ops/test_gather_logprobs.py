@@ -77,6 +77,15 @@ def test_temperature_divides_the_logits(device):
     assert out.item() == pytest.approx(math.log(0.75), rel=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [2.0**-126, 1e-6, 1e6, 2.0**126])
+def test_extreme_temperatures_leave_the_largest_token_or_none_apart(device, temperature):
+    logits = torch.tensor([2.0, 1.0, 2.0, -INF] * 20, device=device).expand(1, 3, 80)
+    out = mpg_ext.gather_logprobs(logits, torch.tensor([[2, 1, 3]], device=device), temperature=temperature)
+    smaller = -math.log(40) - 1 / temperature if temperature < 1 else -math.log(60)
+    largest = -math.log(40 if temperature < 1 else 60)
+    torch.testing.assert_close(out.cpu(), torch.tensor([[largest, smaller, -INF]]))
+
+
 def test_float64_logits_give_float64_logprobs():
     logits = torch.randn(4, 3, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5
     tokens = torch.arange(12).view(4, 3)
