@@ -120,11 +120,10 @@ struct VerifyChunks {
 
 template <class A>
 struct DrawFallback {
-  NormalizeRows<A>
-      rows;              // K = 1; the active sequences are those that draw; normalizers are scratch
-  const A* draft_probs;  // (B, V)
-  const A* weights;      // (B, N)
-  const A* log_bound;    // (B)
+  NormalizeRows<A> rows;   // K = 1; active sequences are those that draw; normalizers are scratch
+  const A* draft_probs;    // (B, V)
+  const A* weights;        // (B, N)
+  const A* log_bound;      // (B)
   const double* uniforms;  // (B)
   Score score;
   int64_t* tokens;       // (B)

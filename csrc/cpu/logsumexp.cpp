@@ -25,7 +25,7 @@ MPG_INLINE float max_of(const float* x, int64_t size) {
   return larger(larger(a, b), larger(c, d));
 }
 
-// 2^t for t <= 0 as a term of a sum that has a term 1: relative error below 1e-7, and 2^-126 stands
+// 2^t for t <= 0 as a term of a sum that has a term 1: relative error below 2e-7, and 2^-126 stands
 // for all that is smaller. NaN stays NaN. exp_nonpositive with all its digits takes half as long
 // again.
 MPG_INLINE float exp2_term(float t) {

@@ -1,7 +1,6 @@
-// How the CPU side vectorises: plain loops over blocks of floats that stay in the first-level
-// cache,
-// `#pragma omp simd` where a sum or a maximum may be taken in lanes, and exp and log that a loop
-// can contain. Functions marked MPG_MULTIVERSION are compiled for AVX-512, AVX2 and any other
+// How the CPU side vectorises: plain loops over blocks that stay in the first-level cache, with
+// `#pragma omp simd` where a sum or a maximum may be taken in lanes, and an exp and a log that such
+// loops can contain. Functions marked MPG_MULTIVERSION are compiled for AVX-512, AVX2 and any other
 // machine, and picked at run time; what they call is MPG_INLINE, so that it is compiled with them.
 // float64 is left as it is: it is for tests, and adds in the order of its twins.
 #pragma once
