@@ -148,7 +148,8 @@ template <class A>
 MPG_HOST_DEVICE void update_bound(const Bound<A>& bound, int64_t b, const A* scores,
                                   int64_t count) {
   A* window = bound.window + b * bound.W;
-  int64_t num_scores = bound.num_scores[b];
+  // No caller has pushed fewer than none; such a count would write outside the window.
+  int64_t num_scores = bound.num_scores[b] < 0 ? 0 : bound.num_scores[b];
   for (int64_t p = 0; p < count; ++p) {
     if (scores[p] == -A(INFINITY) || is_nan(scores[p])) continue;
     window[num_scores % bound.W] = scores[p];
@@ -210,9 +211,9 @@ MPG_HOST_DEVICE A token_score(const DrawFallback<A>& args, int64_t b, int64_t y)
 }
 
 // log v of token y at position p of sequence b, before the row is normalised.
-//   arithmetic (Eq. 10-11, 13): v = base * [sum_i weight_i pi_i / anchor]_+, or [sum_i weight_i
-//   pi_i]_+ geometric (Eq. 7, reverse KL, token by token): v = base * prod_i (pi_i /
-//   anchor)^weight_i
+//   arithmetic (Eq. 10-11, 13): v = base * [sum_i weight_i pi_i / anchor]_+,
+//     or without base and anchor [sum_i weight_i pi_i]_+
+//   geometric (Eq. 7, reverse KL, token by token): v = base * prod_i (pi_i / anchor)^weight_i
 template <class T, class A>
 MPG_HOST_DEVICE A combined_log_mass(const CombineRows<A>& args, int64_t b, int64_t p, int64_t y) {
   A base = 0, anchor = 0;

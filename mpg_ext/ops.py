@@ -84,7 +84,7 @@ def update_bound_(
     window below tau freezes the bound until the variance rises again. Rows that are not active keep every byte.
 
     window: (B, W) acc ring buffer, score number n in column n % W
-    num_scores, num_rounds: (B,) int64, scores pushed and rounds counted so far
+    num_scores, num_rounds: (B,) int64, scores pushed (negative numbers are read as 0) and rounds counted so far
     log_bound: (B,) acc, log M
     frozen: (B,) bool
     scores: (B, P) acc, 1 <= P <= 33; -inf and NaN are not pushed

@@ -55,6 +55,7 @@ def update_bound_(
     """Twin of `mpg_ext.update_bound_`."""
     num_columns = window.shape[1]
     for b in active.nonzero()[:, 0].tolist():
+        num_scores[b].clamp_(min=0)
         for value in scores[b]:
             if value == -math.inf or value.isnan():
                 continue

@@ -154,6 +154,17 @@ def test_nan_scores_are_not_pushed(device):
     assert bound[0][0, :2].tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("ops", [mpg_ext, reference], ids=["op", "twin"])
+def test_negative_number_of_scores_is_read_as_none(device, ops):
+    bound = [guarded(tensor) for tensor in fresh_bound(1, 3, torch.float32, device)]
+    bound[1].fill_(-2)
+    scores, active = torch.tensor([[1.0, 2.0]], device=device), torch.ones(1, dtype=torch.bool, device=device)
+    with nothing_else_written([scores, active], written=bound):
+        ops.update_bound_(*bound, scores, active, log_initial_bound=0.5, log_gamma=0.0, tau=0.1)
+    assert bound[1].item() == 2
+    assert bound[0][0, :2].tolist() == [1.0, 2.0]
+
+
 def test_inactive_rows_keep_every_byte(device):
     bound = fresh_bound(3, 4, torch.float32, device)
     before = [tensor.clone() for tensor in bound]
