@@ -48,6 +48,13 @@ def test_every_remainder_of_the_vector_width_and_every_misalignment(device, dtyp
     assert_as_accurate_as_torch(rows[:, None], torch.arange(20, device=device)[:, None] % V)
 
 
+def test_vocabulary_of_more_slices_than_a_warp_has_lanes(device):
+    """Gemma 3's is 33 slices long; of the second row the last holds nearly all."""
+    logits = torch.randn(2, 1, 262_208, generator=torch.Generator().manual_seed(0))
+    logits[1, 0, -1] = 20
+    assert_as_accurate_as_torch(logits.to(device), torch.tensor([[0], [262_207]], device=device))
+
+
 def test_leading_dimensions_may_have_any_strides(device):
     logits = torch.randn(3, 4, 7, 40, generator=torch.Generator().manual_seed(0)).to(device)
     view = logits[:, ::2].transpose(0, 1)[..., 3:17]  # (2, 3, 7, 14)

@@ -299,13 +299,15 @@ class TestFused:
                 assert is_open.any()
                 assert (accepted[is_open] == wanted).all()
 
-    def test_rows_that_accept_nothing_leave_every_byte_of_the_bound(self, device):
+    def test_rows_that_accept_nothing_or_are_invalid_leave_every_byte_of_the_bound(self, device):
         inputs, _ = chunk(2, 6, 4, 20, torch.float32, device)
         bound = fresh_bound(6, 3, torch.float32, device)
         bound[0].fill_(NAN)
         before = [tensor.clone() for tensor in bound]
-        inputs[3] = torch.zeros_like(inputs[3])
-        assert mpg_ext.verify_chunks(*inputs, *bound, score="arithmetic", **BOUND)[2].tolist() == [0] * 6
+        inputs[3] = torch.tensor([0, 0, 0, 4, 4, 4], device=device)
+        inputs[0][3:] = NAN
+        accepted = mpg_ext.verify_chunks(*inputs, *bound, score="arithmetic", **BOUND)[2]
+        assert accepted.tolist() == [0] * 3 + [-1] * 3
         for tensor, wanted in zip(bound, before, strict=True):
             torch.testing.assert_close(tensor, wanted, rtol=0, atol=0, equal_nan=True)
 
