@@ -1,6 +1,7 @@
 """Plants known kinds of bugs in the sources, one at a time, and says which test catches each under the sanitizers.
 
-Prints one line a bug, then one line of JSON; exits with 1 where a bug is not caught. Names as arguments pick bugs.
+The tests have to pass without a bug first. Prints one line a bug, then one line of JSON; exits with 1 where a bug is
+not caught. Names as arguments pick bugs.
 """
 
 from __future__ import annotations
@@ -133,13 +134,18 @@ MUTANTS = {
 }
 
 
-def caught_by(mutant: Mutant) -> str | None:
-    """The first test that fails, or ends the process, with this bug planted; None where all of them pass."""
-    file, selected = mutant.tests.split(" ", 1)
+def run_tests(tests: str) -> subprocess.CompletedProcess[str]:
+    file, selected = tests.split(" ", 1)
     if file.startswith("ops/"):
         selected = f"simt and {selected}"
+    return simulator.run_sanitized("-vv", "-x", f"tests/{file}", "-k", selected, PYTHONUNBUFFERED="1")
+
+
+def caught_by(mutant: Mutant) -> str | None:
+    """The first test that fails, or ends the process, with this bug planted; None where all of them pass."""
     simulator.build(sanitize=True, edits={mutant.file: (mutant.old, mutant.new)})
-    run = simulator.run_sanitized("-vv", "-x", f"tests/{file}", "-k", selected, PYTHONUNBUFFERED="1")
+    run = run_tests(mutant.tests)
+    file = mutant.tests.split(" ", 1)[0]
     started = re.findall(rf"^tests/{file}::(.*?)(?: [A-Z]+ .*)?$", run.stdout, flags=re.MULTILINE)
     assert started, f"no test of {mutant.tests!r} ran: {run.stdout[-2000:]}{run.stderr[-2000:]}"
     return started[-1].strip() if run.returncode != 0 else None
@@ -147,6 +153,11 @@ def caught_by(mutant: Mutant) -> str | None:
 
 def main() -> None:
     names = sys.argv[1:] or list(MUTANTS)
+    simulator.build(sanitize=True)
+    for tests in dict.fromkeys(MUTANTS[name].tests for name in names):  # else every bug would seem caught
+        run = run_tests(tests)
+        if run.returncode != 0:
+            sys.exit(f"{tests!r} fails without any bug: {run.stdout[-2000:]}{run.stderr[-2000:]}")
     by = {}
     for name in names:
         by[name] = caught_by(MUTANTS[name])
