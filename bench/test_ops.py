@@ -5,7 +5,8 @@ machine does falls on all of them; reported are medians over the rounds. Rivals:
 under torch.compile (at B = 1 alone, since a graph takes seconds; on the CPU one for both vocabularies, on a GPU one for
 the larger), and on a GPU op and plain torch once more as captured graphs. "cold" rounds overwrite the cache before
 every call; "warm" ones call twice and time the second. The floor is what copying as many bytes takes on this device
-with these threads: an op that finds its arguments in the cache may beat it.
+with these threads: an op that finds its arguments in the cache may beat it. On the CPU most of what large batches cost
+plain torch is fresh memory for its temporaries, which the ops do not have.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ Arguments are checked in csrc/bindings.cpp, the mathematics is in csrc/numerics.
 Throughout: B sequences, K draft tokens (1 to 32), N attribute models (at least 1), V vocabulary, W window. Logits are
 float32, float16 or bfloat16, on the CPU also float64, and may have any strides but unit stride in V. `acc` is the
 dtype of everything computed from them: float64 for float64 logits, else float32. Every op raises ValueError where a
-shape, dtype, device or stride is not as written. B may be 0. Equations are those of arXiv 2511.01891.
+shape, dtype, device or stride is not as written. B may be 0. No op can be differentiated. Equations are those of
+arXiv 2511.01891.
 """
 
 from __future__ import annotations
