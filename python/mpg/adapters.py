@@ -196,10 +196,10 @@ class AdapterStack:
         """Replace every adapted linear layer of `model`; ValueError names a module or shape that does not fit."""
         self.factors: list[tuple[Tensor, Tensor]] = []  # per layer down (G, R, in) of all that share it, up (G, r, out)
         self.layers: list[StackedLinear] = []
-        self.active: list[tuple[Tensor, Tensor]] | None = None
+        self.active: list[tuple[Tensor, Tensor]] | None = None  # of every layer, which holds its own
         self.shares: Tensor | None = None
-        self.num_rows = self.num_tokens = 0
-        self.latest: tuple[Tensor, int, tuple[Tensor, ...]] | None = None  # see shrink
+        self.rows_of_group = self.num_tokens = 0
+        self.latest: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None  # see shrink
         for adapter in adapters:
             for module, factors in adapter.factors.items():
                 _check_fit(model, adapter, module, *factors)
@@ -216,7 +216,7 @@ class AdapterStack:
             ]
             down, ranks = torch.cat([down for down, _ in pairs], 1), [down.shape[1] for down, _ in pairs]
             for place, (module, base) in enumerate(zip(modules, bases, strict=True)):
-                layer = StackedLinear(base, self, module, len(self.layers), place, ranks)
+                layer = StackedLinear(base, self, module, place, ranks)
                 model.set_submodule(module, layer)
                 self.layers.append(layer)
                 self.factors.append((down, pairs[place][1]))
@@ -249,52 +249,56 @@ class AdapterStack:
 
         shares: (num_rows, N), each row's own weights of the N groups that `merge` joined
         """
+        if factors is not self.active:
+            for index, layer in enumerate(self.layers):
+                own = factors and (factors[index - layer.place][0], factors[index][1])
+                vars(layer)["factors"] = own  # past nn.Module, which would look for a parameter in it
         self.active, self.shares, self.latest = factors, shares, None
-        self.num_rows, self.num_tokens = num_rows, num_tokens
+        self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
 
-    def shrink(self, x: Tensor, first: int, ranks: Sequence[int]) -> tuple[Tensor, ...]:
-        """x times the factor that the layers from number `first` on share: each one's product, (G, tokens, r).
+    def shrink(self, x: Tensor, down: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
+        """x times the factor that some layers share: each one's product, (G, tokens, r).
 
         It is kept, so that only the first of them computes it.
         """
-        assert self.active is not None
-        if self.latest is None or self.latest[0] is not x or self.latest[1] != first:
-            down = self.active[first][0]
+        if self.latest is None or self.latest[0] is not x or self.latest[1] is not down:
             products = torch.bmm(x.reshape(down.shape[0], -1, x.shape[-1]), down.transpose(1, 2))
             num_merged = 1 if self.shares is None else self.shares.shape[1]
-            self.latest = x, first, products.split([num_merged * rank for rank in ranks], -1)
+            self.latest = x, down, products.split([num_merged * rank for rank in ranks], -1)
         return self.latest[2]
 
 
 class StackedLinear(nn.Module):
     """A linear layer with one low-rank update per group: a base product for all rows and two batched small ones.
 
-    index: this layer's number in the stack
-    place: its place among the layers that share a factor, whose ranks are `ranks`
+    place:   its place among the layers that share a factor, whose ranks are `ranks`
+    factors: that the next forward uses, if any; the stack sets them
     """
 
-    def __init__(
-        self, base: nn.Module, stack: AdapterStack, name: str, index: int, place: int, ranks: Sequence[int]
-    ) -> None:
+    factors: tuple[Tensor, Tensor] | None
+
+    def __init__(self, base: nn.Module, stack: AdapterStack, name: str, place: int, ranks: Sequence[int]) -> None:
         super().__init__()
         self.base = base
         self.stack = stack
         self.name = name
-        self.index = index
         self.place = place
         self.ranks = ranks
+        self.factors = None
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        if self.stack.active is None:
+        if self.factors is None:
             return out
+        down, up = self.factors
         # All rows in order, by row (its last token under logits_to_keep, cached ones in DeepSeek's latent attention) or
         # with all tokens flattened. Not e.g. an expert that sees some of the tokens: groups would mix.
-        shape, (num_rows, num_tokens) = tuple(x.shape[:-1]), (self.stack.num_rows, self.stack.num_tokens)
+        # Their number as a product: torch.compile then sees at once that the groups divide it.
+        num_rows, num_tokens = down.shape[0] * self.stack.rows_of_group, self.stack.num_tokens
+        shape = tuple(x.shape[:-1])
         if not (len(shape) > 1 and shape[0] == num_rows) and shape != (num_rows * num_tokens,):
             raise ValueError(f"adapted layer {self.name}: expected tokens {(num_rows, num_tokens)}, got {shape}")
-        up = self.stack.active[self.index][1]
-        hidden = self.stack.shrink(x, self.index - self.place, self.ranks)[self.place]
+        hidden = self.stack.shrink(x, down, self.ranks)[self.place]
         if self.stack.shares is not None:
             num_rows, num_merged = self.stack.shares.shape
             parts = hidden.reshape(num_rows, -1, num_merged, self.ranks[self.place])

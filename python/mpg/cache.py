@@ -34,6 +34,7 @@ class RaggedCache(Cache):
         super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
         self.num_rows = num_rows
         self.capacity = capacity
+        self.current: _RaggedLayer | None = None  # the layer that a compiled forward is in, whichever it says it is
 
     def place(self, rows: slice | Tensor, start: Tensor, num_tokens: int, kv_length: int) -> Tensor:
         """Aim the next forward at some rows; returns the positions of its tokens.
@@ -49,7 +50,8 @@ class RaggedCache(Cache):
         """
         if not 0 < kv_length <= self.capacity:
             raise ValueError(f"kv_length: expected 1 to the capacity {self.capacity}, got {kv_length}")
-        self.rows = rows
+        self.first_row: int = rows.start if isinstance(rows, slice) else 0
+        self.rows: Tensor | None = None if isinstance(rows, slice) else rows
         self.start = start
         self.kv_length = kv_length
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
@@ -57,6 +59,10 @@ class RaggedCache(Cache):
         numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows
         self.slots = (numbers[:, None] * self.capacity + positions).flatten()
         return positions
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self.current or self.layers[layer_idx]
+        return layer.update(key_states, value_states)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_positions: int) -> None:
         """Let the first positions of some rows be those of others."""
@@ -107,8 +113,9 @@ class _RaggedLayer(CacheLayerMixin):
         # A model that is split over devices has some of its layers elsewhere than its input.
         buffer.index_copy_(0, self.cache.slots.to(buffer.device), states.transpose(1, 2).flatten(0, 1))
         buffer = buffer.unflatten(0, (self.cache.num_rows, self.cache.capacity))
-        rows = self.cache.rows if isinstance(self.cache.rows, slice) else self.cache.rows.to(buffer.device)
-        return buffer[rows, : self.cache.kv_length].transpose(1, 2)  # (R, H, kv, D)
+        first, rows = self.cache.first_row, self.cache.rows
+        chosen = slice(first, first + states.shape[0]) if rows is None else rows.to(buffer.device)
+        return buffer[chosen, : self.cache.kv_length].transpose(1, 2)  # (R, H, kv, D)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.kv_length, 0

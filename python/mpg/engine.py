@@ -211,6 +211,7 @@ def load(
     device_map: Mapping[str, Any] | None = None,
     allow_other_base: bool | None = None,
     graphs: bool = False,
+    compile: bool = False,
 ) -> Model:
     if device is not None and device_map is None:
         device_map = {}  # this device for every model, whatever a recipe says
@@ -222,7 +223,7 @@ def load(
         models = ensemble.load(
             recipe.base, recipe.attributes, anchor=recipe.anchor, draft=recipe.draft, tokenizer=recipe.tokenizer,
             dtype=dtype, device=device, device_map=recipe.device_map, allow_other_base=recipe.allow_other_base,
-            graphs=graphs,
+            graphs=graphs, compile=compile,
         )  # fmt: skip
     return Model(models, recipe.pin(models.describe()))
 

@@ -12,6 +12,21 @@ from torch import Tensor, nn
 MIN_WEIGHTS = 2**18
 
 
+# A weight in oneDNN's blocks has no strides. Inside an operator, torch.compile does not ask for them.
+_library = torch.library.Library("mpg_linear", "DEF")
+_library.define("packed(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor")
+
+
+@torch.library.impl(_library, "packed", "CompositeExplicitAutograd")
+def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.register_fake("mpg_linear::packed", lib=_library)
+def _packed_shape(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
 class PackedLinear(nn.Module):
     """What `linear` computes, by the two operators that torch.compile has for frozen weights.
 
@@ -24,8 +39,11 @@ class PackedLinear(nn.Module):
         weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
+        self.out_features = linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.mpg_linear.packed(x, self.weight, self.bias, self.out_features)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 

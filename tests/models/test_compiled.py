@@ -1,0 +1,148 @@
+"""Compiled decoder layers against the layers as they are, and how often code is made."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._dynamo.utils import counters
+
+from architectures import ARCHITECTURES
+from mpg import linear
+from mpg.compiled import compile_layers
+from mpg.ensemble import load
+
+LONG = pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes in all; make check sets MPG_LONG")
+PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
+
+
+@pytest.fixture(autouse=True)
+def _no_code_yet():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """What is traced runs as it is, without the seconds that machine code takes to be made."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, *, dynamic, options: compile(f, dynamic=dynamic, backend="aot_eager")
+    )
+
+
+@pytest.fixture
+def load_both(tiny_model):
+    """The same models twice: as they are, and compiled."""
+
+    def load_both():
+        settings = dict(task_type="CAUSAL_LM", init_lora_weights=False)
+        config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=4, **settings)
+        model = get_peft_model(tiny_model(num_hidden_layers=3), config, adapter_name="E")
+        model.add_adapter("T", LoraConfig(target_modules=["k_proj", "o_proj", "lm_head"], r=2, **settings))
+        return [load(model, device="cpu", compile=compile) for compile in (False, True)]
+
+    return load_both
+
+
+def _forward(sessions, roles, start, num_tokens, kv_length):
+    """The logits of the same forward by either session."""
+    tokens = torch.randint(61, (len(start), num_tokens))
+    return [session.forward(roles, tokens, torch.tensor(start), kv_length=kv_length) for session in sessions]
+
+
+def test_one_code_for_all_layers_and_rounds_gives_the_same_logits(quick, load_both, monkeypatch):
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)  # so that large layers, which oneDNN runs, are among them
+    ensembles, everything = load_both(), ["base", "E", "T"]
+
+    def compare(*calls):
+        codes = []
+        for call in calls:
+            eager, compiled = _forward(*call)
+            torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-5)
+            codes.append(counters["stats"]["unique_graphs"])
+        return codes
+
+    sessions = [ensemble.open(PROMPTS, everything, 20) for ensemble in ensembles]
+    assert counters["stats"]["unique_graphs"] == 0  # prompts are read as without
+    assert compare(
+        (sessions, everything, [6, 0, 2], 4, 10),
+        (sessions, everything, [8, 1, 3], 4, 13),  # some of the tokens were rejected
+        (sessions, everything, [9, 2, 6], 1, 10),
+        (sessions, everything, [10, 3, 7], 1, 11),
+        (sessions, ["base"], [11, 4, 8], 1, 12),
+        (sessions, ["base"], [12, 5, 9], 1, 13),
+    ) == [1, 1, 2, 2, 3, 3]
+    for session in sessions:
+        session.replace([1], [[20, 21, 22, 23]])
+    others = [ensemble.open([[5, 6], [7, 8, 9], [1], [2], [3, 4]], everything, 30) for ensemble in ensembles]
+    assert (
+        compare(
+            (sessions, everything, [13, 3, 10], 2, 15),
+            (others, everything, [1, 2, 0, 0, 1], 4, 6),
+            (others, everything, [2, 5, 1, 2, 3], 1, 6),
+            (others, ["base"], [3, 6, 2, 3, 4], 1, 7),
+            (others, everything, [3, 6, 2, 3, 4], 3, 29),
+        )
+        == [3] * 5
+    )
+    assert not counters["graph_break"]
+
+
+def test_a_merged_model_with_weights_of_every_row_is_compiled(load_both):
+    shares = torch.tensor([[1.0, 0.0], [0.3, -0.5], [2.0, 1.0]])
+    sessions = [ensemble.merge(["E", "T"], shares).open(PROMPTS, ["merged"], 20) for ensemble in load_both()]
+    eager, compiled = _forward(sessions, ["merged"], [6, 0, 2], 1, 10)
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-5)
+    shares *= -1
+    eager, compiled = _forward(sessions, ["merged"], [7, 1, 3], 1, 11)
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_a_layer_that_fails_leaves_the_cache_to_the_next_forward(quick, load_both):
+    """The cache says which layer is running, in place of the layers."""
+    ensemble = load_both()[1]
+    session = ensemble.open(PROMPTS, ["base"], 20)
+    layers = ensemble._members[0].model.model.layers
+    hook = layers[0].mlp.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _forward([session], ["base"], [6, 0, 2], 1, 10)
+    hook.remove()
+    assert session._members[0].cache.current is None
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(architecture.model_type, marks=[] if architecture.model_type in ("gemma3", "mixtral") else LONG)
+        for architecture in ARCHITECTURES
+    ],
+)
+def test_layers_of_other_architectures_are_traced_whole_and_shared(model_type, quick, tiny_model):
+    """Most have one kind of layer, some two (dense and sparse, with rotation and without)."""
+    model = tiny_model(model_type)
+    ensembles = [load(model, {"E": model}, device="cpu", compile=compile) for compile in (False, True)]
+    sessions = [ensemble.open(PROMPTS, ["base"], 20) for ensemble in ensembles]
+    for start, kv_length in (([6, 0, 2], 11), ([8, 1, 3], 13), ([9, 2, 6], 16)):
+        eager, compiled = _forward(sessions, ["base"], start, 4, kv_length)
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("compile", ["yes", 1, None])
+def test_another_value_than_a_boolean_is_refused(compile, tiny_model):
+    with pytest.raises(ValueError, match=f"compile: expected True or False, got {compile!r}"):
+        load(tiny_model(), {"E": tiny_model()}, compile=compile)
+
+
+def test_a_model_whose_layers_are_not_found_is_refused(tiny_model):
+    model = tiny_model()
+    model.model.layers = nn.ModuleList(model.model.layers[:1])  # as if the other were of a class of its own
+    with pytest.raises(ValueError, match=r"compile: expected 2 decoder layers in base, got 1"):
+        compile_layers("base", model, None)
