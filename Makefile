@@ -44,7 +44,7 @@ fuzz: $(BIN)/.built
 	  MPG_SIMT_ORDER=$$order $(BIN)/python -m pytest tests/ops -k simt || exit 1; \
 	done
 
-# Thousands of short requests to one loaded model: memory stays flat.
+# Ten thousand short calls to one loaded model: memory stays flat. Some five minutes.
 soak: $(BIN)/.built
 	$(BIN)/python tests/soak.py
 
