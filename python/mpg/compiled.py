@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -48,9 +49,11 @@ def compile_layers(argument: str, model: PreTrainedModel, stack: AdapterStack | 
 def _forward(
     run: Callable[..., Any], stack: AdapterStack | None, layer: nn.Module, index: int, *args: Any, **kwargs: Any
 ) -> Any:
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, RaggedCache)), None)
+    cache: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, RaggedCache)), None)
     own: Any = None if cache is None else cache.layers[index]
-    if cache is None or not own.is_initialized or cache.rows is not None or args[0].shape[1] > MAX_TOKENS:
+    decodes = own is not None and own.is_initialized and cache.rows is None and args[0].shape[1] <= MAX_TOKENS
+    # Where a mode watches the operations, as before a capture, torch.compile would give up on the code for good.
+    if not decodes or _get_current_dispatch_mode() is not None:
         return type(layer).forward(layer, *args, **kwargs)
     cache.current = own
     try:

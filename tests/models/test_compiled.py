@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import ARCHITECTURES
 from mpg import linear
@@ -102,6 +103,21 @@ def test_a_merged_model_with_weights_of_every_row_is_compiled(load_both):
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_a_forward_that_a_mode_watches_does_not_keep_later_ones_from_being_compiled(quick, load_both):
+    """So are forwards looked at before they are captured."""
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    session = load_both()[1].open(PROMPTS, ["base"], 20)
+    with Watching():
+        _forward([session], ["base"], [6, 0, 2], 1, 10)
+    assert counters["stats"]["unique_graphs"] == 0
+    _forward([session], ["base"], [6, 0, 2], 1, 10)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_layer_that_fails_leaves_the_cache_to_the_next_forward(quick, load_both):
