@@ -94,6 +94,11 @@ def test_auto_writes_what_the_picked_sampler_writes_and_says_so(model, picked, m
     one.generate(DEMO_QUESTIONS[0], sampler="auto", **options | {"weights": {"E": 1}})
     one.generate(list(DEMO_QUESTIONS[:2]), sampler="auto", **options)
     assert calls == [1, 1, 2]
+    monkeypatch.setattr(engine, "MAX_PLANS", 3)
+    one.generate(DEMO_QUESTIONS[0], sampler="auto", **options | {"weights": {"T": 1}})  # the first plan makes room
+    one.generate(DEMO_QUESTIONS[0], sampler="auto", **options | {"weights": {"E": 1}})
+    one.generate(DEMO_QUESTIONS[0], sampler="auto", **options)
+    assert calls == [1, 1, 2, 1, 1]
 
 
 @pytest.mark.parametrize("options", [{"target": "base", "weights": None}, {"target": "arithmetic", "mixture_span": 3}])

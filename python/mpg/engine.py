@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
+MAX_PLANS = 256  # of sampler "auto" that a model keeps; each distinct set of weights needs one
+
 Weights: TypeAlias = Mapping[str, float] | str
 OnToken: TypeAlias = Callable[[Token], None] | None
 
@@ -163,6 +165,8 @@ class Model:
         key = options, min(options.batch_size, len(requests)), kinds
         if key not in self._plans:
             self._plans[key] = plan(self.models, requests, options, eos_token_ids)
+            if len(self._plans) > MAX_PLANS:
+                del self._plans[next(iter(self._plans))]  # the oldest
         return self._plans[key]
 
     def __repr__(self) -> str:
