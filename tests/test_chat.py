@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,10 +13,11 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import mpg
-from mpg.chat import COMMANDS, Chat, parse_setting
+from mpg.chat import COMMANDS, Chat, parse_setting, run
 from mpg.colours import colours_of, legend, strongest_push
 from mpg.demo import MODELS
 
@@ -169,6 +171,19 @@ def test_an_answer_that_fails_leaves_the_history(chat):
     with pytest.raises(ValueError, match="prompt: the model has 256 positions"):
         ask(chat, "word " * 300)
     assert state(chat) == before
+
+
+def test_an_answer_that_memory_cannot_hold_is_reported_and_the_conversation_goes_on(chat, monkeypatch):
+    def refuse(*_):
+        raise MemoryError("batch_size, max_new_tokens: too many")
+
+    lines = iter([QUESTION, "/weights E=2", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(chat, "answer", refuse)
+    printed = io.StringIO()
+    run(chat, Console(file=printed))
+    assert "mpg: batch_size, max_new_tokens: too many" in printed.getvalue()
+    assert chat.is_over and chat.weights == {"E": 2}
 
 
 def test_a_stopped_answer_stays_as_far_as_it_came(chat):

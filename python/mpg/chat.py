@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from mpg.colours import colours_of, legend, strongest_push
@@ -229,7 +228,7 @@ def run(chat: Chat, console: Console) -> None:
             break
         except KeyboardInterrupt:  # while nothing was being answered
             console.print()
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             console.print(f"mpg: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
