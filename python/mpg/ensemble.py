@@ -930,10 +930,10 @@ def _check_trained_on(adapter: Adapter, member: _Member) -> None:
     remedy = "if that is the same model under another name, load with allow_other_base=True"
     both = places[0], given
     if all(map(_is_repository, both)) or all(Path(place, "config.json").is_file() for place in both):
-        got = f"one that was trained on {adapter.trained_on}"
+        got = f"one that was trained on {places[0]}"
         raise ValueError(f"{adapter.name}: expected an adapter of {member.source}, got {got}; {remedy}")
-    text = f"it was trained on {adapter.trained_on}, and attaches to {member.source}"
-    warnings.warn(f"{adapter.name}: {text}; {remedy}, else its effect is undefined", stacklevel=6)
+    text = f"it was trained on {places[0]}, and attaches to {member.source}"
+    warnings.warn(f"{adapter.name}: {text}; {remedy}, else its effect is undefined", stacklevel=7)
 
 
 def _is_same_model(source: str, other: str) -> bool:

@@ -310,6 +310,8 @@ def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": trained_on}))
     model = AutoModelForCausalLM.from_pretrained(set_folder)
     model.name_or_path = source = str(here / base) if base in ("set", "link") else base
+    if trained_on and trained_on.startswith("."):
+        trained_on = (file.parent / trained_on).resolve()
     arguments, remedy = (model, {"E": set_folder / "adapters/E"}), "if that is the same model under another name, load"
     if verdict == "refused":
         message = (
@@ -323,6 +325,22 @@ def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_
     assert not _warnings(*arguments, allow_other_base=True)
     with pytest.raises(ValueError, match="allow_other_base: expected True or False, got 'yes'"):
         load(*arguments, allow_other_base="yes")
+
+
+def test_a_warning_shows_the_line_that_loads(set_folder, tiny_model, tmp_path):
+    tokenizer = _tokenizer("a", "b", "c")
+    tokenizer.save_pretrained(set_folder)
+    tokenizer.chat_template = "two"
+    other = _folder(tmp_path / "other", tiny_model(eos_token_id=1), tokenizer)
+    set_folder.rename(tmp_path / "renamed")
+    folder = tmp_path / "renamed"
+    file = folder / "adapters/E/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "somebody/set"}))
+    with pytest.warns(UserWarning, match="it was trained on") as seen:
+        mpg.load(folder, {"E": folder / "adapters/E", "F": other}, device="cpu")
+    ours = [warning for warning in seen if str(warning.message).startswith("attributes[")]
+    assert len(ours) == 3
+    assert {warning.filename for warning in ours} == {__file__}
 
 
 @pytest.mark.parametrize("name", ["base", "anchor", "draft", "merged", ""])
