@@ -201,7 +201,7 @@ class Options:
 
 def refuse_unknown(name: str, known: Sequence[str]) -> NoReturn:
     """Raises ValueError for a keyword that is not among the known ones, with the nearest of them."""
-    near = difflib.get_close_matches(name, known, 1)
+    near = [other for other in known if other.startswith(f"{name}_")] or difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
     raise ValueError(f"{name}: unknown option; {hint}")
 
