@@ -37,7 +37,7 @@ def test_a_run_has_every_row_with_its_goal_and_every_table(monkeypatch, tmp_path
     monkeypatch.setattr(peers, "SMALL", TINY)
     monkeypatch.setattr(bench, "Plan", lambda: PLAN)
     threads = torch.get_num_threads()
-    done = CliRunner().invoke(app, ["bench", "--json", "--out", str(tmp_path)])
+    done = CliRunner().invoke(app, ["bench", "--json", "--out", str(tmp_path / "new")])
     assert done.exit_code == 0, done.output
     rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
     assert all(set(row) == {"name", "value", "goal", "pass"} for row in rows.values())
@@ -48,13 +48,13 @@ def test_a_run_has_every_row_with_its_goal_and_every_table(monkeypatch, tmp_path
         assert row["pass"] is (row["value"] >= goal)
     assert rows["loop_overhead"]["pass"] is (rows["loop_overhead"]["value"] <= 0.1)
     assert rows["gpu_base_vs_bandwidth"] == {"name": "gpu_base_vs_bandwidth", "value": None, "goal": 0.75, "pass": None}
-    report = json.loads((tmp_path / "bench-cpu.json").read_text())
+    report = json.loads((tmp_path / "new/bench-cpu.json").read_text())
     assert {entry["method"] for entry in report["methods"] if entry["models"] == "tiny, N = 4"} == set(METHODS)
     assert {entry["method"] for entry in report["methods"] if entry["why"]} == set(PROMPTED_METHODS)
     assert {quantity: len(points) for quantity, points in report["growth"].items()} == dict(
         N=2, batch=2, context=2, K=2
     )
-    assert (tmp_path / "bench-cpu.png").stat().st_size > 0
+    assert (tmp_path / "new/bench-cpu.png").stat().st_size > 0
     assert torch.get_num_threads() == threads
 
 

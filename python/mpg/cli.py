@@ -295,6 +295,7 @@ def bench(
     """Measure decoding against its goals, the loops one would write without mpg, and its own forwards."""
     with _clear_errors():
         if out is not None:
+            out.mkdir(exist_ok=True)
             check_plot(out / "bench.png")
         plan = dataclasses.replace(bench_module.FULL if full else bench_module.Plan(), graphs=graphs)
         report = bench_module.run(plan, device, threads, say=partial(err.print, style="dim"))
