@@ -48,7 +48,7 @@ class Token:
 class Result:
     """What one request returned.
 
-    text           the new text, without special tokens; a stop string that ended it included
+    text           the new text, without special tokens; a stop string that ended it included; "" without a tokenizer
     tokens         ids of the new tokens, a final end-of-sequence token included
     finish_reason  "stop" (end-of-sequence token, stop string or stopping criterion) or "length"
     prompt_tokens  length of the prompt, in tokens
