@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +34,8 @@ from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
 from mpg.demo.show import show
 from mpg.methods import METHODS, PROMPTED_METHODS, SINGLE_METHODS, answer, sampler_of
 from mpg.recipe import Recipe
+
+FEW_PARAMETERS = 10**7  # models with fewer lose more to threads that wait for one another than the threads compute
 
 app = typer.Typer(
     help="Text from several aligned language models at once, combined while decoding.",
@@ -343,11 +345,12 @@ def _load(
     how: dict[str, Any] = dict(
         device=device, dtype=dtype, draft=draft, anchor=anchor, device_map=device_map, graphs=graphs
     )
-    if models != "demo":
-        return mpg.load(place, **how)
-    torch.set_num_threads(1)  # models as small as these lose more to threads that wait for one another
-    with redirect_stderr(io.StringIO()):  # transformers' bar, over before it can be read
-        return mpg.load(place, **how)
+    # transformers' bar over the shipped models is gone before it can be read
+    with redirect_stderr(io.StringIO()) if models == "demo" else nullcontext():
+        model = mpg.load(place, **how)
+    if all(role["parameters"] < FEW_PARAMETERS for role in model.models.describe().values()):
+        torch.set_num_threads(1)
+    return model
 
 
 def _place(models: str) -> Path:
