@@ -17,6 +17,7 @@ from mpg.decode.rejection import STATISTICS as REJECTION_STATISTICS
 from mpg.decode.scr import STATISTICS as SCR_STATISTICS
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
+from mpg.member import OpenMember
 
 BOTH = {"E": 1, "T": 1}
 COSTS = set(mpg.STATISTICS) - set(EXACT_STATISTICS) - set(SCR_STATISTICS) - set(REJECTION_STATISTICS)
@@ -213,8 +214,7 @@ def test_prompt_that_is_too_long_gets_our_error_and_no_warning_of_the_tokenizer(
 def test_model_that_returns_nan_or_infinity_is_named(model, way, value, role, monkeypatch):
     if role == "base" and way["sampler"] == "direct" and way["target"] == "arithmetic":
         pytest.skip("runs no base")
-    member_type = mpg.ensemble._OpenMember
-    forward = member_type.forward
+    forward = OpenMember.forward
     _, broken_group = model.models._slots[role]
 
     def broken(self, low, high, *arguments, **options):
@@ -224,7 +224,7 @@ def test_model_that_returns_nan_or_infinity_is_named(model, way, value, role, mo
                 of_group[..., 3] = value
         return logits
 
-    monkeypatch.setattr(member_type, "forward", broken)
+    monkeypatch.setattr(OpenMember, "forward", broken)
     blamed = "(base|draft)" if role == "base" else role  # the base is the draft, and named as what it was run as
     with pytest.raises(ValueError, match=rf"prompt 0, new token 0: the '{blamed}' model returned NaN, \+inf"):
         model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=0, **way)

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 import mpg
-from mpg import ensemble, graphs, workspaces
+from mpg import ensemble, graphs, loading, workspaces
 from mpg.decode import SAMPLERS
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
+from mpg.member import CAPTURED_TOKENS, Member, OpenMember
 from mpg.methods import METHODS, SINGLE_METHODS, answer
 from tape import Tape
 
@@ -239,7 +240,7 @@ def test_a_model_that_waits_for_the_device_warns_once_and_goes_on(model, graphed
 
 def test_long_inputs_run_as_without_graphs(graphed, captures):
     session = graphed.models.open([[1, 2]], ("base",), 100)
-    many = torch.ones(1, ensemble.CAPTURED_TOKENS + 1, dtype=torch.int64, device=graphed.models.device)
+    many = torch.ones(1, CAPTURED_TOKENS + 1, dtype=torch.int64, device=graphed.models.device)
     start = torch.ones(1, dtype=torch.int64, device=graphed.models.device)
     session.forward(("base",), many, start, kv_length=100)
     assert not captures
@@ -258,7 +259,7 @@ def test_models_that_are_split_over_devices_are_not_captured(graphed):
     devices = (torch.device("cpu"), torch.device("meta"))
     split = replace(graphed.models._members[0], devices=devices, workspaces=workspaces.Workspaces())
     with pytest.raises(ValueError, match="graphs: expected a model on one device of cuda, cpu, got cpu, meta"):
-        ensemble._keep_workspaces([split])
+        loading._keep_workspaces([split])
 
 
 def test_sizes_are_rounded_up_by_a_quarter_at_most():
@@ -279,7 +280,7 @@ def plant(monkeypatch, owner, name, old, new):
     monkeypatch.setattr(owner, name, found[name])
 
 
-FORWARD, RUN = (ensemble._OpenMember, "forward"), (graphs.Graphs, "run")
+FORWARD, RUN = (OpenMember, "forward"), (graphs.Graphs, "run")
 READ_START = "torch.full_like(start, start.numpy()[0]).repeat(count)"
 PLANTED = {
     "a cache length that is not in the key": (*FORWARD, "tokens.shape[1], rounded", "tokens.shape[1]"),
@@ -287,9 +288,9 @@ PLANTED = {
     "logits that the next replay overwrites": (*FORWARD, ".clone()", ""),
     "inputs of the capture in every replay": (*RUN, "_fill(static, inputs)\n    replay()", "replay()"),
     "a capture that overwrites the cache": (*RUN, "_fill(static, inputs)\n        self", "self"),
-    "shares of another call": (ensemble._OpenMember, "take", "opened.member = member", "pass"),
-    "adapters of another call": (ensemble._Member, "workspace_key", "tuple(self.merged[0])", "()"),
-    "a number that is read once": (ensemble._OpenMember, "_run", "start.repeat(count)", READ_START),
+    "shares of another call": (OpenMember, "take", "opened.member = member", "pass"),
+    "adapters of another call": (Member, "workspace_key", "tuple(self.merged[0])", "()"),
+    "a number that is read once": (OpenMember, "_run", "start.repeat(count)", READ_START),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 
 from mpg import ensemble
 from mpg.demo.corpus import DEMO_QUESTIONS
+from mpg.member import OpenMember
 
 QUESTION = DEMO_QUESTIONS[0]
 OPTIONS = {"weights": {"E": 1, "T": 1}, "seed": 0, "max_new_tokens": 8}
@@ -50,7 +51,7 @@ def test_too_large_caches_are_refused_before_they_are_taken_and_smaller_ones_wor
 
 def test_forward_that_runs_out_of_memory_is_a_clear_error_and_the_model_stays_usable(model, monkeypatch):
     expected = model.generate(QUESTION, **OPTIONS)
-    forward, calls = ensemble._OpenMember.forward, []
+    forward, calls = OpenMember.forward, []
 
     def fail_later(self, *arguments, **options):
         calls.append(None)
@@ -59,7 +60,7 @@ def test_forward_that_runs_out_of_memory_is_a_clear_error_and_the_model_stays_us
         return forward(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ensemble._OpenMember, "forward", fail_later)
+        patch.setattr(OpenMember, "forward", fail_later)
         with pytest.raises(
             MemoryError, match=r"1 rows at once are too many \(CUDA out of memory. Tried .* MiB\); lower"
         ):

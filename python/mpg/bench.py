@@ -28,7 +28,8 @@ from mpg import peers
 from mpg.demo import MODELS as DEMO_MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.engine import Model, load
-from mpg.ensemble import Session, _OpenMember
+from mpg.ensemble import Session
+from mpg.member import OpenMember
 from mpg.methods import METHODS, answer
 from mpg.peers import Shape
 from mpg.results import Token
@@ -169,9 +170,9 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        forward, prefill = _OpenMember.forward, Session.replace
+        forward, prefill = OpenMember.forward, Session.replace
 
-        def timed(member: _OpenMember, *args: Any, **kwargs: Any) -> Tensor:
+        def timed(member: OpenMember, *args: Any, **kwargs: Any) -> Tensor:
             self.synchronise()
             started = time.perf_counter()
             logits = forward(member, *args, **kwargs)
@@ -184,7 +185,7 @@ class Watch:
             prefill(session, *args, **kwargs)
             self._last = None
 
-        with patch.object(_OpenMember, "forward", timed), patch.object(Session, "replace", start_anew):
+        with patch.object(OpenMember, "forward", timed), patch.object(Session, "replace", start_anew):
             yield
 
     def see(self, token: Token) -> None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 
-from mpg import ensemble
+from mpg import loading
 from mpg.config import DEFAULT_NEW_TOKENS, Options, check_weights
 from mpg.conventions import Conventions
-from mpg.ensemble import Ensemble, Source
+from mpg.ensemble import Ensemble
+from mpg.loading import Source
 from mpg.plan import Plan, plan
 from mpg.prompts import Messages, Prompt, as_list, encode, unpad
 from mpg.recipe import Recipe
@@ -224,7 +225,7 @@ def load(
         device_map=device_map, allow_other_base=allow_other_base,
     )  # fmt: skip
     with recipe.locate_errors():
-        models = ensemble.load(
+        models = loading.load(
             recipe.base, recipe.attributes, anchor=recipe.anchor, draft=recipe.draft, tokenizer=recipe.tokenizer,
             dtype=dtype, device=device, device_map=recipe.device_map, allow_other_base=recipe.allow_other_base,
             graphs=graphs, compile=compile,
@@ -233,7 +234,7 @@ def load(
 
 
 # one description, of the function that does it
-load.__doc__ = f"""{ensemble.load.__doc__}
+load.__doc__ = f"""{loading.load.__doc__}
     Instead of the base and its attributes, a recipe: a .yaml file, or a folder that holds mpg.yaml. Its keys: base and
     attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map,
     allow_other_base, weights, presets (weights by name) and options (of `mpg.Options`). What is given beside it goes

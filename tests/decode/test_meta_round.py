@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mpg import ensemble
 from mpg.batch import Batch
 from mpg.bound import Bound
 from mpg.config import Options
 from mpg.decode import SAMPLERS
 from mpg.decode.rows import TargetRows
+from mpg.loading import load
 from mpg.rng import KeyedGenerator
 
 OPTIONS = [
@@ -38,7 +38,7 @@ def meta_models():
         lora = LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
         model = get_peft_model(LlamaForCausalLM(config), lora, adapter_name="E")
         model.add_adapter("T", lora)
-    return ensemble.load(model, device="meta")
+    return load(model, device="meta")
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options.values())))

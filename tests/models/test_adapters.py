@@ -11,9 +11,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import mpg.ensemble
+import mpg.loading
 from mpg.adapters import read_adapter, share
-from mpg.ensemble import load
+from mpg.loading import load
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
 ATTENTION = ["q_proj", "v_proj"]
@@ -348,6 +348,6 @@ def test_bitsandbytes_weights_without_bitsandbytes_are_refused(tiny_model, tmp_p
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(mpg.ensemble, "find_spec", lambda name: None)
+    monkeypatch.setattr(mpg.loading, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"base: expected the package bitsandbytes, whose weights .* holds, got none"):
         load(tmp_path, {"E": base})

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import mpg.cache
-import mpg.ensemble
 import mpg.graphs
+import mpg.loading
+import mpg.member
 import mpg_ext
 from architectures import ARCHITECTURES, REFUSED
-from mpg.ensemble import load
+from mpg.loading import load
 from tape import Tape
 
 CAPACITY = 40
@@ -103,7 +104,7 @@ def test_rounds_with_rollback_equal_full_forwards(architecture, assert_rounds_eq
 @pytest.mark.parametrize("architecture", _named(ARCHITECTURES))
 def test_captured_rounds_equal_full_forwards(architecture, assert_rounds_equal_full_forwards, monkeypatch):
     """In the second session, on the workspaces of the first, every forward is a replay."""
-    monkeypatch.setattr(mpg.ensemble, "CAPTURED_POSITIONS", 8)  # so that there are several cache lengths
+    monkeypatch.setattr(mpg.member, "CAPTURED_POSITIONS", 8)  # so that there are several cache lengths
     monkeypatch.setitem(mpg.graphs.CAPTURES, "cpu", Tape)
     num_recorded = Tape.num_recorded
     others = [[60 - token for token in prompt] for prompt in PROMPTS]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpg.ensemble import load
+from mpg.loading import load
 
 
 @pytest.fixture

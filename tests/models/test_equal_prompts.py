@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mpg import ensemble
-from mpg.ensemble import load
+from mpg.loading import load
+from mpg.member import OpenMember
 
 SHORT, LONG = [3, 4, 5], [10, 11, 12, 13, 14, 15]
 PROMPTS = [SHORT, LONG, SHORT, [20], LONG, SHORT, [20]]
@@ -22,13 +23,13 @@ def models(tiny_model, lora_folder):
 @pytest.fixture
 def fed(monkeypatch):
     """The shapes (rows, positions) of all forwards."""
-    shapes, forward = [], ensemble._OpenMember.forward
+    shapes, forward = [], OpenMember.forward
 
     def record(member, low, high, tokens, *args, **kwargs):
         shapes.append((high - low, *tokens.shape))
         return forward(member, low, high, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(ensemble._OpenMember, "forward", record)
+    monkeypatch.setattr(OpenMember, "forward", record)
     return shapes
 
 

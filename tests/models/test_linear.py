@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from mpg import linear
-from mpg.ensemble import load
 from mpg.linear import PackedLinear, pack_linears
+from mpg.loading import load
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

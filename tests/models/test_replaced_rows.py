@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mpg import ensemble
+from mpg.loading import load
 
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
@@ -19,7 +20,7 @@ def test_replaced_rows_hold_their_new_prompts_and_leave_the_others_alone(
     base, full = tiny_model(model_type), tiny_model(model_type)
     target, settings = ("q_proj", {}) if model_type != "gpt2" else ("c_attn", {"fan_in_fan_out": True})
     adapter = lora_folder("E", model_type, target_modules=[target], **settings)
-    models = ensemble.load(base, {"E": adapter, "full": full}, device="cpu")
+    models = load(base, {"E": adapter, "full": full}, device="cpu")
     roles = ["E", "base", "full"]
     session = models.open(PROMPTS, roles, 24)
     rows = [list(prompt) for prompt in PROMPTS]
@@ -41,7 +42,7 @@ def test_replaced_rows_hold_their_new_prompts_and_leave_the_others_alone(
 
 def test_replaced_row_forgets_that_a_model_was_unusable(tiny_model):
     model = tiny_model()
-    session = ensemble.load(model, {"E": model}, device="cpu").open(PROMPTS, ["base"], 24)
+    session = load(model, {"E": model}, device="cpu").open(PROMPTS, ["base"], 24)
     hook = session._members[0].model.lm_head.register_forward_hook(lambda module, args, out: out.fill_(float("nan")))
     _feed_last(session, ["base"], PROMPTS)
     hook.remove()
