@@ -15,7 +15,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants fuzz soak bench docs gpu clean
+.PHONY: demo test law lint check mutants fuzz soak bench bench-decode docs gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -62,6 +62,10 @@ docs: $(BIN)/.built
 BENCH ?= --save
 bench: $(BIN)/.built
 	$(BIN)/python -m pytest bench --benchmark-quiet --disable-warnings $(BENCH)
+
+# Decoding against its goals and the loops one would write without mpg; the last line is JSON.
+bench-decode: $(BIN)/.built
+	$(BIN)/python bench/decoding.py
 
 # On a machine with a GPU, with the torch that is there: no network, no virtual environment.
 #   make gpu PART=sanitize    # or tests, ops, decode; without PART all of them

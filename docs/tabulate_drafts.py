@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import mpg
-from mpg.check import PROMPTS
 from mpg.demo import MODELS
 from mpg.demo.corpus import HELD_OUT_QUESTIONS
+from mpg.paper.check import PROMPTS
 
 PAGE = Path(__file__).with_name("drafts.md")
 DRAFTS = ("reference", "model", "lookup", "merged")

@@ -21,10 +21,10 @@ sys.path.insert(0, str(HERE.parent / "tests" / "decode"))
 
 from fakes import FakeModels, enumerate_sampler, total_variation  # noqa: E402
 from laws import Law, target_law  # noqa: E402
-from mpg.batch import Batch  # noqa: E402
-from mpg.config import Options  # noqa: E402
 from mpg.decode import SAMPLERS  # noqa: E402
-from mpg.rng import enumerate_branches  # noqa: E402
+from mpg.decode.batch import Batch  # noqa: E402
+from mpg.decode.rng import enumerate_branches  # noqa: E402
+from mpg.options import Options  # noqa: E402
 
 VOCAB_SIZE, NUM_TOKENS, CHUNK_SIZE = 4, 4, 4
 PROMPT = (1, 0, 3, 1)

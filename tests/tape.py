@@ -19,7 +19,7 @@ FORBIDDEN = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_uniqu
 
 
 class Tape(TorchDispatchMode):
-    """A capture, as `mpg.graphs` wants it. `num_recorded` counts those of all tapes."""
+    """A capture, as `mpg.models.graphs` wants it. `num_recorded` counts those of all tapes."""
 
     num_recorded = 0
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import mpg
-from mpg.check import check
-from mpg.cli import app
+from mpg.app.cli import app
 from mpg.demo import MODELS
-from mpg.methods import answer
+from mpg.paper.check import check
+from mpg.paper.methods import answer
 from mpg.recipe import Recipe, parse_value
 
 SHORT = {"seed": 3, "max_new_tokens": 8}

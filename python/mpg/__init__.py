@@ -6,10 +6,10 @@ model = mpg.load("path/to/base", attributes={"E": "path/to/adapter", "T": "path/
 print(model.generate("How was your weekend?", weights={"E": 1, "T": 1}).text)
 """
 
-from mpg.config import Options
-from mpg.drop_in import custom_generate
-from mpg.engine import Model, load
-from mpg.methods import METHODS, answer
+from mpg.frontend.custom_generate import custom_generate
+from mpg.model import Model, load
+from mpg.options import Options
+from mpg.paper.methods import METHODS, answer
 from mpg.results import STATISTICS, Result, Token
 
 __version__ = "0.1.0"

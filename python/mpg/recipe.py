@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from mpg.config import Options, check_weights, parse_weights
+from mpg.options import Options, check_weights, parse_weights
 
 FILE = "mpg.yaml"  # what a folder is searched for
 SUFFIXES = (".yaml", ".yml")

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpg.batch import Batch, Round
-from mpg.config import Options
 from mpg.decode import SAMPLERS
-from mpg.ensemble import Cost
+from mpg.decode.batch import Batch, Round
+from mpg.decode.rng import KeyedGenerator, ReplayingGenerator, enumerate_branches
+from mpg.models.ensemble import Cost
+from mpg.options import Options
 from mpg.results import Transcript
-from mpg.rng import KeyedGenerator, ReplayingGenerator, enumerate_branches
 
 NUM_ROWS = 997  # distinct rows of one model; a prime, so that few prefixes share one
 
@@ -130,7 +130,8 @@ def enumerate_sampler(
 
     predecessor   prompt and limit of a request that had each row before, and all of whose branches are walked too
     processor     of every row but the last companion's
-    stops         whether a text ends with its last token; rows are stopped as `mpg.run` does it, by rounds read so late
+    stops         whether a text ends with its last token; rows are stopped as `mpg.decode.run` does it, by rounds
+                  read so late
     """
     checked = Options.of(options)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fakes import FakeModels, rounds_of
-from mpg.batch import Batch
-from mpg.config import Options
+from mpg.decode.batch import Batch
+from mpg.decode.drafts import LookupDraft
 from mpg.decode.exact import MAX_ADAPTED_CHUNK, Exact
-from mpg.drafts import LookupDraft
-from mpg.rng import KeyedGenerator
+from mpg.decode.rng import KeyedGenerator
+from mpg.options import Options
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fakes import FakeModels, rounds_of
-from mpg.batch import Batch
-from mpg.config import Options
 from mpg.decode import SAMPLERS
+from mpg.decode.batch import Batch
 from mpg.decode.direct import Direct
 from mpg.decode.exact import Exact
+from mpg.decode.rng import KeyedGenerator, Purpose, RecordingGenerator
 from mpg.decode.scr import SCR
-from mpg.rng import KeyedGenerator, Purpose, RecordingGenerator
+from mpg.options import Options
 
 PROMPTS = [[1, 0], [3], [0, 2, 1, 1, 3], [1, 1, 1]]  # ragged
 SCR_OPTIONS = {

@@ -7,10 +7,10 @@ import torch
 
 from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law
-from mpg.batch import Batch
-from mpg.config import Options
+from mpg.decode.batch import Batch
 from mpg.decode.exact import Exact
-from mpg.rng import RecordingGenerator
+from mpg.decode.rng import RecordingGenerator
+from mpg.options import Options
 from mpg_ext import reference
 
 WEIGHTS = {"E": 0.7, "T": 0.6}

@@ -7,10 +7,10 @@ import torch
 
 from fakes import FakeModels, rounds_of
 from laws import target_law
-from mpg.batch import Batch
-from mpg.config import Options
 from mpg.decode import SAMPLERS
-from mpg.rng import KeyedGenerator
+from mpg.decode.batch import Batch
+from mpg.decode.rng import KeyedGenerator
+from mpg.options import Options
 
 NUM_TEXTS = 20_000
 FALSE_ALARM = 1e-4  # of each test below; the seeds are fixed, so that an alarm stays one

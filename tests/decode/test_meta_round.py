@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mpg.batch import Batch
-from mpg.bound import Bound
-from mpg.config import Options
 from mpg.decode import SAMPLERS
+from mpg.decode.batch import Batch
+from mpg.decode.bound import Bound
+from mpg.decode.rng import KeyedGenerator
 from mpg.decode.rows import TargetRows
-from mpg.loading import load
-from mpg.rng import KeyedGenerator
+from mpg.models.loading import load
+from mpg.options import Options
 
 OPTIONS = [
     {"sampler": "exact", "target": "geometric", "verify": "token", "adaptive": True},

@@ -17,12 +17,12 @@ from transformers import (
 
 from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law
-from mpg.batch import Batch
-from mpg.config import Options
 from mpg.decode import SAMPLERS
 from mpg.decode import rows as rows_module
-from mpg.processors import process_rows
-from mpg.rng import KeyedGenerator
+from mpg.decode.batch import Batch
+from mpg.decode.processors import process_rows
+from mpg.decode.rng import KeyedGenerator
+from mpg.options import Options
 
 EOS, PROMPT, MAX_NEW_TOKENS = 2, [1, 0, 1], 4
 WEIGHTS = {"E": 0.7, "T": 0.6}

@@ -10,10 +10,10 @@ import torch
 
 from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law, warp
-from mpg.batch import Batch
-from mpg.config import Options
 from mpg.decode import SAMPLERS
-from mpg.rng import RecordingGenerator
+from mpg.decode.batch import Batch
+from mpg.decode.rng import RecordingGenerator
+from mpg.options import Options
 from test_scr_law import Settings, State
 
 EOS = 1

@@ -13,10 +13,10 @@ import torch
 
 from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law, warp
-from mpg.batch import Batch
-from mpg.config import Options
+from mpg.decode.batch import Batch
+from mpg.decode.rng import KeyedGenerator
 from mpg.decode.scr import SCR
-from mpg.rng import KeyedGenerator
+from mpg.options import Options
 
 EOS = 2
 

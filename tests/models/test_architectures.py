@@ -12,13 +12,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
-import mpg.cache
-import mpg.graphs
-import mpg.loading
-import mpg.member
+import mpg.models.cache
+import mpg.models.graphs
+import mpg.models.loading
+import mpg.models.runner
 import mpg_ext
 from architectures import ARCHITECTURES, REFUSED
-from mpg.loading import load
+from mpg.models.loading import load
 from tape import Tape
 
 CAPACITY = 40
@@ -104,8 +104,8 @@ def test_rounds_with_rollback_equal_full_forwards(architecture, assert_rounds_eq
 @pytest.mark.parametrize("architecture", _named(ARCHITECTURES))
 def test_captured_rounds_equal_full_forwards(architecture, assert_rounds_equal_full_forwards, monkeypatch):
     """In the second session, on the workspaces of the first, every forward is a replay."""
-    monkeypatch.setattr(mpg.member, "CAPTURED_POSITIONS", 8)  # so that there are several cache lengths
-    monkeypatch.setitem(mpg.graphs.CAPTURES, "cpu", Tape)
+    monkeypatch.setattr(mpg.models.runner, "CAPTURED_POSITIONS", 8)  # so that there are several cache lengths
+    monkeypatch.setitem(mpg.models.graphs.CAPTURES, "cpu", Tape)
     num_recorded = Tape.num_recorded
     others = [[60 - token for token in prompt] for prompt in PROMPTS]
     with warnings.catch_warnings(record=True) as seen:
@@ -118,7 +118,7 @@ def test_captured_rounds_equal_full_forwards(architecture, assert_rounds_equal_f
 
 
 def test_experts_that_are_looped_over_cannot_be_captured_and_are_right(assert_rounds_equal_full_forwards, monkeypatch):
-    monkeypatch.setitem(mpg.graphs.CAPTURES, "cpu", Tape)
+    monkeypatch.setitem(mpg.models.graphs.CAPTURES, "cpu", Tape)
     with pytest.warns(UserWarning, match=r"base: its forward cannot be captured .*: aten\S+ waits") as seen:
         assert_rounds_equal_full_forwards(BY_NAME["Mixtral"], PROMPTS, PROMPTS, experts="eager", graphs=True)
     assert sum("cannot be captured" in str(warning.message) for warning in seen) == 1  # the other model's are grouped
@@ -173,7 +173,7 @@ def test_what_cannot_run_is_refused_with_its_reason(refused):
 
 @pytest.mark.parametrize("refused", _named(NOT_NAMED))
 def test_the_check_at_load_finds_what_nobody_has_named(refused, monkeypatch):
-    monkeypatch.setattr(mpg.cache, "_unsupported", lambda model, config: None)
+    monkeypatch.setattr(mpg.models.cache, "_unsupported", lambda model, config: None)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(refused.model_type, **refused.settings))
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpg.loading import load
+from mpg.models.loading import load
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import ARCHITECTURES
-from mpg import linear
-from mpg.compiled import compile_layers
-from mpg.loading import load
+from mpg.models import linear
+from mpg.models.compiled import compile_layers
+from mpg.models.loading import load
 
 LONG = pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes in all; make check sets MPG_LONG")
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 
-import mpg.loading
+import mpg.models.loading
 import mpg_ext
-from mpg.adapters import read_adapter
-from mpg.engine import Model
-from mpg.loading import load
+from mpg.model import Model
+from mpg.models.loading import load
+from mpg.models.lora import read_adapter
 
 FIRST, SECOND = torch.device("cpu:1"), torch.device("cpu:2")
 PROMPTS = [[3, 4, 5, 6], [7, 8]]
@@ -41,8 +41,8 @@ def test_models_on_several_devices_answer_on_that_of_the_base(is_split, tiny_mod
     folders = {name: lora_folder(name, target_modules=targets) for name, targets in ADAPTED.items()}
     # Read before, and without the saved weights of the head: they could not be compared.
     adapters = {folder: replace(read_adapter(name, folder), frozen={}) for name, folder in folders.items()}
-    monkeypatch.setattr(mpg.loading, "read_adapter", lambda name, folder: adapters[folder])
-    monkeypatch.setattr(mpg.loading, "verify_ragged_attention", lambda model, argument: 0)  # there are no values
+    monkeypatch.setattr(mpg.models.loading, "read_adapter", lambda name, folder: adapters[folder])
+    monkeypatch.setattr(mpg.models.loading, "verify_ragged_attention", lambda model, argument: 0)  # there are no values
     with FakeTensorMode(allow_non_fake_inputs=True):
         with FIRST:
             base = tiny_model()

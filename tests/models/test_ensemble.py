@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-import mpg.loading
+import mpg.models.loading
 import mpg_ext
-from mpg.engine import Model
+from mpg.model import Model
 
-load = partial(mpg.loading.load, device="cpu")  # where the tensors of these tests are
+load = partial(mpg.models.loading.load, device="cpu")  # where the tensors of these tests are
 
 PROMPTS = [[3, 4, 5, 6], [7, 8]]
 
@@ -363,7 +363,7 @@ def test_a_folder_without_adapters_is_refused_with_what_was_looked_for(tiny_mode
 
 
 def test_a_missing_folder_is_refused_by_argument_before_anything_is_loaded(set_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(mpg.loading, "_read_model", None)
+    monkeypatch.setattr(mpg.models.loading, "_read_model", None)
     missing = tmp_path / "missing"
     wanted = r"expected a model \(config.json\) or an adapter \(adapter_config.json\), got"
     for attributes in (None, {"E": set_folder / "adapters/E"}):
@@ -401,7 +401,7 @@ def _no_network(repository, name):
 )
 def test_a_name_that_is_no_folder_is_asked_for_once_a_file_on_the_hub(hub, answer, tiny_model, monkeypatch):
     asked = []
-    monkeypatch.setattr(mpg.loading, "file_exists", lambda *of: asked.append(of) or hub(*of))
+    monkeypatch.setattr(mpg.models.loading, "file_exists", lambda *of: asked.append(of) or hub(*of))
     with pytest.raises(
         ValueError, match=rf"^attributes\['E'\]: expected .*, got me/mine, which is no folder, {answer}$"
     ):
@@ -495,7 +495,7 @@ def test_a_cuda_device_that_is_not_there_is_refused(with_cuda, count, device, me
 def test_a_build_without_cuda_runs_folders_on_cpu(set_folder, monkeypatch):
     monkeypatch.setattr(mpg_ext, "build_info", lambda: {"cuda": False})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert mpg.loading.load(set_folder).device.type == "cpu"
+    assert mpg.models.loading.load(set_folder).device.type == "cpu"
 
 
 def test_a_loaded_model_of_another_dtype_is_refused(tiny_model):

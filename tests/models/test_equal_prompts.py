@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpg import ensemble
-from mpg.loading import load
-from mpg.member import OpenMember
+from mpg.models import ensemble
+from mpg.models.loading import load
+from mpg.models.runner import OpenMember
 
 SHORT, LONG = [3, 4, 5], [10, 11, 12, 13, 14, 15]
 PROMPTS = [SHORT, LONG, SHORT, [20], LONG, SHORT, [20]]

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from mpg import linear
-from mpg.linear import PackedLinear, pack_linears
-from mpg.loading import load
+from mpg.models import linear
+from mpg.models.linear import PackedLinear, pack_linears
+from mpg.models.loading import load
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

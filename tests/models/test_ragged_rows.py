@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from mpg.loading import load
+from mpg.models.loading import load
 
 CAPACITY = 40
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]

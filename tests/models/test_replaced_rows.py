@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpg import ensemble
-from mpg.loading import load
+from mpg.models import ensemble
+from mpg.models.loading import load
 
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from mpg.batch import Batch
-from mpg.config import Options
+from mpg.decode.batch import Batch
 from mpg.decode.direct import Direct
 from mpg.decode.exact import Exact
 from mpg.decode.rejection import SeqRS, TokenRS
+from mpg.decode.rng import Generator
 from mpg.decode.scr import SCR
-from mpg.rng import Generator
+from mpg.options import Options
 
 if TYPE_CHECKING:
-    from mpg.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Session
 
 
 class Sampler(Protocol):

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 import mpg_ext
-from mpg.batch import Batch
-from mpg.config import Options
+from mpg.decode.batch import Batch
+from mpg.decode.rng import Generator, Purpose
 from mpg.decode.rows import TargetRows
-from mpg.rng import Generator, Purpose
+from mpg.options import Options
 from mpg_ext import reference
 
 if TYPE_CHECKING:
-    from mpg.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Session
 
 
 class Direct:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 import mpg_ext
-from mpg.batch import Batch
-from mpg.config import Options
+from mpg.decode.batch import Batch
+from mpg.decode.drafts import make_draft
+from mpg.decode.rng import Generator, KeyedGenerator, Purpose
 from mpg.decode.rows import TargetRows
-from mpg.drafts import make_draft
-from mpg.rng import Generator, KeyedGenerator, Purpose
+from mpg.options import Options
 from mpg_ext import reference
 
 if TYPE_CHECKING:
-    from mpg.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Session
 
 MAX_ADAPTED_CHUNK = 16
 # Every statistic with its denominator.

@@ -1,7 +1,8 @@
 """The paper's two rejection baselines (section 4.5), a token or a whole text at a time: approximate, bounded in tries.
 
 Both draw candidates from the warped base and accept one with probability min(1, S / M), M being SCR's online bound
-(`mpg.bound`). After `tries` rejections the last candidate is taken and counted. Neither is exact: M may be too small.
+(`mpg.decode.bound`). After `tries` rejections the last candidate is taken and counted. Neither is exact: M may be too
+small.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import torch
 from torch import Tensor
 
 import mpg_ext
-from mpg.batch import Batch
-from mpg.bound import Bound, normalise_weights
-from mpg.config import Options
-from mpg.rng import Generator, Purpose
+from mpg.decode.batch import Batch
+from mpg.decode.bound import Bound, normalise_weights
+from mpg.decode.rng import Generator, Purpose
+from mpg.options import Options
 from mpg_ext import reference
 from mpg_ext.ops import Score
 
 if TYPE_CHECKING:
-    from mpg.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Session
 
 # Every statistic with its denominator.
 STATISTICS = {

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mpg.batch import Batch
-from mpg.config import Options
-from mpg.processors import process_rows
-from mpg.targets import TARGETS
+from mpg.decode.batch import Batch
+from mpg.decode.processors import process_rows
+from mpg.decode.targets import TARGETS
+from mpg.options import Options
 
 if TYPE_CHECKING:
-    from mpg.ensemble import Ensemble
+    from mpg.models.ensemble import Ensemble
 
 
 class TargetRows:

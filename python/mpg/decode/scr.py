@@ -1,7 +1,7 @@
 """Speculative chunk-level rejection sampling (SCR, Algorithm 1), as published: fast, and approximate by design.
 
 It samples neither Eq. 5 nor the token target: it keeps part of the distance between the reference and the target, the
-more of it the more it accepts. What its bound M is estimated from is in `mpg.bound`.
+more of it the more it accepts. What its bound M is estimated from is in `mpg.decode.bound`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 import mpg_ext
-from mpg.batch import Batch
-from mpg.bound import Bound, normalise_weights
-from mpg.config import Options
-from mpg.rng import Generator, KeyedGenerator, Purpose
+from mpg.decode.batch import Batch
+from mpg.decode.bound import Bound, normalise_weights
+from mpg.decode.rng import Generator, KeyedGenerator, Purpose
+from mpg.options import Options
 from mpg_ext import reference
 from mpg_ext.ops import Score
 
 if TYPE_CHECKING:
-    from mpg.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Session
 
 # Every statistic with its denominator.
 STATISTICS = {

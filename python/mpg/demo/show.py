@@ -13,10 +13,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mpg.colours import colours_of, legend, strongest_push
+from mpg.app.colours import colours_of, legend, strongest_push
 from mpg.demo.corpus import HELD_OUT_QUESTIONS, TRAITS
 from mpg.demo.judge import score_traits
-from mpg.engine import Model
+from mpg.model import Model
 from mpg.results import Result, Token
 
 COLOURS = colours_of(TRAITS)

@@ -1,0 +1,605 @@
+"""`make bench-decode`: decoding against its goals, against the loops of `peers`, and against its own forwards.
+
+Knows what is run, counted and wanted; nothing of how a forward or a peer works. Peers take turns, run by run, so that
+a busy machine slows all of them; what is reported is a median.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import torch
+import typer
+from rich.console import Console, Group
+from rich.table import Table
+from torch import Tensor
+
+import peers
+from mpg.demo import MODELS as DEMO_MODELS
+from mpg.demo.corpus import DEMO_QUESTIONS
+from mpg.model import Model, load
+from mpg.models.ensemble import Session
+from mpg.models.runner import OpenMember
+from mpg.paper.check import check_plot
+from mpg.paper.methods import METHODS, answer
+from mpg.results import Token
+from peers import Shape
+
+KL = 0.1  # nats a token between each attribute and the base of the random models
+PROMPT_TOKENS = 32
+ALL_LINEARS, QUERY_VALUE = "all-linear", ("q_proj", "v_proj")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number. `value` is None where it was not measured; `is_limit` says that the goal is a maximum."""
+
+    name: str
+    value: float | None
+    goal: float | None = None
+    is_limit: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        passed = None
+        if self.value is not None and self.goal is not None:
+            passed = self.value <= self.goal if self.is_limit else self.value >= self.goal
+        return {"name": self.name, "value": self.value, "goal": self.goal, "pass": passed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is run. `new_tokens`, `prompts`: of the table of methods; `peer_tokens`: of a call of a peer.
+
+    graphs: whether our own forwards are captured
+    """
+
+    graphs: bool = False
+    runs: int = 3
+    prompts: int = 2
+    new_tokens: int = 32
+    peer_tokens: int = 32
+    growth_tokens: int = 8
+    num_models: tuple[int, ...] = (1, 2, 4, 8, 16)
+    chunk_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    contexts: tuple[int, ...] = (128, 512, 1024)
+
+
+FULL = Plan(prompts=100, new_tokens=128, peer_tokens=64, growth_tokens=32, contexts=(128, 512, 1024, 2048, 4096, 8192))
+
+
+@dataclass
+class Report:
+    """What one run of the benchmark found.
+
+    methods: per model set and method, the entries of `time_method`; growth: per quantity, points of tokens a second
+    """
+
+    hardware: dict[str, Any]
+    plan: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    peers: list[dict[str, Any]] = field(default_factory=list)
+    methods: list[dict[str, Any]] = field(default_factory=list)
+    growth: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "rows": [row.as_json() for row in self.rows]}
+
+
+def run(plan: Plan, device: str = "cpu", threads: int = 1, say: Say = lambda stage: None) -> Report:
+    """All of it: the peers, the paper's Table 3, growth; on a GPU its goals too.
+
+    device:  "cpu" or "cuda"; the CPU's goals are for "cpu", those of an H200 for "cuda"
+    threads: of torch's products
+    say:     called with the name of every stage
+
+    Raises ValueError if the loops that are compared do not give the same text.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    try:
+        report = Report(describe_hardware(device, threads), asdict(plan))
+        say("random Llama, hidden 512")
+        adapted = peers.add_adapters(peers.random_llama(peers.SMALL, device, torch.float32), 4, KL, ALL_LINEARS)
+        report.hardware["kl_per_token"] = {name: round(peers.mean_kl(adapted, name), 4) for name in adapted.peft_config}
+        for batch in (1, 8):
+            say(f"peers, batch {batch}")
+            report.peers.append(compare_peers(adapted, batch, plan))
+        report.rows += judge_peers(report.peers, on_cpu=device == "cpu")
+        report.rows += measure_gpu_goals(peers.LLAMA_8B, peers.LLAMA_1B, plan, device if device != "cpu" else None, say)
+        for name, model, prompts, methods in open_model_sets(adapted, plan, device):
+            say(f"methods, {name}")
+            report.methods += time_methods(name, model, prompts, methods, plan)
+        report.rows += [
+            Row(f"{entry['models']}/{entry['method']}/{key}", entry[key])
+            for entry in report.methods
+            for key in HEADLINES
+            if entry[key] is not None
+        ]
+        say("growth")
+        report.growth = measure_growth(plan, device)
+    finally:
+        torch.set_num_threads(threads_before)
+    return report
+
+
+def describe_hardware(device: str, threads: int) -> dict[str, Any]:
+    """What the figures were taken on."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name() if device != "cpu" else None,
+        "torch": torch.__version__,
+    }
+
+
+# Forwards and rounds of a call, seen from outside
+
+
+class Watch:
+    """Times every model forward, and the rounds by when their tokens reach the host.
+
+    device:     whose forwards are waited for, each by itself; None does not wait, and then forwards are not timed right
+    forward_s:  seconds in forwards, reading the prompts included
+    gaps:       of every round but the first: (seconds since the one before, seconds of them in forwards)
+    num_tokens: tokens of these rounds
+    """
+
+    def __init__(self, device: str | None) -> None:
+        self.synchronise = torch.cuda.synchronize if (device or "").startswith("cuda") else lambda: None
+        self.forward_s, self.num_forwards = 0.0, 0
+        self.gaps: list[tuple[float, float]] = []
+        self.num_tokens = 0
+        self._last: tuple[float, float, int] | None = None
+        self._is_first = True
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        forward, prefill = OpenMember.forward, Session.replace
+
+        def timed(member: OpenMember, *args: Any, **kwargs: Any) -> Tensor:
+            self.synchronise()
+            started = time.perf_counter()
+            logits = forward(member, *args, **kwargs)
+            self.synchronise()
+            self.forward_s += time.perf_counter() - started
+            self.num_forwards += 1
+            return logits
+
+        def start_anew(session: Session, *args: Any, **kwargs: Any) -> None:
+            prefill(session, *args, **kwargs)
+            self._last = None
+
+        with patch.object(OpenMember, "forward", timed), patch.object(Session, "replace", start_anew):
+            yield
+
+    def see(self, token: Token) -> None:
+        """What `generate` calls with every token; those with no forward between them are one round's."""
+        now = time.perf_counter(), self.forward_s, self.num_forwards
+        if self._last is None:
+            self._last, self._is_first = now, True
+        elif self._last[2] != self.num_forwards:
+            self.gaps.append((now[0] - self._last[0], now[1] - self._last[1]))
+            self._last, self._is_first = now, False
+        self.num_tokens += not self._is_first
+
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / sum(seconds for seconds, _ in self.gaps)
+
+
+def loop_overhead(gaps: Sequence[tuple[float, float]]) -> float:
+    """Share of the rounds' time that is not in model forwards."""
+    return 1 - sum(forward for _, forward in gaps) / sum(seconds for seconds, _ in gaps)
+
+
+# Peers
+
+
+def compare_peers(adapted: Any, batch: int, plan: Plan) -> dict[str, Any]:
+    """Tokens a second of mpg and of every peer, all adapters of `adapted` in use; and mpg's own loop."""
+    names = tuple(adapted.peft_config)
+    base, device = peers.plain(adapted), str(adapted.device)
+    model = load(adapted, {name: name for name in names}, graphs=plan.graphs)
+    prompts = random_prompts(batch, PROMPT_TOKENS, model.models.vocab_size).to(device)
+    shares = [1 / len(names)] * len(names)
+    weights = dict(zip(names, shares, strict=True))
+    check_peers(model, adapted, prompts, weights)
+    count = plan.peer_tokens
+
+    def direct(watch: Watch | None = None, **options: Any) -> Any:
+        return model.generate(
+            prompts.tolist(), sampler="direct", max_new_tokens=count, seed=0, on_token=watch and watch.see, **options
+        )
+
+    contestants: dict[str, Callable[[], Any]] = {
+        "direct": lambda: direct(weights=weights),
+        "base": lambda: direct(target="base"),
+        "eager": lambda: peers.generate_eagerly(base, prompts, count),
+        "adapter_names": lambda: peers.run_adapter_names(adapted, names, prompts, shares, count, False),
+        "sequential": lambda: peers.run_adapters_in_turn(adapted, names, prompts, shares, count, False),
+    }
+    if device.startswith("cuda"):
+        contestants["compiled"] = lambda: peers.generate_eagerly(base, prompts, count, "static")
+    seconds = take_turns(contestants, plan.runs, device)
+    watch = Watch(device)
+    with watch.watching():
+        for _ in range(plan.runs):
+            direct(watch, weights=weights)
+    return {
+        "models": f"{peers.SMALL.name}, N = {len(names)}",
+        "batch": batch,
+        "new_tokens": count,
+        "tokens_per_second": {name: batch * count / median(times) for name, times in seconds.items()},
+        "times_as_fast": {
+            name: median(other / own for other, own in zip(times, seconds["direct"], strict=True))
+            for name, times in seconds.items()
+        },
+        "loop_overhead": loop_overhead(watch.gaps),
+    }
+
+
+def check_peers(model: Model, adapted: Any, prompts: Tensor, weights: dict[str, float], count: int = 4) -> None:
+    """Raise ValueError unless mpg and the loops give the same greedy text, with the same log-ratios."""
+    names, shares = tuple(weights), list(weights.values())
+    results = model.generate(
+        prompts.tolist(), weights=weights, sampler="direct", temperature=0, max_new_tokens=count, trace=True
+    )
+    tokens = torch.tensor([result.tokens for result in results])
+    ratios = torch.tensor([[[of[name] for of in result.log_ratios] for result in results] for name in names])
+    for loop in (peers.run_adapters_in_turn, peers.run_adapter_names):
+        other_tokens, other_ratios = loop(adapted, names, prompts, shares, count, True)
+        error = (other_ratios.cpu() - ratios).abs().max()
+        if not torch.equal(other_tokens.cpu(), tokens) or error > 1e-3 * ratios.abs().max():
+            raise ValueError(f"{loop.__name__}: expected the text of sampler 'direct', got another ({error=:.2g})")
+
+
+def judge_peers(comparisons: Sequence[dict[str, Any]], *, on_cpu: bool) -> list[Row]:
+    """The issue's rows: how many times as fast `direct` is as each loop, and what its own loop takes of a round."""
+    goals = {"adapter_names": {1: 1.25, 8: 1.25}, "sequential": {1: 3.0, 8: 2.3}}
+    rows = []
+    for found in comparisons:
+        batch, ratios = found["batch"], found["times_as_fast"]
+        for peer in ("sequential", "adapter_names", "eager", "base"):
+            goal = goals.get(peer, {}).get(batch) if on_cpu else None
+            rows.append(Row(f"direct_vs_{peer}_b{batch}", ratios[peer], goal))
+        rows.append(Row("loop_overhead" + f"_b{batch}" * (batch > 1), found["loop_overhead"], 0.10, is_limit=True))
+    return rows
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], runs: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every call in each run, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(-1, runs):
+        for name, call in calls.items():
+            elapsed = time_once(call, device)
+            if index >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def time_once(call: Callable[[], Any], device: str) -> float:
+    """Seconds of one call, all of its work on the device included."""
+    synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronise()
+    started = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def random_prompts(batch: int, length: int, vocab_size: int) -> Tensor:
+    """out: (batch, length) int64, the same in every run"""
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+# The paper's Table 3
+
+HEADLINES = ("tokens_per_second", "model_calls_per_token", "depth_per_token", "reject_rate")
+
+
+def open_model_sets(adapted: Any, plan: Plan, device: str) -> Iterator[tuple[str, Model, list[Any], tuple[str, ...]]]:
+    """Names, models, prompts and methods: the shipped set, the one in $MPG_MODELS if any, the random Llama.
+
+    The specialised base of the last is its base with the adapter a0 merged in.
+    """
+    specialised = tuple(method for method in METHODS if method.endswith("-specialized"))
+    plain = tuple(method for method in METHODS if method not in specialised)
+    folders = {"demo": DEMO_MODELS}
+    if os.environ.get("MPG_MODELS"):
+        folders["mbti-tiny"] = Path(os.environ["MPG_MODELS"], "mbti-tiny")
+    for name, folder in folders.items():
+        model = load(folder, device=device, graphs=plan.graphs)
+        questions = [DEMO_QUESTIONS[index % len(DEMO_QUESTIONS)] for index in range(plan.prompts)]
+        for count in sorted({2, min(4, len(model.models.attribute_names))}):
+            yield f"{name}, N = {count}", first_attributes(model, count), questions, plain
+    merged = copy.deepcopy(adapted).merge_and_unload(adapter_names=["a0"])
+    prompts = random_prompts(plan.prompts, PROMPT_TOKENS, adapted.config.vocab_size).tolist()
+    for count in (2, 4):
+        name, attributes = f"{peers.SMALL.name}, N = {count}", {f"a{i}": f"a{i}" for i in range(count)}
+        yield name, load(adapted, attributes, graphs=plan.graphs), prompts, plain
+        yield name, load(merged, attributes, anchor=adapted, graphs=plan.graphs), prompts, specialised
+
+
+def first_attributes(model: Model, count: int) -> Model:
+    """The same models with the first attributes alone."""
+    twin = model.models.with_roles()
+    twin.attribute_names = twin.attribute_names[:count]
+    return Model(twin)
+
+
+def time_methods(
+    name: str, model: Model, prompts: Sequence[Any], methods: Sequence[str], plan: Plan
+) -> list[dict[str, Any]]:
+    """One entry a method, medians over the runs; `why` says what a method lacks that was not run."""
+    weights = dict.fromkeys(model.models.attribute_names, 1 / len(model.models.attribute_names))
+    runs: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    missing: dict[str, str] = {}
+    for seed in range(plan.runs):
+        for method in methods:
+            if method not in missing:
+                try:
+                    runs[method].append(time_method(model, method, prompts, weights, plan, seed))
+                except ValueError as error:
+                    missing[method] = str(error)
+    entries = []
+    for method, found in runs.items():
+        figures = {key: median(run[key] for run in found) for key in found[0]} if found else {}
+        entry = {"models": name, "method": method, "why": missing.get(method), **dict.fromkeys(HEADLINES), **figures}
+        entries.append({key: None if value != value else value for key, value in entry.items()})
+    return entries
+
+
+def time_method(
+    model: Model, method: str, prompts: Sequence[Any], weights: dict[str, float], plan: Plan, seed: int
+) -> dict[str, float]:
+    """One run over the prompts, one at a time; K = 4, as every sampler has it.
+
+    out: tokens_per_second; seconds_per_sequence; ideal_seconds_per_sequence, of them in model forwards alone;
+    time_to_first_token; round_p50_ms and round_p99_ms, between two rounds; loop_overhead; call_overhead_ms, of a call
+    for one token without its forwards; and the mean of the statistics of `Result.stats` that `STATISTICS` below names
+    """
+    device = str(model.models.device)
+    watch, call = Watch(device), Watch(device)
+    results, seconds = [], 0.0
+    with watch.watching():
+        for index, prompt in enumerate(prompts):
+            started = time.perf_counter()
+            options: dict[str, Any] = {"seed": 1000 * seed + index, "max_new_tokens": plan.new_tokens}
+            answers = answer(model, method, [prompt], weights, on_token=watch.see, **options)
+            seconds += time.perf_counter() - started
+            results += [result for of_name in answers.values() for result in of_name]
+    with call.watching():
+        started = time.perf_counter()
+        num_calls = len(answer(model, method, [prompts[0]], weights, seed=seed, max_new_tokens=1))
+        call_s = (time.perf_counter() - started - call.forward_s) / num_calls
+    gaps_ms = [1000 * gap for gap, _ in watch.gaps] or [math.nan, math.nan]
+    percentiles = quantiles(gaps_ms, n=100, method="inclusive") if len(gaps_ms) > 1 else gaps_ms * 99
+    return {
+        "tokens_per_second": sum(len(result.tokens) for result in results) / seconds,
+        "seconds_per_sequence": seconds / len(results),
+        "ideal_seconds_per_sequence": watch.forward_s / len(results),
+        "time_to_first_token": median(result.stats["time_to_first_token"] for result in results),
+        "round_p50_ms": percentiles[49],
+        "round_p99_ms": percentiles[98],
+        "loop_overhead": loop_overhead(watch.gaps) if watch.gaps else math.nan,
+        "call_overhead_ms": 1000 * call_s,
+        **{key: sum(result.stats.get(key, math.nan) for result in results) / len(results) for key in STATISTICS},
+    }
+
+
+STATISTICS = ("model_calls_per_token", "depth_per_token", "positions_per_token", "reject_rate", "accept_rate")
+
+
+# Growth
+
+
+def measure_growth(plan: Plan, device: str) -> dict[str, list[dict[str, Any]]]:
+    """Tokens a second, reading the prompt left out, of direct against N, batch and context, of scr and exact against K.
+
+    What does not grow is N = 4, batch 1, a prompt of 32 tokens.
+    """
+    base = peers.random_llama(peers.SMALL, device, torch.float32)
+    crowd = peers.add_adapters(base, max(plan.num_models), KL, ALL_LINEARS)
+    model = load(crowd, {name: name for name in crowd.peft_config}, graphs=plan.graphs)
+    few, more = plan.growth_tokens, max(plan.growth_tokens, 3 * max(plan.chunk_sizes))  # some rounds of every K
+    quantities: dict[str, tuple[str, Sequence[int], int, Sequence[str]]] = {
+        "N": ("num_models", plan.num_models, few, ("direct",)),
+        "batch": ("batch", plan.batch_sizes, few, ("direct",)),
+        "context": ("context", plan.contexts, few, ("direct",)),
+        "K": ("chunk_size", plan.chunk_sizes, more, ("exact", "scr")),
+    }
+    growth = {}
+    for quantity, (setting, values, new_tokens, samplers) in quantities.items():
+        runs: dict[tuple[int, str], list[float]] = {(x, sampler): [] for x in values for sampler in samplers}
+        for seed in range(plan.runs):
+            for (x, sampler), speeds in runs.items():
+                options: dict[str, Any] = {setting: x, "sampler": sampler, "max_new_tokens": new_tokens, "seed": seed}
+                speeds.append(decode_speed(model, **options))
+        growth[quantity] = [{"x": x, **{name: median(runs[x, name]) for name in samplers}} for x in values]
+    return growth
+
+
+def decode_speed(
+    model: Model, *, num_models: int = 4, batch: int = 1, context: int = PROMPT_TOKENS, **options: Any
+) -> float:
+    """Tokens a second of all rounds but the first."""
+    watch = Watch(None)
+    prompts = random_prompts(batch, context, model.models.vocab_size).tolist()
+    if options.get("target") != "base":
+        options["weights"] = dict.fromkeys(model.models.attribute_names[:num_models], 1 / num_models)
+    with watch.watching():
+        model.generate(prompts, **{"seed": 0, **options}, on_token=watch.see)
+    return watch.tokens_per_second()
+
+
+def render(report: Report) -> Group:
+    """Three tables: the goals, the peers, the methods."""
+    goals = Table(
+        title=", ".join(f"{k} {v}" for k, v in report.hardware.items() if v is not None), title_justify="left"
+    )
+    for header in ("row", "value", "goal", "pass"):
+        goals.add_column(header, justify="left" if header == "row" else "right")
+    for row in report.rows:
+        if row.goal is not None:
+            wanted = f"{'<=' if row.is_limit else '>='} {row.goal:g}"
+            passed = {True: "yes", False: "NO", None: "not measured here"}[row.as_json()["pass"]]
+            goals.add_row(row.name, "" if row.value is None else f"{row.value:.2f}", wanted, passed)
+    against = Table(title="tokens/s of the peers", title_justify="left")
+    for header in ("models", "batch", *report.peers[0]["tokens_per_second"]):
+        against.add_column(header, justify="right")
+    for found in report.peers:
+        speeds = (f"{speed:.1f}" for speed in found["tokens_per_second"].values())
+        against.add_row(found["models"], str(found["batch"]), *speeds)
+    methods = Table(title="methods, one prompt at a time, K = 4", title_justify="left")
+    columns = {
+        "tokens_per_second": "tokens/s", "seconds_per_sequence": "s/sequence", "ideal_seconds_per_sequence": "forwards",
+        "time_to_first_token": "first token s", "round_p50_ms": "p50 ms", "round_p99_ms": "p99 ms",
+        "call_overhead_ms": "call ms", "model_calls_per_token": "calls/token", "depth_per_token": "depth/token",
+        "positions_per_token": "positions/token", "reject_rate": "rejected",
+    }  # fmt: skip
+    for header in ("models", "method", *columns.values()):
+        methods.add_column(header, justify="left" if header in ("models", "method") else "right")
+    for entry in report.methods:
+        if entry["why"] is None:
+            figures = ("" if entry[key] is None else f"{entry[key]:.3g}" for key in columns)
+            methods.add_row(entry["models"], entry["method"], *figures)
+    return Group(goals, against, methods)
+
+
+def plot_growth(report: Report, path: Path) -> None:
+    """Draw the four curves. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axes, (quantity, points) in zip(figure.subplots(1, 4), report.growth.items(), strict=True):
+        for sampler in [key for key in points[0] if key != "x"]:
+            axes.plot([p["x"] for p in points], [p[sampler] for p in points], marker="o", label=sampler)
+        axes.set(xscale="log", xlabel=quantity, ylabel="tokens/s", ylim=(0, None))
+        axes.set_xticks([p["x"] for p in points], [str(p["x"]) for p in points])
+        axes.minorticks_off()
+        axes.legend()
+    figure.suptitle(f"{peers.SMALL.name}, {report.hardware['gpu'] or report.hardware['cpu']}")
+    figure.savefig(path, dpi=120)
+
+
+# The goals for one H200
+
+TOKENS_A_ROUND = 3.2  # exact, k = 4, a noisy small draft at KL .1: enumerated, see docs/drafts.md
+GPU_GOALS = {
+    "gpu_base_vs_bandwidth": 0.75,
+    "gpu_base_vs_eager": 5.0,
+    "gpu_base_vs_compiled": 1.0,
+    "gpu_direct_vs_base_all_linears": 0.85,
+    "gpu_direct_vs_base_qv": 0.95,
+    "gpu_scr_vs_ideal": 0.95,
+    "gpu_exact_synthetic_vs_base": 1.4,
+    "gpu_direct_b32_vs_b1": 12.0,
+}
+
+
+def measure_gpu_goals(large: Shape, small: Shape, plan: Plan, device: str | None, say: Say) -> list[Row]:
+    """The rows of `GPU_GOALS`, with no value where `device` is None.
+
+    The bound of the first is the copy bandwidth over the weights that a token reads. The round of the synthetic row is
+    measured, with `small` for a draft; how many tokens it commits is not, its weights being random.
+    """
+    values: dict[str, float] = {}
+    if device is not None:
+        say(f"goals of a GPU, {large.name}")
+        count, context = plan.peer_tokens, PROMPT_TOKENS
+        base = peers.random_llama(large, device, torch.bfloat16)
+        prompts = random_prompts(1, context, large.vocab).to(device)
+        eager, compiled = (
+            count / median(take_turns({"": call}, plan.runs, device)[""])
+            for call in (
+                lambda: peers.generate_eagerly(base, prompts, count),
+                lambda: peers.generate_eagerly(base, prompts, count, "static"),
+            )
+        )
+        bound = copy_bandwidth(device) / peers.num_bytes(base)
+        few = peers.add_adapters(base, 4, KL, QUERY_VALUE)
+        model = load(few, {name: name for name in few.peft_config}, graphs=plan.graphs)
+        values["gpu_direct_vs_base_qv"] = _speed(model, plan) / _speed(model, plan, target="base")
+        all_adapted = peers.add_adapters(few.unload(), 4, KL, ALL_LINEARS)
+        draft = peers.random_llama(small, device, torch.bfloat16)
+        model = load(all_adapted, {name: name for name in all_adapted.peft_config}, draft=draft, graphs=plan.graphs)
+        own = _speed(model, plan, target="base")
+        values["gpu_base_vs_bandwidth"] = own / bound
+        values["gpu_base_vs_eager"], values["gpu_base_vs_compiled"] = own / eager, own / compiled
+        values["gpu_direct_vs_base_all_linears"] = _speed(model, plan) / own
+        values["gpu_direct_b32_vs_b1"] = _speed(model, plan, batch=32, context=512) / _speed(model, plan, context=512)
+        free, held = Watch(None), Watch(device)
+        weights = dict.fromkeys(model.models.attribute_names, 0.25)
+        for watch in (free, held):
+            with watch.watching():
+                model.generate(
+                    prompts.tolist(), weights=weights, sampler="scr", max_new_tokens=count, seed=0, on_token=watch.see
+                )
+        ideal = sum(forward for _, forward in held.gaps)
+        values["gpu_scr_vs_ideal"] = ideal / sum(seconds for seconds, _ in free.gaps)
+        rounds = Watch(None)
+        with rounds.watching():
+            model.generate(prompts.tolist(), weights=weights, max_new_tokens=count, seed=0, on_token=rounds.see)
+        rounds_per_second = len(rounds.gaps) / sum(seconds for seconds, _ in rounds.gaps)
+        values["gpu_exact_synthetic_vs_base"] = TOKENS_A_ROUND * rounds_per_second / own
+    return [Row(name, values.get(name), goal) for name, goal in GPU_GOALS.items()]
+
+
+def _speed(model: Model, plan: Plan, **settings: Any) -> float:
+    settings = {"sampler": "direct", "max_new_tokens": plan.peer_tokens, **settings}
+    return median(decode_speed(model, **settings) for _ in range(plan.runs))
+
+
+def copy_bandwidth(device: str, size: int = 2**30) -> float:
+    """Bytes a second that a copy on the device reads and writes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = take_turns({"copy": lambda: target.copy_(source)}, 9, device)["copy"]
+    return 2 * size / median(times)
+
+
+def main(
+    full: Annotated[bool, typer.Option("--full", help="The paper's size: hours on a CPU.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A folder for the whole report: bench-DEVICE.json and .png.")] = None,
+    device: Annotated[str, typer.Option(help="cpu | cuda, with the goals of either.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Of torch's products on the CPU.")] = 1,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA graphs.")] = False,
+) -> None:
+    """Measure decoding against its goals, the loops one would write without mpg, and its own forwards.
+
+    The tables go to standard error; the last line, on standard output, is JSON.
+    """
+    err = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+    if out is not None:
+        out.mkdir(exist_ok=True)
+        check_plot(out / "bench.png")
+    report = run(replace(FULL if full else Plan(), graphs=graphs), device, threads, partial(err.print, style="dim"))
+    if out is not None:
+        (out / f"bench-{device}.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        plot_growth(report, out / f"bench-{device}.png")
+    err.print(render(report))
+    print(json.dumps({"rows": report.as_json()["rows"]}, allow_nan=False))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,140 @@
+"""What proposes tokens to the exact sampler. A draft changes the speed and never the law.
+
+Knows how to draft and from which rows; nothing of targets or of what is accepted. A new draft is one more class.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mpg.decode.batch import Batch
+from mpg.decode.processors import process_rows
+from mpg.decode.rng import Generator, Purpose
+from mpg.options import Options
+
+if TYPE_CHECKING:
+    from mpg.models.ensemble import Ensemble, Session
+
+
+ROLES = {"reference": "base", "model": "draft", "merged": "merged"}  # the model behind each draft that has one
+
+
+class Draft(Protocol):
+    """Proposes a chunk for every active sequence.
+
+    roles  the models that it feeds; none where it needs none
+    """
+
+    roles: tuple[str, ...]
+
+    def start(self, session: Session, batch: Batch, rng: Generator) -> None: ...
+
+    def propose(self, chunk_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """out: chunk (B, K) int64; the rows (B, K, V) its tokens were drawn from, None where each was the only choice;
+        num_drafted (B,) int64 in 0..K, tokens of the chunk that were drafted at all"""
+
+
+class ModelDraft:
+    """Drafts with a model of the same vocabulary, one pass a token; its rows are processed and warped as the target's
+    are. That costs a call of the processors for every drafted token, and buys acceptance: what they exclude or push
+    down in the target is then not drafted.
+
+    is_verified  whether verification feeds this model too; if not, it has not read the chunk's last token when the next
+                 round begins, and the first pass reads two tokens
+    """
+
+    def __init__(self, role: str, options: Options, ops: Any, *, is_verified: bool):
+        self.roles: tuple[str, ...] = (role,)
+        self.options, self.ops, self.is_verified = options, ops, is_verified
+
+    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
+        self.session, self.batch, self.rng = session, batch, rng
+
+    def propose(self, chunk_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        batch, options = self.batch, self.options
+        tokens: list[Tensor] = []
+        rows: list[Tensor] = []
+        is_drafting = batch.active
+        for index in range(chunk_size):
+            is_drafting = is_drafting & batch.has_room(index)
+            logits = self._read_last() if index == 0 else self._read(tokens[-1], index)
+            log_row = logits.to(batch.weights.dtype)
+            if batch.processors is not None:
+                log_row = self._process(log_row, tokens, is_drafting)
+            rows.append(self.ops.warp_rows(log_row, **options.warp()))
+            batch.fail(unusable=is_drafting & rows[-1][:, 0].isnan())
+            is_drafting = is_drafting & batch.active
+            tokens.append(self.rng.categorical(rows[-1], Purpose.DRAFT, index, is_drafting))
+            is_drafting = is_drafting & ~batch.is_eos(tokens[-1])
+        chunk = torch.stack(tokens, 1)
+        return chunk, torch.stack(rows, 1), torch.full_like(batch.lengths, chunk_size)
+
+    def _process(self, log_row: Tensor, tokens: list[Tensor], is_drafting: Tensor) -> Tensor:
+        """The row (B, V) behind the tokens drafted so far, processed; as it was where nothing would be left."""
+        drafted = torch.stack(tokens, 1) if tokens else self.batch.tokens[:, :0]
+        log_row = log_row.log_softmax(-1)
+        processed = process_rows(self.batch, log_row[:, None], drafted, is_drafting.long())[:, 0]
+        return torch.where(processed.amax(-1, keepdim=True) == -torch.inf, log_row, processed)
+
+    def _read_last(self) -> Tensor:
+        """Logits after the last committed token. out: (B, V)"""
+        batch = self.batch
+        if self.is_verified:
+            return self._read(batch.last_tokens(), 0)
+        start = (batch.lengths - 2).clamp_min(0)  # a prompt of one token has no second last: read what follows, in vain
+        fed = batch.tokens.gather(1, torch.stack([start, start + 1], 1).clamp_max(batch.capacity - 1))
+        logits = self.session.forward(self.roles, fed, start, kv_length=batch.kv_length(2))[0]
+        return torch.where((batch.lengths >= 2)[:, None], logits[:, 1], logits[:, 0])
+
+    def _read(self, token: Tensor, index: int) -> Tensor:
+        start, kv_length = self.batch.lengths - 1 + index, self.batch.kv_length(index + 1)
+        return self.session.forward(self.roles, token[:, None], start, kv_length=kv_length)[0, :, 0]
+
+
+class LookupDraft:
+    """Prompt lookup: what followed the latest earlier occurrence of the last n tokens, the largest n <= 3 that has one.
+
+    (Saxena, "Prompt lookup decoding", 2023.) Needs no model; where nothing matches it drafts nothing.
+    """
+
+    roles: tuple[str, ...] = ()
+
+    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
+        self.batch = batch
+
+    def propose(self, chunk_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        batch = self.batch
+        positions = torch.arange(batch.capacity, device=batch.tokens.device)
+        is_earlier = positions < batch.lengths[:, None] - 1  # (B, L): ends of earlier occurrences
+        match = torch.full_like(batch.lengths, -1)
+        agrees = is_earlier
+        for n in range(1, 4):  # does the n-gram that ends here agree with the last n tokens?
+            last = batch.tokens.gather(1, (batch.lengths - n).clamp_min(0)[:, None])
+            shifted = batch.tokens.roll(n - 1, 1)
+            agrees = agrees & (shifted == last) & (positions >= n - 1) & (batch.lengths >= n)[:, None]
+            latest = torch.where(agrees, positions, -1).amax(1)
+            match = torch.where(latest >= 0, latest, match)
+        following = match[:, None] + 1 + torch.arange(chunk_size, device=match.device)
+        chunk = batch.tokens.gather(1, following.clamp_max(batch.capacity - 1))
+        num_drafted = torch.where(match >= 0, (batch.lengths - 1 - match).clamp_max(chunk_size), 0)
+        return chunk, None, num_drafted
+
+
+def merged_shares(weights: Tensor, target: str) -> Tensor:
+    """The adapters' weights in the role "merged" that lie nearest to a target: alpha, or its share in a mixture.
+
+    weights: (B, N), alpha
+    out: (B, N)
+    """
+    return weights / weights.sum(1, keepdim=True) if target == "arithmetic" else weights
+
+
+def make_draft(models: Ensemble, verified: tuple[str, ...], options: Options, ops: Any) -> Draft:
+    """The draft that the options name. `verified`: the roles that every verification feeds."""
+    if options.draft == "lookup":
+        return LookupDraft()
+    role = ROLES[options.draft]
+    return ModelDraft(role, options, ops, is_verified=any(models.is_same(role, other) for other in verified))

@@ -1,0 +1,1 @@
+"""What callers say, in words of their own or of transformers, made into requests."""

@@ -1,0 +1,335 @@
+"""What the arguments of transformers' generate mean here: each is honoured, idle, or refused by name.
+
+Knows no batch and no loop. A keyword goes before the same field of a GenerationConfig, and a field that is None takes
+mpg's own default (temperature 1, top_p 1, top_k 0, sampling), not transformers'. Of the base's generation_config.json
+mpg takes the end-of-sequence ids alone; `generation_config=GenerationConfig.from_pretrained(base)` takes all of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+
+from mpg.decode.batch import Processor
+from mpg.frontend.stopping import Criterion, Stops
+from mpg.options import Options, refuse_unknown
+
+# Honoured: what each does here it does there. Beside it the value other than None that asks for nothing.
+HONOURED: dict[str, Any] = {
+    # options of the sampler; do_sample=False is temperature 0
+    "do_sample": None, "temperature": None, "top_k": None, "top_p": None, "min_p": None, "max_new_tokens": None,
+    # lengths of prompt and new tokens; max_new_tokens goes before max_length
+    "max_length": None, "min_length": 0, "min_new_tokens": 0,
+    # what ends a text; pad_token_id tells what is no prompt where input_ids come without an attention_mask
+    "eos_token_id": None, "pad_token_id": None, "stop_strings": None, "max_time": None,
+    "num_return_sequences": 1,
+    # processors of the combined row, in the order in which they run (with min_length and min_new_tokens)
+    "sequence_bias": None, "encoder_repetition_penalty": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "prefix_allowed_tokens_fn": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None,
+}  # fmt: skip
+# Idle: true of every call (rows are normalised, keys and values are cached), or about no text.
+IDLE = (
+    "renormalize_logits", "bos_token_id", "disable_compile", "transformers_version", "_from_model_config",
+    "_commit_hash", "_original_object_hash",
+)  # fmt: skip
+_BEAMS = "there is no beam search; sampling of several: num_return_sequences"
+_WARPS = "rows are warped by temperature, top_k, top_p and min_p alone"
+_SPEED = "what drafts is the option draft, and how much the option chunk_size"
+_CACHE = "mpg has a cache of its own"
+_SCORES = "rows stay where they are computed; trace=True returns every token's log-ratios"
+# Refused: the values other than None that ask for nothing, and why no other is taken.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((1,), _BEAMS), "num_beam_groups": ((1,), _BEAMS), "early_stopping": ((False,), _BEAMS),
+    "length_penalty": ((1.0,), _BEAMS), "diversity_penalty": ((0.0,), _BEAMS), "constraints": ((), _BEAMS),
+    "force_words_ids": ((), _BEAMS),
+    "penalty_alpha": ((0.0,), "there is no contrastive search"), "dola_layers": ((), "there is no DoLa decoding"),
+    "low_memory": ((False,), "there is no contrastive search"),
+    "top_h": ((), _WARPS), "typical_p": ((1.0,), _WARPS), "epsilon_cutoff": ((0.0,), _WARPS),
+    "eta_cutoff": ((0.0,), _WARPS),
+    "watermarking_config": ((), "a watermark goes on a row after its warp, where nothing comes in here"),
+    "guidance_scale": ((1.0,), "guidance needs another prompt's rows; weights of attributes are what guides here"),
+    "remove_invalid_values": ((False,), "a model that returns NaN or infinity is refused by name"),
+    "token_healing": ((False,), "prompts are taken as they are"),
+    "use_cache": ((True,), "without a cache it would be the same text, later"),
+    "cache_implementation": ((), _CACHE), "cache_config": ((), _CACHE), "max_cache_len": ((), _CACHE),
+    "prefill_chunk_size": ((), _CACHE), "compile_config": ((), "nothing is compiled"),
+    "continuous_batching_config": ((), "a call is one batch"),
+    "output_attentions": ((False,), _SCORES), "output_hidden_states": ((False,), _SCORES),
+    "output_scores": ((False,), _SCORES), "output_logits": ((False,), _SCORES),
+    "return_dict_in_generate": ((False,), "a `Result` is returned; under custom_generate it is honoured"),
+    "decoder_start_token_id": ((), "models are decoder-only"),
+    "is_assistant": ((False,), _SPEED), "num_assistant_tokens": ((20,), _SPEED),
+    "num_assistant_tokens_schedule": (("constant",), "the option adaptive adapts the draft's length"),
+    "assistant_confidence_threshold": ((0.4,), _SPEED), "assistant_early_exit": ((), _SPEED),
+    "assistant_lookbehind": ((10,), _SPEED), "target_lookbehind": ((10,), _SPEED),
+    "assistant_ensemble_weight": ((), "verification is lossless"), "speculation_type": ((), _SPEED),
+    "prompt_lookup_num_tokens": ((), "prompt lookup is draft='lookup', chunk_size=..."),
+    "max_matching_ngram_size": ((), "prompt lookup is draft='lookup', of n-grams up to 3"),
+    "use_mtp": ((False,), _SPEED),
+    # arguments of generate that are no fields
+    "assistant_model": ((), "a draft model is mpg.load(draft=...)"),
+    "assistant_tokenizer": ((), "a draft shares the tokenizer"),
+    "negative_prompt_ids": ((), "there is no classifier-free guidance"),
+    "negative_prompt_attention_mask": ((), "there is no classifier-free guidance"),
+    "synced_gpus": ((False,), "models are not sharded"), "custom_generate": ((), "this is one"),
+    "inputs_embeds": ((), "prompts are tokens"), "past_key_values": ((), _CACHE),
+    "position_ids": ((), "positions follow from attention_mask"),
+}  # fmt: skip
+_OPTIONS = tuple(field.name for field in fields(Options))
+_ARGUMENTS = (
+    "weights", "raw", "on_token", "input_ids", "attention_mask", "generation_config", "logits_processor",
+    "stopping_criteria", "streamer", "tokenizer",
+)  # fmt: skip
+_HAVE_STATE = (  # a drafted position is asked for more than once, or in vain
+    "SynthIDTextWatermarkLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a processor made from a field may want to know of its request."""
+
+    index: int  # of its result in the call
+    prompt: Any  # Tensor (1, L) int64
+    max_length: int
+    eos_token_ids: list[int]
+
+    @property
+    def device(self) -> Any:
+        return self.prompt.device
+
+    @property
+    def prompt_length(self) -> int:
+        return self.prompt.shape[1]
+
+
+_PROCESSORS: dict[str, Callable[[Any, _Text], Processor]] = {
+    "sequence_bias": lambda v, _: transformers.SequenceBiasLogitsProcessor(v),
+    "encoder_repetition_penalty": lambda v, t: transformers.EncoderRepetitionPenaltyLogitsProcessor(v, t.prompt),
+    "repetition_penalty": lambda v, _: transformers.RepetitionPenaltyLogitsProcessor(v),
+    "no_repeat_ngram_size": lambda v, _: transformers.NoRepeatNGramLogitsProcessor(v),
+    "encoder_no_repeat_ngram_size": lambda v, t: transformers.EncoderNoRepeatNGramLogitsProcessor(v, t.prompt),
+    "bad_words_ids": lambda v, t: transformers.NoBadWordsLogitsProcessor(v, t.eos_token_ids or None),
+    "min_length": lambda v, t: transformers.MinLengthLogitsProcessor(v, t.eos_token_ids, t.device),
+    "min_new_tokens": lambda v, t: transformers.MinNewTokensLengthLogitsProcessor(
+        t.prompt_length, v, t.eos_token_ids, t.device
+    ),
+    "prefix_allowed_tokens_fn": lambda v, t: transformers.PrefixConstrainedLogitsProcessor(
+        lambda _, tokens: v(t.index, tokens), 1
+    ),
+    "forced_bos_token_id": lambda v, _: transformers.ForcedBOSTokenLogitsProcessor(v),
+    "forced_eos_token_id": lambda v, t: transformers.ForcedEOSTokenLogitsProcessor(t.max_length, v, t.device),
+    "exponential_decay_length_penalty": lambda v, t: transformers.ExponentialDecayLengthPenalty(
+        v, torch.tensor(t.eos_token_ids, device=t.device), t.prompt_length
+    ),
+    "suppress_tokens": lambda v, t: transformers.SuppressTokensLogitsProcessor(v, t.device),
+    "begin_suppress_tokens": lambda v, t: transformers.SuppressTokensAtBeginLogitsProcessor(
+        v, t.prompt_length, t.device
+    ),
+}
+# What is looked at before anything runs. What a processor is made from is that class's to judge, when it is made.
+_INTEGERS = (
+    "max_length", "min_length", "min_new_tokens", "pad_token_id", "num_return_sequences", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "forced_bos_token_id",
+)  # fmt: skip
+_TOKEN_IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
+_ABOUT_THE_END = ("min_length", "min_new_tokens", "exponential_decay_length_penalty")  # nothing without such a token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conventions:
+    """What a call asks for in transformers' words, beside the options of its sampler; checked once.
+
+    fields             what is `HONOURED` and asks for something, but for the sampler's own options
+    eos_token_ids      what ends a text
+    tokenizer          or None
+    logits_processor   the caller's own, run behind those of the fields; one of the same class replaces a field's
+    stopping_criteria  the caller's own
+    """
+
+    fields: Mapping[str, Any]
+    eos_token_ids: tuple[int, ...] = ()
+    tokenizer: Any = None
+    logits_processor: Sequence[Processor] = ()
+    stopping_criteria: Sequence[Criterion] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("logits_processor", "stopping_criteria"):
+            given = getattr(self, name)
+            if not isinstance(given, (list, tuple)) or not all(callable(each) for each in given):
+                raise ValueError(f"{name}: expected a list of callables, got {given!r}")
+        for processor in self.logits_processor:
+            if type(processor).__name__ in _HAVE_STATE:
+                wanted = "processors that depend on their arguments alone, as drafted tokens may be taken back"
+                raise ValueError(f"logits_processor: expected {wanted}, got {type(processor).__name__}")
+        for name, value in self.fields.items():
+            if name in _INTEGERS and not _is_integer(value):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
+            if name in _TOKEN_IDS and not all(map(_is_integer, _as_tuple(value))):
+                raise ValueError(f"{name}: expected a token id or a list of them, got {value!r}")
+        if self.num_return_sequences < 1:
+            raise ValueError(f"num_return_sequences: expected an integer >= 1, got {self.num_return_sequences}")
+        if not callable(self.fields.get("prefix_allowed_tokens_fn", callable)):
+            got = self.fields["prefix_allowed_tokens_fn"]
+            raise ValueError(f"prefix_allowed_tokens_fn: expected a callable, got {got!r}")
+        if "eos_token_id" in self.fields:
+            object.__setattr__(self, "eos_token_ids", _as_tuple(self.fields["eos_token_id"]))
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase | None):
+            raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(self.tokenizer).__name__}")
+        if self.stop_strings() and self.tokenizer is None:
+            got = self.fields["stop_strings"]
+            raise ValueError(f"stop_strings: this model has no tokenizer, expected tokenizer=..., got {got!r}")
+        for string in self.stop_strings():
+            if not isinstance(string, str) or not string:
+                got = self.fields["stop_strings"]
+                raise ValueError(f"stop_strings: expected a string or a list of them, none empty, got {got!r}")
+        if "max_time" in self.fields:  # counted from here
+            limit = self.fields["max_time"]
+            if not isinstance(limit, (int, float)) or not limit >= 0:
+                raise ValueError(f"max_time: expected seconds, got {limit!r}")
+            criterion = transformers.MaxTimeCriteria(limit, time.time())
+            object.__setattr__(self, "stopping_criteria", (*self.stopping_criteria, criterion))
+
+    @classmethod
+    def of(
+        cls, generation_config: GenerationConfig | None, keywords: Mapping[str, Any], **own: Any
+    ) -> tuple[dict[str, Any], Conventions]:
+        """The keywords of `Options` among a call's keywords and configuration, and everything else.
+
+        own: the other fields of `Conventions`, eos_token_ids being the default
+
+        Raises ValueError for a keyword that nobody knows, with the nearest known one, and for a refused field unless
+        its value asks for nothing.
+        """
+        given = _fields_of(generation_config) | {name: value for name, value in keywords.items() if value is not None}
+        for name, value in given.items():
+            if name in REFUSED:
+                accepted, why = REFUSED[name]
+                if not (isinstance(value, (int, float, str)) and value in accepted):
+                    wanted = " or ".join(map(repr, (None, *accepted)))
+                    raise ValueError(f"{name}: expected {wanted}, as {why}; got {value!r}")
+            elif name not in HONOURED and name not in IDLE and name not in _OPTIONS:
+                refuse_unknown(name, (*_OPTIONS, *HONOURED, *_ARGUMENTS))
+        asked = {name: value for name, value in given.items() if name in HONOURED and not _is_neutral(name, value)}
+        options = {name: value for name, value in given.items() if name in _OPTIONS}
+        do_sample = asked.pop("do_sample", True)
+        if not isinstance(do_sample, bool):
+            raise ValueError(f"do_sample: expected True or False, got {do_sample!r}")
+        if not do_sample:  # as transformers has it, what warps a draw is ignored where nothing is drawn
+            options = {name: value for name, value in options.items() if name not in ("top_k", "top_p", "min_p")}
+            options["temperature"] = 0
+        return options, cls(fields={name: asked[name] for name in asked if name not in _OPTIONS}, **own)
+
+    def before(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """What is left of the options that go where a call is silent: max_length says how many tokens are new."""
+        return {name: v for name, v in defaults.items() if name != "max_new_tokens" or "max_length" not in self.fields}
+
+    def check_sampler(self, options: Options) -> None:
+        """Raises ValueError, naming it, for what this sampler cannot honour."""
+        if self.num_return_sequences > 1 and options.temperature == 0:
+            got = self.num_return_sequences
+            raise ValueError(f"num_return_sequences: expected 1 where nothing is drawn (temperature 0), got {got}")
+        names = self._processing()
+        if names and options.sampler not in ("exact", "direct", "auto"):
+            raise ValueError(
+                f"{names[0]}: acts on the combined row, which sampler {options.sampler!r} never builds (it draws from "
+                "the base and weighs by ratios); expected sampler 'exact', 'direct' or 'auto'"
+            )
+
+    def _processing(self) -> list[str]:
+        """Names of what acts on rows."""
+        return [name for name in _PROCESSORS if name in self.fields] + ["logits_processor"] * bool(
+            self.logits_processor
+        )
+
+    @property
+    def num_return_sequences(self) -> int:
+        return self.fields.get("num_return_sequences", 1)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """What is padding where no mask says so; None where it may be a text's end."""
+        pad = self.fields.get("pad_token_id", getattr(self.tokenizer, "pad_token_id", None))
+        return None if pad in self.eos_token_ids else pad
+
+    def max_new_tokens(self, index: int, prompt_length: int) -> int | None:
+        """What max_length leaves behind a prompt, None where none is given."""
+        limit = self.fields.get("max_length")
+        if limit is None:
+            return None
+        if not isinstance(limit, int) or limit <= prompt_length:
+            wanted = f"an integer above the {prompt_length} tokens of prompt {index}"
+            raise ValueError(f"max_length: expected {wanted}, got {limit!r}")
+        return limit - prompt_length
+
+    def processor(
+        self, index: int, prompt: Sequence[int], max_new_tokens: int, device: torch.device
+    ) -> Processor | None:
+        """What the rows of the request with this index in the call pass through; None where that is nothing."""
+        if not self._processing():
+            return None
+        input_ids = torch.tensor([list(prompt)], device=device)
+        text = _Text(index, input_ids, len(prompt) + max_new_tokens, list(self.eos_token_ids))
+        own = {type(processor): processor for processor in self.logits_processor}
+        chain: list[Any] = []
+        for name, make in _PROCESSORS.items():
+            if name in self.fields and (self.eos_token_ids or name not in _ABOUT_THE_END):
+                try:
+                    made = make(self.fields[name], text)
+                except Exception as error:  # whatever a value of the wrong form makes it raise
+                    raise ValueError(f"{name}: {error}; got {self.fields[name]!r}") from None
+                chain.append(own.get(type(made), made))
+        chain += [processor for processor in self.logits_processor if not any(processor is other for other in chain)]
+        return LogitsProcessorList(chain) if chain else None  # type: ignore[return-value]  # it declares more arguments
+
+    def ends(self, prompt: Sequence[int], device: torch.device) -> Callable[[Sequence[int]], bool] | None:
+        """Whether the last new token of the request with this prompt ends its text, beside eos_token_ids and its limit;
+        None where nothing does."""
+        strings = self.stop_strings()
+        if not strings and not self.stopping_criteria:
+            return None
+        return Stops(prompt, strings, tuple(self.stopping_criteria), self.tokenizer, device).end
+
+    def stop_strings(self) -> tuple[str, ...]:
+        return _as_tuple(self.fields.get("stop_strings", ()))
+
+
+def _fields_of(config: GenerationConfig | None) -> dict[str, Any]:
+    """The fields of a configuration that are set, but for entries that transformers itself does not know and ignores.
+
+    One that a later transformers knows and mpg does not is then refused like any unknown keyword.
+    """
+    if config is None:
+        return {}
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(f"generation_config: expected a GenerationConfig, got {type(config).__name__}")
+    known = vars(GenerationConfig()).keys() | HONOURED.keys() | REFUSED.keys()
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if value is not None and name in known and not name.startswith("_")
+    }
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """One or several, as several."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    neutral = HONOURED[name]
+    return neutral is not None and not isinstance(value, (bool, Tensor)) and value == neutral

@@ -1,0 +1,253 @@
+"""The face of the library: `load`, and a model that generates from prompts and weights.
+
+Knows what callers may say; how requests are decoded is `run`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import torch
+
+from mpg.decode.plan import Plan, plan
+from mpg.decode.run import Request, decode
+from mpg.frontend.hf_generate import Conventions
+from mpg.frontend.prompts import Messages, Prompt, as_list, encode, unpad
+from mpg.models import loading
+from mpg.models.ensemble import Ensemble
+from mpg.models.loading import Source
+from mpg.options import DEFAULT_NEW_TOKENS, Options, check_weights
+from mpg.recipe import Recipe
+from mpg.results import Result, Token
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+MAX_PLANS = 256  # of sampler "auto" that a model keeps; each distinct set of weights needs one
+
+Weights: TypeAlias = Mapping[str, float] | str
+OnToken: TypeAlias = Callable[[Token], None] | None
+
+
+class Model:
+    """A base and its attribute models, ready to generate. `mpg.load` makes one.
+
+    recipe  where the models came from, and what goes where a call is silent
+    """
+
+    def __init__(self, models: Ensemble, recipe: Recipe | None = None):
+        self.models = models
+        self.recipe = recipe or Recipe()
+        self._plans: dict[Any, Plan] = {}
+
+    @classmethod
+    def from_pretrained(cls, base: Source, *args: Any, **kwargs: Any) -> Model:
+        """`mpg.load` by the name that transformers gives it."""
+        return load(base, *args, **kwargs)
+
+    def save_pretrained(self, target: str | Path) -> None:
+        """Write the recipe that loads this combination: to a .yaml file, or to mpg.yaml in a folder. Copies no weights:
+        models below the folder are named relative to it, others by their absolute path or hub name.
+
+        Raises ValueError, naming the argument of `mpg.load`, for a model or tokenizer that was given as an object.
+        """
+        self.recipe.write(target)
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> Result: ...
+
+    @overload
+    def generate(self, prompt: Any = None, **options: Any) -> Any: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[str] | Sequence[Messages] | torch.Tensor | None = None,
+        *,
+        weights: Weights | Sequence[Weights] | None = None,
+        raw: bool = False,
+        on_token: OnToken = None,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[Any] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> Result | list[Result]:
+        """Continue a prompt, or each of a list of them.
+
+        prompt    a user message; or a conversation of {"role":, "content":}; or token ids; or a list of such prompts
+        weights   alpha by attribute, where attributes not named weigh 0; or the same as text, "E=1,T=-0.5"; or the name
+                  of a preset in the recipe; or a list of one of these per prompt. Default: the recipe's, if any
+        raw       take strings verbatim, not as a user message through the chat template (where there is one)
+        on_token  called with every `Token` as soon as its round is done
+        options   the fields of `Options`; those not given are the recipe's, where the sampler has them. Also the fields
+                  of transformers' GenerationConfig that `mpg.frontend.hf_generate` honours: do_sample, max_length,
+                  eos_token_id, stop_strings, repetition_penalty, num_return_sequences, ...
+
+        As transformers' generate has them:
+
+        input_ids, attention_mask  instead of a prompt, (B, L), padded on either side
+        generation_config          keywords go before its fields, and what it leaves None has mpg's default
+        logits_processor           act on the combined row, as normalised log-probabilities, before it is warped; under
+                                   exact and direct alone. One call a row and position, which waits for the device
+        stopping_criteria          called after every new token, per request, with scores=None
+        streamer                   of one prompt; gets the prompt's ids, every token, and the end
+        tokenizer                  for stop_strings, where the model has none
+
+        num_return_sequences returns so many results per prompt one after another, with seeds that count up throughout.
+        A stop string or criterion cuts off what the same round committed behind it; the statistics count that too.
+
+        out: a `Result`, or the list of them in the order of the prompts
+
+        Raises ValueError that names the argument if one is not as here or in `Options`, if a prompt is empty or leaves
+        too few positions, if a model returns NaN or +inf, or if no token is left to draw (negative weights can do it,
+        and processors). Raises MemoryError with the sizes if the caches or a forward need more memory than there is;
+        the model stays usable.
+        """
+        started_at = time.perf_counter()
+        models = self.models
+        chosen, conventions = Conventions.of(
+            generation_config,
+            options,
+            eos_token_ids=models.eos_token_ids,
+            tokenizer=models.tokenizer if tokenizer is None else tokenizer,
+            logits_processor=() if logits_processor is None else logits_processor,
+            stopping_criteria=() if stopping_criteria is None else stopping_criteria,
+        )
+        checked = Options.of(chosen, conventions.before(self.recipe.options))
+        conventions.check_sampler(checked)
+        if on_token is not None and not callable(on_token):
+            raise ValueError(f"on_token: expected a callable, got {on_token!r}")
+        if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise ValueError(f"streamer: expected one of transformers, with put and end, got {streamer!r}")
+        if prompt is not None and input_ids is not None:
+            raise ValueError("prompt: expected a prompt or input_ids, got both")
+        if input_ids is not None or attention_mask is not None or isinstance(prompt, torch.Tensor):
+            prompt = unpad(prompt if input_ids is None else input_ids, attention_mask, conventions.pad_token_id)
+        prompts, is_list = as_list(prompt)
+        encoded = [self.encode(prompt, raw=raw) for prompt in prompts]
+        requests = self._check_requests(encoded, weights, checked, conventions)
+        if streamer is not None:
+            if len(requests) != 1:
+                raise ValueError(f"streamer: expected one prompt and one sequence, got {len(requests)}")
+            streamer.put(torch.tensor([requests[0].token_ids]))
+            on_token = _also_to(streamer, on_token)
+        why = None
+        try:
+            if checked.sampler == "auto":
+                chosen_plan = self._plan(requests, checked, conventions.eos_token_ids)
+                checked, why = chosen_plan.options, str(chosen_plan)
+            results = decode(models, requests, checked, conventions.eos_token_ids, on_token, started_at)
+        finally:
+            if streamer is not None:
+                streamer.end()  # whoever iterates over it must not wait for ever
+        if why is not None:
+            results = [replace(result, plan=why) for result in results]
+        return results if is_list or conventions.num_return_sequences > 1 else results[0]
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of one prompt, as `generate` takes it."""
+        return encode(prompt, self.models.tokenizer, self.models.vocab_size, raw=raw)
+
+    def _plan(self, requests: list[Request], options: Options, eos_token_ids: tuple[int, ...]) -> Plan:
+        """The plan for requests like these, made when they first come: this target, these weights, as many rows, with
+        processors or without."""
+        options = replace(options, seed=None, max_new_tokens=None)
+        kinds = frozenset((request.alpha, request.processor is None) for request in requests)
+        key = options, min(options.batch_size, len(requests)), kinds
+        if key not in self._plans:
+            self._plans[key] = plan(self.models, requests, options, eos_token_ids)
+            if len(self._plans) > MAX_PLANS:
+                del self._plans[next(iter(self._plans))]  # the oldest
+        return self._plans[key]
+
+    def __repr__(self) -> str:
+        return f"mpg.Model(attributes={self.models.attribute_names})"
+
+    def _check_requests(
+        self, prompts: list[list[int]], weights: Any, options: Options, conventions: Conventions
+    ) -> list[Request]:
+        per_prompt = weights if isinstance(weights, (list, tuple)) else [weights] * len(prompts)
+        if len(per_prompt) != len(prompts):
+            raise ValueError(
+                f"weights: expected one mapping, or one per prompt ({len(prompts)}), got {len(per_prompt)}"
+            )
+        first_seed = secrets.randbits(32) if options.seed is None else int(options.seed)
+        device = self.models.device
+        requests: list[Request] = []
+        for index, (token_ids, given) in enumerate(zip(prompts, per_prompt, strict=True)):
+            chosen = self.recipe.weigh(given, options.target)
+            alpha = check_weights(chosen, self.models.attribute_names, options.target)
+            room = math.inf if self.models.max_positions is None else self.models.max_positions - len(token_ids)
+            positions = f"the model has {self.models.max_positions} positions and prompt {index} takes {len(token_ids)}"
+            if room < 1:
+                raise ValueError(f"prompt: {positions}, expected at least one left for a new token")
+            asked = options.max_new_tokens or conventions.max_new_tokens(index, len(token_ids))
+            max_new_tokens = int(asked or min(DEFAULT_NEW_TOKENS, room))
+            if max_new_tokens > room:
+                raise ValueError(f"max_new_tokens: {positions}, expected at most {room}, got {max_new_tokens}")
+            weighed = {name: float(weight) for name, weight in (chosen or {}).items()}
+            for _ in range(conventions.num_return_sequences):
+                seed = (first_seed + len(requests)) % 2**63
+                processor = conventions.processor(len(requests), token_ids, max_new_tokens, device)
+                ends = conventions.ends(token_ids, device)
+                requests.append(Request(token_ids, alpha, weighed, max_new_tokens, seed, processor, ends))
+        return requests
+
+
+def load(
+    base: Source,
+    attributes: Mapping[str, Source] | None = None,
+    *,
+    anchor: Source | None = None,
+    draft: Source | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    device_map: Mapping[str, Any] | None = None,
+    allow_other_base: bool | None = None,
+    graphs: bool = False,
+    compile: bool = False,
+) -> Model:
+    if device is not None and device_map is None:
+        device_map = {}  # this device for every model, whatever a recipe says
+    recipe = Recipe.of(
+        base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer,
+        device_map=device_map, allow_other_base=allow_other_base,
+    )  # fmt: skip
+    with recipe.locate_errors():
+        models = loading.load(
+            recipe.base, recipe.attributes, anchor=recipe.anchor, draft=recipe.draft, tokenizer=recipe.tokenizer,
+            dtype=dtype, device=device, device_map=recipe.device_map, allow_other_base=recipe.allow_other_base,
+            graphs=graphs, compile=compile,
+        )  # fmt: skip
+    return Model(models, recipe.pin(models.describe()))
+
+
+# one description, of the function that does it
+load.__doc__ = f"""{loading.load.__doc__}
+    Instead of the base and its attributes, a recipe: a .yaml file, or a folder that holds mpg.yaml. Its keys: base and
+    attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map,
+    allow_other_base, weights, presets (weights by name) and options (of `mpg.Options`). What is given beside it goes
+    before it, a device before its map.
+    """
+
+
+def _also_to(streamer: BaseStreamer, on_token: OnToken) -> Callable[[Token], None]:
+    """on_token, and each token's id to the streamer as transformers puts it there, (1,) int64."""
+
+    def put(token: Token) -> None:
+        streamer.put(torch.tensor([token.id]))
+        if on_token is not None:
+            on_token(token)
+
+    return put

@@ -1,0 +1,1 @@
+"""The paper's methods, and the measurements of what samplers deliver."""

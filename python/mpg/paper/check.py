@@ -1,0 +1,479 @@
+"""The check of samplers on one's own models: how much of the intended shift their texts deliver, and at what cost.
+
+Knows what to sample and how to measure it; how a token is drawn, and from what, is the samplers' business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Group
+from rich.table import Table
+
+import mpg_ext
+from mpg.model import Model, Weights
+from mpg.models.ensemble import Ensemble
+from mpg.options import MAX_CHUNK, MAX_WEIGHT, MIN_WEIGHT, check_weights
+from mpg.results import Result
+
+# For models that come with no questions of their own: everyday, and leaning to no trait.
+PROMPTS = (
+    "How was your weekend?",
+    "What are your plans for the holidays?",
+    "How do you get ready for an exam?",
+    "What makes a good friend?",
+    "How do you decide what to cook for dinner?",
+    "What do you do when a plan falls through?",
+    "How should I prepare for a job interview?",
+    "What do you think about working from home?",
+    "How do you spend a rainy day?",
+    "What would you pack for a week in the mountains?",
+    "How do you choose a present for a colleague?",
+    "What is the best way to learn a language?",
+    "How do you settle an argument between two friends?",
+    "What do you do on a long train ride?",
+    "How do you feel about moving to a new city?",
+    "What should a team do in its first meeting?",
+    "How do you keep your desk in order?",
+    "What do you say to someone who has lost a game?",
+    "How would you plan a birthday party?",
+    "What do you look for in a new neighbour?",
+    "How do you start a conversation with a stranger?",
+    "What do you do with an unexpected free afternoon?",
+    "How do you pick the next book to read?",
+    "What would you change about your school?",
+)
+TARGETS = ("arithmetic", "anchored", "geometric")
+NUM_RESAMPLES = 2000
+FEW_PROMPTS = 12
+_UNWARPED = {"temperature": 1.0, "top_p": 1.0}
+_BASE = ("base", {"sampler": "direct", "target": "base"})
+_YARDSTICK = ("exact, reference draft", {"sampler": "exact", "draft": "reference"})
+# where SCR can accept no token at all, one text among hundreds must not end the check
+_SCR = ("scr", {"sampler": "scr", "empty": "base"})
+_COSTS_PER_TOKEN = ("model_calls_per_token", "depth_per_token", "positions_per_token")
+_MAX_LOG_RATIO = 80.0  # a token that a model excludes must not make a mean infinite
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % percentile interval, from a bootstrap over prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler. Where it could not run, `skipped` says why and everything after it is None.
+
+    shift                  nats per token by which its texts' combined log-ratio exceeds that of the base's texts
+    delivered              shift / intended shift: base is 0 and the exact sampler with the reference draft 1 by
+                           definition; None where the intended shift cannot be told from 0
+    tokens_per_round and
+    *_per_token            totals over all texts, as in `mpg.STATISTICS`
+    tokens_per_second      tokens of all texts / seconds, in batches of `Report.batch_size`
+    """
+
+    sampler: str
+    skipped: str | None = None
+    shift: Estimate | None = None
+    delivered: Estimate | None = None
+    tokens_per_round: float | None = None
+    model_calls_per_token: float | None = None
+    depth_per_token: float | None = None
+    positions_per_token: float | None = None
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """The samplers of one target, beside the exact sampler of that same target.
+
+    intended     nats per token between the base's texts and the exact sampler's
+    is_resolved  whether the interval of `intended` excludes 0; only then can a share of it be delivered
+    """
+
+    target: str
+    weights: dict[str, float]
+    intended: Estimate
+    is_resolved: bool
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found. The first section is the target asked for; SCR's own follow where they differ."""
+
+    num_prompts: int
+    texts_per_prompt: int
+    batch_size: int
+    seed: int
+    device: str
+    dtype: str
+    sections: tuple[Section, ...]
+    notes: tuple[str, ...]
+
+
+def check(
+    model: Model,
+    weights: Weights | None,
+    prompts: Sequence[Any],
+    *,
+    target: str = "geometric",
+    max_new_tokens: int | None = None,
+    num_seeds: int = 1,
+    seed: int = 0,
+    batch_size: int = 32,
+    raw: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Measure how far each sampler moves the text, at temperature 1 and top_p 1.
+
+    Every sampler continues every prompt `num_seeds` times, each text from a seed of its own. One more pass of all
+    models over a text gives its combined log-ratio, sum_i alpha_i (log pi_i - log anchor) summed over its tokens; means
+    are per token. SCR divides its weights by their sum, so it is compared at those weights, for both scores, with the
+    exact sampler of that same target.
+
+    weights      as in `Model.generate`, one for all prompts; a recipe's options do not count
+    prompts      at least 2, each as `Model.generate` takes one
+    target       what direct and exact draw from: "arithmetic", "anchored" or "geometric"
+    num_seeds    texts per prompt and sampler
+    on_progress  called with a label of the sampler that runs, its texts so far and its texts in all
+
+    Raises ValueError that names the argument, as `Model.generate` does. What only one sampler cannot do (a draft that
+    these models do not have, a row that came out empty) becomes the reason in its row.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    if isinstance(prompts, str) or len(prompts) < 2:
+        raise ValueError(f"prompts: expected a list of at least 2, to tell a shift from chance, got {prompts!r}")
+    for name, value in (("num_seeds", num_seeds), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    names = model.models.attribute_names
+    alphas = dict(zip(names, check_weights(model.recipe.weigh(weights), names, target), strict=True))
+    model = Model(model.models)  # without the recipe's options
+    plans, notes = _plan(model.models, {name: alpha for name, alpha in alphas.items() if alpha}, target)
+    token_ids = [model.encode(prompt, raw=raw) for prompt in prompts]
+    sampling = _Sampling(model, token_ids, max_new_tokens, num_seeds, seed, batch_size, on_progress)
+
+    resamples = np.random.default_rng(seed).integers(len(prompts), size=(NUM_RESAMPLES, len(prompts)))
+    base = sampling.draw(*_BASE, plans[0].weights)
+    sections = []
+    for plan in plans:
+        texts: dict[str, _Texts | str] = {_BASE[0]: base}
+        texts[_YARDSTICK[0]] = sampling.draw(*_YARDSTICK, plan.weights, plan.target)
+        for name, options in plan.samplers:
+            try:
+                texts[name] = sampling.draw(name, options, plan.weights, plan.target)
+            except ValueError as error:
+                texts[name] = str(error)
+        sections.append(_compare(plan, texts, resamples))
+    if len(prompts) < FEW_PROMPTS:
+        notes += (
+            f"{len(prompts)} prompts are few: a bootstrap over fewer than {FEW_PROMPTS} gives intervals too narrow",
+        )
+    device, dtype = str(model.models.device), str(model.models.dtype).removeprefix("torch.")
+    return Report(len(prompts), num_seeds, batch_size, seed, device, dtype, tuple(sections), notes)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One section to be: samplers by name and options, beside the base and the yardstick."""
+
+    target: str
+    weights: dict[str, float]
+    samplers: list[tuple[str, dict[str, Any]]]
+
+
+def _plan(models: Ensemble, weights: dict[str, float], target: str) -> tuple[list[_Plan], tuple[str, ...]]:
+    """What to compare, section by section, and what had to be left out."""
+    total = sum(weights.values())
+    of_scr = weights
+    if total > 0 and not math.isclose(total, 1):
+        of_scr = {name: alpha / total for name, alpha in weights.items()}
+    can_be_scr = all(MIN_WEIGHT <= abs(alpha) <= MAX_WEIGHT for alpha in of_scr.values())
+    if target == "arithmetic" and can_be_scr:  # whose law does not depend on the scale of the weights
+        weights = of_scr
+    drafts = ["lookup", "merged", *([] if models.is_same("draft", "base") else ["model"])]
+    samplers: list[tuple[str, dict[str, Any]]] = [("direct", {"sampler": "direct"})]
+    samplers += [(f"exact, {draft} draft", {"sampler": "exact", "draft": draft}) for draft in drafts]
+    plans, notes = [_Plan(target, weights, samplers)], []
+    for score in ("arithmetic", "geometric"):
+        if (score, of_scr) == (target, weights):
+            samplers.append(_SCR)
+        elif not can_be_scr:
+            wanted = f"divides the weights by their sum, {total:g}, and weights are {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
+            notes.append(f"scr with the {score} score was left out: it {wanted} in size")
+        elif score == "arithmetic" and total <= 0:
+            notes.append(
+                f"scr as published was left out: its arithmetic score needs weights of a positive sum, got {total:g}"
+            )
+        else:
+            plans.append(_Plan(score, of_scr, [_SCR]))
+    return plans, tuple(notes)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What one sampler wrote, summed over the texts of each of P prompts, and what that cost in all.
+
+    log_ratios  (P, N) by attribute
+    num_tokens  (P,)
+    """
+
+    log_ratios: np.ndarray
+    num_tokens: np.ndarray
+    costs: dict[str, float]
+
+
+class _Sampling:
+    """Draws and measures the texts of one sampler after another, no two of them from one seed."""
+
+    def __init__(
+        self, model: Model, prompts: list[list[int]], max_new_tokens: int | None, num_seeds: int, seed: int,
+        batch_size: int, on_progress: Callable[[str, int, int], None] | None,
+    ):  # fmt: skip
+        self.model, self.max_new_tokens, self.num_seeds, self.batch_size = model, max_new_tokens, num_seeds, batch_size
+        self.prompts, self.next_seed = prompts * num_seeds, seed
+        self.on_progress = on_progress or (lambda *_: None)
+
+    def draw(self, name: str, options: Mapping[str, Any], weights: Mapping[str, float], target: str = "base") -> _Texts:
+        """The texts of one sampler. `weights` also names the attributes that are measured."""
+        options = {"target": target, **options, **_UNWARPED, "max_new_tokens": self.max_new_tokens}
+        options["batch_size"] = self.batch_size
+        alpha = None if options["target"] == "base" else weights
+        label = f"{name} ({options['target']}, {len(self.prompts)} texts)" if alpha else name
+        # what only a first call costs is not timed
+        self.model.generate(self.prompts[: self.batch_size], weights=alpha, seed=0, **{**options, "max_new_tokens": 1})
+        results: list[Result] = []
+        log_ratios: list[torch.Tensor] = []
+        seconds = 0.0
+        for first in range(0, len(self.prompts), self.batch_size):
+            self.on_progress(label, first, len(self.prompts))
+            prompts = self.prompts[first : first + self.batch_size]
+            started_at = time.perf_counter()
+            batch = self.model.generate(prompts, weights=alpha, seed=self.next_seed + first, **options)
+            seconds += time.perf_counter() - started_at
+            log_ratios.append(score_texts(self.model.models, tuple(weights), prompts, [r.tokens for r in batch]))
+            results += batch
+        self.on_progress(label, len(self.prompts), len(self.prompts))
+        self.next_seed += len(self.prompts)
+
+        by_prompt = (self.num_seeds, len(self.prompts) // self.num_seeds)
+        num_tokens = np.array([len(result.tokens) for result in results], dtype=float)
+
+        def per_token(cost: str) -> float:
+            return float(num_tokens @ [result.stats[cost] for result in results] / num_tokens.sum())
+
+        return _Texts(
+            torch.cat(log_ratios).numpy().reshape(*by_prompt, -1).sum(0),
+            num_tokens.reshape(by_prompt).sum(0),
+            {
+                "tokens_per_round": float(num_tokens.sum() / sum(result.stats["rounds"] for result in results)),
+                **{cost: per_token(cost) for cost in _COSTS_PER_TOKEN},
+                "tokens_per_second": float(num_tokens.sum()) / seconds,
+            },
+        )
+
+
+@torch.inference_mode()
+def score_texts(
+    models: Ensemble, attributes: Sequence[str], prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """log pi_i(text | prompt) - log anchor(text | prompt) of finished texts, in one pass over them (Eq. 15).
+
+    prompts, texts: B sequences of token ids each; no text is empty
+
+    out: (B, N) float64 on the CPU, in the order of `attributes`; a token adds at most 80 either way
+    """
+    longest_prompt, longest = max(map(len, prompts)), max(map(len, texts))
+    capacity = max(len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True))
+    roles = ("anchor", *attributes)
+    session = models.open(prompts, roles, capacity)
+    start = torch.tensor([len(prompt) - 1 for prompt in prompts], device=models.device)
+    padded = [[prompt[-1], *text, *[0] * (longest - len(text))] for prompt, text in zip(prompts, texts, strict=True)]
+    tokens = torch.tensor(padded, device=models.device)
+    lengths = torch.tensor([len(text) for text in texts], device=models.device)
+    sums = torch.zeros(len(texts), len(attributes), dtype=torch.float64, device=models.device)
+    for first in range(0, longest, MAX_CHUNK):  # slice by slice, so that the logits of a long text need not fit at once
+        scored = tokens[:, first + 1 : first + 1 + MAX_CHUNK]
+        width = scored.shape[1]
+        kv_length = min(longest_prompt - 1 + first + width, capacity)
+        logits = session.forward(roles, tokens[:, first : first + width], start + first, kv_length=kv_length)
+        logprobs = mpg_ext.gather_logprobs(logits.flatten(0, 1), scored.repeat(len(roles), 1))
+        anchor, *of_attributes = logprobs.view(len(roles), *scored.shape).double()
+        for column, logprob in enumerate(of_attributes):
+            ratios = torch.where(logprob == anchor, 0, logprob - anchor)  # neither allows the token: ratio 1
+            is_text = first + torch.arange(width, device=models.device) < lengths[:, None]
+            sums[:, column] += torch.where(is_text, ratios.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO), 0).sum(1)
+    return sums.cpu()
+
+
+def _compare(plan: _Plan, texts: Mapping[str, _Texts | str], resamples: np.ndarray) -> Section:
+    """Place every sampler's mean log-ratio per token between the base's and the yardstick's, resample by resample."""
+    alpha = np.array(list(plan.weights.values()))
+
+    def means(sample: _Texts) -> np.ndarray:
+        """Nats per token: of all prompts first, then of every resample."""
+        log_ratios, num_tokens = sample.log_ratios @ alpha, sample.num_tokens
+        resampled = log_ratios[resamples].sum(1) / num_tokens[resamples].sum(1)
+        return np.concatenate([[log_ratios.sum() / num_tokens.sum()], resampled])
+
+    base, exact = texts[_BASE[0]], texts[_YARDSTICK[0]]
+    assert isinstance(base, _Texts) and isinstance(exact, _Texts)
+    zero = means(base)
+    intended = means(exact) - zero
+    estimate = _estimate(intended)
+    is_resolved = estimate.low > 0 or estimate.high < 0
+    rows = []
+    for name, sample in texts.items():
+        if isinstance(sample, str):
+            rows.append(Row(name, skipped=sample))
+        else:
+            shift = means(sample) - zero
+            delivered = _estimate(shift / intended) if is_resolved else None
+            rows.append(Row(name, None, _estimate(shift), delivered, **sample.costs))
+    return Section(plan.target, plan.weights, estimate, is_resolved, tuple(rows))
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    """The first value, with the interval that the others, its resamples, span."""
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts from a file: a JSON list of strings, or one a line; empty lines do not count.
+
+    Raises ValueError if there are fewer than 2, if the file cannot be read, or if the JSON is no such list.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts: expected a UTF-8 text file, got {path}: {error}") from error
+    if text.lstrip().startswith("{"):
+        raise ValueError(f"prompts: expected a JSON list or a prompt a line in {path}, got a JSON object")
+    if text.lstrip().startswith("["):
+        try:
+            prompts = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"prompts: expected a JSON list in {path}, got {error}") from error
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts: expected a JSON list of strings in {path}, got other things in it")
+    else:
+        prompts = text.splitlines()
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if len(prompts) < 2:
+        raise ValueError(f"prompts: expected at least 2, to tell a shift from chance, got {len(prompts)} in {path}")
+    return prompts
+
+
+def render(report: Report) -> Group:
+    """The report for a terminal: one table a target, what could not run, and how to read it."""
+    num_texts = report.num_prompts * report.texts_per_prompt
+    lines = [
+        "",
+        *report.notes,
+        "delivered: where the mean combined log-ratio per token of a sampler's texts lies between the base's texts (0)",
+        "  and those of the exact sampler of the same target (1). direct and exact with any draft share one law and",
+        "  differ by chance alone, that of the yardstick in common. scr divides its weights by their sum: its",
+        "  yardstick is exact at those weights.",
+        f"n = {num_texts} texts a sampler ({report.num_prompts} prompts x {report.texts_per_prompt}), temperature 1, "
+        "top_p 1. Intervals: 95 %, bootstrap over prompts.",
+        f"depth: forwards that wait for one another. tokens/s: in batches of {report.batch_size} on {report.device},",
+        f"  {report.dtype}, beside whatever else ran there.",
+    ]
+    return Group(*(_table(section) for section in report.sections), "\n".join(lines))
+
+
+def _table(section: Section) -> Table:
+    intended = f"intended shift {_interval(section.intended, '+.3f')} nats per token"
+    if not section.is_resolved:
+        intended += ": not distinguishable from 0, so no share of it can be given; use more prompts or seeds"
+    table = Table(title=f"{_target(section)}: {intended}", title_justify="left", title_style="bold")
+    table.add_column("sampler", no_wrap=True)
+    table.add_column("delivered", no_wrap=True)
+    for header in ("tokens/\nround", "calls/\ntoken", "depth/\ntoken", "positions/\ntoken", "tokens/s"):
+        table.add_column(header, justify="right")
+    for row in section.rows:
+        if row.skipped is not None:
+            table.add_row(row.sampler, "did not run, see below", style="dim")
+            continue
+        costs = (row.tokens_per_round, row.model_calls_per_token, row.depth_per_token, row.positions_per_token)
+        table.add_row(
+            row.sampler, _bar(row.delivered), *(f"{cost:.2f}" for cost in costs), f"{row.tokens_per_second:.0f}"
+        )
+    skipped = [f"{row.sampler}: {row.skipped}" for row in section.rows if row.skipped is not None]
+    table.caption, table.caption_justify = "\n".join(skipped) or None, "left"
+    return table
+
+
+def _target(section: Section) -> str:
+    return " ".join([section.target, *(f"{name}={alpha:.3g}" for name, alpha in section.weights.items())])
+
+
+def _bar(delivered: Estimate | None, width: int = 10) -> str:
+    if delivered is None:
+        return "-"
+    length = round(width * min(max(delivered.value, 0), 1))
+    by_definition = delivered.low == delivered.high
+    return f"{'█' * length:░<{width}} {f'{delivered.value:.2f}' if by_definition else _interval(delivered, '.2f')}"
+
+
+def _interval(estimate: Estimate, spec: str) -> str:
+    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
+
+
+def check_plot(path: str | Path) -> None:
+    """Raise ValueError unless `plot` could draw into this file: without matplotlib, its folder, or a known suffix."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ValueError("plot: needs matplotlib, expected after pip install 'mpg[evaluate]'") from error
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"plot: expected a file in a folder that exists, got {str(path)!r}")
+    suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix.removeprefix(".").lower() not in suffixes:
+        raise ValueError(f"plot: expected a file that ends in one of {', '.join(suffixes)}, got {str(path)!r}")
+
+
+def plot(report: Report, path: str | Path) -> None:
+    """Draw delivered share against depth per token, one panel a target.
+
+    Raises ValueError as `check_plot` does, or if no target's intended shift can be told from 0.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    sections = [section for section in report.sections if section.is_resolved]
+    if not sections:
+        raise ValueError("plot: no intended shift is distinguishable from 0, expected one to plot shares of")
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.sampler for s in sections for row in s.rows))}
+    figure = Figure(figsize=(3.4 * len(sections) + 1.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(sections), sharex=True, sharey=True, squeeze=False)[0]
+    points = {}
+    for axes, section in zip(panels, sections, strict=True):
+        axes.axhline(0, color="0.8", zorder=0)
+        axes.axhline(1, color="0.8", zorder=0)
+        for row in section.rows:
+            if row.delivered is not None:
+                share, low, high = row.delivered.value, row.delivered.low, row.delivered.high
+                points[row.sampler] = axes.errorbar(
+                    row.depth_per_token, share, [[share - low], [high - share]], color=colours[row.sampler], fmt="o",
+                    capsize=3,
+                )  # fmt: skip
+        axes.set(title=_target(section), xlabel="sequential forwards a token (depth)")
+    panels[0].set(ylabel="share of the intended shift delivered", xlim=(0, None))
+    figure.legend(points.values(), points.keys(), loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=150)

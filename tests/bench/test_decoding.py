@@ -1,0 +1,114 @@
+"""The benchmark measures what it says, on models of no size."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import decoding as bench
+import peers
+from mpg.model import load
+from mpg.paper.methods import METHODS, PROMPTED_METHODS
+
+TINY = peers.Shape("tiny", 64, 128, 2, 4, 2, 500)
+PLAN = bench.Plan(
+    runs=1, prompts=1, new_tokens=6, peer_tokens=6, growth_tokens=4, num_models=(1, 4), chunk_sizes=(1, 3),
+    batch_sizes=(1, 2), contexts=(8, 16),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    torch.manual_seed(0)
+    return peers.add_adapters(peers.random_llama(TINY, "cpu", torch.float32), 4, bench.KL, "all-linear")
+
+
+def _load(adapted):
+    return load(adapted, {name: name for name in adapted.peft_config})
+
+
+@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes; make check sets MPG_LONG")
+def test_a_run_has_every_row_with_its_goal_and_every_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(peers, "SMALL", TINY)
+    monkeypatch.setattr(bench, "Plan", lambda: PLAN)
+    threads = torch.get_num_threads()
+    bench.main(out=tmp_path / "new")
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert all(set(row) == {"name", "value", "goal", "pass"} for row in rows.values())
+    goals = {"sequential_b1": 3.0, "sequential_b8": 2.3, "adapter_names_b1": 1.25, "adapter_names_b8": 1.25}
+    for name, goal in goals.items():
+        row = rows[f"direct_vs_{name}"]
+        assert row["goal"] == goal
+        assert row["pass"] is (row["value"] >= goal)
+    assert rows["loop_overhead"]["pass"] is (rows["loop_overhead"]["value"] <= 0.1)
+    assert rows["gpu_base_vs_bandwidth"] == {"name": "gpu_base_vs_bandwidth", "value": None, "goal": 0.75, "pass": None}
+    report = json.loads((tmp_path / "new/bench-cpu.json").read_text())
+    assert {entry["method"] for entry in report["methods"] if entry["models"] == "tiny, N = 4"} == set(METHODS)
+    assert {entry["method"] for entry in report["methods"] if entry["why"]} == set(PROMPTED_METHODS)
+    assert {quantity: len(points) for quantity, points in report["growth"].items()} == dict(
+        N=2, batch=2, context=2, K=2
+    )
+    assert (tmp_path / "new/bench-cpu.png").stat().st_size > 0
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("row", "passed"),
+    [
+        (bench.Row("ratio", 1.3, 1.25), True),
+        (bench.Row("ratio", 1.2, 1.25), False),
+        (bench.Row("share", 0.2, 0.1, is_limit=True), False),
+        (bench.Row("share", None, 0.1, is_limit=True), None),
+        (bench.Row("figure", 1.0), None),
+    ],
+)
+def test_a_row_passes_where_its_value_meets_its_goal(row, passed):
+    assert row.as_json()["pass"] is passed
+
+
+def test_adapters_lie_as_far_from_the_base_as_asked(adapted):
+    assert peers.mean_kl(adapted, "a0") == pytest.approx(bench.KL, rel=0.02)
+
+
+def test_loops_that_give_another_text_are_not_compared(adapted):
+    model, prompts = _load(adapted), bench.random_prompts(2, 8, TINY.vocab)
+    weights = {"a0": 0.5, "a1": 0.5}
+    bench.check_peers(model, adapted, prompts, weights)
+    up = adapted.get_submodule("base_model.model.model.layers.0.mlp.down_proj.lora_B.a0").weight
+    before = up.detach().clone()
+    up.data.mul_(3)  # mpg has taken it as it was
+    try:
+        with pytest.raises(ValueError, match="run_adapters_in_turn: expected the text of sampler 'direct'"):
+            bench.check_peers(model, adapted, prompts, weights)
+    finally:
+        up.data.copy_(before)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "direct"}, {"sampler": "scr", "chunk_size": 3}, {"chunk_size": 2}])
+def test_a_watch_sees_every_round_but_the_first(options, adapted):
+    watch = bench.Watch("cpu")
+    tokens = []
+    with watch.watching():
+        result = _load(adapted).generate(
+            [1, 2, 3],
+            weights={"a0": 1},
+            max_new_tokens=11,
+            seed=0,
+            on_token=lambda token: (tokens.append(token), watch.see(token)),
+            **options,
+        )
+    assert len(watch.gaps) == result.stats["rounds"] - 1
+    assert 11 - (options.get("chunk_size", 0) + 1) <= watch.num_tokens < len(tokens) == 11
+    assert 0 < bench.loop_overhead(watch.gaps) < 1
+    assert sum(seconds for seconds, _ in watch.gaps) > sum(forward for _, forward in watch.gaps) > 0
+
+
+def test_the_goals_of_a_gpu_are_measured_where_there_is_a_device(monkeypatch):
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
+    rows = bench.measure_gpu_goals(TINY, replace(TINY, hidden=32), PLAN, "cpu", lambda stage: None)
+    assert {row.name: row.goal for row in rows} == bench.GPU_GOALS
+    assert all(row.value > 0 for row in rows)

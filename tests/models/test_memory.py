@@ -1,0 +1,68 @@
+"""Memory: the caches are reported before they are taken, too much is refused with sizes, and the model stays usable."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+
+from mpg.demo.corpus import DEMO_QUESTIONS
+from mpg.models import ensemble
+from mpg.models.runner import OpenMember
+
+QUESTION = DEMO_QUESTIONS[0]
+OPTIONS = {"weights": {"E": 1, "T": 1}, "seed": 0, "max_new_tokens": 8}
+
+
+def test_caches_take_what_is_reported_before_they_are_taken(model, caplog):
+    roles = ("base", "E", "T")
+    with caplog.at_level(logging.INFO, logger="mpg"):
+        session = model.models.open([[1, 2, 3], [4]], roles, 40)
+    buffers = [
+        buffer for member in session._members.values() for layer in member.cache.layers
+        for buffer in (layer.keys, layer.values)
+    ]  # fmt: skip
+    taken = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+    assert model.models.cache_bytes(roles, 2, 40) == taken > 0
+    assert f"2 rows x 40 positions x 3 models and adapters: {taken / 2**20:.1f} MiB" in caplog.text
+
+
+def test_caches_of_a_dropped_session_are_freed_without_the_garbage_collector(model):
+    gc.disable()
+    try:
+        session = model.models.open([[1, 2, 3]], ("base",), 40)
+        keys = weakref.ref(session._members[0].cache.layers[0].keys)
+        del session
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
+def test_too_large_caches_are_refused_before_they_are_taken_and_smaller_ones_work(model, monkeypatch):
+    one_row = model.models.cache_bytes(("base", "E", "T"), 1, model.models.max_positions)
+    monkeypatch.setattr(ensemble, "_available_bytes", lambda device: one_row * 2)
+    with pytest.raises(MemoryError, match=r"batch_size, max_new_tokens: .*8 rows x .* take .*expected at most .*lower"):
+        model.generate([QUESTION] * 8, **OPTIONS | {"max_new_tokens": 100})
+    assert len(model.generate([QUESTION] * 8, **OPTIONS, batch_size=1)) == 8
+
+
+def test_forward_that_runs_out_of_memory_is_a_clear_error_and_the_model_stays_usable(model, monkeypatch):
+    expected = model.generate(QUESTION, **OPTIONS)
+    forward, calls = OpenMember.forward, []
+
+    def fail_later(self, *arguments, **options):
+        calls.append(None)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. More advice")
+        return forward(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenMember, "forward", fail_later)
+        with pytest.raises(
+            MemoryError, match=r"1 rows at once are too many \(CUDA out of memory. Tried .* MiB\); lower"
+        ):
+            model.generate(QUESTION, **OPTIONS)
+    assert model.generate(QUESTION, **OPTIONS).tokens == expected.tokens

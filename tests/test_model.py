@@ -1,0 +1,240 @@
+"""`Model.generate` from prompts to results, on the demo models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import mpg
+from mpg.decode.exact import STATISTICS as EXACT_STATISTICS
+from mpg.decode.rejection import STATISTICS as REJECTION_STATISTICS
+from mpg.decode.scr import STATISTICS as SCR_STATISTICS
+from mpg.demo import MODELS
+from mpg.demo.corpus import DEMO_QUESTIONS
+from mpg.models.runner import OpenMember
+
+BOTH = {"E": 1, "T": 1}
+COSTS = set(mpg.STATISTICS) - set(EXACT_STATISTICS) - set(SCR_STATISTICS) - set(REJECTION_STATISTICS)
+WAYS = [
+    {"sampler": "exact", "target": "arithmetic"},
+    {"sampler": "exact", "target": "geometric"},
+    {"sampler": "scr", "target": "arithmetic"},
+    {"sampler": "scr", "target": "geometric"},
+    {"sampler": "direct", "target": "arithmetic"},
+    {"sampler": "direct", "target": "geometric"},
+]
+REJECTION_WAYS = [{"sampler": "token-rs", "target": "arithmetic"}, {"sampler": "seq-rs", "target": "geometric"}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
+def test_result_holds_the_text_its_tokens_and_what_it_cost(model, way):
+    result = model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=0, **way)
+    tokenizer = model.models.tokenizer
+    assert result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
+    assert result.finish_reason == ("stop" if result.tokens[-1] == tokenizer.eos_token_id else "length")
+    assert result.weights == BOTH
+    stats, num_tokens = result.stats, len(result.tokens)
+    num_models = 2 if way["target"] == "arithmetic" else 3  # arithmetic needs no base
+    if way["sampler"] == "direct":
+        assert set(stats) == COSTS
+        assert stats["rounds"] == num_tokens
+        assert stats["model_calls_per_token"] == stats["positions_per_token"] == num_models
+        assert stats["depth_per_token"] == 1
+        return
+    # a round drafts 4 tokens one by one, then feeds each model of the target once
+    assert stats["depth_per_token"] == pytest.approx(stats["rounds"] * 5 / num_tokens)
+    if way["sampler"] == "exact":
+        assert set(stats) == COSTS | set(EXACT_STATISTICS)
+        assert stats["model_calls_per_token"] == pytest.approx(stats["rounds"] * (4 + num_models) / num_tokens)
+        assert 0 < stats["accept_rate"] <= 1
+        assert stats["rounds"] <= num_tokens <= stats["rounds"] * (stats["accepted_per_round"] + 1) + 1e-9
+    else:
+        assert set(stats) == COSTS | set(SCR_STATISTICS)
+        assert stats["model_calls_per_token"] == pytest.approx(stats["rounds"] * 6 / num_tokens)
+        assert stats["positions_per_token"] == pytest.approx(stats["rounds"] * 12 / num_tokens)
+        for name in ("reject_rate", "salvage_rate", "fallback_rate", "clip_rate", "warmup_share"):
+            assert 0 <= stats[name] <= 1
+        assert stats["reject_rate"] == pytest.approx(stats["salvage_rate"] + stats["fallback_rate"])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
+def test_request_returns_the_same_alone_and_in_a_batch(model, way):
+    questions = list(DEMO_QUESTIONS[:3])
+    weights = [{"E": 1}, {"T": 0.5, "J": 1}, BOTH]  # every request its own
+    together = model.generate(questions, weights=weights, seed=5, max_new_tokens=24, **way)
+    for i, result in enumerate(together):
+        alone = model.generate(questions[i], weights=weights[i], seed=5 + i, max_new_tokens=24, **way)
+        assert alone.tokens == result.tokens
+        assert alone.seed == result.seed == 5 + i
+
+
+def test_numbers_of_numpy_give_a_result_of_plain_ones(model):
+    result = model.generate(DEMO_QUESTIONS[0], weights={"E": np.float32(1)}, seed=np.int64(3), max_new_tokens=4)
+    assert json.loads(json.dumps(dataclasses.asdict(result)))["weights"] == {"E": 1.0}
+    assert result.tokens == model.generate(DEMO_QUESTIONS[0], weights={"E": 1}, seed=3, max_new_tokens=4).tokens
+
+
+def test_seed_decides_and_is_reported(model):
+    drawn = model.generate(DEMO_QUESTIONS[0], weights=BOTH)
+    assert model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=drawn.seed).tokens == drawn.tokens
+    texts = {model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=seed).text for seed in range(4)}
+    assert len(texts) > 1
+
+
+def test_streamed_pieces_join_to_the_text(model):
+    pieces = []
+    results = model.generate(list(DEMO_QUESTIONS[:2]), weights=BOTH, seed=1, trace=True, on_token=pieces.append)
+    for i, result in enumerate(results):
+        mine = [piece for piece in pieces if piece.request == i]
+        assert "".join(piece.text for piece in mine) == result.text
+        assert tuple(piece.id for piece in mine) == result.tokens
+        assert tuple(piece.log_ratios for piece in mine) == result.log_ratios
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
+def test_trace_is_the_log_ratio_of_every_token(model, way):
+    """Against plain forwards over the whole text; arithmetic, which runs no anchor, counts from the combined row."""
+    result = model.generate(DEMO_QUESTIONS[1], weights=BOTH, seed=2, trace=True, max_new_tokens=20, **way)
+    ids = model.models.tokenizer.apply_chat_template(
+        [{"role": "user", "content": DEMO_QUESTIONS[1]}], add_generation_prompt=True, return_dict=False
+    )
+    logprobs = {}
+    for role in ("base", "E", "T"):
+        session = model.models.open([[ids[0]]], [role], len(ids) + 20)
+        whole = torch.tensor([[*ids, *result.tokens]], device=model.models.device)
+        start = torch.zeros(1, dtype=torch.int64, device=model.models.device)
+        logits = session.forward([role], whole, start, kv_length=whole.shape[1])
+        logprobs[role] = logits[0, 0, len(ids) - 1 : -1].log_softmax(-1).cpu()
+    anchor = logprobs["base"]
+    if way["sampler"] != "scr" and way["target"] == "arithmetic":
+        anchor = torch.logaddexp(logprobs["E"], logprobs["T"]) - math.log(2)
+    tokens = torch.tensor(result.tokens)[:, None]
+    for name in BOTH:
+        expected = (logprobs[name] - anchor).gather(1, tokens)[:, 0]
+        traced = torch.tensor([ratios[name] for ratios in result.log_ratios])
+        torch.testing.assert_close(traced, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_identical_attributes_are_always_accepted_up_to_the_bound(model):
+    """With every ratio 1 and M below 1 nothing is ever rejected: SCR is then the draft itself, k tokens a round."""
+    same = mpg.load(MODELS, {"a": MODELS}, device=model.models.device)
+    result = same.generate(DEMO_QUESTIONS[0], weights={"a": 1}, seed=0, sampler="scr", initial_bound=0.9, window=1000)
+    assert result.stats["reject_rate"] == 0
+    assert result.stats["rounds"] == math.ceil(len(result.tokens) / 4)
+
+
+def test_prompt_forms_agree(model):
+    question = DEMO_QUESTIONS[0]
+    template = model.models.tokenizer.apply_chat_template
+    messages = [{"role": "user", "content": question}]
+    verbatim = template(messages, add_generation_prompt=True, tokenize=False)
+    ids = template(messages, add_generation_prompt=True, return_dict=False)
+    options = {"weights": BOTH, "seed": 3, "max_new_tokens": 12}
+    expected = model.generate(question, **options)
+    assert isinstance(expected, mpg.Result)
+    for form in (messages, ids):
+        assert model.generate(form, **options).tokens == expected.tokens
+    assert model.generate(verbatim, raw=True, **options).tokens == expected.tokens
+    (one,) = model.generate([question], **options)
+    assert one.tokens == expected.tokens
+
+
+def test_default_length_is_what_the_positions_leave(model):
+    long = list(range(10, 210))
+    result = model.generate(long, weights=BOTH, seed=0)
+    assert len(result.tokens) <= model.models.max_positions - 200
+
+
+def test_result_is_frozen(model):
+    result = model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=0, max_new_tokens=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.text = ""
+
+
+def test_temperature_zero_is_the_argmax_of_the_target(model):
+    options = {"weights": BOTH, "sampler": "direct", "temperature": 0}
+    first, second = (model.generate(DEMO_QUESTIONS[0], seed=seed, **options) for seed in (0, 1))
+    assert first.tokens == second.tokens
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "prompt: expected at least one token, got ''"),
+        ([], {}, r"prompt: expected text, .*, got \[\]"),
+        (["fine", ""], {}, "prompt: expected at least one token, got ''"),
+        ([{"role": "user", "content": ""}], {}, "prompt: expected a role and some text in every message"),
+        ([{"content": "hi"}], {}, "prompt: expected a role and some text in every message"),
+        (3, {}, "prompt: expected text, .*, got 3"),
+        ([5, "hi"], {}, r"prompt: expected text, .*, got \[5, 'hi'\]"),
+        ([["a", "b"]], {}, r"prompt: expected text, .*, got \[\['a', 'b'\]\]"),
+        ([5, 100_000], {}, r"prompt: expected token ids in 0\.\.\d+, got 100000"),
+        ([5, -1], {}, r"prompt: expected token ids in 0\.\.\d+, got -1"),
+        (
+            "hi",
+            {"max_new_tokens": 300},
+            r"max_new_tokens: the model has 256 positions .* expected at most \d+, got 300",
+        ),
+        ([7] * 256, {}, "prompt: the model has 256 positions and prompt 0 takes 256, expected at least one left"),
+        ("hi", {"weights": {"X": 1}}, "weights: expected some of E, S, T, J, got 'X'"),
+        ("hi", {"weights": None}, "weights: expected a number for some of E, S, T, J .*, got None"),
+        (["hi", "ho"], {"weights": [{"E": 1}]}, r"weights: expected one mapping, or one per prompt \(2\), got 1"),
+        ("a\udcff", {}, "prompt: expected text that UTF-8 can hold"),
+        ([{"role": "user", "content": "a\udcff"}], {}, "prompt: expected messages that the chat template takes, got"),
+        ([True, False], {}, "prompt: expected text, .*, got"),
+        ("hi", {"on_token": 3}, "on_token: expected a callable, got 3"),
+        ("hi", {"wieghts": 1}, "wieghts: unknown option"),
+        ("hi", {"sampler": "scr", "temperature": 0}, "temperature: scr"),
+    ],
+)
+def test_bad_call_is_refused(model, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt, **({"weights": BOTH} | options))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_prompt_that_is_too_long_gets_our_error_and_no_warning_of_the_tokenizer(model, raw, monkeypatch, caplog):
+    monkeypatch.setattr(model.models.tokenizer, "model_max_length", 256)
+    monkeypatch.setattr(model.models.tokenizer, "deprecation_warnings", {})  # it warns once
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(ValueError, match="prompt: the model has 256 positions and prompt 0 takes"):
+        model.generate("word " * 600, weights=BOTH, raw=raw)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("way", [*WAYS, *REJECTION_WAYS], ids=lambda way: " ".join(way.values()))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("role", ["base", "T"])
+def test_model_that_returns_nan_or_infinity_is_named(model, way, value, role, monkeypatch):
+    if role == "base" and way["sampler"] == "direct" and way["target"] == "arithmetic":
+        pytest.skip("runs no base")
+    forward = OpenMember.forward
+    _, broken_group = model.models._slots[role]
+
+    def broken(self, low, high, *arguments, **options):
+        logits = forward(self, low, high, *arguments, **options).clone()
+        for group, of_group in zip(self.groups[low:high], logits, strict=True):
+            if group == broken_group:
+                of_group[..., 3] = value
+        return logits
+
+    monkeypatch.setattr(OpenMember, "forward", broken)
+    blamed = "(base|draft)" if role == "base" else role  # the base is the draft, and named as what it was run as
+    with pytest.raises(ValueError, match=rf"prompt 0, new token 0: the '{blamed}' model returned NaN, \+inf"):
+        model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=0, **way)
+
+
+def test_empty_row_is_refused_by_name_or_taken_from_the_base(model):
+    """Two attributes that are the base, at weights that cancel up to rounding: no token has a score above 0."""
+    same = mpg.load(MODELS, {"a": MODELS, "b": MODELS}, device=model.models.device)
+    weights = {"a": 1.0 + 1e-9, "b": -1.0}
+    with pytest.raises(ValueError, match="weights: prompt 0, new token 0: the combined row is empty"):
+        same.generate([5, 6], weights=weights, seed=0, sampler="scr")
+    result = same.generate([5, 6], weights=weights, seed=0, sampler="scr", empty="base", max_new_tokens=8)
+    assert len(result.tokens) >= 1
