@@ -1,6 +1,7 @@
 """Builds the compiled part of mpg by driving CMake; everything else about the package is in pyproject.toml.
 
-Holds no list of sources: that is CMakeLists.txt. MPG_CUDA=AUTO|ON|OFF and MAX_JOBS are read from the environment.
+Holds no list of sources: that is CMakeLists.txt. MPG_CUDA=AUTO|ON|OFF, MPG_CUDA_ARCHS (as CMake names
+architectures, "90-real") and MAX_JOBS are read from the environment.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMPG_CUDA={cuda}"]
+        if archs := os.environ.get("MPG_CUDA_ARCHS"):
+            configure.append(f"-DMPG_CUDA_ARCHS={archs}")
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         environment = os.environ | {"CUDACXX": find_nvcc() or ""}  # where CMake would look for it only on the PATH
         for command in (configure, [cmake, "--build", str(build), "-j", jobs]):
