@@ -14,13 +14,12 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
-from unittest.mock import patch
 
 import torch
 import typer
@@ -32,8 +31,6 @@ import peers
 from mpg.demo import MODELS as DEMO_MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.model import Model, load
-from mpg.models.ensemble import Session
-from mpg.models.runner import OpenMember
 from mpg.paper.check import check_plot
 from mpg.paper.methods import METHODS, answer
 from mpg.results import Token
@@ -174,24 +171,24 @@ class Watch:
         self._is_first = True
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        forward, prefill = OpenMember.forward, Session.replace
-
-        def timed(member: OpenMember, *args: Any, **kwargs: Any) -> Tensor:
-            self.synchronise()
-            started = time.perf_counter()
-            logits = forward(member, *args, **kwargs)
-            self.synchronise()
-            self.forward_s += time.perf_counter() - started
-            self.num_forwards += 1
-            return logits
-
-        def start_anew(session: Session, *args: Any, **kwargs: Any) -> None:
-            prefill(session, *args, **kwargs)
-            self._last = None
-
-        with patch.object(OpenMember, "forward", timed), patch.object(Session, "replace", start_anew):
+    def watching(self, model: Model) -> Iterator[None]:
+        """See the calls of a model, and of those that are made of it meanwhile."""
+        model.models.observer = self._time
+        try:
             yield
+        finally:
+            model.models.observer = nullcontext
+
+    @contextmanager
+    def _time(self, reads_prompts: bool) -> Iterator[None]:
+        self.synchronise()
+        started = time.perf_counter()
+        yield
+        self.synchronise()
+        self.forward_s += time.perf_counter() - started
+        self.num_forwards += 1
+        if reads_prompts:
+            self._last = None
 
     def see(self, token: Token) -> None:
         """What `generate` calls with every token; those with no forward between them are one round's."""
@@ -242,7 +239,7 @@ def compare_peers(adapted: Any, batch: int, plan: Plan) -> dict[str, Any]:
         contestants["compiled"] = lambda: peers.generate_eagerly(base, prompts, count, "static")
     seconds = take_turns(contestants, plan.runs, device)
     watch = Watch(device)
-    with watch.watching():
+    with watch.watching(model):
         for _ in range(plan.runs):
             direct(watch, weights=weights)
     return {
@@ -381,14 +378,14 @@ def time_method(
     device = str(model.models.device)
     watch, call = Watch(device), Watch(device)
     results, seconds = [], 0.0
-    with watch.watching():
+    with watch.watching(model):
         for index, prompt in enumerate(prompts):
             started = time.perf_counter()
             options: dict[str, Any] = {"seed": 1000 * seed + index, "max_new_tokens": plan.new_tokens}
             answers = answer(model, method, [prompt], weights, on_token=watch.see, **options)
             seconds += time.perf_counter() - started
             results += [result for of_name in answers.values() for result in of_name]
-    with call.watching():
+    with call.watching(model):
         started = time.perf_counter()
         num_calls = len(answer(model, method, [prompts[0]], weights, seed=seed, max_new_tokens=1))
         call_s = (time.perf_counter() - started - call.forward_s) / num_calls
@@ -447,7 +444,7 @@ def decode_speed(
     prompts = random_prompts(batch, context, model.models.vocab_size).tolist()
     if options.get("target") != "base":
         options["weights"] = dict.fromkeys(model.models.attribute_names[:num_models], 1 / num_models)
-    with watch.watching():
+    with watch.watching(model):
         model.generate(prompts, **{"seed": 0, **options}, on_token=watch.see)
     return watch.tokens_per_second()
 
@@ -551,14 +548,14 @@ def measure_gpu_goals(large: Shape, small: Shape, plan: Plan, device: str | None
         free, held = Watch(None), Watch(device)
         weights = dict.fromkeys(model.models.attribute_names, 0.25)
         for watch in (free, held):
-            with watch.watching():
+            with watch.watching(model):
                 model.generate(
                     prompts.tolist(), weights=weights, sampler="scr", max_new_tokens=count, seed=0, on_token=watch.see
                 )
         ideal = sum(forward for _, forward in held.gaps)
         values["gpu_scr_vs_ideal"] = ideal / sum(seconds for seconds, _ in free.gaps)
         rounds = Watch(None)
-        with rounds.watching():
+        with rounds.watching(model):
             model.generate(prompts.tolist(), weights=weights, max_new_tokens=count, seed=0, on_token=rounds.see)
         rounds_per_second = len(rounds.gaps) / sum(seconds for seconds, _ in rounds.gaps)
         values["gpu_exact_synthetic_vs_base"] = TOKENS_A_ROUND * rounds_per_second / own

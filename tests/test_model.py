@@ -17,7 +17,7 @@ from mpg.decode.rejection import STATISTICS as REJECTION_STATISTICS
 from mpg.decode.scr import STATISTICS as SCR_STATISTICS
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
-from mpg.models.runner import OpenMember
+from mpg.models.runner import ModelRunner
 
 BOTH = {"E": 1, "T": 1}
 COSTS = set(mpg.STATISTICS) - set(EXACT_STATISTICS) - set(SCR_STATISTICS) - set(REJECTION_STATISTICS)
@@ -214,17 +214,18 @@ def test_prompt_that_is_too_long_gets_our_error_and_no_warning_of_the_tokenizer(
 def test_model_that_returns_nan_or_infinity_is_named(model, way, value, role, monkeypatch):
     if role == "base" and way["sampler"] == "direct" and way["target"] == "arithmetic":
         pytest.skip("runs no base")
-    forward = OpenMember.forward
-    _, broken_group = model.models._slots[role]
+    forward = ModelRunner.forward
+    broken_group = model.models._slots[role].group
 
-    def broken(self, low, high, *arguments, **options):
-        logits = forward(self, low, high, *arguments, **options).clone()
-        for group, of_group in zip(self.groups[low:high], logits, strict=True):
+    def broken(self, places, *arguments, **options):
+        logits = forward(self, places, *arguments, **options).clone()
+        groups = [0 if self.key.is_merged else self.key.groups[place] for place in places]
+        for group, of_group in zip(groups, logits, strict=True):
             if group == broken_group:
                 of_group[..., 3] = value
         return logits
 
-    monkeypatch.setattr(OpenMember, "forward", broken)
+    monkeypatch.setattr(ModelRunner, "forward", broken)
     blamed = "(base|draft)" if role == "base" else role  # the base is the draft, and named as what it was run as
     with pytest.raises(ValueError, match=rf"prompt 0, new token 0: the '{blamed}' model returned NaN, \+inf"):
         model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=0, **way)

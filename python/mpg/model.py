@@ -21,7 +21,7 @@ from mpg.frontend.hf_generate import Conventions
 from mpg.frontend.prompts import Messages, Prompt, as_list, encode, unpad
 from mpg.models import loading
 from mpg.models.ensemble import Ensemble
-from mpg.models.loading import Source
+from mpg.models.sources import Source
 from mpg.options import DEFAULT_NEW_TOKENS, Options, check_weights
 from mpg.recipe import Recipe
 from mpg.results import Result, Token
@@ -218,6 +218,56 @@ def load(
     graphs: bool = False,
     compile: bool = False,
 ) -> Model:
+    """Load the models of a combination. Models that are passed in stay as they are: only their weights are shared.
+
+    base:       a folder or hub name, a loaded model, or a PeftModel (its adapters are then off for the base itself)
+    attributes: {name: adapter folder, name of an adapter in the PeftModel, model folder, or loaded model}; a PeftModel
+                around the base stands for its one active adapter; the default is every adapter of the PeftModel, or
+                the folders in base/adapters by name
+    anchor:     what the attributes were trained against: an attribute's name, or an adapter or a model as above
+    draft:      what proposes tokens: an attribute's name, or a source as for the attributes; both default to the base
+    tokenizer:  default: the one in the base folder, if any
+    dtype:      default: loaded models keep theirs, a base folder has the checkpoint's own on CUDA and float32 on CPU,
+                other folders take the base's
+    device:     "cpu" or "cuda[:i]", for every model; default: loaded models stay where they are, folders are read to
+                the device of a loaded base, else to "cuda" where mpg can use it, else to "cpu". On the CPU large
+                float32 layers are packed anew: those of a loaded model then take their memory twice
+    device_map: {"base", "anchor", "draft" or an attribute's name: the device of its model}, before `device`; a folder
+                also takes what splits a model in transformers ("auto", {module: device}, ...). Adapters run where
+                their model is, all else where the base is
+    allow_other_base: take adapters also where they name another base model than the one they get, as below
+    graphs:     capture the forwards of decoding as CUDA graphs and replay them, also in later calls: for each model
+                that lies on one CUDA device. Its caches are rounded up by a quarter at most, or to the next 64
+                positions; caches and graphs of its four latest sizes stay in memory, and are given up where a call
+                needs it. A model that cannot be captured warns once and runs as without. Not yet run on a GPU
+    compile:    run decoding passes through torch.compile, with one code for all decoder layers that are alike, made in
+                some 10 seconds whenever a kind of pass (one token or several, how many adapters) first comes. It halves
+                the operations of a layer: meant for GPUs, and not yet run on one; on the CPU nothing is gained. Hooks
+                of single layers may be passed over
+
+    Adapters attach to the model they were trained on: the anchor where that is a model, else the base. So
+    base=specialised, anchor=original, attributes={name: adapter of the original} is the specialised reference of
+    arXiv 2511.01891, Table 4.
+
+    Vocabularies must be the same token by token, where tokenizers are known; the models' sizes may then differ by
+    padding, and what is beyond the smallest is cut off. Warns where an attribute has another chat template or end of
+    text than the base.
+
+    An adapter of another base is refused where its shapes and modules do not fit, and where it surely was trained on
+    another model than the one it gets: where both are repositories of the hub, whose names differ in more than owner
+    and case, or both are models' folders on this machine, which differ and are not called alike. A folder against a
+    repository, or against a folder that is not here, is a difference in names alone, as of a renamed copy: that warns.
+    allow_other_base=True is for mirrors and copies under other names, and turns off both.
+
+    Raises ValueError, naming the argument, for what cannot be found or read, cannot be stacked or cannot run on a
+    ragged cache, for members whose dtypes or vocabularies differ, for graphs=True where no model can have them, and for
+    compile=True where a model's layers are not found.
+
+    Instead of the base and its attributes, a recipe: a .yaml file, or a folder that holds mpg.yaml. Its keys: base and
+    attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map,
+    allow_other_base, weights, presets (weights by name) and options (of `mpg.Options`). What is given beside it goes
+    before it, a device before its map.
+    """
     if device is not None and device_map is None:
         device_map = {}  # this device for every model, whatever a recipe says
     recipe = Recipe.of(
@@ -225,21 +275,8 @@ def load(
         device_map=device_map, allow_other_base=allow_other_base,
     )  # fmt: skip
     with recipe.locate_errors():
-        models = loading.load(
-            recipe.base, recipe.attributes, anchor=recipe.anchor, draft=recipe.draft, tokenizer=recipe.tokenizer,
-            dtype=dtype, device=device, device_map=recipe.device_map, allow_other_base=recipe.allow_other_base,
-            graphs=graphs, compile=compile,
-        )  # fmt: skip
+        models = loading.load(recipe, dtype=dtype, device=device, graphs=graphs, compile=compile)
     return Model(models, recipe.pin(models.describe()))
-
-
-# one description, of the function that does it
-load.__doc__ = f"""{loading.load.__doc__}
-    Instead of the base and its attributes, a recipe: a .yaml file, or a folder that holds mpg.yaml. Its keys: base and
-    attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map,
-    allow_other_base, weights, presets (weights by name) and options (of `mpg.Options`). What is given beside it goes
-    before it, a device before its map.
-    """
 
 
 def _also_to(streamer: BaseStreamer, on_token: OnToken) -> Callable[[Token], None]:

@@ -92,8 +92,9 @@ def test_loops_that_give_another_text_are_not_compared(adapted):
 def test_a_watch_sees_every_round_but_the_first(options, adapted):
     watch = bench.Watch("cpu")
     tokens = []
-    with watch.watching():
-        result = _load(adapted).generate(
+    model = _load(adapted)
+    with watch.watching(model):
+        result = model.generate(
             [1, 2, 3],
             weights={"a0": 1},
             max_new_tokens=11,

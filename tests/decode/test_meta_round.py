@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ensembles import load
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
 from mpg.decode.bound import Bound
 from mpg.decode.rng import KeyedGenerator
 from mpg.decode.rows import TargetRows
-from mpg.models.loading import load
 from mpg.options import Options
 
 OPTIONS = [

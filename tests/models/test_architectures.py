@@ -12,13 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
-import mpg.models.cache
+import mpg.models.attention
 import mpg.models.graphs
-import mpg.models.loading
 import mpg.models.runner
 import mpg_ext
 from architectures import ARCHITECTURES, REFUSED
-from mpg.models.loading import load
+from ensembles import load
 from tape import Tape
 
 CAPACITY = 40
@@ -103,7 +102,7 @@ def test_rounds_with_rollback_equal_full_forwards(architecture, assert_rounds_eq
 
 @pytest.mark.parametrize("architecture", _named(ARCHITECTURES))
 def test_captured_rounds_equal_full_forwards(architecture, assert_rounds_equal_full_forwards, monkeypatch):
-    """In the second session, on the workspaces of the first, every forward is a replay."""
+    """In the second session, on the runners of the first, every forward is a replay."""
     monkeypatch.setattr(mpg.models.runner, "CAPTURED_POSITIONS", 8)  # so that there are several cache lengths
     monkeypatch.setitem(mpg.models.graphs.CAPTURES, "cpu", Tape)
     num_recorded = Tape.num_recorded
@@ -113,8 +112,8 @@ def test_captured_rounds_equal_full_forwards(architecture, assert_rounds_equal_f
     if any("cannot be captured" in str(warning.message) for warning in seen):
         assert architecture.name in MAY_NOT_BE_CAPTURED
         return
-    (of_stack,), (of_full,) = (member.workspaces._idle for member in ensemble._members)
-    assert Tape.num_recorded - num_recorded == len(of_stack[1].graphs) + len(of_full[1].graphs) >= 4
+    (of_stack,), (of_full,) = (loaded.idle for loaded in ensemble._models)
+    assert Tape.num_recorded - num_recorded == len(of_stack.graphs) + len(of_full.graphs) >= 4
 
 
 def test_experts_that_are_looped_over_cannot_be_captured_and_are_right(assert_rounds_equal_full_forwards, monkeypatch):
@@ -173,7 +172,7 @@ def test_what_cannot_run_is_refused_with_its_reason(refused):
 
 @pytest.mark.parametrize("refused", _named(NOT_NAMED))
 def test_the_check_at_load_finds_what_nobody_has_named(refused, monkeypatch):
-    monkeypatch.setattr(mpg.models.cache, "_unsupported", lambda model, config: None)
+    monkeypatch.setattr(mpg.models.attention, "_unsupported", lambda model, config: None)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(refused.model_type, **refused.settings))
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import ARCHITECTURES
+from ensembles import load
 from mpg.models import linear
 from mpg.models.compiled import compile_layers
-from mpg.models.loading import load
 
 LONG = pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes in all; make check sets MPG_LONG")
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -124,12 +124,13 @@ def test_a_layer_that_fails_leaves_the_cache_to_the_next_forward(quick, load_bot
     """The cache says which layer is running, in place of the layers."""
     ensemble = load_both()[1]
     session = ensemble.open(PROMPTS, ["base"], 20)
-    layers = ensemble._members[0].model.model.layers
+    layers = ensemble._models[0].model.model.layers
     hook = layers[0].mlp.register_forward_pre_hook(lambda module, args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         _forward([session], ["base"], [6, 0, 2], 1, 10)
     hook.remove()
-    assert session._members[0].cache.current is None
+    (runner,) = session._runners.values()
+    assert runner.cache.current is None
 
 
 @pytest.mark.parametrize(

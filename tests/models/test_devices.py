@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import mpg.models.loading
 import mpg_ext
+from ensembles import load
 from mpg.model import Model
-from mpg.models.loading import load
 from mpg.models.lora import read_adapter
 
 FIRST, SECOND = torch.device("cpu:1"), torch.device("cpu:2")
@@ -61,8 +61,8 @@ def test_models_on_several_devices_answer_on_that_of_the_base(is_split, tiny_mod
     first = "cpu:1, cpu:2" if is_split else "cpu:1"
     described = ensemble.describe()
     assert [described[role]["device"] for role in ("base", "E", "F", "draft")] == [first, first, "cpu:2", "cpu:2"]
-    caches = [[layer.keys.device for layer in session._members[index].cache.layers] for index in (0, 1)]
-    assert caches == [[FIRST, SECOND if is_split else FIRST], [SECOND, SECOND]]
+    caches = [[layer.keys.device for layer in runner.cache.layers] for runner in session._runners.values()]
+    assert caches[:2] == [[FIRST, SECOND if is_split else FIRST], [SECOND, SECOND]]
 
 
 def test_a_model_with_accelerates_hooks_runs_and_stays_as_it_was(tiny_model, full_logits):

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +19,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-import mpg.models.loading
+import ensembles
+import mpg.models.sources
 import mpg_ext
 from mpg.model import Model
 
-load = partial(mpg.models.loading.load, device="cpu")  # where the tensors of these tests are
+load = partial(ensembles.load, device="cpu")  # where the tensors of these tests are
 
 PROMPTS = [[3, 4, 5, 6], [7, 8]]
 
@@ -150,7 +153,7 @@ def test_eos_ids_come_from_generation_config_then_config_then_tokenizer(tiny_mod
     assert load(base, {"E": base}, tokenizer=_tokenizer("a", "b", "c", "d")).eos_token_ids == (3,)
 
 
-def test_limits_are_the_smallest_of_all_members(tiny_model):
+def test_limits_are_the_smallest_of_all_models(tiny_model):
     assert load(tiny_model(), {"E": tiny_model(max_position_embeddings=48)}).max_positions == 48
 
 
@@ -327,6 +330,30 @@ def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_
         load(*arguments, allow_other_base="yes")
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_bars_of_transformers_show_on_a_terminal_alone(is_terminal, set_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    load(set_folder)
+    assert ("Loading weights" in capsys.readouterr().err) is is_terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    AutoModelForCausalLM.from_pretrained(set_folder)  # by someone else, it is as before
+    assert "Loading weights" in capsys.readouterr().err
+
+
+def test_forwards_run_in_what_observes_them(set_folder):
+    seen = []
+
+    @contextmanager
+    def observe(reads_prompts):
+        seen.append(reads_prompts)
+        yield
+
+    ensemble = load(set_folder)
+    ensemble.observer = observe
+    _logits(ensemble.with_roles(base="E"), ["base", "T"])  # twins are observed as well
+    assert seen == [True, False]
+
+
 def test_a_warning_shows_the_line_that_loads(set_folder, tiny_model, tmp_path):
     tokenizer = _tokenizer("a", "b", "c")
     tokenizer.save_pretrained(set_folder)
@@ -363,7 +390,7 @@ def test_a_folder_without_adapters_is_refused_with_what_was_looked_for(tiny_mode
 
 
 def test_a_missing_folder_is_refused_by_argument_before_anything_is_loaded(set_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(mpg.models.loading, "_read_model", None)
+    monkeypatch.setattr(mpg.models.sources, "read_model", None)
     missing = tmp_path / "missing"
     wanted = r"expected a model \(config.json\) or an adapter \(adapter_config.json\), got"
     for attributes in (None, {"E": set_folder / "adapters/E"}):
@@ -401,7 +428,7 @@ def _no_network(repository, name):
 )
 def test_a_name_that_is_no_folder_is_asked_for_once_a_file_on_the_hub(hub, answer, tiny_model, monkeypatch):
     asked = []
-    monkeypatch.setattr(mpg.models.loading, "file_exists", lambda *of: asked.append(of) or hub(*of))
+    monkeypatch.setattr(mpg.models.sources, "file_exists", lambda *of: asked.append(of) or hub(*of))
     with pytest.raises(
         ValueError, match=rf"^attributes\['E'\]: expected .*, got me/mine, which is no folder, {answer}$"
     ):
@@ -495,7 +522,7 @@ def test_a_cuda_device_that_is_not_there_is_refused(with_cuda, count, device, me
 def test_a_build_without_cuda_runs_folders_on_cpu(set_folder, monkeypatch):
     monkeypatch.setattr(mpg_ext, "build_info", lambda: {"cuda": False})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert mpg.models.loading.load(set_folder).device.type == "cpu"
+    assert ensembles.load(set_folder).device.type == "cpu"
 
 
 def test_a_loaded_model_of_another_dtype_is_refused(tiny_model):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ensembles import load
 from mpg.models import ensemble
-from mpg.models.loading import load
-from mpg.models.runner import OpenMember
+from mpg.models.runner import ModelRunner
 
 SHORT, LONG = [3, 4, 5], [10, 11, 12, 13, 14, 15]
 PROMPTS = [SHORT, LONG, SHORT, [20], LONG, SHORT, [20]]
@@ -23,13 +23,13 @@ def models(tiny_model, lora_folder):
 @pytest.fixture
 def fed(monkeypatch):
     """The shapes (rows, positions) of all forwards."""
-    shapes, forward = [], OpenMember.forward
+    shapes, forward = [], ModelRunner.forward
 
-    def record(member, low, high, tokens, *args, **kwargs):
-        shapes.append((high - low, *tokens.shape))
-        return forward(member, low, high, tokens, *args, **kwargs)
+    def record(runner, places, tokens, *args, **kwargs):
+        shapes.append((len(places), *tokens.shape))
+        return forward(runner, places, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(OpenMember, "forward", record)
+    monkeypatch.setattr(ModelRunner, "forward", record)
     return shapes
 
 

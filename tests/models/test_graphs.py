@@ -21,8 +21,9 @@ import mpg
 from mpg.decode import SAMPLERS
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
-from mpg.models import ensemble, graphs, loading, workspaces
-from mpg.models.runner import CAPTURED_TOKENS, Member, OpenMember
+from mpg.models import ensemble, graphs, loading
+from mpg.models.ensemble import Session
+from mpg.models.runner import CAPTURED_TOKENS, MAX_IDLE, LoadedModel, ModelRunner
 from mpg.paper.methods import METHODS, SINGLE_METHODS, answer
 from tape import Tape
 
@@ -114,7 +115,7 @@ def test_later_calls_of_like_sizes_capture_nothing(model, graphed, captures):
     assert len(captures) == captured
 
 
-def test_idle_workspaces_are_bounded_and_the_oldest_goes_first(graphed, captures):
+def test_idle_runners_are_bounded_and_the_oldest_goes_first(graphed, captures):
     def ask(num_rows):
         graphed.generate(QUESTIONS[:num_rows], weights={"E": 1}, seed=0, max_new_tokens=4, sampler="direct")
 
@@ -123,8 +124,8 @@ def test_idle_workspaces_are_bounded_and_the_oldest_goes_first(graphed, captures
         before = len(captures)
         ask(num_rows)
         kept.append(len(captures) == before)
-        assert all(len(member.workspaces._idle) <= workspaces.MAX_IDLE for member in graphed.models._members)
-    assert workspaces.MAX_IDLE == 4
+        assert all(len(loaded.idle) <= MAX_IDLE for loaded in graphed.models._models)
+    assert MAX_IDLE == 4
     assert kept == [False] * 4 + [True, False, True, False]  # five rows took the place of two
     assert graphed.models.graph_bytes() > 0
     while graphed.models.drop_idle():
@@ -132,26 +133,26 @@ def test_idle_workspaces_are_bounded_and_the_oldest_goes_first(graphed, captures
     assert graphed.models.graph_bytes() == 0
 
 
-def test_graphs_of_a_workspace_are_bounded(graphed, captures, monkeypatch):
+def test_graphs_of_a_runner_are_bounded(graphed, captures, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     options = {"weights": BOTH, "seed": 0, "max_new_tokens": 8}
     expected = graphed.generate(QUESTIONS[0], **options, draft="lookup", adaptive=True)
     for _ in range(2):
         assert graphed.generate(QUESTIONS[0], **options, draft="lookup", adaptive=True).tokens == expected.tokens
-    (idle,) = graphed.models._members[0].workspaces._idle
-    assert len(idle[1].graphs) <= 2
+    (idle,) = graphed.models._models[0].idle
+    assert len(idle.graphs) <= 2
 
 
 def test_rounded_caches_take_what_is_reported(graphed):
     session = graphed.models.open([[1, 2, 3]] * 9, ("base", "E"), 70)
-    (member,) = session._members.values()
-    keys = member.cache.layers[0].keys
+    (runner,) = session._runners.values()
+    keys = runner.cache.layers[0].keys
     assert len(keys) == 2 * 10 * 128  # groups, rows, positions
-    taken = sum(2 * layer.keys.nbytes for layer in member.cache.layers)
+    taken = sum(2 * layer.keys.nbytes for layer in runner.cache.layers)
     assert graphed.models.cache_bytes(("base", "E"), 9, 70) == taken
 
 
-def test_idle_workspaces_make_room_before_memory_is_refused(model, graphed, monkeypatch, caplog):
+def test_idle_runners_make_room_before_memory_is_refused(model, graphed, monkeypatch, caplog):
     roles, options = ("base", "E", "T"), {"weights": BOTH, "seed": 0, "max_new_tokens": 40}
     graphed.generate(QUESTIONS[0], **options)
     needed = graphed.models.cache_bytes(roles, 2, 64)
@@ -183,7 +184,7 @@ def test_what_runs_out_of_memory_leaves_nothing_behind(graphed, monkeypatch):
 
 
 def poisoned_call(graphed):
-    """A request whose prompt puts NaN into the cache of a workspace that has graphs already; the text before and after
+    """A request whose prompt puts NaN into the cache of a runner that has graphs already; the text before and after
     it. A masked NaN would still be NaN in the weighted sum of the values."""
     short, long = [5, 6, 7], list(range(5, 60))
     options = {"weights": BOTH, "sampler": "direct", "seed": 0, "max_new_tokens": 60}
@@ -192,7 +193,7 @@ def poisoned_call(graphed):
         return out * math.nan
 
     before = graphed.generate(short, **options)
-    hook = graphed.models._members[0].model.model.layers[0].mlp.register_forward_hook(poison)
+    hook = graphed.models._models[0].model.model.layers[0].mlp.register_forward_hook(poison)
     with pytest.raises(ValueError, match="returned NaN"):
         graphed.generate(long, **options | {"max_new_tokens": 8})
     hook.remove()
@@ -202,17 +203,17 @@ def poisoned_call(graphed):
 def test_a_request_that_failed_does_not_poison_the_next(graphed, captures):
     before, after = poisoned_call(graphed)
     assert before.tokens == after.tokens
-    assert len(captures) == 1  # all three calls ran on one workspace
+    assert len(captures) == 2  # the runner that may hold NaN is taken by none
 
 
-def test_threads_have_workspaces_of_their_own(model, graphed, captures):
+def test_threads_have_runners_of_their_own(model, graphed, captures):
     def ask(chosen, seed):
         return chosen.generate(QUESTIONS[:2], weights=BOTH, seed=seed, max_new_tokens=32, draft="merged")
 
     expected = [tokens(ask(model, seed)) for seed in range(6)]
     with ThreadPoolExecutor(3) as threads:
         assert [tokens(texts) for texts in threads.map(lambda seed: ask(graphed, seed), range(6))] == expected
-    assert all(len(member.workspaces._idle) <= workspaces.MAX_IDLE for member in graphed.models._members)
+    assert all(len(loaded.idle) <= MAX_IDLE for loaded in graphed.models._models)
 
 
 def test_calls_in_and_out_of_inference_mode_follow_one_another(model, graphed):
@@ -227,7 +228,7 @@ def test_a_model_that_waits_for_the_device_warns_once_and_goes_on(model, graphed
     def wait(module, args, out):
         assert out.isfinite().all()
 
-    graphed.models._members[0].model.model.layers[0].register_forward_hook(wait)
+    graphed.models._models[0].model.model.layers[0].register_forward_hook(wait)
     options = {"weights": BOTH, "seed": 0, "max_new_tokens": 8}
     with pytest.warns(
         UserWarning, match=r"base: its forward cannot be captured .*: aten\S* waits for the device"
@@ -257,9 +258,9 @@ def test_graphs_are_refused_where_no_model_can_have_them():
 
 def test_models_that_are_split_over_devices_are_not_captured(graphed):
     devices = (torch.device("cpu"), torch.device("meta"))
-    split = replace(graphed.models._members[0], devices=devices, workspaces=workspaces.Workspaces())
+    split = replace(graphed.models._models[0], devices=devices, new_capture=None)
     with pytest.raises(ValueError, match="graphs: expected a model on one device of cuda, cpu, got cpu, meta"):
-        loading._keep_workspaces([split])
+        loading._allow_captures([split])
 
 
 def test_sizes_are_rounded_up_by_a_quarter_at_most():
@@ -280,17 +281,18 @@ def plant(monkeypatch, owner, name, old, new):
     monkeypatch.setattr(owner, name, found[name])
 
 
-FORWARD, RUN = (OpenMember, "forward"), (graphs.Graphs, "run")
+FORWARD, RUN = (ModelRunner, "forward"), (graphs.Graphs, "run")
+MERGES = "if slot.merge is not None:"
 READ_START = "torch.full_like(start, start.numpy()[0]).repeat(count)"
 PLANTED = {
     "a cache length that is not in the key": (*FORWARD, "tokens.shape[1], rounded", "tokens.shape[1]"),
-    "groups that are not in the key": (*FORWARD, "key = low, high,", "key = "),
+    "groups that are not in the key": (*FORWARD, "key = places,", "key = "),
     "logits that the next replay overwrites": (*FORWARD, ".clone()", ""),
     "inputs of the capture in every replay": (*RUN, "_fill(static, inputs)\n    replay()", "replay()"),
     "a capture that overwrites the cache": (*RUN, "_fill(static, inputs)\n        self", "self"),
-    "shares of another call": (OpenMember, "take", "opened.member = member", "pass"),
-    "adapters of another call": (Member, "workspace_key", "tuple(self.merged[0])", "()"),
-    "a number that is read once": (OpenMember, "_run", "start.repeat(count)", READ_START),
+    "weights of another call": (Session, "replace", MERGES, MERGES[:-1] + " and not runner.merge_weights.any():"),
+    "adapters of another call": (LoadedModel, "take", "runner.key == key", "runner.key[1:] == key[1:]"),
+    "a number that is read once": (ModelRunner, "_run", "start.repeat(count)", READ_START),
 }
 
 
@@ -325,8 +327,8 @@ def test_a_planted_bug_is_noticed(bug, graphed, expected_texts, monkeypatch):
     assert texts != expected_texts
 
 
-def test_a_cache_that_is_not_cleared_is_noticed(graphed, monkeypatch):
-    monkeypatch.setattr(mpg.models.cache.RaggedCache, "clear", lambda cache: None)
+def test_a_cache_that_holds_nan_and_is_used_again_is_noticed(graphed, monkeypatch):
+    plant(monkeypatch, Session, "close", "() if self._spoiled else ", "")
     with pytest.raises(ValueError, match="returned NaN"):
         poisoned_call(graphed)
 

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from ensembles import load
 from mpg.models import linear
 from mpg.models.linear import PackedLinear, pack_linears
-from mpg.models.loading import load
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -42,7 +42,7 @@ def test_a_model_with_packed_layers_equals_the_callers_which_stays_as_it_was(tin
     model = get_peft_model(tiny_model(tie_word_embeddings=True), config, adapter_name="E")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     ensemble = load(model, device="cpu")
-    assert len(_packed(ensemble._members[0].model)) == 2 * 7 + 1
+    assert len(_packed(ensemble._models[0].model)) == 2 * 7 + 1
     logits = ensemble.open([[3, 4, 5]], ["base", "E"], 8).forward(
         ["base", "E"], torch.tensor([[5, 6]]), torch.tensor([2]), kv_length=4
     )

@@ -11,8 +11,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import mpg.models.loading
-from mpg.models.loading import load
+import mpg.models.sources
+from ensembles import load
 from mpg.models.lora import read_adapter, share
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
@@ -115,7 +115,7 @@ def test_layers_of_one_name_that_read_other_inputs_are_not_mixed_up(peft_model):
     session = ensemble.open(PROMPTS, ["rslora"], 16)
     tokens, start = torch.randint(61, (3, 1)), torch.zeros(3, dtype=torch.int64)
     expected = session.forward(["rslora"], tokens, start, kv_length=16)
-    layers = ensemble._members[0].model.model.layers
+    layers = ensemble._models[0].model.model.layers
     for projection in (layers[0].self_attn.k_proj, layers[1].mlp.up_proj):  # equal values, another tensor
         projection.register_forward_pre_hook(lambda module, args: (args[0].clone(),))
     assert torch.equal(session.forward(["rslora"], tokens, start, kv_length=16), expected)
@@ -149,7 +149,7 @@ def test_the_users_peft_model_stays_as_it_was(peft_model, full_logits):
 def test_weights_are_shared_not_copied(tiny_model, lora_folder):
     base = tiny_model()
     ensemble = load(base, {"E": lora_folder("E")})
-    embeddings = [model.get_input_embeddings().weight for model in (base, ensemble._members[0].model)]
+    embeddings = [model.get_input_embeddings().weight for model in (base, ensemble._models[0].model)]
     assert embeddings[0].data_ptr() == embeddings[1].data_ptr()
 
 
@@ -159,11 +159,11 @@ def test_an_adapted_layer_that_sees_only_some_tokens_is_refused(peft_model):
     session = ensemble.open(PROMPTS, ["plain"], 16)
     session.forward(["plain"], torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), kv_length=16)
     with pytest.raises(ValueError, match=r"q_proj: expected tokens \(3, 2\), got \(5,\)"):
-        ensemble._members[0].model.model.layers[0].self_attn.q_proj(torch.zeros(5, 32))
+        ensemble._models[0].model.model.layers[0].self_attn.q_proj(torch.zeros(5, 32))
 
 
 def test_neighbouring_groups_are_views(peft_model):
-    stack = load(peft_model())._members[0].stack
+    stack = load(peft_model())._models[0].stack
     assert all(
         selected[0].data_ptr() == down[1].data_ptr() and selected[1].data_ptr() == up[1].data_ptr()
         for selected, (down, up) in zip(stack.select([1, 2, 3]), stack.factors, strict=True)
@@ -348,6 +348,6 @@ def test_bitsandbytes_weights_without_bitsandbytes_are_refused(tiny_model, tmp_p
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(mpg.models.loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(mpg.models.sources, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"base: expected the package bitsandbytes, whose weights .* holds, got none"):
         load(tmp_path, {"E": base})

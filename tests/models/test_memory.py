@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
+import pickle
 import weakref
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.models import ensemble
-from mpg.models.runner import OpenMember
+from mpg.models.runner import ModelRunner
 
 QUESTION = DEMO_QUESTIONS[0]
 OPTIONS = {"weights": {"E": 1, "T": 1}, "seed": 0, "max_new_tokens": 8}
@@ -22,7 +24,7 @@ def test_caches_take_what_is_reported_before_they_are_taken(model, caplog):
     with caplog.at_level(logging.INFO, logger="mpg"):
         session = model.models.open([[1, 2, 3], [4]], roles, 40)
     buffers = [
-        buffer for member in session._members.values() for layer in member.cache.layers
+        buffer for runner in session._runners.values() for layer in runner.cache.layers
         for buffer in (layer.keys, layer.values)
     ]  # fmt: skip
     taken = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
@@ -34,11 +36,18 @@ def test_caches_of_a_dropped_session_are_freed_without_the_garbage_collector(mod
     gc.disable()
     try:
         session = model.models.open([[1, 2, 3]], ("base",), 40)
-        keys = weakref.ref(session._members[0].cache.layers[0].keys)
+        keys = weakref.ref(next(iter(session._runners.values())).cache.layers[0].keys)
         del session
         assert keys() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_a_model_that_is_copied_or_pickled_says_how_to_have_another(duplicate, model):
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled: call mpg\.load .*save_pretrained\(\)"):
+        duplicate(model)
+    assert copy.copy(model).generate(QUESTION, **OPTIONS).tokens == model.generate(QUESTION, **OPTIONS).tokens
 
 
 def test_too_large_caches_are_refused_before_they_are_taken_and_smaller_ones_work(model, monkeypatch):
@@ -51,7 +60,7 @@ def test_too_large_caches_are_refused_before_they_are_taken_and_smaller_ones_wor
 
 def test_forward_that_runs_out_of_memory_is_a_clear_error_and_the_model_stays_usable(model, monkeypatch):
     expected = model.generate(QUESTION, **OPTIONS)
-    forward, calls = OpenMember.forward, []
+    forward, calls = ModelRunner.forward, []
 
     def fail_later(self, *arguments, **options):
         calls.append(None)
@@ -60,7 +69,7 @@ def test_forward_that_runs_out_of_memory_is_a_clear_error_and_the_model_stays_us
         return forward(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OpenMember, "forward", fail_later)
+        patch.setattr(ModelRunner, "forward", fail_later)
         with pytest.raises(
             MemoryError, match=r"1 rows at once are too many \(CUDA out of memory. Tried .* MiB\); lower"
         ):

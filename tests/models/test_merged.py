@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from mpg.models.loading import load
+from ensembles import load
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
 SHARES = {"E": [0.7, 1.0, -0.5], "T": [0.3, 0.0, 2.0], "J": [0.0, 0.0, 0.25]}  # per row

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from mpg.models.loading import load
+from ensembles import load
 
 CAPACITY = 40
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -80,7 +80,7 @@ def test_prefill_builds_the_logits_of_one_position_only(tiny_model, monkeypatch)
     base = tiny_model()
     ensemble = load(base, {"E": base})
     seen = []
-    head = ensemble._members[0].model.lm_head
+    head = ensemble._models[0].model.lm_head
     head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     ensemble.open(PROMPTS, ["base"], CAPACITY)
     assert seen == [(3, 1, 61)]
@@ -104,13 +104,14 @@ def test_cost_counts_slots_forwards_and_positions(tiny_model):
     ],
 )
 def test_blame_names_the_role_and_forgets_nothing(value, place, is_bad, tiny_model):
-    session = load(tiny_model(), {"E": tiny_model()}).open(PROMPTS, ["base", "E"], CAPACITY)
+    ensemble = load(tiny_model(), {"E": tiny_model()})
+    session = ensemble.open(PROMPTS, ["base", "E"], CAPACITY)
     assert session.blame() is None
 
     def break_row(module, args, out):
         out[place] = value
 
-    hook = session._members[1].model.lm_head.register_forward_hook(break_row)
+    hook = ensemble._models[1].model.lm_head.register_forward_hook(break_row)
     _feed(session, ["base", "E"], PROMPTS, [[1]] * 3)
     hook.remove()
     _feed(session, ["base", "E"], PROMPTS, [[1]] * 3)  # in which all is well again
@@ -133,7 +134,7 @@ def test_two_threads_may_share_a_model(tiny_model, lora_folder):
         with suppress(threading.BrokenBarrierError):  # as it must be: one waits outside
             both_inside.wait(0.2)
 
-    ensemble._members[0].model.model.layers[0].register_forward_pre_hook(meet)
+    ensemble._models[0].model.model.layers[0].register_forward_pre_hook(meet)
     with ThreadPoolExecutor(2) as threads:
         for role, logits in zip(expected, threads.map(forward, expected), strict=True):
             assert torch.equal(logits, expected[role])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ensembles import load
 from mpg.models import ensemble
-from mpg.models.loading import load
 
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
@@ -42,13 +42,35 @@ def test_replaced_rows_hold_their_new_prompts_and_leave_the_others_alone(
 
 def test_replaced_row_forgets_that_a_model_was_unusable(tiny_model):
     model = tiny_model()
-    session = load(model, {"E": model}, device="cpu").open(PROMPTS, ["base"], 24)
-    hook = session._members[0].model.lm_head.register_forward_hook(lambda module, args, out: out.fill_(float("nan")))
+    models = load(model, {"E": model}, device="cpu")
+    session = models.open(PROMPTS, ["base"], 24)
+    hook = models._models[0].model.lm_head.register_forward_hook(lambda module, args, out: out.fill_(float("nan")))
     _feed_last(session, ["base"], PROMPTS)
     hook.remove()
     session.replace([1], [[5, 6]])
     assert session.blame(0) == "base"
     assert session.blame(1) is None
+
+
+@pytest.mark.parametrize("blamed", [0, None], ids=["its row", "the session"])
+def test_a_row_that_begins_again_forgets_what_was_not_finite(blamed, tiny_model, lora_folder):
+    """A masked NaN would still be NaN in the weighted sum of the values, and an equal prompt would be copied."""
+    models = load(tiny_model(), {"E": lora_folder("E", target_modules=["q_proj"])}, device="cpu")
+    roles = ["base", "E"]
+    session = models.open(PROMPTS, roles, 24)
+
+    def poison(module, args, out):
+        out[[0, 3]] = float("nan")  # row 0 of both
+
+    hook = models._models[0].model.model.layers[0].mlp.register_forward_hook(poison)
+    _feed_last(session, roles, PROMPTS)
+    hook.remove()
+    assert session.blame(blamed) == "base"
+    rows = [PROMPTS[0][:2], PROMPTS[0], PROMPTS[2]]
+    session.replace([0, 1], rows[:2])
+    torch.testing.assert_close(
+        _feed_last(session, roles, rows), _feed_last(models.open(rows, roles, 24), roles, rows), atol=1e-5, rtol=1e-5
+    )
 
 
 def _feed_last(session, roles, rows):

@@ -1,26 +1,17 @@
-"""Key/value cache whose rows have their own lengths, and the attention that reads it.
+"""Key/value cache whose rows have their own lengths.
 
 Knows nothing of tokens, adapters or decoding: a forward says where its rows start; rollback is starting earlier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import proxy
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
-
-ATTENTION = "mpg"  # the name under which transformers finds the two functions at the end of this file
-CACHED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-ALIBI_MODEL_TYPES = {"bloom", "mpt"}
-LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-# How far logits may be from an uncached forward's, as a share of their spread over the vocabulary. What goes wrong is
-# off by 18 % of it or more; rounding is 1e-6 of it in float32, and in bfloat16 2 % over 24 layers.
-MAX_DEVIATION = {64: 0.01, 32: 0.01, 16: 0.15}  # by the bits of the dtype
 
 
 class RaggedCache(Cache):
@@ -70,12 +61,10 @@ class RaggedCache(Cache):
             rows = buffer.unflatten(0, (self.num_rows, self.capacity))[:, :num_positions]
             rows[list(targets)] = rows[list(sources)]
 
-    def clear(self) -> None:
-        """Make it as it was before its first forward, at the same addresses."""
-        for layer in self.layers:
-            if isinstance(layer, _RaggedLayer) and layer.is_initialized:
-                layer.keys.zero_()
-                layer.values.zero_()
+    def clear(self, rows: Sequence[int]) -> None:
+        """Forget what some rows hold: a NaN would reach their later forwards, though the mask hides it."""
+        for buffer in self._buffers() if rows else ():
+            buffer.unflatten(0, (self.num_rows, self.capacity))[list(rows)] = 0
 
     def bytes_per_position(self) -> int:
         """What one position of one row takes in all layers that have been written to."""
@@ -125,162 +114,3 @@ class _RaggedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.cache.capacity
-
-
-def use_ragged_attention(model: PreTrainedModel, argument: str) -> None:
-    """Make `model` attend through this file, or refuse it by name where it would go wrong (some would silently).
-
-    argument: what the caller named the model, for the message
-
-    Raises ValueError for encoder-decoders, recurrent layers, ALiBi, length-dependent RoPE, and models that do not call
-    the attention interface.
-    """
-    config = model.config.get_text_config()
-    if reason := _unsupported(model, config):
-        raise _refusal(argument, config, reason)
-    model.set_attn_implementation(ATTENTION)
-
-
-@torch.no_grad()
-def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
-    """Refuse a model whose logits on ragged rows are not those of its own uncached forward.
-
-    `use_ragged_attention` refuses what is known to go wrong; this is for all the others. Two rows of 4 and 3 tokens,
-    one of which has a token rejected, against one plain forward: three forwards of 16 positions in all, once, the time
-    of three to six decoded tokens. It cannot see what only long texts show.
-
-    argument: what the caller named the model, for the message
-
-    out: bytes that the cache takes for one position of one row
-
-    Raises ValueError if a forward fails, or if a position deviates by more than MAX_DEVIATION; in 16 bits both
-    positions of a row must, as a router may send one token elsewhere. Logits that are not finite are not judged.
-    """
-    config = model.config.get_text_config()
-    rows = (torch.arange(1, 9, device=model.device) * config.vocab_size // 9).view(2, 4)
-    before, after = rows[:, :2].clone(), torch.stack([rows[0, 2:], rows[1, 1:3]])
-    before[1, 1] = rows[0, 0]  # row 1 is one token long: this one is rejected
-    cache = RaggedCache(config.num_hidden_layers, 2, capacity=4)
-    try:
-        model.set_attn_implementation("eager")
-        plain = model(input_ids=rows, use_cache=False).logits
-        model.set_attn_implementation(ATTENTION)
-        for tokens, start in ((before, [0, 0]), (after, [2, 1])):
-            positions = cache.place(slice(0, 2), torch.tensor(start, device=model.device), num_tokens=2, kv_length=4)
-            ragged = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever the forward of an unknown model raises
-        raise _refusal(argument, config, f"its forward raises {type(error).__name__}: {error}") from error
-    expected = torch.stack([plain[0, 2:], plain[1, 1:3]]).float()
-    deviations = (ragged.float() - expected).square().mean(-1).sqrt() / expected.std(-1)  # (rows, positions)
-    bits = torch.finfo(model.dtype).bits
-    deviation = (deviations.amin(-1) if bits == 16 else deviations).amax().item()
-    if deviation > MAX_DEVIATION[bits]:
-        reason = (
-            f"on short ragged rows its logits deviate from an uncached forward's by {deviation:.0%} of their spread"
-        )
-        raise _refusal(argument, config, reason)
-    return cache.bytes_per_position()
-
-
-def _refusal(argument: str, config: PreTrainedConfig, reason: str) -> ValueError:
-    wanted = "a model that can run on a ragged cache"
-    return ValueError(f"{argument}: expected {wanted}, got {config.model_type}: {reason}")
-
-
-def _unsupported(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
-    if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder, not a decoder-only model"
-    if model.get_output_embeddings() is None:
-        return f"{type(model).__name__} has no language-model head, so it is no causal language model"
-    other_layers = set(getattr(config, "layer_types", None) or ()) - CACHED_LAYER_TYPES
-    if model._is_stateful or other_layers:
-        names = ", ".join(sorted(other_layers)) or "recurrent"
-        return f"{names} layers keep a state that cannot be rolled back when drafted tokens are rejected"
-    if config.model_type in ALIBI_MODEL_TYPES or getattr(config, "alibi", False):
-        return "ALiBi position biases do not pass through the attention interface"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *rope.values()):  # one dict, or one per layer type
-        if isinstance(parameters, dict) and parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:
-            return f"RoPE type {parameters['rope_type']!r} changes with the longest row, so cached keys would go stale"
-    if getattr(config, "attn_temperature_tuning", False):  # Llama 4
-        return (
-            "attn_temperature_tuning takes the positions of all rows from one length; set it to False in the "
-            "configuration, which changes nothing below floor_scale positions"
-        )
-    if not model._supports_attention_backend:
-        return "it does not declare that its attention goes through transformers' attention interface"
-    return None
-
-
-def ragged_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention with grouped heads, optionally with capped scores (Gemma 2) or sinks (GPT-OSS).
-
-    query: (R, H * G, q, D); key, value: (R, H, kv, D); attention_mask: (R, 1, q, kv) bool, true = attend
-    s_aux: (H * G,) sink logits, or None
-
-    out: (R, q, H * G, D)
-    """
-    rows, num_heads, num_queries, head_dim = query.shape
-    groups = num_heads // key.shape[1]
-    # The G query heads of one key head become G times the queries. Unlike enable_gqa, this lets a fused kernel run with
-    # a mask on CUDA too; the fallback there would repeat keys and values G times.
-    query = query.reshape(rows, key.shape[1], groups * num_queries, head_dim)
-    mask = attention_mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    if softcap is None and s_aux is None:
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    else:
-        scores = (query @ key.transpose(2, 3)).float() * (head_dim**-0.5 if scaling is None else scaling)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~mask, float("-inf"))
-        if s_aux is not None:
-            sinks = s_aux.float().view(1, key.shape[1], groups, 1, 1).expand(rows, -1, -1, num_queries, -1)
-            scores = torch.cat([scores, sinks.flatten(2, 3)], dim=-1)
-        out = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
-    return out.reshape(rows, num_heads, num_queries, -1).transpose(1, 2).contiguous(), None
-
-
-def ragged_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] | None = None,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor:
-    """The model's own mask function (causal, sliding, chunked) evaluated at every row's own query positions.
-
-    q_offset: (R,) int64 from RaggedCache.get_query_offset
-
-    out: (R, 1, q, kv) bool, true = attend
-    """
-    assert isinstance(q_offset, Tensor), "the model attends without its cache"
-    assert mask_function is not None
-    queries = q_offset[:, None] + torch.arange(q_length, device=device)
-    queries = queries.clamp_max(kv_length - 1)  # as in place(): a row past its end would see nothing and turn NaN
-    rows = torch.arange(batch_size, device=device)
-    mask = mask_function(
-        rows[:, None, None, None],
-        torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device),
-        queries[:, None, :, None],
-        torch.arange(kv_length, device=device)[None, None, None, :],
-    )
-    return mask.expand(batch_size, 1, q_length, kv_length)
-
-
-AttentionInterface.register(ATTENTION, ragged_attention)
-AttentionMaskInterface.register(ATTENTION, ragged_mask)

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpg.models.cache import RaggedCache
-from mpg.models.lora import AdapterStack
+from mpg.models.lora import LoraStack
 
 # Of a row: a chunk and the token before it. Longer forwards read prompts.
 MAX_TOKENS = 33
 
 
-def compile_layers(argument: str, model: PreTrainedModel, stack: AdapterStack | None) -> None:
+def compile_layers(argument: str, model: PreTrainedModel, stack: LoraStack | None) -> None:
     """Let the decoder layers of `model` run compiled where a forward decodes, and as they are where it reads prompts.
 
     argument: what the caller named the model, for the message
@@ -47,7 +47,7 @@ def compile_layers(argument: str, model: PreTrainedModel, stack: AdapterStack | 
 
 
 def _forward(
-    run: Callable[..., Any], stack: AdapterStack | None, layer: nn.Module, index: int, *args: Any, **kwargs: Any
+    run: Callable[..., Any], stack: LoraStack | None, layer: nn.Module, index: int, *args: Any, **kwargs: Any
 ) -> Any:
     cache: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, RaggedCache)), None)
     own: Any = None if cache is None else cache.layers[index]
@@ -62,7 +62,7 @@ def _forward(
         cache.current = None
 
 
-def _run(forward: Callable[..., Any], layer: nn.Module, stack: AdapterStack | None, args: Any, kwargs: Any) -> Any:
+def _run(forward: Callable[..., Any], layer: nn.Module, stack: LoraStack | None, args: Any, kwargs: Any) -> Any:
     if stack is not None:
         stack.latest = None  # what an earlier layer left would be a condition of the code
     out = forward(layer, *args, **kwargs)

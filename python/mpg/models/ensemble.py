@@ -9,14 +9,16 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mpg.models.runner import Member, OpenMember
+from mpg.models.runner import LoadedModel, ModelRunner
 
 ROLES = BASE, ANCHOR, DRAFT = "base", "anchor", "draft"
 MERGED = "merged"
@@ -24,7 +26,25 @@ PREFILL_TOKENS = 512  # of a prompt, read at once: what a forward needs beside t
 
 logger = logging.getLogger("mpg")
 
-Slot = tuple[int, int]  # (model, group of its adapter stack); roles that share a slot are one and the same
+# What a forward runs in: called with whether it reads prompts
+Observer: TypeAlias = Callable[[bool], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """Adapters of one model (their names and groups) that are added up with weights (B, N), or (1, N) for all rows."""
+
+    names: Sequence[str]
+    groups: Sequence[int]
+    weights: Tensor
+
+
+class Slot(NamedTuple):
+    """A model with one of its adapters (group 0: none) or a sum of them. Roles that share a slot are the same."""
+
+    model: LoadedModel
+    group: int = 0
+    merge: Merge | None = None
 
 
 @dataclass
@@ -50,19 +70,23 @@ class Ensemble:
     max_positions:   the smallest limit of any member, or None
     device, dtype:   of the base
     tokenizer:       of the base, or None
+    observer:        may be set, before `open`, to what every forward is to run in
     """
 
-    def __init__(self, members: Sequence[Member], slots: Mapping[str, Slot], attribute_names: tuple[str, ...]) -> None:
-        self._members = members
+    def __init__(
+        self, models: Sequence[LoadedModel], slots: Mapping[str, Slot], attribute_names: tuple[str, ...]
+    ) -> None:
+        self._models = models
         self._slots = dict(slots)
-        model = members[0].model
+        base = models[0]
         self.attribute_names = attribute_names
-        self.vocab_size: int = min(member.vocab_size for member in members)
-        self.tokenizer = members[0].tokenizer
-        self.eos_token_ids = members[0].eos_token_ids
-        limits = [member.max_positions for member in members]
-        self.max_positions: int | None = min((limit for limit in limits if limit is not None), default=None)
-        self.device, self.dtype = model.device, model.dtype
+        self.vocab_size: int = min(model.vocab_size for model in models)
+        self.tokenizer = base.tokenizer
+        self.eos_token_ids = base.eos_token_ids
+        limits = [model.max_positions for model in models if model.max_positions is not None]
+        self.max_positions: int | None = min(limits, default=None)
+        self.device, self.dtype = base.model.device, base.model.dtype
+        self.observer: Observer = nullcontext
 
     def is_same(self, role_a: str, role_b: str) -> bool:
         """Whether two roles are one model with one adapter, so that one row serves both."""
@@ -74,40 +98,37 @@ class Ensemble:
         twin._slots = self._slots | {role: self._slots[source] for role, source in roles.items()}
         return twin
 
-    def merge(self, attributes: Sequence[str], shares: Tensor) -> Ensemble:
+    def merge(self, attributes: Sequence[str], weights: Tensor) -> Ensemble:
         """The same loaded models with one more role: "merged", the weighted sum of LoRA adapters.
 
-        shares: (B, N), or (1, N) for all rows alike: weights a of these N attributes; every row of a session computes
-                base(x) + sum_i a_i (x A_i) B_i with weights of its own, as the tensor has them when rows are replaced;
-                no weights are merged
+        weights: (B, N), or (1, N) for all rows alike: a of these N attributes; every row of a session computes
+                 base(x) + sum_i a_i (x A_i) B_i with weights of its own, as the tensor has them when rows are replaced;
+                 no matrices are merged
 
         Raises ValueError unless the attributes are adapters of one model.
         """
+        if not attributes:
+            raise ValueError("draft 'merged', method 'soups': expected attributes with a weight to merge, got none")
         slots = [self._slots[name] for name in attributes]
-        for name, (index, group) in zip(attributes, slots, strict=True):
-            if index != slots[0][0] or group == 0:
+        for name, slot in zip(attributes, slots, strict=True):
+            if slot.model is not slots[0].model or slot.group == 0:
                 wanted = "attributes that are LoRA adapters of one model"
                 raise ValueError(f"draft 'merged', method 'soups': expected {wanted}, {name!r} is another model")
-        if not slots:
-            raise ValueError("draft 'merged', method 'soups': expected attributes with a weight to merge, got none")
-        host, groups = self._members[slots[0][0]], [group for _, group in slots]
-        source = f"{host.source} with the sum of {', '.join(attributes)}"
         twin = self.with_roles()
-        twin._members = [*self._members, replace(host, source=source, adapters=[], merged=(groups, shares))]
-        twin._slots[MERGED] = (len(self._members), 0)
+        merge = Merge(attributes, [slot.group for slot in slots], weights)
+        twin._slots[MERGED] = Slot(slots[0].model, merge=merge)
         return twin
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Per role: source, model_type, parameters, device, adapter (its source, or None) and adapter_rank."""
         described = {}
-        for role, (index, group) in self._slots.items():
-            member = self._members[index]
-            adapter = member.adapters[group - 1] if group else None
+        for role, (loaded, group, merge) in self._slots.items():
+            adapter = loaded.adapters[group - 1] if group else None
             described[role] = {
-                "source": member.source,
-                "model_type": member.model.config.model_type,
-                "parameters": member.num_parameters,
-                "device": ", ".join(map(str, member.devices)),
+                "source": loaded.source + (f" with the sum of {', '.join(merge.names)}" if merge else ""),
+                "model_type": loaded.model.config.model_type,
+                "parameters": loaded.num_parameters,
+                "device": ", ".join(map(str, loaded.devices)),
                 "adapter": adapter.source if adapter else None,
                 "adapter_rank": adapter.rank if adapter else None,
             }
@@ -140,41 +161,45 @@ class Ensemble:
 
     def cache_bytes(self, roles: Sequence[str], num_rows: int, capacity: int) -> int:
         """What the caches of a session take: keys and values of every slot behind the roles."""
-        groups = self._groups(roles)
-        return sum(self._members[index].cache_bytes(len(groups[index]), num_rows, capacity) for index in groups)
+        return sum(view[0].model.cache_bytes(len(view), num_rows, capacity) for view in self._views(roles))
 
     def graph_bytes(self) -> int:
         """What captured graphs have taken beside the caches of their sessions, idle ones and others."""
-        return _graph_bytes(self._members)
+        return sum(model.graph_bytes() for model in self._models)
 
     def drop_idle(self) -> bool:
         """Free the oldest idle caches and graphs of a model; whether there were any."""
-        return any(member.workspaces.drop() for member in self._members)
+        return any(model.drop_idle() for model in self._models)
 
-    def _groups(self, roles: Sequence[str]) -> dict[int, list[int]]:
-        """The models behind the roles, each with the groups of its adapters."""
-        slots = sorted({self._slots[role] for role in roles})
-        return {index: [group for owner, group in slots if owner == index] for index, _ in slots}
+    def _views(self, roles: Sequence[str]) -> list[tuple[Slot, ...]]:
+        """The slots behind the roles, by what one runner runs: those of one model, and each sum by itself."""
 
-    def _open_members(self, roles: Sequence[str], num_rows: int, capacity: int) -> dict[int, OpenMember]:
-        """The models behind the roles with caches of these sizes: idle ones where there are, else new ones."""
-        groups = self._groups(roles)
-        opened = {index: OpenMember.take(self._members[index], groups[index], num_rows, capacity) for index in groups}
-        self._check_memory({index: groups[index] for index in groups if opened[index] is None}, num_rows, capacity)
-        return {
-            index: member or OpenMember(self._members[index], groups[index], num_rows, capacity)
-            for index, member in opened.items()
-        }
+        def place(slot: Slot) -> tuple[bool, int, int]:
+            return slot.merge is not None, self._models.index(slot.model), slot.group
 
-    def _check_memory(self, groups: Mapping[int, list[int]], num_rows: int, capacity: int) -> None:
+        slots = sorted({self._slots[role] for role in roles}, key=place)
+        return [tuple(view) for _, view in groupby(slots, key=lambda slot: (slot.model, slot.merge))]
+
+    def _open_runners(self, roles: Sequence[str], num_rows: int, capacity: int) -> dict[tuple[Slot, ...], ModelRunner]:
+        """A runner of each view with a cache of these sizes: idle ones where there are, else new ones."""
+        keys = {}
+        for view in self._views(roles):
+            model, _, merge = view[0]
+            groups = [slot.group for slot in view] if merge is None else merge.groups
+            keys[view] = model.runner_key(groups, merge is not None, num_rows, capacity)
+        runners = {view: view[0].model.take(key) for view, key in keys.items()}
+        self._check_memory([view for view, runner in runners.items() if runner is None], num_rows, capacity)
+        return {view: runner or ModelRunner(view[0].model, keys[view]) for view, runner in runners.items()}
+
+    def _check_memory(self, views: Sequence[tuple[Slot, ...]], num_rows: int, capacity: int) -> None:
         """Report what new caches will take, device by device, and raise MemoryError where there is not as much once
-        idle ones have been dropped. `groups`: of the models that need one"""
-        for devices in {self._members[index].devices for index in groups}:
-            new = {index: groups[index] for index in groups if self._members[index].devices == devices}
-            needed = sum(self._members[index].cache_bytes(len(new[index]), num_rows, capacity) for index in new)
+        idle ones have been dropped. `views`: those that need one"""
+        for devices in {view[0].model.devices for view in views}:
+            new = [view for view in views if view[0].model.devices == devices]
+            needed = sum(view[0].model.cache_bytes(len(view), num_rows, capacity) for view in new)
             while needed > (available := self._room(devices)) and self.drop_idle():
                 logger.info("idle caches and graphs were dropped to make room")
-            num_slots = sum(map(len, new.values()))
+            num_slots = sum(map(len, new))
             sizes = f"key/value caches of {num_rows} rows x {capacity} positions x {num_slots} models and adapters"
             logger.info("%s: %.1f MiB of %.0f MiB", sizes, needed / 2**20, available / 2**20)
             if needed > available:
@@ -186,8 +211,8 @@ class Ensemble:
 
     def _room(self, devices: Sequence[torch.device]) -> float:
         """Bytes that new caches can take: what is available, but for what graphs keep to themselves."""
-        here = [member for member in self._members if set(member.devices) & set(devices)]
-        return sum(_available_bytes(device) for device in devices) - _graph_bytes(here)
+        kept = sum(model.graph_bytes() for model in self._models if set(model.devices) & set(devices))
+        return sum(_available_bytes(device) for device in devices) - kept
 
 
 class Session:
@@ -205,7 +230,9 @@ class Session:
         self._slots = {role: ensemble._slots[role] for role in roles}
         self._is_bad = {role: torch.zeros(len(prompts), dtype=torch.bool, device=ensemble.device) for role in roles}
         self._prompts: list[tuple[int, ...]] = [()] * len(prompts)  # that rows hold; () where none is sure to be whole
-        self._members = ensemble._open_members(roles, len(prompts), capacity)
+        self._spoiled: set[int] = set()  # rows whose caches may hold NaN
+        self._observe = ensemble.observer
+        self._runners = ensemble._open_runners(roles, len(prompts), capacity)
         self.replace(range(len(prompts)), prompts)
 
     def replace(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
@@ -227,15 +254,17 @@ class Session:
         num_copied = max((len(wanted[row]) - 1 for row in copied), default=0)
         for is_bad in self._is_bad.values():
             is_bad[list(rows)] = False
-        for member in self._members.values():
-            member.read_shares()
-            if member.is_one_model_a_row():
-                self._read(member, list(rows))
+        for (slot, *_), runner in self._runners.items():
+            runner.clear(list(self._spoiled & wanted.keys()))
+            if slot.merge is not None:
+                runner.merge(slot.merge.weights)
+            if slot.merge is not None and len(slot.merge.weights) > 1:
+                self._read(runner, list(rows))
             else:
-                self._read(member, unread)
-                member.copy(sources, copied, num_copied)
+                self._read(runner, unread)
+                runner.copy(sources, copied, num_copied)
 
-    def _read(self, member: OpenMember, rows: list[int]) -> None:
+    def _read(self, runner: ModelRunner, rows: list[int]) -> None:
         """Feed the prompts of some rows, but for their last tokens, to a model."""
         prompts = [self._prompts[row] for row in rows]
         width = max((len(prompt) for prompt in prompts), default=1) - 1
@@ -243,12 +272,13 @@ class Session:
         padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
         tokens = torch.tensor(padded, dtype=torch.int64, device=self._device)
         index = torch.tensor(rows, device=self._device)
-        sequences = None if rows == list(range(member.batch)) else index
+        of_rows = None if rows == list(range(runner.num_rows)) else index
         for first in range(0, width, PREFILL_TOKENS):
             part = tokens[:, first : first + PREFILL_TOKENS]
             kv_length = first + part.shape[1]
             start = torch.full_like(index, first)
-            member.forward(0, len(member.groups), part, start, kv_length, sequences, logits_to_keep=1)
+            with self._observe(True):
+                runner.forward(range(runner.num_groups), part, start, kv_length, of_rows, logits_to_keep=1)
 
     def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         """Feed tokens[b] at positions start[b], start[b] + 1, ... to every role; the logits behind each of them.
@@ -263,11 +293,11 @@ class Session:
         wanted = [self._slots[role] for role in roles]
         outputs: list[Tensor] = []
         order: list[Slot] = []
-        for index, member in self._members.items():
-            rows = sorted({member.groups.index(group) for owner, group in wanted if owner == index})
-            for low, high in _runs(rows):
-                outputs.append(member.forward(low, high, tokens, start, kv_length))
-                order += [(index, group) for group in member.groups[low:high]]
+        for view, runner in self._runners.items():
+            for places in _runs([place for place, slot in enumerate(view) if slot in wanted]):
+                with self._observe(False):
+                    outputs.append(runner.forward(places, tokens, start, kv_length))
+                order += view[places.start : places.stop]
         # Only here: every device has its work before one of them is waited for.
         outputs = [output.to(self._device)[..., : self._vocab_size] for output in outputs]
         self.cost.depth += len(outputs)
@@ -287,10 +317,10 @@ class Session:
         return logits
 
     def close(self) -> None:
-        """Leave what graphs run on to the next session of these sizes; this one is over."""
-        for member in self._members.values():
-            member.leave()
-        self._members = {}
+        """Leave what graphs run on to the next session of these sizes, unless NaN is left in it; this one is over."""
+        for runner in () if self._spoiled else self._runners.values():
+            runner.loaded.leave(runner)
+        self._runners = {}
 
     def blame(self, row: int | None = None) -> str | None:
         """The first role that has returned NaN, +inf or nothing but -inf since the session was opened, or None.
@@ -300,22 +330,19 @@ class Session:
         Waits for the device: for error messages only.
         """
         rows = slice(None) if row is None else row
-        return next((role for role, is_bad in self._is_bad.items() if is_bad[rows].any()), None)
+        blamed = next((role for role, is_bad in self._is_bad.items() if is_bad[rows].any()), None)
+        if blamed is not None:
+            for spoiled in range(len(self._prompts)) if row is None else [row]:
+                self._spoiled.add(spoiled)
+                self._prompts[spoiled] = ()
+        return blamed
 
 
-def _graph_bytes(members: Sequence[Member]) -> int:
-    return sum(workspaces.graph_bytes() for workspaces in {member.workspaces for member in members})
-
-
-def _runs(rows: list[int]) -> list[tuple[int, int]]:
-    """Ascending rows as half-open runs of neighbours: [0, 1, 3] is [(0, 2), (3, 4)]."""
-    runs: list[tuple[int, int]] = []
-    for row in rows:
-        if runs and runs[-1][1] == row:
-            runs[-1] = (runs[-1][0], row + 1)
-        else:
-            runs.append((row, row + 1))
-    return runs
+def _runs(numbers: Sequence[int]) -> list[range]:
+    """Ascending numbers as runs of neighbours: [0, 1, 3] is [range(0, 2), range(3, 4)]."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    stops = [number + 1 for number in numbers if number + 1 not in numbers]
+    return list(map(range, starts, stops))
 
 
 def _available_bytes(device: torch.device) -> float:

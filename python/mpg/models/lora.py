@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from mpg.models.sources import refuse_unreadable
 
 PREFIX = "base_model.model."  # of every key that PEFT saves
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -66,18 +67,6 @@ class Adapter:
     @property
     def rank(self) -> int:
         return max(down.shape[1] for down, _ in self.factors.values())
-
-
-@contextmanager
-def refuse_unreadable(argument: str, source: str | Path) -> Iterator[None]:
-    """Turn what a damaged file makes its reader raise into a ValueError that names the argument and where it lies."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the readers of JSON, safetensors and pickles share no type of their own
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{argument}: expected files that can be read in {source}, got {reason}") from error
 
 
 def read_adapter(name: str, folder: str | Path) -> Adapter:
@@ -183,21 +172,21 @@ def share(argument: str, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return twin
 
 
-class AdapterStack:
+class LoraStack:
     """The factors of all adapters of one model, layer by layer, in the model's dtype.
 
     Group 0 is the pure base (zeros), group g the g-th adapter; smaller ranks and skipped layers are padded with zeros.
     Layers that read one input share the factor that it is multiplied by, and the first of them multiplies for all.
 
-    `run_groups` tells the layers what the next forward holds; the rows of a group are neighbours (model-major).
+    `set_active` tells the layers what the next forward holds; the rows of a group are neighbours (model-major).
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
         """Replace every adapted linear layer of `model`; ValueError names a module or shape that does not fit."""
         self.factors: list[tuple[Tensor, Tensor]] = []  # per layer down (G, R, in) of all that share it, up (G, r, out)
-        self.layers: list[StackedLinear] = []
+        self.layers: list[LoraLinear] = []
         self.active: list[tuple[Tensor, Tensor]] | None = None  # of every layer, which holds its own
-        self.shares: Tensor | None = None
+        self.merge_weights: Tensor | None = None
         self.rows_of_group = self.num_tokens = 0
         self.latest: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None  # see shrink
         for adapter in adapters:
@@ -216,7 +205,7 @@ class AdapterStack:
             ]
             down, ranks = torch.cat([down for down, _ in pairs], 1), [down.shape[1] for down, _ in pairs]
             for place, (module, base) in enumerate(zip(modules, bases, strict=True)):
-                layer = StackedLinear(base, self, module, place, ranks)
+                layer = LoraLinear(base, self, module, place, ranks)
                 model.set_submodule(module, layer)
                 self.layers.append(layer)
                 self.factors.append((down, pairs[place][1]))
@@ -238,22 +227,22 @@ class AdapterStack:
             for layer, (down, up) in zip(self.layers, self.factors, strict=True)
         ]
 
-    def run_groups(
+    def set_active(
         self,
         factors: list[tuple[Tensor, Tensor]] | None,
         num_rows: int,
         num_tokens: int,
-        shares: Tensor | None = None,
+        merge_weights: Tensor | None = None,
     ) -> None:
         """Let the next forward of (num_rows, num_tokens) tokens use these factors; None is the plain base.
 
-        shares: (num_rows, N), each row's own weights of the N groups that `merge` joined
+        merge_weights: (num_rows, N), each row's own weights of the N groups that `merge` joined
         """
         if factors is not self.active:
             for index, layer in enumerate(self.layers):
                 own = factors and (factors[index - layer.place][0], factors[index][1])
                 vars(layer)["factors"] = own  # past nn.Module, which would look for a parameter in it
-        self.active, self.shares, self.latest = factors, shares, None
+        self.active, self.merge_weights, self.latest = factors, merge_weights, None
         self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
 
     def shrink(self, x: Tensor, down: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
@@ -263,12 +252,12 @@ class AdapterStack:
         """
         if self.latest is None or self.latest[0] is not x or self.latest[1] is not down:
             products = torch.bmm(x.reshape(down.shape[0], -1, x.shape[-1]), down.transpose(1, 2))
-            num_merged = 1 if self.shares is None else self.shares.shape[1]
+            num_merged = 1 if self.merge_weights is None else self.merge_weights.shape[1]
             self.latest = x, down, products.split([num_merged * rank for rank in ranks], -1)
         return self.latest[2]
 
 
-class StackedLinear(nn.Module):
+class LoraLinear(nn.Module):
     """A linear layer with one low-rank update per group: a base product for all rows and two batched small ones.
 
     place:   its place among the layers that share a factor, whose ranks are `ranks`
@@ -277,7 +266,7 @@ class StackedLinear(nn.Module):
 
     factors: tuple[Tensor, Tensor] | None
 
-    def __init__(self, base: nn.Module, stack: AdapterStack, name: str, place: int, ranks: Sequence[int]) -> None:
+    def __init__(self, base: nn.Module, stack: LoraStack, name: str, place: int, ranks: Sequence[int]) -> None:
         super().__init__()
         self.base = base
         self.stack = stack
@@ -299,10 +288,10 @@ class StackedLinear(nn.Module):
         if not (len(shape) > 1 and shape[0] == num_rows) and shape != (num_rows * num_tokens,):
             raise ValueError(f"adapted layer {self.name}: expected tokens {(num_rows, num_tokens)}, got {shape}")
         hidden = self.stack.shrink(x, down, self.ranks)[self.place]
-        if self.stack.shares is not None:
-            num_rows, num_merged = self.stack.shares.shape
+        if self.stack.merge_weights is not None:
+            num_rows, num_merged = self.stack.merge_weights.shape
             parts = hidden.reshape(num_rows, -1, num_merged, self.ranks[self.place])
-            hidden = (parts * self.stack.shares.to(parts.device)[:, None, :, None]).view_as(hidden)
+            hidden = (parts * self.stack.merge_weights.to(parts.device)[:, None, :, None]).view_as(hidden)
         out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(hidden, up)
         return out
 

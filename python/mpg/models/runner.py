@@ -1,4 +1,4 @@
-"""One model of a combination, the adapters that run on it, and what its forwards run on.
+"""One model of a combination with the adapters that run on it, and what its forwards run on.
 
 Knows groups of adapters, cache rows and captured graphs; nothing of roles or of what is decoded.
 """
@@ -7,45 +7,67 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
+from typing import Any, NamedTuple, NoReturn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpg.models.cache import RaggedCache
-from mpg.models.graphs import CaptureError, bucket
-from mpg.models.lora import Adapter, AdapterStack
-from mpg.models.workspaces import Workspaces
+from mpg.models.graphs import Capture, CaptureError, Graphs, bucket
+from mpg.models.lora import Adapter, LoraStack
 
 # What is captured with graphs=True: forwards of at most so many tokens a row, at cache lengths of so many positions.
 CAPTURED_TOKENS, CAPTURED_POSITIONS = 32, 64
+MAX_IDLE = 4  # runners that a model keeps for later sessions
 
 
-@dataclass
-class Member:
-    """One physical model and the adapters that run on it.
+class RunnerKey(NamedTuple):
+    """What an idle runner must agree in with the session that takes it.
 
-    merged: groups of the stack whose weighted sum this model is, with the weights (B, N); such a member of one batch
-            shares model and stack with the one that has the adapters
-    workspaces: what sessions leave to others where graphs are captured; such a member shares them too
+    groups:    of the model's adapters, 0 without one
+    is_merged: the runner has one row a sequence, of the weighted sum of these groups, not one for each of them
     """
 
-    argument: str  # the first argument of load() that named it, for messages
+    groups: tuple[int, ...]
+    is_merged: bool
+    num_rows: int
+    capacity: int
+    # Work of its last session may still be under way: only on the same stream the next one comes after that. And what
+    # was made in inference mode cannot be written to outside of it.
+    stream: torch.cuda.Stream | None
+    is_inference: bool
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """One physical model, its tokenizer, the adapters that run on it, and the runners that no session is using.
+
+    argument:    the first argument of `mpg.load` that named it, for messages
+    devices:     one, or those that the model is split over
+    new_capture: makes what captures the forwards of one runner; None where they run as they are
+    lock:        held by a forward, as what the stack runs is state that all threads share, and while runners are looked
+                 through
+    """
+
+    argument: str
     source: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     num_parameters: int
     bytes_per_position: int  # of the cache, for one row
-    devices: tuple[torch.device, ...]  # one, or those that a model is split over
+    devices: tuple[torch.device, ...]
     adapters: list[Adapter] = field(default_factory=list)
-    stack: AdapterStack | None = None
-    merged: tuple[list[int], Tensor] | None = None
-    lock: Lock = field(default_factory=Lock)  # held by a forward: what the stack runs is state that all threads share
-    workspaces: Workspaces[OpenMember] = field(default_factory=Workspaces)
+    stack: LoraStack | None = None
+    new_capture: Callable[[], Capture] | None = None
+    lock: Any = field(default_factory=Lock)
+    idle: list[ModelRunner] = field(default_factory=list)  # the latest last
+    graphs: WeakSet[Graphs] = field(default_factory=WeakSet)  # of every runner there is
 
     @property
     def vocab_size(self) -> int:
@@ -65,127 +87,117 @@ class Member:
                 return (ids,) if isinstance(ids, int) else tuple(ids)
         return ()
 
-    def cache_sizes(self, num_rows: int, capacity: int) -> tuple[int, int]:
+    def runner_key(self, groups: Sequence[int], is_merged: bool, num_rows: int, capacity: int) -> RunnerKey:
+        device = self.model.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        sizes = self._cache_sizes(num_rows, capacity)
+        return RunnerKey(tuple(groups), is_merged, *sizes, stream, torch.is_inference_mode_enabled())
+
+    def cache_bytes(self, num_groups: int, num_rows: int, capacity: int) -> int:
+        return self.bytes_per_position * num_groups * math.prod(self._cache_sizes(num_rows, capacity))
+
+    def _cache_sizes(self, num_rows: int, capacity: int) -> tuple[int, int]:
         """Rows and positions of a session's cache: as asked for, or rounded up where its forwards are captured."""
-        if self.workspaces.new_capture is None:
+        if self.new_capture is None:
             return num_rows, capacity
         rounded = bucket(capacity, CAPTURED_POSITIONS)
         return bucket(num_rows, 1), min(rounded, self.max_positions or rounded)
 
-    def workspace_key(self, groups: Sequence[int], num_rows: int, capacity: int) -> Hashable:
-        """What an idle workspace must agree in with the session that takes it."""
-        merged = tuple(self.merged[0]) if self.merged else None
-        # Work of its last session may still be under way: only on the same stream the next one comes after that. And
-        # what was made in inference mode cannot be written to outside of it.
-        device = self.model.device
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        sizes = self.cache_sizes(num_rows, capacity)
-        return merged, tuple(groups), sizes, stream, torch.is_inference_mode_enabled()
+    def graph_bytes(self) -> int:
+        with self.lock:
+            return sum(graphs.num_bytes for graphs in self.graphs)
 
-    def cache_bytes(self, num_groups: int, num_rows: int, capacity: int) -> int:
-        return self.bytes_per_position * num_groups * math.prod(self.cache_sizes(num_rows, capacity))
+    def take(self, key: RunnerKey) -> ModelRunner | None:
+        """An idle runner of this key, which is then the caller's."""
+        with self.lock:
+            place = next((place for place, runner in enumerate(self.idle) if runner.key == key), None)
+            return None if place is None else self.idle.pop(place)
+
+    def leave(self, runner: ModelRunner) -> None:
+        """Keep a runner that has graphs, as they hold the addresses of all that it is. Of too many the oldest goes."""
+        if runner.graphs is not None:
+            with self.lock:
+                self.idle.append(runner)
+                del self.idle[:-MAX_IDLE]
+
+    def drop_idle(self) -> bool:
+        """Free the oldest idle runner; whether there was one."""
+        with self.lock:
+            return bool(self.idle and self.idle.pop(0))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a loaded model cannot be copied or pickled: call mpg.load where another one is wanted, with the recipe "
+            "that save_pretrained() writes"
+        )
 
 
-class OpenMember:
-    """One model in a session: the adapter groups it runs, and the cache of their rows, model-major.
+class ModelRunner:
+    """The cache of some adapter groups of a model, model-major, and the forwards on it.
 
     Where forwards are captured it outlives the session: graphs hold the addresses of all that is in it.
     """
 
-    def __init__(self, member: Member, groups: list[int], num_rows: int, capacity: int) -> None:
-        self.member, self.model, self.stack, self.groups = member, member.model, member.stack, groups
-        self.key = member.workspace_key(groups, num_rows, capacity)
-        self.batch, capacity = member.cache_sizes(num_rows, capacity)
-        num_layers = member.model.config.get_text_config().num_hidden_layers
-        self.cache = RaggedCache(num_layers, len(groups) * self.batch, capacity)
-        self.graphs = member.workspaces.new_graphs(self.batch)
-        self.factors: list[tuple[Tensor, Tensor]] = []
-        self.shares: Tensor | None = None  # (batch, N) in the model's dtype
-        if member.stack and member.merged:
-            merged, shares = member.merged
-            self.factors = member.stack.merge(merged)
-            self.shares = torch.zeros(self.batch, shares.shape[1], dtype=self.model.dtype, device=self.model.device)
-        elif member.stack and groups != [0]:
-            self.factors = member.stack.select(groups)
-        self._factors_of_run: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-
-    @classmethod
-    def take(cls, member: Member, groups: list[int], num_rows: int, capacity: int) -> OpenMember | None:
-        """An idle one of these groups and sizes, with nothing of its last session left in it."""
-        opened = member.workspaces.take(member.workspace_key(groups, num_rows, capacity))
-        if opened is not None:
-            opened.member = member
-            opened.cache.clear()
-        return opened
-
-    def leave(self) -> None:
-        """Be idle, for `take`."""
-        if self.graphs is not None:
-            self.member.workspaces.leave(self.key, self)
-
-    def read_shares(self) -> None:
-        """Take the weights of merged adapters as they are now."""
-        if self.shares is not None and self.member.merged:
-            shares = self.member.merged[1]
-            (self.shares if len(shares) == 1 else self.shares[: len(shares)]).copy_(shares)
-
-    def is_one_model_a_row(self) -> bool:
-        """Whether merged adapters have weights of every row's own."""
-        return self.member.merged is not None and len(self.member.merged[1]) > 1
+    def __init__(self, loaded: LoadedModel, key: RunnerKey) -> None:
+        self.loaded, self.key = loaded, key
+        self.num_rows, self.num_groups = key.num_rows, 1 if key.is_merged else len(key.groups)
+        num_layers = loaded.model.config.get_text_config().num_hidden_layers
+        self.cache = RaggedCache(num_layers, self.num_groups * key.num_rows, key.capacity)
+        self.merge_weights: Tensor | None = None  # (num_rows, N) in the model's dtype
+        self._factors: dict[range, list[tuple[Tensor, Tensor]]] = {}  # of the groups in these places
+        self.graphs: Graphs | None = None
+        # another thread may find meanwhile that the model cannot be captured
+        if (new_capture := loaded.new_capture) is not None:
+            self.graphs = Graphs(key.num_rows, new_capture())
+            with loaded.lock:
+                loaded.graphs.add(self.graphs)
+        self._stacked: list[tuple[Tensor, Tensor]] = []
+        if loaded.stack is not None:
+            self._stacked = (loaded.stack.merge if key.is_merged else loaded.stack.select)(key.groups)
+        if key.is_merged:
+            dtype, device = loaded.model.dtype, loaded.model.device
+            self.merge_weights = torch.zeros(key.num_rows, len(key.groups), dtype=dtype, device=device)
 
     def forward(
-        self,
-        low: int,
-        high: int,
-        tokens: Tensor,
-        start: Tensor,
-        kv_length: int,
-        sequences: Tensor | None = None,
-        **kwargs: int,
+        self, places: range, tokens: Tensor, start: Tensor, kv_length: int, rows: Tensor | None = None, **kwargs: int
     ) -> Tensor:
-        """The logits (high - low, B, q, V) of the groups in places low to high - 1, in one batched forward.
+        """The logits (G, B, q, V) of the groups in these G places, in one batched forward.
 
-        sequences: (B,) int64, which of the session's they are; default the first B
-        kwargs:    of the model's forward
+        rows:   (B,) int64, which of the session's they are; default the first B
+        kwargs: of the model's forward
         """
-        tokens, start = tokens.to(self.model.device), start.to(self.model.device)
-        if self.graphs is not None and sequences is None and not kwargs and tokens.shape[1] <= CAPTURED_TOKENS:
+        device = self.loaded.model.device
+        tokens, start = tokens.to(device), start.to(device)
+        if self.graphs is not None and rows is None and not kwargs and tokens.shape[1] <= CAPTURED_TOKENS:
             assert kv_length <= self.cache.capacity
             rounded = min(bucket(kv_length, CAPTURED_POSITIONS), self.cache.capacity)
-            key = low, high, tokens.shape[1], rounded
+            key = places, tokens.shape[1], rounded
             try:
-                logits = self.graphs.run(key, partial(self._run, low, high, kv_length=rounded), tokens, start)
+                logits = self.graphs.run(key, partial(self._run, places, kv_length=rounded), tokens, start)
                 return logits[:, : len(tokens)].clone()
             except CaptureError as error:
-                self.graphs = self.member.workspaces.new_capture = None
+                self.graphs = self.loaded.new_capture = None
                 text = f"its forward cannot be captured and runs as without graphs: {error}"
-                warnings.warn(f"{self.member.argument}: {text}", stacklevel=2)
-        return self._run(low, high, tokens, start, kv_length, sequences, **kwargs)
+                warnings.warn(f"{self.loaded.argument}: {text}", stacklevel=2)
+        return self._run(places, tokens, start, kv_length, rows, **kwargs)
 
     @torch.no_grad()
     def _run(
-        self,
-        low: int,
-        high: int,
-        tokens: Tensor,
-        start: Tensor,
-        kv_length: int,
-        sequences: Tensor | None = None,
-        **kwargs: int,
+        self, places: range, tokens: Tensor, start: Tensor, kv_length: int, rows: Tensor | None = None, **kwargs: int
     ) -> Tensor:
         """`forward`, kernel by kernel."""
-        count, device = high - low, self.model.device
-        rows: slice | Tensor = slice(low * self.batch, high * self.batch)
-        if sequences is not None or len(tokens) < self.batch:
-            numbers = torch.arange(len(tokens), device=device) if sequences is None else sequences.to(device)
-            rows = (torch.arange(low, high, device=device)[:, None] * self.batch + numbers).flatten()
-        with self.member.lock:
-            positions = self.cache.place(rows, start.repeat(count), tokens.shape[1], kv_length)
-            if self.stack is not None:
+        count, stack, device = len(places), self.loaded.stack, tokens.device
+        fed: slice | Tensor = slice(places.start * self.num_rows, places.stop * self.num_rows)
+        if rows is not None or len(tokens) < self.num_rows:
+            rows = torch.arange(len(tokens), device=device) if rows is None else rows.to(device)
+            fed = (torch.arange(places.start, places.stop, device=device)[:, None] * self.num_rows + rows).flatten()
+        with self.loaded.lock:
+            positions = self.cache.place(fed, start.repeat(count), tokens.shape[1], kv_length)
+            if stack is not None:
+                merge_weights = None if self.merge_weights is None else self.merge_weights[fed]
                 num_rows, num_tokens = positions.shape
-                shares = None if self.shares is None else self.shares[rows]
-                self.stack.run_groups(self._factors(low, high), num_rows, num_tokens, shares)
-            output = self.model(
+                stack.set_active(self._factors_of(places), num_rows, num_tokens, merge_weights)
+            output = self.loaded.model(
                 input_ids=tokens.repeat(count, 1),
                 position_ids=positions,
                 past_key_values=self.cache,
@@ -194,22 +206,30 @@ class OpenMember:
             )
         return output.logits.unflatten(0, (count, tokens.shape[0]))
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int], num_positions: int) -> None:
-        """Let some sequences begin as others do, in every group."""
-        first_rows = range(0, self.cache.num_rows, self.batch)
-        self.cache.copy(
-            [first + source for first in first_rows for source in sources],
-            [first + target for first in first_rows for target in targets],
-            num_positions,
-        )
+    def merge(self, weights: Tensor) -> None:
+        """Let the sum that a merged runner runs have these weights, (B, N) or (1, N), from now on."""
+        assert self.merge_weights is not None
+        (self.merge_weights if len(weights) == 1 else self.merge_weights[: len(weights)]).copy_(weights)
 
-    def _factors(self, low: int, high: int) -> list[tuple[Tensor, Tensor]] | None:
-        if self.groups[low:high] == [0] and self.shares is None:
+    def copy(self, sources: Sequence[int], targets: Sequence[int], num_positions: int) -> None:
+        """Let some rows begin as others do, in every group."""
+        self.cache.copy(self._rows_of(sources), self._rows_of(targets), num_positions)
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Forget some rows in every group."""
+        self.cache.clear(self._rows_of(rows))
+
+    def _rows_of(self, rows: Sequence[int]) -> list[int]:
+        return [first + row for first in range(0, self.cache.num_rows, self.num_rows) for row in rows]
+
+    def _factors_of(self, places: range) -> list[tuple[Tensor, Tensor]] | None:
+        if [self.key.groups[place] for place in places] == [0] and not self.key.is_merged:
             return None
-        if (low, high) not in self._factors_of_run:
+        if places not in self._factors:
+            chosen = slice(places.start, places.stop)
             # as parameters, whose sizes a compiled layer takes for constants
-            self._factors_of_run[low, high] = [
-                (nn.Parameter(down[low:high], requires_grad=False), nn.Parameter(up[low:high], requires_grad=False))
-                for down, up in self.factors
+            self._factors[places] = [
+                (nn.Parameter(down[chosen], requires_grad=False), nn.Parameter(up[chosen], requires_grad=False))
+                for down, up in self._stacked
             ]
-        return self._factors_of_run[low, high]
+        return self._factors[places]

@@ -1,0 +1,207 @@
+"""Where models and adapters lie: folders, repositories of the hub, models in memory. Finds and reads them.
+
+Knows names and files, and which file is damaged; nothing of adapters' weights or of what a combination needs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import set_tqdm_hook
+
+ADAPTER_CONFIG = "adapter_config.json"
+CACHED = "models--"  # what the folder of a repository begins with in the hub's cache: models--OWNER--NAME
+CONFIG = "config.json"
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+
+Source = str | Path | PreTrainedModel | PeftModel
+Place = torch.device | str | dict[str, Any]  # a device, or what transformers' device_map takes to split a model
+
+
+def check_found(argument: str, source: Source, host: Source) -> None:
+    """Refuse what is neither a model nor an adapter, and an adapter as base."""
+    adapts, is_base = is_adapter(source, host), argument == "base"
+    if adapts and is_base:
+        raise ValueError(f"{argument}: expected a model, got the adapter {source}")
+    if isinstance(source, nn.Module) or adapts or has_file(source, CONFIG):
+        return
+    wanted = f"a model ({CONFIG})"
+    if not is_base:
+        wanted += f" or an adapter ({ADAPTER_CONFIG})"
+    if not is_base and isinstance(host, PeftModel):
+        wanted += f" or an adapter of {sorted(host.peft_config)}"
+    raise ValueError(f"{argument}: expected {wanted}, got {nothing_in(source, CONFIG)}")
+
+
+def nothing_in(source: str | Path, name: str) -> str:
+    """What to say of a source that has no such file: of a name that is no folder also what the hub says."""
+    if Path(source).is_dir():
+        return f"none of it in {source}"
+    try:
+        file_exists(str(source), name)
+        found = ", and none of it in a repository of the hub by that name"
+    except HFValidationError:  # nor can a repository be called so
+        found = ""
+    except Exception as error:  # its types are those of an HTTP client, another in every version of the hub's package
+        found = f", and could not be looked for on the hub: {type(error).__name__}: {error}".splitlines()[0]
+    return f"{source}, which is no folder{found}"
+
+
+def has_file(source: str | Path, *names: str) -> bool:
+    """Whether a folder, or a hub repository that is cached or answers, holds one of these files.
+
+    The hub is asked once. A download would be tried again for half a minute, also for a folder's name that is mistyped.
+    """
+    if Path(source).is_dir():
+        return any((Path(source) / name).is_file() for name in names)
+    try:
+        cached = (try_to_load_from_cache(str(source), name) for name in names)
+        return any(isinstance(file, str) for file in cached) or any(file_exists(str(source), name) for name in names)
+    except Exception:  # no name of a repository, none that may be read, no network
+        return False
+
+
+def is_adapter(source: Source, host: Source) -> bool:
+    """Whether a source is an adapter: in a folder, in a repository, or by its name in the host."""
+    if isinstance(source, nn.Module):
+        return False
+    return (isinstance(host, PeftModel) and source in host.peft_config) or has_file(source, ADAPTER_CONFIG)
+
+
+def default_attributes(host: Source) -> dict[str, Source]:
+    """The adapters that come with a model: those of a PeftModel, or of the folders in `adapters`."""
+    if isinstance(host, PeftModel):
+        return {name: name for name in host.peft_config}
+    if isinstance(host, PreTrainedModel):
+        return {}
+    folders = sorted(config.parent for config in Path(host, "adapters").glob(f"*/{ADAPTER_CONFIG}"))
+    return {folder.name: folder for folder in folders}
+
+
+def read_model(argument: str, source: str | Path, dtype: torch.dtype | None, place: Place) -> PreTrainedModel:
+    with refuse_unreadable(argument, source):
+        config = AutoConfig.from_pretrained(source)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{argument}: expected a decoder-only model, got the encoder-decoder {source}")
+    quantisation = getattr(config, "quantization_config", None) or {}
+    if quantisation.get("quant_method") == "bitsandbytes" and find_spec("bitsandbytes") is None:
+        raise ValueError(f"{argument}: expected the package bitsandbytes, whose weights {source} holds, got none")
+    is_cpu = isinstance(place, torch.device) and place.type == "cpu"
+    refuse_damage(argument, source, "generation_config.json")  # transformers would go on without it
+    with refuse_unreadable(argument, source), _bars_on_terminals():
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype or (torch.float32 if is_cpu else "auto"),
+            device_map={"": place} if isinstance(place, torch.device) else place,
+        )
+    left_out = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if left_out and place != torch.device("meta"):
+        raise ValueError(f"{argument}: expected devices that hold all of {source}, got none for {left_out[0]}")
+    return model
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Bars of transformers show where someone sees them move, and not in a file or a pipe."""
+    before = set_tqdm_hook(None)
+    set_tqdm_hook(before or (lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": None})))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+
+
+def read_tokenizer(argument: str, source: str | Path) -> PreTrainedTokenizerBase | None:
+    if not has_file(source, *TOKENIZER_FILES):
+        return None
+    with refuse_unreadable(argument, source):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def own_tokenizer(given: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that an argument is, or names."""
+    if given is None or isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if not isinstance(given, str | Path):
+        wanted = "a folder, a hub name or a loaded tokenizer"
+        raise ValueError(f"tokenizer: expected {wanted}, got {type(given).__name__}")
+    tokenizer = read_tokenizer("tokenizer", given)
+    if tokenizer is None:
+        wanted = f"a tokenizer ({' or '.join(TOKENIZER_FILES)})"
+        raise ValueError(f"tokenizer: expected {wanted}, got {nothing_in(given, TOKENIZER_FILES[0])}")
+    return tokenizer
+
+
+def is_same_model(source: str, other: str) -> bool:
+    """Whether two names are of one folder, or end alike."""
+    if Path(source).is_dir() and Path(other).is_dir() and Path(source).samefile(other):
+        return True
+    return _model_name(source) == _model_name(other)
+
+
+def _model_name(source: str) -> str:
+    """The last part of a folder's or repository's name, in small letters."""
+    parts = [part for part in Path(source).parts if part.startswith(CACHED)] or Path(source).parts
+    return parts[-1].split("--")[-1].lower() if parts else ""
+
+
+def is_repository(source: str) -> bool:
+    """Whether a name is OWNER/NAME and no folder here, or a folder in the hub's cache."""
+    is_cached = any(part.startswith(CACHED) for part in Path(source).parts)
+    return is_cached or (re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).is_dir())
+
+
+@contextmanager
+def refuse_unreadable(argument: str, source: str | Path) -> Iterator[None]:
+    """Turn what a damaged file makes its reader raise into a ValueError that names the argument and the file."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the readers of JSON, safetensors and pickles share no type of their own
+        refuse_damage(argument, source)
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{argument}: expected files that can be read in {source}, got {reason}") from error
+
+
+def refuse_damage(argument: str, source: str | Path, files: str = "*") -> None:
+    """Refuse the first file of a folder, or of a repository in the hub's cache, that cannot be read by itself.
+
+    files: a pattern of the names of those to try
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        cached = [try_to_load_from_cache(str(source), name) for name in (CONFIG, ADAPTER_CONFIG, *TOKENIZER_FILES)]
+        folder = next((Path(file).parent for file in cached if isinstance(file, str)), folder)
+    for file in sorted(folder.glob(files)):
+        try:
+            _try_to_read(file)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{argument}: expected a file that can be read, got {file}: {reason}") from error
+
+
+def _try_to_read(file: Path) -> None:
+    if file.name == "tokenizer.json":
+        Tokenizer.from_file(str(file))
+    elif file.suffix == ".json":
+        json.loads(file.read_text(encoding="utf-8"))
+    elif file.suffix == ".safetensors":
+        with safe_open(file, "pt"):
+            pass
+    elif file.suffix == ".bin" and "model" in file.name:
+        torch.load(file, map_location="meta", weights_only=True)
