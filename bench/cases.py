@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mpg_ext
 import plain
@@ -19,7 +20,7 @@ from mpg_ext import reference
 
 N, K, WINDOW = 4, 4, 20
 SCORE = "arithmetic"
-BOUND = {"log_initial_bound": 0.7, "log_gamma": 0.18, "tau": 0.01}
+CONSTANTS = {"constants": [0.7, 0.18, 0.01]}
 NUCLEUS = {"temperature": 0.7, "top_p": 0.9}
 
 
@@ -47,9 +48,9 @@ class Case:
         """Op and plain torch against the twin, on copies: the bound is updated in place."""
         runs = {}
         for name, function in (("op", self.op), ("plain", self.plain), ("twin", self.twin)):
-            arguments = tuple(tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in self.arguments)
-            out = as_tuple(function(*arguments, **self.options))
-            runs[name] = [tensor for tensor in (*out, *arguments) if isinstance(tensor, Tensor)]
+            arguments = tree_map_only(Tensor, Tensor.clone, self.arguments)
+            out = function(*arguments, **self.options)
+            runs[name] = [tensor for tensor in tree_leaves((out, arguments)) if isinstance(tensor, Tensor)]
         for name in ("op",) if self.is_random else ("op", "plain"):
             if self.masses is not None:
                 self.check_draw(runs[name][0])
@@ -123,14 +124,14 @@ class Cases:
 
     def update_bound_(self) -> Case:
         bound = self.bound()
-        arguments = (*bound, self.normal(self.B, 1), self.full(1, self.B, dtype=torch.bool))
-        return self.case("update_bound_", arguments, BOUND, read=arguments)
+        arguments = (bound, self.normal(self.B, 1), self.full(1, self.B, dtype=torch.bool))
+        return self.case("update_bound_", arguments, CONSTANTS, read=(*arguments[0], *arguments[1:]))
 
     def verify_chunks(self) -> Case:
         logits, bound = self.logits(K), self.bound()
         weights = self.full(1 / N, self.B, N)
-        arguments = (*logits, self.tokens(), self.lengths(), weights, self.uniforms(self.B, K), *bound)
-        return self.case("verify_chunks", arguments, {"score": SCORE} | BOUND, read=logits)
+        arguments = (*logits, self.tokens(), self.lengths(), weights, self.uniforms(self.B, K), bound)
+        return self.case("verify_chunks", arguments, {"score": SCORE} | CONSTANTS, read=logits)
 
     def draw_fallback(self) -> Case:
         anchor, attributes = (logits.select(-2, 0) for logits in self.logits(1))

@@ -6,6 +6,8 @@ device, so that a graph can capture it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,18 +30,14 @@ def accept_prefixes(scores: Tensor, log_bound: Tensor, uniforms: Tensor, lengths
 
 
 def update_bound_(
-    window: Tensor,
-    num_scores: Tensor,
-    num_rounds: Tensor,
-    log_bound: Tensor,
-    frozen: Tensor,
+    bound: Sequence[Tensor],
     scores: Tensor,  # (B, 1)
     active: Tensor,
     *,
-    log_initial_bound: float,
-    log_gamma: float,
-    tau: float,
+    constants: Sequence[float],
 ) -> None:
+    window, num_scores, num_rounds, log_bound, frozen = bound
+    log_initial_bound, log_gamma, tau = constants
     W = window.shape[1]
     column = (num_scores % W)[:, None]
     window.scatter_(1, column, scores.where(active[:, None], window.gather(1, column)))
@@ -62,25 +60,17 @@ def verify_chunks(
     lengths: Tensor,
     weights: Tensor,
     uniforms: Tensor,
-    window: Tensor,
-    num_scores: Tensor,
-    num_rounds: Tensor,
-    log_bound: Tensor,
-    frozen: Tensor,
+    bound: Sequence[Tensor],
     *,
     score: str,
-    log_initial_bound: float,
-    log_gamma: float,
-    tau: float,
+    constants: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     anchor_logprobs = gather_logprobs(anchor_logits, tokens)
     attribute_logprobs = gather_logprobs(attribute_logits, tokens.expand(attribute_logits.shape[0], -1, -1))
     log_ratios, scores = score_prefixes(attribute_logprobs, anchor_logprobs, weights, score=score)
-    accepted = accept_prefixes(scores, log_bound, uniforms, lengths)
+    accepted = accept_prefixes(scores, bound[3], uniforms, lengths)
     accepted_scores = scores.gather(1, (accepted - 1).clamp(min=0)[:, None])
-    bound = (window, num_scores, num_rounds, log_bound, frozen)
-    constants = {"log_initial_bound": log_initial_bound, "log_gamma": log_gamma, "tau": tau}
-    update_bound_(*bound, accepted_scores, accepted >= 1, **constants)
+    update_bound_(bound, accepted_scores, accepted >= 1, constants=constants)
     return log_ratios, scores, accepted
 
 

@@ -5,10 +5,12 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <string_view>
@@ -45,23 +47,18 @@ void check(const char* name, const Tensor& tensor, const char* letters, at::IntA
                     tensor.device());
 }
 
-void check_dims(const char* name, const Tensor& tensor, const char* letters, int64_t dims) {
-  TORCH_CHECK_VALUE(tensor.dim() == dims, name, " must be ", letters, ", got ",
+// The sizes of the argument from which an op takes the letters.
+template <size_t kDims>
+std::array<int64_t, kDims> check_dims(const char* name, const Tensor& tensor, const char* letters) {
+  TORCH_CHECK_VALUE(tensor.dim() == kDims, name, " must be ", letters, ", got ",
                     shape_string(tensor.sizes()));
-}
-
-// What an op writes in place is never copied first, so it has to be contiguous as it is.
-void check_filled(const char* name, const Tensor& tensor, const char* letters,
-                  at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) {
-  check(name, tensor, letters, sizes, dtype, device);
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " is written in place and must be contiguous");
-}
-
-void check_backend([[maybe_unused]] at::Device device) {
 #if !MPG_WITH_CUDA
-  TORCH_CHECK_VALUE(!device.is_cuda(), "tensors are on ", device,
+  TORCH_CHECK_VALUE(!tensor.is_cuda(), "tensors are on ", tensor.device(),
                     ", but mpg was built without CUDA; rebuild with a CUDA torch and nvcc");
 #endif
+  std::array<int64_t, kDims> sizes;
+  std::copy(tensor.sizes().begin(), tensor.sizes().end(), sizes.begin());
+  return sizes;
 }
 
 void check_vocabulary(const char* name, const Tensor& rows) {
@@ -69,9 +66,10 @@ void check_vocabulary(const char* name, const Tensor& rows) {
                     shape_string(rows.sizes()));
 }
 
-void check_logits(const char* name, const Tensor& logits, const char* letters, int64_t dims) {
-  check_dims(name, logits, letters, dims);
-  check_backend(logits.device());
+template <size_t kDims>
+std::array<int64_t, kDims> check_logits(const char* name, const Tensor& logits,
+                                        const char* letters) {
+  const auto sizes = check_dims<kDims>(name, logits, letters);
   const auto dtype = logits.scalar_type();
   const bool has_double = logits.is_cpu();
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ||
@@ -82,14 +80,18 @@ void check_logits(const char* name, const Tensor& logits, const char* letters, i
   check_vocabulary(name, logits);
   TORCH_CHECK_VALUE(logits.stride(-1) == 1 || logits.size(-1) == 1, name,
                     " must have unit stride in the vocabulary, got ", logits.stride(-1));
+  return sizes;
 }
 
-void check_accumulated(const char* name, const Tensor& tensor) {
-  check_backend(tensor.device());
+template <size_t kDims>
+std::array<int64_t, kDims> check_accumulated(const char* name, const Tensor& tensor,
+                                             const char* letters) {
+  const auto sizes = check_dims<kDims>(name, tensor, letters);
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_VALUE(dtype == at::kFloat || (dtype == at::kDouble && tensor.is_cpu()), name,
                     " must be float32", tensor.is_cpu() ? " or float64" : "", " on ",
                     tensor.device(), ", got ", dtype_name(dtype));
+  return sizes;
 }
 
 void check_positions(const char* letter, int64_t count, int64_t most = 32) {
@@ -109,109 +111,6 @@ mpg::Score score_of(std::string_view name, const char* argument = "score") {
 
 // ---- From tensors to the structs of ops.h.
 
-at::ScalarType accumulation_dtype(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-Tensor empty(at::IntArrayRef sizes, const Tensor& like, at::ScalarType dtype) {
-  return at::empty(sizes, like.options().dtype(dtype));
-}
-
-mpg::DType storage_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case at::kHalf:
-      return mpg::DType::kFloat16;
-    case at::kBFloat16:
-      return mpg::DType::kBFloat16;
-    case at::kDouble:
-      return mpg::DType::kFloat64;
-    default:
-      return mpg::DType::kFloat32;
-  }
-}
-
-// Calls f with a zero of the accumulation type.
-template <class F>
-void with_accumulation_type(at::ScalarType dtype, F f) {
-  dtype == at::kDouble ? f(double{}) : f(float{});
-}
-
-template <class A>
-A* scratch(Tensor& storage, at::IntArrayRef sizes, const Tensor& like) {
-  storage = empty(sizes, like, c10::CppTypeToScalarType<A>::value);
-  return storage.mutable_data_ptr<A>();
-}
-
-template <class A>
-mpg::ScorePrefixes<A> scoring_args(const A* attribute_logprobs, const A* anchor_logprobs,
-                                   const Tensor& weights, mpg::Score score, int64_t K,
-                                   Tensor& log_ratios, Tensor& scores) {
-  return {attribute_logprobs,
-          anchor_logprobs,
-          weights.const_data_ptr<A>(),
-          score,
-          weights.size(1),
-          weights.size(0),
-          K,
-          log_ratios.mutable_data_ptr<A>(),
-          scores.mutable_data_ptr<A>()};
-}
-
-template <class A>
-mpg::AcceptPrefixes<A> acceptance_args(const A* scores, const A* log_bound, const Tensor& uniforms,
-                                       const Tensor& lengths, Tensor& accepted) {
-  return {scores,
-          log_bound,
-          uniforms.const_data_ptr<double>(),
-          lengths.const_data_ptr<int64_t>(),
-          uniforms.size(0),
-          uniforms.size(1),
-          accepted.mutable_data_ptr<int64_t>()};
-}
-
-// The state of the bound, as verify_chunks and update_bound_ take it.
-struct BoundTensors {
-  const Tensor &window, &num_scores, &num_rounds, &log_bound, &frozen;
-  double log_initial_bound, log_gamma, tau;
-
-  void check_all(int64_t B, at::ScalarType dtype, at::Device device) const {
-    check_dims("window", window, "(B, W)", 2);
-    const int64_t W = window.size(1);
-    TORCH_CHECK_VALUE(W >= 1, "window must hold at least 1 score, got ",
-                      shape_string(window.sizes()));
-    check_filled("window", window, "(B, W)", {B, W}, dtype, device);
-    check_filled("num_scores", num_scores, "(B,)", {B}, at::kLong, device);
-    check_filled("num_rounds", num_rounds, "(B,)", {B}, at::kLong, device);
-    check_filled("log_bound", log_bound, "(B,)", {B}, dtype, device);
-    check_filled("frozen", frozen, "(B,)", {B}, at::kBool, device);
-  }
-
-  template <class A>
-  mpg::Bound<A> args() const {
-    return {window.mutable_data_ptr<A>(),
-            num_scores.mutable_data_ptr<int64_t>(),
-            num_rounds.mutable_data_ptr<int64_t>(),
-            log_bound.mutable_data_ptr<A>(),
-            frozen.mutable_data_ptr<bool>(),
-            window.size(1),
-            A(log_initial_bound),
-            A(log_gamma),
-            A(tau)};
-  }
-};
-
-// ---- Where the work is done.
-
-// Items for which a thread is worth waking: about 32,000 elements of work.
-int64_t grain_for(int64_t work_per_item) { return std::max<int64_t>(1, 32768 / work_per_item); }
-
-template <class Args>
-void split(int64_t items, int64_t work_per_item, const Args& args,
-           void (*op)(const Args&, int64_t, int64_t)) {
-  at::parallel_for(0, items, grain_for(work_per_item),
-                   [&](int64_t begin, int64_t end) { op(args, begin, end); });
-}
-
 // Whether the CUDA side does the work; in the kernel tests (tests/simt) it does on CPU tensors too.
 bool uses_kernels([[maybe_unused]] at::Device device) {
 #if defined(MPG_SIMT)
@@ -221,49 +120,188 @@ bool uses_kernels([[maybe_unused]] at::Device device) {
 #endif
 }
 
-#if MPG_WITH_CUDA
-template <class Args>
-void launch(at::Device device, const Args& args, int (*launcher)(const Args&, void*)) {
-  const c10::DeviceGuard guard(device);
-  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-  const int status = launcher(args, device.is_cuda() ? stream.native_handle() : nullptr);
-  TORCH_CHECK(status == 0, "mpg: CUDA kernel launch failed: ", mpg::cuda::error_string(status));
-}
-#define MPG_LAUNCH_IF_CUDA(device, args, op)                              \
-  if constexpr (!std::is_same_v<decltype(acc), double>) {                 \
-    if (uses_kernels(device)) return launch(device, args, mpg::cuda::op); \
+// The memory of one call, which lives until the work on it has been launched.
+class Memory {
+ public:
+  explicit Memory(at::Device device) : device_(device) {}
+  at::Device device() const { return device_; }
+
+  // The elements of an argument that is as it has to be, contiguous.
+  template <class T>
+  const T* input(const char* name, const Tensor& tensor, const char* letters,
+                 at::IntArrayRef sizes) {
+    check(name, tensor, letters, sizes, c10::CppTypeToScalarType<T>::value, device_);
+    if (tensor.is_contiguous()) return tensor.const_data_ptr<T>();
+    return kept_.emplace_back(tensor.contiguous()).template const_data_ptr<T>();
   }
+
+  // What an op writes in place is never copied first, so it has to be contiguous as it is.
+  template <class T>
+  T* in_place(const char* name, const Tensor& tensor, const char* letters, at::IntArrayRef sizes) {
+    check(name, tensor, letters, sizes, c10::CppTypeToScalarType<T>::value, device_);
+    TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " is written in place and must be contiguous");
+    return tensor.mutable_data_ptr<T>();
+  }
+
+  template <class T>
+  T* output(Tensor& tensor, at::IntArrayRef sizes) const {
+    tensor = at::empty(sizes, at::device(device_).dtype(c10::CppTypeToScalarType<T>::value));
+    return tensor.mutable_data_ptr<T>();
+  }
+
+  template <class T>
+  T* scratch(at::IntArrayRef sizes) {
+    return output<T>(kept_.emplace_back(), sizes);
+  }
+
+  // Null where the CPU side works.
+  template <class T>
+  T* kernel_scratch(at::IntArrayRef sizes) {
+    return uses_kernels(device_) ? scratch<T>(sizes) : nullptr;
+  }
+
+ private:
+  at::Device device_;
+  c10::SmallVector<Tensor, 4> kept_;
+};
+
+mpg::DType storage_of(const Tensor& logits) {
+  using enum mpg::DType;
+  const auto dtype = logits.scalar_type();
+  if (dtype == at::kHalf) return kFloat16;
+  if (dtype == at::kBFloat16) return kBFloat16;
+  return dtype == at::kDouble ? kFloat64 : kFloat32;
+}
+
+// Calls f for the type in which an op accumulates what it reads of `tensor`.
+template <class F>
+void with_accumulation_type(const Tensor& tensor, F f) {
+  Memory memory(tensor.device());
+  tensor.scalar_type() == at::kDouble ? f.template operator()<double>(memory)
+                                      : f.template operator()<float>(memory);
+}
+
+// Rows (B, V), (B, K, V), or of several models (N, B, V) or (N, B, K, V).
+mpg::LogitRows rows_of(const Tensor& logits, bool has_models, bool has_positions) {
+  return {logits.const_data_ptr(), has_models ? logits.stride(0) : 0, logits.stride(has_models),
+          has_positions ? logits.stride(has_models + 1) : 0};
+}
+
+// The logits of anchor and attribute models, (B, K, V) and (N, B, K, V) or without K.
+mpg::ModelLogits model_logits(const Tensor& anchor, const Tensor& attributes,
+                              const bool* active = nullptr) {
+  const bool has_positions = anchor.dim() == 3;
+  return {storage_of(anchor),
+          rows_of(anchor, false, has_positions),
+          rows_of(attributes, true, has_positions),
+          attributes.size(0),
+          anchor.size(0),
+          has_positions ? anchor.size(1) : 1,
+          anchor.size(-1),
+          active};
+}
+
+// out: N
+template <size_t kDims>
+int64_t check_attributes(const Tensor& attribute_logits, const char* letters,
+                         const Tensor& anchor) {
+  const int64_t N = check_logits<kDims>("attribute_logits", attribute_logits, letters)[0];
+  check_models(N);
+  at::DimVector sizes(anchor.sizes());
+  sizes.insert(sizes.begin(), N);
+  check("attribute_logits", attribute_logits, letters, sizes, anchor.scalar_type(),
+        anchor.device());
+  return N;
+}
+
+// The bound of B sequences, as verify_chunks and update_bound_ take it.
+template <class A>
+mpg::Bound<A> bound_of(Memory& memory, at::TensorList bound, at::ArrayRef<double> constants,
+                       int64_t B) {
+  TORCH_CHECK_VALUE(bound.size() == 5, "bound must be the 5 tensors window, num_scores, ",
+                    "num_rounds, log_bound and frozen, got ", bound.size());
+  TORCH_CHECK_VALUE(constants.size() == 3, "constants must be the 3 numbers log_initial_bound, ",
+                    "log_gamma and tau, got ", constants.size());
+  const int64_t W = check_dims<2>("window", bound[0], "(B, W)")[1];
+  TORCH_CHECK_VALUE(W >= 1, "window must hold at least 1 score, got ",
+                    shape_string(bound[0].sizes()));
+  return mpg::Bound<A>(memory.in_place<A>("window", bound[0], "(B, W)", {B, W}),
+                       memory.in_place<int64_t>("num_scores", bound[1], "(B,)", {B}),
+                       memory.in_place<int64_t>("num_rounds", bound[2], "(B,)", {B}),
+                       memory.in_place<A>("log_bound", bound[3], "(B,)", {B}),
+                       memory.in_place<bool>("frozen", bound[4], "(B,)", {B}), W, A(constants[0]),
+                       A(constants[1]), A(constants[2]));
+}
+
+std::array<int64_t, 3> check_target(const Tensor& target_probs) {
+  const auto [B, rows, V] = check_accumulated<3>("target_probs", target_probs, "(B, K + 1, V)");
+  check_vocabulary("target_probs", target_probs);
+  check_positions("K", rows - 1);
+  return {B, rows - 1, V};
+}
+
+// A drafted block, as verify_block and draw_residual take it.
+template <class A>
+mpg::Block<A> block_of(Memory& memory, const Tensor& target_probs,
+                       const std::optional<Tensor>& draft_probs, const Tensor& tokens,
+                       const Tensor& lengths, int64_t B, int64_t K, int64_t V) {
+  return mpg::Block<A>(
+      memory.input<A>("target_probs", target_probs, "(B, K + 1, V)", {B, K + 1, V}),
+      draft_probs ? memory.input<A>("draft_probs", *draft_probs, "(B, K, V)", {B, K, V}) : nullptr,
+      memory.input<int64_t>("tokens", tokens, "(B, K)", {B, K}),
+      memory.input<int64_t>("lengths", lengths, "(B,)", {B}), B, K, V);
+}
+
+// ---- Where the work is done.
+
+#if MPG_WITH_CUDA
+#define MPG_CUDA(op) mpg::cuda::op
 #else
-#define MPG_LAUNCH_IF_CUDA(device, args, op)
+#define MPG_CUDA(op) nullptr
 #endif
+
+// Has the CUDA side do the work if it is its to do; float64 has no launcher. True where nothing is
+// left to do.
+template <class Args, class Launcher>
+bool launch(const Memory& memory, int64_t items, const Args& args, Launcher launcher) {
+  if (items == 0) return true;
+  if constexpr (std::is_invocable_v<Launcher, const Args&, void*>) {
+    const at::Device device = memory.device();
+    if (!uses_kernels(device)) return false;
+    const c10::DeviceGuard guard(device);
+    const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+    const int status = launcher(args, device.is_cuda() ? stream.native_handle() : nullptr);
+    TORCH_CHECK(status == 0, "mpg: CUDA kernel launch failed: ", mpg::cuda::error_string(status));
+    return true;
+  }
+  return false;
+}
+
+// Over threads, each of which is worth waking for about 32,000 elements of work.
+template <class Args>
+void split(int64_t items, int64_t work_per_item, const Args& args,
+           void (*op)(const Args&, int64_t, int64_t)) {
+  at::parallel_for(0, items, std::max<int64_t>(1, 32768 / work_per_item),
+                   [&](int64_t begin, int64_t end) { op(args, begin, end); });
+}
 
 // ---- The ops.
 
 Tensor gather_logprobs(const Tensor& logits, const Tensor& tokens, double temperature) {
-  check_logits("logits", logits, "(R, K, V)", 3);
-  const int64_t R = logits.size(0), K = logits.size(1), V = logits.size(2);
-  const at::Device device = logits.device();
+  const auto [R, K, V] = check_logits<3>("logits", logits, "(R, K, V)");
   check_positions("K", K);
-  check("tokens", tokens, "(R, K)", {R, K}, at::kLong, device);
   // Logits are multiplied by its inverse: both have to be normal numbers in float32.
   TORCH_CHECK_VALUE(temperature >= 0x1p-126 && temperature <= 0x1p126,
                     "temperature must be in [2^-126, 2^126], got ", temperature);
 
-  const auto dtype = accumulation_dtype(logits);
-  Tensor logprobs = empty({R, K}, logits, dtype), partials;
-  const Tensor contiguous_tokens = tokens.contiguous();
-  with_accumulation_type(dtype, [&](auto acc) {
-    using A = decltype(acc);
-    const mpg::LogitRows rows = {logits.const_data_ptr(), 0, logits.stride(0), logits.stride(1)};
-    mpg::GatherLogprobs<A> args = {{storage_of(logits), rows, {}, 0, R, K, V, nullptr},
-                                   contiguous_tokens.const_data_ptr<int64_t>(),
-                                   A(temperature),
-                                   logprobs.mutable_data_ptr<A>(),
-                                   nullptr};
-    if (R == 0) return;
-    if (uses_kernels(device))
-      args.partials = scratch<A>(partials, {R, K, mpg::num_slices(V), 2}, logits);
-    MPG_LAUNCH_IF_CUDA(device, args, gather_logprobs)
+  Tensor logprobs;
+  with_accumulation_type(logits, [&]<class A>(Memory& memory) {
+    const mpg::GatherLogprobs<A> args(
+        {storage_of(logits), rows_of(logits, false, true), {}, 0, R, K, V, nullptr},
+        memory.input<int64_t>("tokens", tokens, "(R, K)", {R, K}), A(temperature),
+        memory.output<A>(logprobs, {R, K}),
+        memory.kernel_scratch<A>({R, K, mpg::num_slices(V), 2}));
+    if (launch(memory, R, args, MPG_CUDA(gather_logprobs))) return;
     split(R * K, V, args, mpg::cpu::gather_logprobs<A>);
   });
   return logprobs;
@@ -272,27 +310,19 @@ Tensor gather_logprobs(const Tensor& logits, const Tensor& tokens, double temper
 std::tuple<Tensor, Tensor> score_prefixes(const Tensor& attribute_logprobs,
                                           const Tensor& anchor_logprobs, const Tensor& weights,
                                           std::string_view score) {
-  check_dims("attribute_logprobs", attribute_logprobs, "(N, B, K)", 3);
-  check_accumulated("attribute_logprobs", attribute_logprobs);
-  const int64_t N = attribute_logprobs.size(0), B = attribute_logprobs.size(1),
-                K = attribute_logprobs.size(2);
-  const at::Device device = attribute_logprobs.device();
-  const auto dtype = attribute_logprobs.scalar_type();
+  const auto [N, B, K] =
+      check_accumulated<3>("attribute_logprobs", attribute_logprobs, "(N, B, K)");
   check_models(N);
   check_positions("K", K);
-  check("anchor_logprobs", anchor_logprobs, "(B, K)", {B, K}, dtype, device);
-  check("weights", weights, "(B, N)", {B, N}, dtype, device);
-  const mpg::Score kind = score_of(score);
 
-  Tensor log_ratios = empty({N, B, K}, weights, dtype), scores = empty({B, K}, weights, dtype);
-  const Tensor attribute = attribute_logprobs.contiguous(), anchor = anchor_logprobs.contiguous(),
-               contiguous_weights = weights.contiguous();
-  with_accumulation_type(dtype, [&](auto acc) {
-    using A = decltype(acc);
-    if (B == 0) return;
-    const auto args = scoring_args(attribute.const_data_ptr<A>(), anchor.const_data_ptr<A>(),
-                                   contiguous_weights, kind, K, log_ratios, scores);
-    MPG_LAUNCH_IF_CUDA(device, args, score_prefixes)
+  Tensor log_ratios, scores;
+  with_accumulation_type(attribute_logprobs, [&]<class A>(Memory& memory) {
+    const mpg::ScorePrefixes<A> args(
+        memory.input<A>("attribute_logprobs", attribute_logprobs, "(N, B, K)", {N, B, K}),
+        memory.input<A>("anchor_logprobs", anchor_logprobs, "(B, K)", {B, K}),
+        memory.input<A>("weights", weights, "(B, N)", {B, N}), score_of(score), N, B, K,
+        memory.output<A>(log_ratios, {N, B, K}), memory.output<A>(scores, {B, K}));
+    if (launch(memory, B, args, MPG_CUDA(score_prefixes))) return;
     split(B, N * K * K, args, mpg::cpu::score_prefixes<A>);
   });
   return {log_ratios, scores};
@@ -300,123 +330,66 @@ std::tuple<Tensor, Tensor> score_prefixes(const Tensor& attribute_logprobs,
 
 Tensor accept_prefixes(const Tensor& scores, const Tensor& log_bound, const Tensor& uniforms,
                        const Tensor& lengths) {
-  check_dims("scores", scores, "(B, K)", 2);
-  check_accumulated("scores", scores);
-  const int64_t B = scores.size(0), K = scores.size(1);
-  const at::Device device = scores.device();
-  const auto dtype = scores.scalar_type();
+  const auto [B, K] = check_accumulated<2>("scores", scores, "(B, K)");
   check_positions("K", K);
-  check("log_bound", log_bound, "(B,)", {B}, dtype, device);
-  check("uniforms", uniforms, "(B, K)", {B, K}, at::kDouble, device);
-  check("lengths", lengths, "(B,)", {B}, at::kLong, device);
 
-  Tensor accepted = empty({B}, scores, at::kLong);
-  const Tensor contiguous_scores = scores.contiguous(), bound = log_bound.contiguous(),
-               contiguous_uniforms = uniforms.contiguous(),
-               contiguous_lengths = lengths.contiguous();
-  with_accumulation_type(dtype, [&](auto acc) {
-    using A = decltype(acc);
-    if (B == 0) return;
-    const auto args =
-        acceptance_args(contiguous_scores.const_data_ptr<A>(), bound.const_data_ptr<A>(),
-                        contiguous_uniforms, contiguous_lengths, accepted);
-    MPG_LAUNCH_IF_CUDA(device, args, accept_prefixes)
+  Tensor accepted;
+  with_accumulation_type(scores, [&]<class A>(Memory& memory) {
+    const mpg::AcceptPrefixes<A> args(memory.input<A>("scores", scores, "(B, K)", {B, K}),
+                                      memory.input<A>("log_bound", log_bound, "(B,)", {B}),
+                                      memory.input<double>("uniforms", uniforms, "(B, K)", {B, K}),
+                                      memory.input<int64_t>("lengths", lengths, "(B,)", {B}), B, K,
+                                      memory.output<int64_t>(accepted, {B}));
+    if (launch(memory, B, args, MPG_CUDA(accept_prefixes))) return;
     split(B, K, args, mpg::cpu::accept_prefixes<A>);
   });
   return accepted;
 }
 
-void update_bound_(const Tensor& window, const Tensor& num_scores, const Tensor& num_rounds,
-                   const Tensor& log_bound, const Tensor& frozen, const Tensor& scores,
-                   const Tensor& active, double log_initial_bound, double log_gamma, double tau) {
-  check_dims("scores", scores, "(B, P)", 2);
-  check_accumulated("scores", scores);
-  const int64_t B = scores.size(0), P = scores.size(1);
-  const at::Device device = scores.device();
+void update_bound_(at::TensorList bound, const Tensor& scores, const Tensor& active,
+                   at::ArrayRef<double> constants) {
+  const auto [B, P] = check_accumulated<2>("scores", scores, "(B, P)");
   check_positions("P", P, 33);  // a score per prefix and the fallback's
-  const BoundTensors bound = {window, num_scores,        num_rounds, log_bound,
-                              frozen, log_initial_bound, log_gamma,  tau};
-  bound.check_all(B, scores.scalar_type(), device);
-  check("active", active, "(B,)", {B}, at::kBool, device);
 
-  const Tensor contiguous_scores = scores.contiguous(), contiguous_active = active.contiguous();
-  with_accumulation_type(scores.scalar_type(), [&](auto acc) {
-    using A = decltype(acc);
-    if (B == 0) return;
-    const mpg::UpdateBound<A> args = {bound.args<A>(), contiguous_scores.const_data_ptr<A>(),
-                                      contiguous_active.const_data_ptr<bool>(), B, P};
-    MPG_LAUNCH_IF_CUDA(device, args, update_bound)
-    split(B, window.size(1) + P, args, mpg::cpu::update_bound<A>);
+  with_accumulation_type(scores, [&]<class A>(Memory& memory) {
+    const mpg::UpdateBound<A> args(bound_of<A>(memory, bound, constants, B),
+                                   memory.input<A>("scores", scores, "(B, P)", {B, P}),
+                                   memory.input<bool>("active", active, "(B,)", {B}), B, P);
+    if (launch(memory, B, args, MPG_CUDA(update_bound))) return;
+    split(B, args.bound.W + P, args, mpg::cpu::update_bound<A>);
   });
 }
 
-// The logits of anchor and attribute models, (B, K, V) and (N, B, K, V) or without K.
-mpg::ModelLogits model_logits(const Tensor& anchor, const Tensor& attributes, const bool* active) {
-  const bool has_positions = anchor.dim() == 3;
-  return {storage_of(anchor),
-          {anchor.const_data_ptr(), 0, anchor.stride(0), has_positions ? anchor.stride(1) : 0},
-          {attributes.const_data_ptr(), attributes.stride(0), attributes.stride(1),
-           has_positions ? attributes.stride(2) : 0},
-          attributes.size(0),
-          anchor.size(0),
-          has_positions ? anchor.size(1) : 1,
-          anchor.size(-1),
-          active};
-}
-
-void check_attributes(const Tensor& attribute_logits, const char* letters, const Tensor& anchor) {
-  check_logits("attribute_logits", attribute_logits, letters, anchor.dim() + 1);
-  check_models(attribute_logits.size(0));
-  at::DimVector sizes = {attribute_logits.size(0)};
-  sizes.append(anchor.sizes().begin(), anchor.sizes().end());
-  check("attribute_logits", attribute_logits, letters, sizes, anchor.scalar_type(),
-        anchor.device());
-}
-
-std::tuple<Tensor, Tensor, Tensor> verify_chunks(
-    const Tensor& anchor_logits, const Tensor& attribute_logits, const Tensor& tokens,
-    const Tensor& lengths, const Tensor& weights, const Tensor& uniforms, const Tensor& window,
-    const Tensor& num_scores, const Tensor& num_rounds, const Tensor& log_bound,
-    const Tensor& frozen, std::string_view score, double log_initial_bound, double log_gamma,
-    double tau) {
-  check_logits("anchor_logits", anchor_logits, "(B, K, V)", 3);
-  check_attributes(attribute_logits, "(N, B, K, V)", anchor_logits);
-  const int64_t N = attribute_logits.size(0), B = anchor_logits.size(0), K = anchor_logits.size(1),
-                V = anchor_logits.size(2);
-  const at::Device device = anchor_logits.device();
-  const auto dtype = accumulation_dtype(anchor_logits);
+std::tuple<Tensor, Tensor, Tensor> verify_chunks(const Tensor& anchor_logits,
+                                                 const Tensor& attribute_logits,
+                                                 const Tensor& tokens, const Tensor& lengths,
+                                                 const Tensor& weights, const Tensor& uniforms,
+                                                 at::TensorList bound, std::string_view score,
+                                                 at::ArrayRef<double> constants) {
+  const auto [B, K, V] = check_logits<3>("anchor_logits", anchor_logits, "(B, K, V)");
+  const int64_t N = check_attributes<4>(attribute_logits, "(N, B, K, V)", anchor_logits);
   check_positions("K", K);
-  check("tokens", tokens, "(B, K)", {B, K}, at::kLong, device);
-  check("lengths", lengths, "(B,)", {B}, at::kLong, device);
-  check("weights", weights, "(B, N)", {B, N}, dtype, device);
-  check("uniforms", uniforms, "(B, K)", {B, K}, at::kDouble, device);
-  const BoundTensors bound = {window, num_scores,        num_rounds, log_bound,
-                              frozen, log_initial_bound, log_gamma,  tau};
-  bound.check_all(B, dtype, device);
-  const mpg::Score kind = score_of(score);
 
-  Tensor log_ratios = empty({N, B, K}, weights, dtype), scores = empty({B, K}, weights, dtype),
-         accepted = empty({B}, weights, at::kLong), logprobs, partials;
-  const Tensor contiguous_tokens = tokens.contiguous(), contiguous_lengths = lengths.contiguous(),
-               contiguous_weights = weights.contiguous(),
-               contiguous_uniforms = uniforms.contiguous();
-  with_accumulation_type(dtype, [&](auto acc) {
-    using A = decltype(acc);
-    if (B == 0) return;
-    A* gathered = scratch<A>(logprobs, {1 + N, B, K}, weights);
-    mpg::VerifyChunks<A> args = {
-        {model_logits(anchor_logits, attribute_logits, nullptr),
-         contiguous_tokens.const_data_ptr<int64_t>(), A(1), gathered, nullptr},
-        scoring_args<A>(gathered + B * K, gathered, contiguous_weights, kind, K, log_ratios,
-                        scores),
-        acceptance_args<A>(scores.const_data_ptr<A>(), log_bound.const_data_ptr<A>(),
-                           contiguous_uniforms, contiguous_lengths, accepted),
-        bound.args<A>()};
-    if (uses_kernels(device)) {
-      args.gather.partials = scratch<A>(partials, {1 + N, B, K, mpg::num_slices(V), 2}, weights);
-    }
-    MPG_LAUNCH_IF_CUDA(device, args, verify_chunks)
-    split((1 + N) * B * K, V, args.gather, mpg::cpu::gather_logprobs<A>);
+  Tensor log_ratios, scores, accepted;
+  with_accumulation_type(anchor_logits, [&]<class A>(Memory& memory) {
+    const mpg::GatherLogprobs<A> gather(
+        model_logits(anchor_logits, attribute_logits),
+        memory.input<int64_t>("tokens", tokens, "(B, K)", {B, K}), A(1),
+        memory.scratch<A>({1 + N, B, K}),
+        memory.kernel_scratch<A>({1 + N, B, K, mpg::num_slices(V), 2}));
+    const mpg::ScorePrefixes<A> scoring(
+        gather.logprobs + B * K, gather.logprobs,
+        memory.input<A>("weights", weights, "(B, N)", {B, N}), score_of(score), N, B, K,
+        memory.output<A>(log_ratios, {N, B, K}), memory.output<A>(scores, {B, K}));
+    const mpg::Bound<A> state = bound_of<A>(memory, bound, constants, B);
+    const mpg::AcceptPrefixes<A> acceptance(
+        scoring.scores, state.log_bound,
+        memory.input<double>("uniforms", uniforms, "(B, K)", {B, K}),
+        memory.input<int64_t>("lengths", lengths, "(B,)", {B}), B, K,
+        memory.output<int64_t>(accepted, {B}));
+    const mpg::VerifyChunks<A> args(gather, scoring, acceptance, state);
+    if (launch(memory, B, args, MPG_CUDA(verify_chunks))) return;
+    split((1 + N) * B * K, V, gather, mpg::cpu::gather_logprobs<A>);
     split(B, N * K * K, args, mpg::cpu::verify_chunks<A>);
   });
   return {log_ratios, scores, accepted};
@@ -427,44 +400,24 @@ std::tuple<Tensor, Tensor, Tensor> draw_fallback(const Tensor& anchor_logits,
                                                  const Tensor& draft_probs, const Tensor& weights,
                                                  const Tensor& log_bound, const Tensor& uniforms,
                                                  const Tensor& active, std::string_view score) {
-  check_logits("anchor_logits", anchor_logits, "(B, V)", 2);
-  check_attributes(attribute_logits, "(N, B, V)", anchor_logits);
-  const int64_t N = attribute_logits.size(0), B = anchor_logits.size(0), V = anchor_logits.size(1);
-  const at::Device device = anchor_logits.device();
-  const auto dtype = accumulation_dtype(anchor_logits);
-  check("draft_probs", draft_probs, "(B, V)", {B, V}, dtype, device);
-  check("weights", weights, "(B, N)", {B, N}, dtype, device);
-  check("log_bound", log_bound, "(B,)", {B}, dtype, device);
-  check("uniforms", uniforms, "(B,)", {B}, at::kDouble, device);
-  check("active", active, "(B,)", {B}, at::kBool, device);
-  const mpg::Score kind = score_of(score);
+  const auto [B, V] = check_logits<2>("anchor_logits", anchor_logits, "(B, V)");
+  const int64_t N = check_attributes<3>(attribute_logits, "(N, B, V)", anchor_logits);
 
-  Tensor tokens = empty({B}, weights, at::kLong), scores = empty({B}, weights, dtype),
-         accept_probs = empty({B}, weights, dtype), normalizers, partials, slice_masses;
-  const Tensor probs = draft_probs.contiguous(), contiguous_weights = weights.contiguous(),
-               bound = log_bound.contiguous(), contiguous_uniforms = uniforms.contiguous(),
-               contiguous_active = active.contiguous();
-  with_accumulation_type(dtype, [&](auto acc) {
-    using A = decltype(acc);
-    if (B == 0) return;
-    A* normalizer_pairs = scratch<A>(normalizers, {1 + N, B, 2}, weights);
-    mpg::DrawFallback<A> args = {
-        {model_logits(anchor_logits, attribute_logits, contiguous_active.const_data_ptr<bool>()),
-         reinterpret_cast<mpg::Normalizer<A>*>(normalizer_pairs), nullptr},
-        probs.const_data_ptr<A>(),
-        contiguous_weights.const_data_ptr<A>(),
-        bound.const_data_ptr<A>(),
-        contiguous_uniforms.const_data_ptr<double>(),
-        kind,
-        tokens.mutable_data_ptr<int64_t>(),
-        scores.mutable_data_ptr<A>(),
-        accept_probs.mutable_data_ptr<A>(),
-        nullptr};
-    if (uses_kernels(device)) {
-      args.rows.partials = scratch<A>(partials, {1 + N, B, mpg::num_slices(V), 2}, weights);
-      args.slice_masses = scratch<double>(slice_masses, {B, mpg::num_slices(V)}, weights);
-    }
-    MPG_LAUNCH_IF_CUDA(device, args, draw_fallback)
+  Tensor tokens, scores, accept_probs;
+  with_accumulation_type(anchor_logits, [&]<class A>(Memory& memory) {
+    const mpg::DrawFallback<A> args(
+        {model_logits(anchor_logits, attribute_logits,
+                      memory.input<bool>("active", active, "(B,)", {B})),
+         reinterpret_cast<mpg::Normalizer<A>*>(memory.scratch<A>({1 + N, B, 2})),
+         memory.kernel_scratch<A>({1 + N, B, mpg::num_slices(V), 2})},
+        memory.input<A>("draft_probs", draft_probs, "(B, V)", {B, V}),
+        memory.input<A>("weights", weights, "(B, N)", {B, N}),
+        memory.input<A>("log_bound", log_bound, "(B,)", {B}),
+        memory.input<double>("uniforms", uniforms, "(B,)", {B}), score_of(score),
+        memory.output<int64_t>(tokens, {B}), memory.output<A>(scores, {B}),
+        memory.output<A>(accept_probs, {B}),
+        memory.kernel_scratch<double>({B, mpg::num_slices(V)}));
+    if (launch(memory, B, args, MPG_CUDA(draw_fallback))) return;
     split((1 + N) * B, V, args.rows, mpg::cpu::normalize_rows<A>);
     split(B, V, args, mpg::cpu::draw_fallback<A>);
   });
@@ -473,12 +426,7 @@ std::tuple<Tensor, Tensor, Tensor> draw_fallback(const Tensor& anchor_logits,
 
 Tensor draw_uniforms(const Tensor& seeds, const Tensor& rounds, int64_t purpose, int64_t count,
                      int64_t first) {
-  check_dims("seeds", seeds, "(B,)", 1);
-  check_backend(seeds.device());
-  const int64_t B = seeds.size(0);
-  const at::Device device = seeds.device();
-  check("seeds", seeds, "(B,)", {B}, at::kLong, device);
-  check("rounds", rounds, "(B,)", {B}, at::kLong, device);
+  const auto [B] = check_dims<1>("seeds", seeds, "(B,)");
   constexpr int64_t kWords = int64_t(1) << 32;
   TORCH_CHECK_VALUE(purpose >= 0 && purpose < kWords, "purpose must be in [0, 2^32), got ",
                     purpose);
@@ -486,18 +434,13 @@ Tensor draw_uniforms(const Tensor& seeds, const Tensor& rounds, int64_t purpose,
   TORCH_CHECK_VALUE(first >= 0 && first <= kWords - count,
                     "first must be in [0, 2^32 - count], got ", first);
 
-  Tensor uniforms = empty({B, count}, seeds, at::kDouble);
-  const Tensor contiguous_seeds = seeds.contiguous(), contiguous_rounds = rounds.contiguous();
-  with_accumulation_type(at::kFloat, [&]([[maybe_unused]] auto acc) {
-    if (B * count == 0) return;
-    const mpg::DrawUniforms args = {contiguous_seeds.const_data_ptr<int64_t>(),
-                                    contiguous_rounds.const_data_ptr<int64_t>(),
-                                    uint32_t(purpose),
-                                    uint32_t(first),
-                                    B,
-                                    count,
-                                    uniforms.mutable_data_ptr<double>()};
-    MPG_LAUNCH_IF_CUDA(device, args, draw_uniforms)
+  Tensor uniforms;
+  with_accumulation_type(seeds, [&]<class A>(Memory& memory) {
+    const mpg::DrawUniforms args(memory.input<int64_t>("seeds", seeds, "(B,)", {B}),
+                                 memory.input<int64_t>("rounds", rounds, "(B,)", {B}),
+                                 uint32_t(purpose), uint32_t(first), B, count,
+                                 memory.output<double>(uniforms, {B, count}));
+    if (launch(memory, B * count, args, MPG_CUDA(draw_uniforms))) return;
     split(B, count, args, mpg::cpu::draw_uniforms);
   });
   return uniforms;
@@ -507,14 +450,9 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
                                         const std::optional<Tensor>& base_logits,
                                         const std::optional<Tensor>& anchor_logits,
                                         std::string_view target) {
-  check_logits("attribute_logits", attribute_logits, "(N, B, P, V)", 4);
-  const int64_t N = attribute_logits.size(0), B = attribute_logits.size(1),
-                P = attribute_logits.size(2), V = attribute_logits.size(3);
-  const at::Device device = attribute_logits.device();
-  const auto dtype = accumulation_dtype(attribute_logits);
+  const auto [N, B, P, V] = check_logits<4>("attribute_logits", attribute_logits, "(N, B, P, V)");
   check_models(N);
   check_positions("P", P, 33);  // of the draft and the one after it
-  check("weights", weights, "(B, P, N)", {B, P, N}, dtype, device);
   const mpg::Score kind = score_of(target, "target");
   const bool has_anchor = anchor_logits.has_value();
   TORCH_CHECK_VALUE(base_logits.has_value() == has_anchor,
@@ -524,45 +462,33 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
   for (const auto& [name, logits] :
        {std::pair("base_logits", &base_logits), std::pair("anchor_logits", &anchor_logits)}) {
     if (!logits->has_value()) continue;
-    check_logits(name, **logits, "(B, P, V)", 3);
-    check(name, **logits, "(B, P, V)", {B, P, V}, attribute_logits.scalar_type(), device);
+    check_logits<3>(name, **logits, "(B, P, V)");
+    check(name, **logits, "(B, P, V)", {B, P, V}, attribute_logits.scalar_type(),
+          attribute_logits.device());
   }
 
-  Tensor log_rows = empty({B, P, V}, weights, dtype), log_totals = empty({B, P}, weights, dtype),
-         normalizers, partials, row_partials;
-  const Tensor contiguous_weights = weights.contiguous();
-  with_accumulation_type(dtype, [&](auto acc) {
-    using A = decltype(acc);
-    if (B == 0) return;
+  Tensor log_rows, log_totals;
+  with_accumulation_type(attribute_logits, [&]<class A>(Memory& memory) {
     // Without an anchor the first attribute model takes its place as model 0.
-    mpg::ModelLogits logits = has_anchor ? model_logits(*anchor_logits, attribute_logits, nullptr)
-                                         : model_logits(attribute_logits.select(0, 0),
-                                                        attribute_logits.slice(0, 1), nullptr);
+    mpg::ModelLogits logits =
+        has_anchor ? model_logits(*anchor_logits, attribute_logits)
+                   : model_logits(attribute_logits.select(0, 0), attribute_logits.slice(0, 1));
     if (has_anchor && !(base_logits->const_data_ptr() == anchor_logits->const_data_ptr() &&
                         base_logits->strides() == anchor_logits->strides())) {
-      logits.base = {base_logits->const_data_ptr(), 0, base_logits->stride(0),
-                     base_logits->stride(1)};
+      logits.base = rows_of(*base_logits, false, true);
       logits.has_base = true;
     }
-    const int64_t num_rows = logits.num_rows();
-    mpg::CombineRows<A> args = {
-        {logits,
-         reinterpret_cast<mpg::Normalizer<A>*>(scratch<A>(normalizers, {num_rows, 2}, weights)),
-         nullptr},
-        has_anchor,
-        N,
-        logits.has_base ? N + 1 : 0,
-        contiguous_weights.const_data_ptr<A>(),
-        kind,
-        log_rows.mutable_data_ptr<A>(),
-        log_totals.mutable_data_ptr<A>(),
-        scratch<A>(row_partials, {B, P, mpg::num_slices(V), 2}, weights)};
-    if (uses_kernels(device)) {
-      args.rows.partials = scratch<A>(partials, {num_rows, mpg::num_slices(V), 2}, weights);
-    }
-    MPG_LAUNCH_IF_CUDA(device, args, combine_rows)
+    const int64_t num_rows = logits.num_rows(), num_slices = mpg::num_slices(V);
+    const mpg::CombineRows<A> args(
+        {logits, reinterpret_cast<mpg::Normalizer<A>*>(memory.scratch<A>({num_rows, 2})),
+         memory.kernel_scratch<A>({num_rows, num_slices, 2})},
+        has_anchor, N, logits.has_base ? N + 1 : 0,
+        memory.input<A>("weights", weights, "(B, P, N)", {B, P, N}), kind,
+        memory.output<A>(log_rows, {B, P, V}), memory.output<A>(log_totals, {B, P}),
+        memory.scratch<A>({B, P, num_slices, 2}));
+    if (launch(memory, B, args, MPG_CUDA(combine_rows))) return;
     split(num_rows, V, args.rows, mpg::cpu::normalize_rows<A>);
-    const int64_t slices = B * P * mpg::num_slices(V), slice_size = std::min(V, mpg::kSliceSize);
+    const int64_t slices = B * P * num_slices, slice_size = std::min(V, mpg::kSliceSize);
     split(slices, N * slice_size, args, mpg::cpu::combine_slices<A>);
     split(slices, slice_size, args, mpg::cpu::combine_rows<A>);
   });
@@ -571,9 +497,7 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
 
 Tensor warp_rows(const Tensor& log_rows, double temperature, int64_t top_k, double top_p,
                  double min_p) {
-  check_dims("log_rows", log_rows, "(R, V)", 2);
-  check_accumulated("log_rows", log_rows);
-  const int64_t R = log_rows.size(0), V = log_rows.size(1);
+  const auto [R, V] = check_accumulated<2>("log_rows", log_rows, "(R, V)");
   check_vocabulary("log_rows", log_rows);
   TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature >= 0,
                     "temperature must be finite and not negative, got ", temperature);
@@ -581,107 +505,46 @@ Tensor warp_rows(const Tensor& log_rows, double temperature, int64_t top_k, doub
   TORCH_CHECK_VALUE(top_p > 0 && top_p <= 1, "top_p must be in (0, 1], got ", top_p);
   TORCH_CHECK_VALUE(min_p >= 0 && min_p <= 1, "min_p must be in [0, 1], got ", min_p);
 
-  const auto dtype = log_rows.scalar_type();
-  Tensor probs = empty({R, V}, log_rows, dtype);
-  const Tensor contiguous_rows = log_rows.contiguous();
-  with_accumulation_type(dtype, [&](auto acc) {
-    using A = decltype(acc);
-    if (R == 0) return;
-    const mpg::WarpRows<A> args = {
-        contiguous_rows.const_data_ptr<A>(), R, V, temperature, top_k, top_p, min_p,
-        probs.mutable_data_ptr<A>()};
-    MPG_LAUNCH_IF_CUDA(log_rows.device(), args, warp_rows)
+  Tensor probs;
+  with_accumulation_type(log_rows, [&]<class A>(Memory& memory) {
+    const mpg::WarpRows<A> args(memory.input<A>("log_rows", log_rows, "(R, V)", {R, V}), R, V,
+                                temperature, top_k, top_p, min_p, memory.output<A>(probs, {R, V}));
+    if (launch(memory, R, args, MPG_CUDA(warp_rows))) return;
     split(R, V, args, mpg::cpu::warp_rows<A>);
   });
   return probs;
 }
 
 Tensor draw_tokens(const Tensor& probs, const Tensor& uniforms) {
-  check_dims("probs", probs, "(B, V)", 2);
-  check_accumulated("probs", probs);
+  const auto [B, V] = check_accumulated<2>("probs", probs, "(B, V)");
   check_vocabulary("probs", probs);
-  const int64_t B = probs.size(0), V = probs.size(1);
-  const at::Device device = probs.device();
-  check("uniforms", uniforms, "(B,)", {B}, at::kDouble, device);
 
-  Tensor tokens = empty({B}, probs, at::kLong), slice_masses;
-  const Tensor contiguous_probs = probs.contiguous(), contiguous_uniforms = uniforms.contiguous();
-  with_accumulation_type(probs.scalar_type(), [&](auto acc) {
-    using A = decltype(acc);
-    if (B == 0) return;
-    mpg::DrawTokens<A> args = {contiguous_probs.const_data_ptr<A>(),
-                               contiguous_uniforms.const_data_ptr<double>(),
-                               B,
-                               V,
-                               tokens.mutable_data_ptr<int64_t>(),
-                               nullptr};
-    if (uses_kernels(device)) {
-      args.slice_masses = scratch<double>(slice_masses, {B, mpg::num_slices(V)}, probs);
-    }
-    MPG_LAUNCH_IF_CUDA(device, args, draw_tokens)
+  Tensor tokens;
+  with_accumulation_type(probs, [&]<class A>(Memory& memory) {
+    const mpg::DrawTokens<A> args(memory.input<A>("probs", probs, "(B, V)", {B, V}),
+                                  memory.input<double>("uniforms", uniforms, "(B,)", {B}), B, V,
+                                  memory.output<int64_t>(tokens, {B}),
+                                  memory.kernel_scratch<double>({B, mpg::num_slices(V)}));
+    if (launch(memory, B, args, MPG_CUDA(draw_tokens))) return;
     split(B, V, args, mpg::cpu::draw_tokens<A>);
   });
   return tokens;
 }
 
-// A drafted block, as verify_block and draw_residual take it.
-struct BlockTensors {
-  Tensor target_probs, draft_probs, tokens, lengths;  // contiguous; draft_probs may be undefined
-
-  BlockTensors(const Tensor& target, const std::optional<Tensor>& draft, const Tensor& block_tokens,
-               const Tensor& block_lengths) {
-    check_dims("target_probs", target, "(B, K + 1, V)", 3);
-    check_accumulated("target_probs", target);
-    check_vocabulary("target_probs", target);
-    const int64_t B = target.size(0), K = target.size(1) - 1, V = target.size(2);
-    const at::Device device = target.device();
-    check_positions("K", K);
-    if (draft.has_value()) {
-      check("draft_probs", *draft, "(B, K, V)", {B, K, V}, target.scalar_type(), device);
-      draft_probs = draft->contiguous();
-    }
-    check("tokens", block_tokens, "(B, K)", {B, K}, at::kLong, device);
-    check("lengths", block_lengths, "(B,)", {B}, at::kLong, device);
-    target_probs = target.contiguous();
-    tokens = block_tokens.contiguous();
-    lengths = block_lengths.contiguous();
-  }
-
-  template <class A>
-  mpg::Block<A> args() const {
-    return {target_probs.const_data_ptr<A>(),
-            draft_probs.defined() ? draft_probs.const_data_ptr<A>() : nullptr,
-            tokens.const_data_ptr<int64_t>(),
-            lengths.const_data_ptr<int64_t>(),
-            tokens.size(0),
-            tokens.size(1),
-            target_probs.size(2)};
-  }
-};
-
 std::tuple<Tensor, Tensor> verify_block(const Tensor& target_probs,
                                         const std::optional<Tensor>& draft_probs,
                                         const Tensor& tokens, const Tensor& lengths,
                                         const Tensor& uniforms) {
-  const BlockTensors block(target_probs, draft_probs, tokens, lengths);
-  const int64_t B = tokens.size(0), K = tokens.size(1), V = target_probs.size(2);
-  const at::Device device = target_probs.device();
-  const auto dtype = target_probs.scalar_type();
-  check("uniforms", uniforms, "(B, K)", {B, K}, at::kDouble, device);
+  const auto [B, K, V] = check_target(target_probs);
 
-  Tensor accepted = empty({B}, target_probs, at::kLong), carry = empty({B}, target_probs, dtype),
-         slice_sums;
-  const Tensor contiguous_uniforms = uniforms.contiguous();
-  with_accumulation_type(dtype, [&](auto acc) {
-    using A = decltype(acc);
-    if (B == 0) return;
-    mpg::VerifyBlock<A> args = {block.args<A>(), contiguous_uniforms.const_data_ptr<double>(),
-                                accepted.mutable_data_ptr<int64_t>(), carry.mutable_data_ptr<A>(),
-                                nullptr};
-    if (uses_kernels(device)) {
-      args.slice_sums = scratch<double>(slice_sums, {B, K, mpg::num_slices(V)}, target_probs);
-    }
-    MPG_LAUNCH_IF_CUDA(device, args, verify_block)
+  Tensor accepted, carry;
+  with_accumulation_type(target_probs, [&]<class A>(Memory& memory) {
+    const mpg::VerifyBlock<A> args(
+        block_of<A>(memory, target_probs, draft_probs, tokens, lengths, B, K, V),
+        memory.input<double>("uniforms", uniforms, "(B, K)", {B, K}),
+        memory.output<int64_t>(accepted, {B}), memory.output<A>(carry, {B}),
+        memory.kernel_scratch<double>({B, K, mpg::num_slices(V)}));
+    if (launch(memory, B, args, MPG_CUDA(verify_block))) return;
     split(B, K * V, args, mpg::cpu::verify_block<A>);
   });
   return {accepted, carry};
@@ -690,30 +553,17 @@ std::tuple<Tensor, Tensor> verify_block(const Tensor& target_probs,
 Tensor draw_residual(const Tensor& target_probs, const std::optional<Tensor>& draft_probs,
                      const Tensor& tokens, const Tensor& lengths, const Tensor& accepted,
                      const Tensor& carry, const Tensor& uniforms) {
-  const BlockTensors block(target_probs, draft_probs, tokens, lengths);
-  const int64_t B = tokens.size(0), V = target_probs.size(2);
-  const at::Device device = target_probs.device();
-  const auto dtype = target_probs.scalar_type();
-  check("accepted", accepted, "(B,)", {B}, at::kLong, device);
-  check("carry", carry, "(B,)", {B}, dtype, device);
-  check("uniforms", uniforms, "(B,)", {B}, at::kDouble, device);
+  const auto [B, K, V] = check_target(target_probs);
 
-  Tensor drawn = empty({B}, target_probs, at::kLong), slice_masses;
-  const Tensor contiguous_accepted = accepted.contiguous(), contiguous_carry = carry.contiguous(),
-               contiguous_uniforms = uniforms.contiguous();
-  with_accumulation_type(dtype, [&](auto acc) {
-    using A = decltype(acc);
-    if (B == 0) return;
-    mpg::DrawResidual<A> args = {block.args<A>(),
-                                 contiguous_accepted.const_data_ptr<int64_t>(),
-                                 contiguous_carry.const_data_ptr<A>(),
-                                 contiguous_uniforms.const_data_ptr<double>(),
-                                 drawn.mutable_data_ptr<int64_t>(),
-                                 nullptr};
-    if (uses_kernels(device)) {
-      args.slice_masses = scratch<double>(slice_masses, {2, B, mpg::num_slices(V)}, target_probs);
-    }
-    MPG_LAUNCH_IF_CUDA(device, args, draw_residual)
+  Tensor drawn;
+  with_accumulation_type(target_probs, [&]<class A>(Memory& memory) {
+    const mpg::DrawResidual<A> args(
+        block_of<A>(memory, target_probs, draft_probs, tokens, lengths, B, K, V),
+        memory.input<int64_t>("accepted", accepted, "(B,)", {B}),
+        memory.input<A>("carry", carry, "(B,)", {B}),
+        memory.input<double>("uniforms", uniforms, "(B,)", {B}), memory.output<int64_t>(drawn, {B}),
+        memory.kernel_scratch<double>({2, B, mpg::num_slices(V)}));
+    if (launch(memory, B, args, MPG_CUDA(draw_residual))) return;
     split(B, 2 * V, args, mpg::cpu::draw_residual<A>);
   });
   return drawn;
@@ -756,14 +606,12 @@ TORCH_LIBRARY(mpg, library) {
       "accept_prefixes(Tensor scores, Tensor log_bound, Tensor uniforms, Tensor lengths) -> "
       "Tensor");
   library.def(
-      "update_bound_(Tensor(a!) window, Tensor(b!) num_scores, Tensor(c!) num_rounds, "
-      "Tensor(d!) log_bound, Tensor(e!) frozen, Tensor scores, Tensor active, *, "
-      "float log_initial_bound, float log_gamma, float tau) -> ()");
+      "update_bound_(Tensor(a!)[] bound, Tensor scores, Tensor active, *, float[] constants) -> "
+      "()");
   library.def(
       "verify_chunks(Tensor anchor_logits, Tensor attribute_logits, Tensor tokens, Tensor lengths, "
-      "Tensor weights, Tensor uniforms, Tensor(a!) window, Tensor(b!) num_scores, "
-      "Tensor(c!) num_rounds, Tensor(d!) log_bound, Tensor(e!) frozen, *, str score, "
-      "float log_initial_bound, float log_gamma, float tau) -> (Tensor, Tensor, Tensor)");
+      "Tensor weights, Tensor uniforms, Tensor(a!)[] bound, *, str score, float[] constants) "
+      "-> (Tensor, Tensor, Tensor)");
   library.def(
       "draw_fallback(Tensor anchor_logits, Tensor attribute_logits, Tensor draft_probs, "
       "Tensor weights, Tensor log_bound, Tensor uniforms, Tensor active, *, str score) "

@@ -11,6 +11,7 @@ arXiv 2511.01891.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -65,44 +66,21 @@ def accept_prefixes(scores: Tensor, log_bound: Tensor, uniforms: Tensor, lengths
     return torch.ops.mpg.accept_prefixes(scores, log_bound, uniforms, lengths)
 
 
-def update_bound_(
-    window: Tensor,
-    num_scores: Tensor,
-    num_rounds: Tensor,
-    log_bound: Tensor,
-    frozen: Tensor,
-    scores: Tensor,
-    active: Tensor,
-    *,
-    log_initial_bound: float,
-    log_gamma: float,
-    tau: float,
-) -> None:
+def update_bound_(bound: Sequence[Tensor], scores: Tensor, active: Tensor, *, constants: Sequence[float]) -> None:
     """Count one round of every active sequence and set its bound, in place (section 3.3).
 
     The scores of the row are pushed in order. Warm-up, the first W rounds and until two scores were pushed:
     the initial bound. Estimation: log M = max of the window + log_gamma. Stabilisation: a population variance of the
     window below tau freezes the bound until the variance rises again. Rows that are not active keep every byte.
 
-    window: (B, W) acc ring buffer, score number n in column n % W
-    num_scores, num_rounds: (B,) int64, scores pushed (negative numbers are read as 0) and rounds counted so far
-    log_bound: (B,) acc, log M
-    frozen: (B,) bool
+    bound: five contiguous tensors, written in place: window (B, W) acc, a ring, score number n in column n % W;
+        num_scores and num_rounds, (B,) int64, scores pushed (negative numbers are read as 0) and rounds counted so far;
+        log_bound (B,) acc, log M; frozen (B,) bool
     scores: (B, P) acc, 1 <= P <= 33; -inf and NaN are not pushed
     active: (B,) bool
+    constants: log_initial_bound, log_gamma, tau
     """
-    torch.ops.mpg.update_bound_(
-        window,
-        num_scores,
-        num_rounds,
-        log_bound,
-        frozen,
-        scores,
-        active,
-        log_initial_bound=log_initial_bound,
-        log_gamma=log_gamma,
-        tau=tau,
-    )
+    torch.ops.mpg.update_bound_(bound, scores, active, constants=constants)
 
 
 def verify_chunks(
@@ -112,16 +90,10 @@ def verify_chunks(
     lengths: Tensor,
     weights: Tensor,
     uniforms: Tensor,
-    window: Tensor,
-    num_scores: Tensor,
-    num_rounds: Tensor,
-    log_bound: Tensor,
-    frozen: Tensor,
+    bound: Sequence[Tensor],
     *,
     score: Score,
-    log_initial_bound: float,
-    log_gamma: float,
-    tau: float,
+    constants: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score drafted chunks, accept a prefix of each and update the bound: the four ops above in one call.
 
@@ -134,7 +106,7 @@ def verify_chunks(
     lengths: (B,) int64, as in accept_prefixes; 0 for a finished sequence
     weights: (B, N) acc
     uniforms: (B, K) float64 in [0, 1)
-    window, num_scores, num_rounds, log_bound, frozen: as in update_bound_, changed in place
+    bound, constants: as in update_bound_
 
     out: log_ratios (N, B, K) acc, scores (B, K) acc, both for all K tokens; accepted (B,) int64 as in accept_prefixes
     """
@@ -145,15 +117,9 @@ def verify_chunks(
         lengths,
         weights,
         uniforms,
-        window,
-        num_scores,
-        num_rounds,
-        log_bound,
-        frozen,
+        bound,
         score=score,
-        log_initial_bound=log_initial_bound,
-        log_gamma=log_gamma,
-        tau=tau,
+        constants=constants,
     )
 
 
@@ -333,7 +299,7 @@ def _(scores: Tensor, log_bound: Tensor, uniforms: Tensor, lengths: Tensor) -> T
 
 
 @torch.library.register_fake("mpg::update_bound_")
-def _(*_state: Tensor, **_options: float) -> None:
+def _(*_state: object, **_options: object) -> None:
     return None
 
 
@@ -343,7 +309,7 @@ def _(
     attribute_logits: Tensor,
     tokens: Tensor,
     lengths: Tensor,
-    *_state: Tensor,
+    *_state: object,
     **_options: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = _acc_dtype(anchor_logits)

@@ -6,6 +6,7 @@ Shares no code with them and checks no arguments. Shapes and promises are in `mp
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,20 +40,10 @@ def accept_prefixes(scores: Tensor, log_bound: Tensor, uniforms: Tensor, lengths
     return (prefix * accepted).amax(dim=-1).where(~is_invalid, -1)
 
 
-def update_bound_(
-    window: Tensor,
-    num_scores: Tensor,
-    num_rounds: Tensor,
-    log_bound: Tensor,
-    frozen: Tensor,
-    scores: Tensor,
-    active: Tensor,
-    *,
-    log_initial_bound: float,
-    log_gamma: float,
-    tau: float,
-) -> None:
+def update_bound_(bound: Sequence[Tensor], scores: Tensor, active: Tensor, *, constants: Sequence[float]) -> None:
     """Twin of `mpg_ext.update_bound_`."""
+    window, num_scores, num_rounds, log_bound, frozen = bound
+    log_initial_bound, log_gamma, tau = constants
     num_columns = window.shape[1]
     for b in active.nonzero()[:, 0].tolist():
         num_scores[b].clamp_(min=0)
@@ -80,35 +71,18 @@ def verify_chunks(
     lengths: Tensor,
     weights: Tensor,
     uniforms: Tensor,
-    window: Tensor,
-    num_scores: Tensor,
-    num_rounds: Tensor,
-    log_bound: Tensor,
-    frozen: Tensor,
+    bound: Sequence[Tensor],
     *,
     score: Score,
-    log_initial_bound: float,
-    log_gamma: float,
-    tau: float,
+    constants: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `mpg_ext.verify_chunks`."""
     anchor_logprobs = gather_logprobs(anchor_logits, tokens)
     attribute_logprobs = torch.stack([gather_logprobs(logits, tokens) for logits in attribute_logits])
     log_ratios, scores = score_prefixes(attribute_logprobs, anchor_logprobs, weights, score=score)
-    accepted = accept_prefixes(scores, log_bound, uniforms, lengths)
+    accepted = accept_prefixes(scores, bound[3], uniforms, lengths)
     accepted_scores = scores.gather(1, (accepted - 1).clamp(min=0)[:, None])  # (B, 1)
-    update_bound_(
-        window,
-        num_scores,
-        num_rounds,
-        log_bound,
-        frozen,
-        accepted_scores,
-        accepted >= 1,
-        log_initial_bound=log_initial_bound,
-        log_gamma=log_gamma,
-        tau=tau,
-    )
+    update_bound_(bound, accepted_scores, accepted >= 1, constants=constants)
     return log_ratios, scores, accepted
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-BOUND = {"log_initial_bound": math.log(2), "log_gamma": math.log(1.2), "tau": 0.1}
-WRITTEN = ("window", "num_scores", "num_rounds", "log_bound", "frozen")  # in place, by update_bound_ and verify_chunks
+CONSTANTS = [math.log(2), math.log(1.2), 0.1]  # of the bound: log M_0, log gamma, tau
 
 
 def calls(
@@ -39,13 +39,8 @@ def calls(
         "weights": weights,
         "uniforms": uniforms,
     }
-    state = {
-        "window": normal(B, W) / 5,
-        "num_scores": integers(2 * W, B),
-        "num_rounds": integers(2 * W, B),
-        "log_bound": log_bound,
-        "frozen": integers(2, B) > 0,
-    }
+    # written in place: window, num_scores, num_rounds, log_bound, frozen
+    bound = [normal(B, W) / 5, integers(2 * W, B), integers(2 * W, B), log_bound, integers(2, B) > 0]
     block = {
         "target_probs": normal(B, K + 1, V).softmax(-1),
         "draft_probs": normal(B, K, V).softmax(-1),
@@ -66,8 +61,8 @@ def calls(
             "uniforms": uniforms,
             "lengths": lengths,
         },
-        "update_bound_": {**state, "scores": normal(B, 2), "active": active, **BOUND},
-        "verify_chunks": {**chunk, **state, "score": "geometric", **BOUND},
+        "update_bound_": {"bound": bound, "scores": normal(B, 2), "active": active, "constants": CONSTANTS},
+        "verify_chunks": {**chunk, "bound": bound, "score": "geometric", "constants": CONSTANTS},
         "draw_fallback": {
             "anchor_logits": anchor[:, 0],
             "attribute_logits": chunk["attribute_logits"][:, :, 0],
@@ -102,7 +97,7 @@ OPS = list(calls("meta"))
 
 
 def clone(call: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in call.items()}
+    return tree_map_only(Tensor, Tensor.clone, call)
 
 
 def outputs_of(result: Any) -> list[Tensor]:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 import mpg_ext
-from calls import BOUND, OPS, WRITTEN, calls, clone, outputs_of
+from calls import CONSTANTS, OPS, calls, clone, outputs_of
 
 CSRC = Path(__file__).parents[2] / "csrc"
 NUM_REPLAYS = 5
@@ -53,57 +54,52 @@ def test_replayed_op_follows_its_inputs(op):
     graph, result = captured(lambda: run(**static))
     for seed in range(1, 1 + NUM_REPLAYS):
         fresh = clone(calls("cuda", seed=seed, V=9000)[op])
-        for name, value in fresh.items():
+        for tensor, value in zip(tree_leaves(static), tree_leaves(fresh), strict=True):
             if isinstance(value, Tensor):
-                static[name].copy_(value)
+                tensor.copy_(value)
         graph.replay()
         wanted = outputs_of(run(**fresh))
         assert_same_bits(outputs_of(result), wanted)
-        assert_same_bits(
-            [static[name] for name in WRITTEN if name in static], [fresh[n] for n in WRITTEN if n in fresh]
-        )
+        assert_same_bits(static.get("bound", []), fresh.get("bound", []))
 
 
-def round_of(state: dict[str, Tensor], chunk: dict[str, Tensor]) -> list[Tensor]:
+def round_of(state: dict[str, Any], chunk: dict[str, Tensor]) -> list[Tensor]:
     """Keys, acceptance, fallback and bound of one round on shared state: every number of it is on the device."""
     state["rounds"] += 1
     draw = {"seeds": state["seeds"], "rounds": state["rounds"]}
     uniforms = mpg_ext.draw_uniforms(**draw, purpose=0, count=chunk["tokens"].shape[1])
-    bound = [state[name] for name in WRITTEN]
-    verified = mpg_ext.verify_chunks(*chunk.values(), uniforms, *bound, score="arithmetic", **BOUND)
+    bound = state["bound"]
+    verified = mpg_ext.verify_chunks(*chunk.values(), uniforms, bound, score="arithmetic", constants=CONSTANTS)
     needs_fallback = verified[2] == 0
     drawn = mpg_ext.draw_fallback(
         chunk["anchor_logits"][:, 0],
         chunk["attribute_logits"][:, :, 0],
         chunk["anchor_logits"][:, 0].softmax(-1),
         chunk["weights"],
-        state["log_bound"],
+        bound[3],
         mpg_ext.draw_uniforms(**draw, purpose=1, count=1)[:, 0],
         needs_fallback,
         score="arithmetic",
     )
-    mpg_ext.update_bound_(*bound, drawn[1][:, None], needs_fallback, **BOUND)
+    mpg_ext.update_bound_(bound, drawn[1][:, None], needs_fallback, constants=CONSTANTS)
     return [uniforms, *verified, *drawn]
 
 
-def round_inputs(device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def round_inputs(device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     call = calls(device, V=200)["verify_chunks"]
     keys = {"seeds": torch.tensor([5, 9], device=device), "rounds": torch.zeros(2, dtype=torch.int64, device=device)}
-    state = {name: call[name] for name in WRITTEN} | keys
-    chunk = {name: value for name, value in call.items() if isinstance(value, Tensor) and name not in state}
-    del chunk["uniforms"]
-    return clone(state), chunk
+    chunk = {name: value for name, value in call.items() if isinstance(value, Tensor) and name != "uniforms"}
+    return clone({"bound": call["bound"], **keys}), chunk
 
 
-def assert_rounds_agree(replay: Callable[[], list[Tensor]], state: dict[str, Tensor], device: str) -> None:
+def assert_rounds_agree(replay: Callable[[], list[Tensor]], state: dict[str, Any], device: str) -> None:
     """Rounds by replay on `state` equal rounds by calls; each draws uniforms that no other has drawn."""
-    by_calls, chunk = round_inputs(device)
-    by_calls = {name: state[name].clone() for name in by_calls}
+    by_calls, chunk = clone(state), round_inputs(device)[1]
     uniforms = []
     for _ in range(NUM_REPLAYS):
         out = replay()
         assert_same_bits(out, round_of(by_calls, chunk))
-        assert_same_bits(list(state.values()), list(by_calls.values()))
+        assert_same_bits(tree_leaves(state), tree_leaves(by_calls))
         uniforms.append(out[0].clone())
     drawn = torch.stack(uniforms)
     assert len(drawn.unique()) == drawn.numel()

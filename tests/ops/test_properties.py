@@ -6,6 +6,7 @@ Tests of single ops hold laws of their own beside these. 40 examples each; thous
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import mpg_ext
-from calls import OPS, WRITTEN, calls, clone, outputs_of
+from calls import OPS, calls, clone, outputs_of
 
 INF = math.inf
 
@@ -290,14 +292,14 @@ def test_a_tighter_cut_keeps_a_part_of_the_tokens(device, cut, row, data):
 def test_a_sequence_gets_in_a_batch_what_it_gets_alone(device, op, seed, b):
     call = calls(device, seed, B=3, V=40)[op]
 
-    def alone(name: str, value: Tensor) -> Tensor:
-        return value.narrow(1 if name.startswith(("attribute", "log_ratios")) else 0, b, 1)
+    def alone(name: str, value: Any) -> Any:
+        dimension = 1 if name.startswith(("attribute", "log_ratios")) else 0
+        return tree_map_only(Tensor, lambda tensor: tensor.narrow(dimension, b, 1), value)
 
-    single = {name: alone(name, value) if isinstance(value, Tensor) else value for name, value in clone(call).items()}
-    single = {n: v.contiguous() if n in WRITTEN else v for n, v in single.items()}
+    single = {name: alone(name, value) for name, value in clone(call).items()}
     batch_out, single_out = outputs_of(getattr(mpg_ext, op)(**call)), outputs_of(getattr(mpg_ext, op)(**single))
     names = ["log_ratios", "scores", "accepted"] if op in ("score_prefixes", "verify_chunks") else [""] * 3
     pairs = [(alone(name, out), wanted) for name, out, wanted in zip(names, batch_out, single_out, strict=False)]
-    pairs += [(alone(name, call[name]), single[name]) for name in WRITTEN if name in call]
+    pairs += zip(alone("bound", call.get("bound", [])), single.get("bound", []), strict=True)
     for tensor, wanted in pairs:
         torch.testing.assert_close(tensor, wanted, rtol=0, atol=0, equal_nan=True)

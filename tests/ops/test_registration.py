@@ -17,7 +17,7 @@ B, K, N, V, W = 2, 3, 2, 7, 4  # as calls() has them
 
 
 def opcheck(name: str, inputs: dict) -> None:
-    is_positional = {key: value is None or isinstance(value, Tensor) for key, value in inputs.items()}
+    is_positional = {key: value is None or isinstance(value, Tensor) or key == "bound" for key, value in inputs.items()}
     positional = [value for key, value in inputs.items() if is_positional[key]]
     keywords = {key: value for key, value in inputs.items() if not is_positional[key]}
     torch.library.opcheck(getattr(torch.ops.mpg, name).default, positional, keywords)
@@ -68,6 +68,13 @@ def test_traced_graph_calls_the_op():
 
 
 SMALL = torch.zeros(1)
+BOUND = calls()["update_bound_"]["bound"]
+
+
+def bound_with(position: int, tensor: Tensor) -> dict[str, list[Tensor]]:
+    return {"bound": [*BOUND[:position], tensor, *BOUND[position + 1 :]]}
+
+
 ERRORS = [
     # one wrong argument, and the message it earns
     ("gather_logprobs", {"logits": torch.zeros(K, V)}, r"logits must be \(R, K, V\), got \(3, 7\)"),
@@ -91,16 +98,21 @@ ERRORS = [
     ("accept_prefixes", {"uniforms": torch.ones(B, K)}, "uniforms must be float64, got float32"),
     ("accept_prefixes", {"lengths": torch.ones(B, 1).long()}, r"lengths must be \(B,\) = \(2,\), got \(2, 1\)"),
     ("accept_prefixes", {"log_bound": SMALL}, r"log_bound must be \(B,\) = \(2,\), got \(1,\)"),
-    ("update_bound_", {"window": torch.zeros(W, B).mT}, "window is written in place and must be contiguous"),
-    ("update_bound_", {"window": torch.zeros(B, 0)}, "window must hold at least 1 score"),
-    ("update_bound_", {"frozen": torch.zeros(B)}, "frozen must be bool, got float32"),
+    ("update_bound_", bound_with(0, torch.zeros(W, B).mT), "window is written in place and must be contiguous"),
+    ("update_bound_", bound_with(0, torch.zeros(B, 0)), "window must hold at least 1 score"),
+    ("update_bound_", bound_with(1, torch.zeros(B, 1).long()), r"num_scores must be \(B,\) = \(2,\), got \(2, 1\)"),
+    ("update_bound_", bound_with(2, torch.zeros(B).int()), "num_rounds must be int64, got int32"),
+    ("update_bound_", bound_with(3, torch.zeros(B).double()), "log_bound must be float32, got float64"),
+    ("update_bound_", bound_with(4, torch.zeros(B)), "frozen must be bool, got float32"),
+    ("update_bound_", {"bound": BOUND[:4]}, "5 tensors window, num_scores, num_rounds, log_bound and frozen, got 4"),
+    ("update_bound_", {"constants": [0.5] * 4}, "3 numbers log_initial_bound, log_gamma and tau, got 4"),
     ("update_bound_", {"scores": torch.zeros(B, 34)}, "P must be between 1 and 33, got 34"),
     ("update_bound_", {"active": torch.ones(B).long()}, "active must be bool, got int64"),
     ("verify_chunks", {"attribute_logits": torch.zeros(N, B, K, V + 1)}, r"\(N, B, K, V\) = \(2, 2, 3, 7\), got \(2,"),
     ("verify_chunks", {"attribute_logits": torch.zeros(N, B, K, V).half()}, "must be float32, got float16"),
     ("verify_chunks", {"attribute_logits": torch.zeros(0, B, K, V)}, "must be at least 1, got 0"),
     ("verify_chunks", {"anchor_logits": torch.zeros(B, K, V).double()}, "attribute_logits must be float64"),
-    ("verify_chunks", {"num_scores": torch.zeros(B)}, "num_scores must be int64, got float32"),
+    ("verify_chunks", bound_with(1, torch.zeros(B)), "num_scores must be int64, got float32"),
     ("draw_fallback", {"draft_probs": torch.zeros(B, V).half()}, "draft_probs must be float32, got float16"),
     ("draw_fallback", {"uniforms": torch.zeros(B)}, "uniforms must be float64, got float32"),
     ("draw_fallback", {"score": ""}, "score must be"),

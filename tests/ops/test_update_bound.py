@@ -71,12 +71,10 @@ def test_bound_follows_the_scalar_walk(device, update, W, P, dtype):
             if active[b]:
                 walks[b].step(scores[b])
         update(
-            *bound,
+            bound,
             torch.tensor(scores, dtype=dtype, device=device),
             torch.tensor(active, device=device),
-            log_initial_bound=LOG_M0,
-            log_gamma=LOG_GAMMA,
-            tau=tau,
+            constants=[LOG_M0, LOG_GAMMA, tau],
         )
         assert bound[1].tolist() == [len(walk.scores) for walk in walks]
         assert bound[2].tolist() == [walk.num_rounds for walk in walks]
@@ -97,12 +95,10 @@ def test_any_scores_move_the_bound_as_the_scalar_walk(device, pushed, W):
     for scores in pushed:
         walk.step(scores)
         mpg_ext.update_bound_(
-            *bound,
+            bound,
             torch.tensor([scores + [-math.inf] * (5 - len(scores))], device=device),
             torch.ones(1, dtype=torch.bool, device=device),
-            log_initial_bound=LOG_M0,
-            log_gamma=LOG_GAMMA,
-            tau=walk.tau,
+            constants=[LOG_M0, LOG_GAMMA, walk.tau],
         )
         assert bound[3].item() == pytest.approx(walk.log_bound, abs=1e-6)
         assert bound[4].item() == walk.is_frozen
@@ -113,12 +109,10 @@ def run(scores: list[float], W: int, tau: float, device: torch.device) -> list[t
     history = []
     for score in scores:
         mpg_ext.update_bound_(
-            *bound,
+            bound,
             torch.tensor([[score]], device=device),
             torch.ones(1, dtype=torch.bool, device=device),
-            log_initial_bound=0.5,
-            log_gamma=0.25,
-            tau=tau,
+            constants=[0.5, 0.25, tau],
         )
         history.append((round(bound[3].item(), 5), bound[4].item()))
     return history
@@ -149,7 +143,7 @@ def test_nan_scores_are_not_pushed(device):
     bound = fresh_bound(1, 3, torch.float32, device)
     scores = torch.tensor([[math.nan, 1.0, -math.inf, 2.0]], device=device)
     active = torch.ones(1, dtype=torch.bool, device=device)
-    mpg_ext.update_bound_(*bound, scores, active, log_initial_bound=0.5, log_gamma=0.0, tau=0.1)
+    mpg_ext.update_bound_(bound, scores, active, constants=[0.5, 0.0, 0.1])
     assert bound[1].item() == 2
     assert bound[0][0, :2].tolist() == [1.0, 2.0]
 
@@ -160,7 +154,7 @@ def test_negative_number_of_scores_is_read_as_none(device, ops):
     bound[1].fill_(-2)
     scores, active = torch.tensor([[1.0, 2.0]], device=device), torch.ones(1, dtype=torch.bool, device=device)
     with nothing_else_written([scores, active], written=bound):
-        ops.update_bound_(*bound, scores, active, log_initial_bound=0.5, log_gamma=0.0, tau=0.1)
+        ops.update_bound_(bound, scores, active, constants=[0.5, 0.0, 0.1])
     assert bound[1].item() == 2
     assert bound[0][0, :2].tolist() == [1.0, 2.0]
 
@@ -169,9 +163,7 @@ def test_inactive_rows_keep_every_byte(device):
     bound = fresh_bound(3, 4, torch.float32, device)
     before = [tensor.clone() for tensor in bound]
     active = torch.tensor([False, True, False], device=device)
-    mpg_ext.update_bound_(
-        *bound, torch.ones(3, 2, device=device), active, log_initial_bound=9.0, log_gamma=0.0, tau=0.1
-    )
+    mpg_ext.update_bound_(bound, torch.ones(3, 2, device=device), active, constants=[9.0, 0.0, 0.1])
     for tensor, old in zip(bound, before, strict=True):
         torch.testing.assert_close(tensor[[0, 2]], old[[0, 2]], rtol=0, atol=0, equal_nan=True)
     assert bound[3][1].item() == 9.0
@@ -185,9 +177,9 @@ def test_op_equals_twin(device, K, B, W):
     for _ in range(3 + W):
         scores = torch.randn(B, K, generator=generator).to(device)
         active = (torch.rand(B, generator=generator) < 0.8).to(device)
-        constants = {"log_initial_bound": LOG_M0, "log_gamma": LOG_GAMMA, "tau": 0.8}
+        constants = [LOG_M0, LOG_GAMMA, 0.8]
         with nothing_else_written([scores, active], written=bound):
-            mpg_ext.update_bound_(*bound, scores, active, **constants)
-        reference.update_bound_(*twin_bound, scores, active, **constants)
+            mpg_ext.update_bound_(bound, scores, active, constants=constants)
+        reference.update_bound_(twin_bound, scores, active, constants=constants)
         for tensor, wanted in zip(bound, twin_bound, strict=True):
             torch.testing.assert_close(tensor, wanted, equal_nan=True)

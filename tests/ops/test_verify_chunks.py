@@ -15,7 +15,7 @@ from mpg_ext import reference
 from twins import assert_as_accurate, in_float64
 
 INF, NAN = math.inf, math.nan
-BOUND = {"log_initial_bound": math.log(2), "log_gamma": math.log(1.2), "tau": 0.01}
+CONSTANTS = [math.log(2), math.log(1.2), 0.01]  # of the bound: log M_0, log gamma, tau
 
 
 def score(
@@ -206,7 +206,7 @@ def fresh_bound(B: int, W: int, dtype: torch.dtype, device: torch.device) -> lis
         torch.zeros(B, W, dtype=dtype, device=device),
         torch.zeros(B, dtype=torch.int64, device=device),
         torch.zeros(B, dtype=torch.int64, device=device),
-        torch.full((B,), BOUND["log_initial_bound"], dtype=dtype, device=device),
+        torch.full((B,), CONSTANTS[0], dtype=dtype, device=device),
         torch.zeros(B, dtype=torch.bool, device=device),
     ]
 
@@ -218,7 +218,7 @@ def verify_by_the_four_ops(inputs: list[Tensor], bound: list[Tensor], kind: str)
     log_ratios, scores = mpg_ext.score_prefixes(attribute_logprobs, anchor_logprobs, weights, score=kind)
     accepted = mpg_ext.accept_prefixes(scores, bound[3], uniforms, lengths)
     accepted_scores = scores.gather(1, (accepted - 1).clamp(min=0)[:, None])
-    mpg_ext.update_bound_(*bound, accepted_scores, accepted >= 1, **BOUND)
+    mpg_ext.update_bound_(bound, accepted_scores, accepted >= 1, constants=CONSTANTS)
     return log_ratios, scores, accepted
 
 
@@ -233,18 +233,20 @@ class TestFused:
             inputs[4].abs_()  # what a difference leaves of its digits is the problem's own
         twin_bound, bound = bound, [guarded(tensor) for tensor in bound]
         with nothing_else_written(inputs, written=bound):
-            out = mpg_ext.verify_chunks(*inputs, *bound, score=score, **BOUND)
+            out = mpg_ext.verify_chunks(*inputs, bound, score=score, constants=CONSTANTS)
         exact_inputs = in_float64(inputs)
-        plain = reference.verify_chunks(*inputs, *[t.clone() for t in twin_bound], score=score, **BOUND)
+        plain = reference.verify_chunks(*inputs, [t.clone() for t in twin_bound], score=score, constants=CONSTANTS)
         exact_bound = in_float64(twin_bound)
-        exact = reference.verify_chunks(*exact_inputs, *[t.clone() for t in exact_bound], score=score, **BOUND)
+        exact = reference.verify_chunks(
+            *exact_inputs, [t.clone() for t in exact_bound], score=score, constants=CONSTANTS
+        )
         for tensor, twin, wanted in zip(out[:2], plain[:2], exact[:2], strict=True):
             assert_as_accurate(tensor, twin, wanted, scale=math.log(V) + 4)
         # By the op's own scores: a rounding may put one on the other side of its threshold.
         accepted = reference.accept_prefixes(out[1].double(), exact_bound[3], inputs[5], inputs[3])
         assert torch.equal(out[2], accepted)
         pushed = out[1].gather(1, (accepted - 1).clamp(min=0)[:, None])
-        reference.update_bound_(*twin_bound, pushed, accepted >= 1, **BOUND)
+        reference.update_bound_(twin_bound, pushed, accepted >= 1, constants=CONSTANTS)
         for tensor, wanted in zip(bound, twin_bound, strict=True):
             torch.testing.assert_close(tensor, wanted)
 
@@ -257,7 +259,7 @@ class TestFused:
         for seed in range(6):
             generator = torch.Generator().manual_seed(seed)
             inputs[5] = torch.rand(B, K, dtype=torch.float64, generator=generator).to(device)
-            out = mpg_ext.verify_chunks(*inputs, *bound, score=kind, **BOUND)
+            out = mpg_ext.verify_chunks(*inputs, bound, score=kind, constants=CONSTANTS)
             expected = verify_by_the_four_ops(inputs, expected_bound, kind)
             for tensor, wanted in zip((*out, *bound), (*expected, *expected_bound), strict=True):
                 torch.testing.assert_close(tensor, wanted, rtol=0, atol=0, equal_nan=True)
@@ -270,8 +272,8 @@ class TestFused:
         num_accepted = 0
         for seed in range(10):
             inputs[5] = torch.rand(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            out = mpg_ext.verify_chunks(*inputs, *bound, score=kind, **BOUND)
-            twin = reference.verify_chunks(*inputs, *twin_bound, score=kind, **BOUND)
+            out = mpg_ext.verify_chunks(*inputs, bound, score=kind, constants=CONSTANTS)
+            twin = reference.verify_chunks(*inputs, twin_bound, score=kind, constants=CONSTANTS)
             assert torch.equal(out[2], twin[2])
             for tensor, wanted in zip((*out, *bound), (*twin, *twin_bound), strict=True):
                 torch.testing.assert_close(tensor, wanted, rtol=1e-10, atol=1e-10)
@@ -295,7 +297,7 @@ class TestFused:
                 inputs[5][:, k] = threshold[:, k] * side
                 is_open = (threshold < 1 - 1e-6).all(-1) & (threshold[:, k] > 0)
                 state = [tensor.clone() for tensor in bound]
-                accepted = mpg_ext.verify_chunks(*inputs, *state, score="arithmetic", **BOUND)[2]
+                accepted = mpg_ext.verify_chunks(*inputs, state, score="arithmetic", constants=CONSTANTS)[2]
                 assert is_open.any()
                 assert (accepted[is_open] == wanted).all()
 
@@ -306,14 +308,14 @@ class TestFused:
         before = [tensor.clone() for tensor in bound]
         inputs[3] = torch.tensor([0, 0, 0, 4, 4, 4], device=device)
         inputs[0][3:] = NAN
-        accepted = mpg_ext.verify_chunks(*inputs, *bound, score="arithmetic", **BOUND)[2]
+        accepted = mpg_ext.verify_chunks(*inputs, bound, score="arithmetic", constants=CONSTANTS)[2]
         assert accepted.tolist() == [0] * 3 + [-1] * 3
         for tensor, wanted in zip(bound, before, strict=True):
             torch.testing.assert_close(tensor, wanted, rtol=0, atol=0, equal_nan=True)
 
     def test_accepted_score_is_what_enters_the_window(self, device):
         inputs, bound = chunk(2, 20, 4, 20, torch.float32, device)
-        _, scores, accepted = mpg_ext.verify_chunks(*inputs, *bound, score="geometric", **BOUND)
+        _, scores, accepted = mpg_ext.verify_chunks(*inputs, bound, score="geometric", constants=CONSTANTS)
         rows = (accepted >= 1).nonzero()[:, 0]
         assert len(rows) > 0
         assert torch.equal(bound[0][rows, 0], scores[rows, accepted[rows] - 1])
@@ -324,7 +326,7 @@ class TestFused:
         inputs[3] = torch.full_like(inputs[3], 3)
         inputs[4] = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=device)
         inputs[1][1] = NAN
-        _, scores, accepted = mpg_ext.verify_chunks(*inputs, *bound, score="arithmetic", **BOUND)
+        _, scores, accepted = mpg_ext.verify_chunks(*inputs, bound, score="arithmetic", constants=CONSTANTS)
         assert scores[0].isfinite().all()
         assert scores[1].isnan().all()
         assert accepted[0] >= 0
@@ -334,5 +336,5 @@ class TestFused:
         inputs, bound = chunk(2, 5, 4, 30, torch.bfloat16, device, spread=0.0)
         inputs[4] = torch.full_like(inputs[4], 0.5)
         bound[3].zero_()
-        accepted = mpg_ext.verify_chunks(*inputs, *bound, score="arithmetic", **BOUND)[2]
+        accepted = mpg_ext.verify_chunks(*inputs, bound, score="arithmetic", constants=CONSTANTS)[2]
         assert torch.equal(accepted, inputs[3])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,13 +58,13 @@ class Bound:
         for tensor, initial in zip(self.tensors(), (0, 0, 0, self.log_initial_bound, False), strict=True):
             tensor[rows] = initial
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The state, in the order in which the ops take it."""
-        return self.window, self.num_scores, self.num_rounds, self.log_bound, self.frozen
+    def tensors(self) -> list[Tensor]:
+        """The state, as the ops take it."""
+        return [self.window, self.num_scores, self.num_rounds, self.log_bound, self.frozen]
 
-    def constants(self) -> dict[str, Any]:
-        """The constants, by the names that the ops give them."""
-        return {"log_initial_bound": self.log_initial_bound, "log_gamma": self.log_gamma, "tau": self.tau}
+    def constants(self) -> list[float]:
+        """What does not change, as the ops take it."""
+        return [self.log_initial_bound, self.log_gamma, self.tau]
 
     def is_warming_up(self) -> Tensor:
         """Whether log M is still log M_0: the first W + 1 rounds, or fewer than two scores. out: (B,) bool"""

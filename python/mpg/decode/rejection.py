@@ -82,7 +82,7 @@ class TokenRS:
 
         # Update log M by an accepted score; the others of the loop were never seen
         pushed = torch.where(is_accepted, scores.gather(1, token[:, None])[:, 0], -torch.inf)
-        mpg_ext.update_bound_(*bound.tensors(), pushed[:, None], batch.active, **bound.constants())
+        mpg_ext.update_bound_(bound.tensors(), pushed[:, None], batch.active, constants=bound.constants())
 
         # Commit
         num_tries = torch.where(accept_prob > 0, success_prob / accept_prob, self.options.tries)
@@ -167,7 +167,7 @@ class SeqRS:
         self.num_rejected += is_whole & ~is_accepted
         is_capped = is_whole & ~is_accepted & (self.num_tries >= self.options.tries)
         self.num_capped += is_capped
-        mpg_ext.update_bound_(*bound.tensors(), score[:, None], is_whole, **bound.constants())
+        mpg_ext.update_bound_(bound.tensors(), score[:, None], is_whole, constants=bound.constants())
 
         # Commit it, or start again
         counts = torch.where(is_whole & is_accepted | is_capped, self.sizes, 0)

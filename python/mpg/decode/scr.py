@@ -102,7 +102,7 @@ class SCR:
         pushed = (
             torch.cat([_observed(scores, is_tested), score[:, None]], 1) if self.options.observed else score[:, None]
         )
-        mpg_ext.update_bound_(*bound.tensors(), pushed, is_fallback, **bound.constants())
+        mpg_ext.update_bound_(bound.tensors(), pushed, is_fallback, constants=bound.constants())
 
         # Commit
         chunk[:, 0] = torch.where(is_fallback, token, chunk[:, 0])
@@ -205,7 +205,7 @@ class _Decisions:
             pushed = _observed(scores, _is_tested(accepted, num_usable, scores.shape[1]))
         else:
             pushed = scores.gather(1, (accepted - 1).clamp_min(0)[:, None])
-        self.ops.update_bound_(*self.bound.tensors(), pushed, accepted > 0, **self.bound.constants())
+        self.ops.update_bound_(self.bound.tensors(), pushed, accepted > 0, constants=self.bound.constants())
 
 
 class _Fused(_Decisions):
@@ -223,8 +223,8 @@ class _Fused(_Decisions):
         uniforms = self.rng.uniforms(Purpose.ACCEPT, chunk.shape[1], num_usable > 0)
         if not self.options.observed:
             return mpg_ext.verify_chunks(
-                anchor_logits, attribute_logits, chunk, num_usable, self.weights, uniforms, *self.bound.tensors(),
-                score=cast(Score, self.options.target), **self.bound.constants(),
+                anchor_logits, attribute_logits, chunk, num_usable, self.weights, uniforms, self.bound.tensors(),
+                score=cast(Score, self.options.target), constants=self.bound.constants(),
             )  # fmt: skip
         log_ratios, scores = self.score(anchor_logits, attribute_logits, chunk)
         accepted = mpg_ext.accept_prefixes(scores, self.bound.log_bound, uniforms, num_usable)
