@@ -242,11 +242,11 @@ MPG_HOST_DEVICE A normalized_log_mass(A log_mass, Normalizer<A> normalizer) {
 }
 
 // Index of the item that lifts the cumulated mass above `target`, or the last item with mass where
-// rounding leaves the target above them all; -1 without any. Takes the mass before that item off
-// the target.
+// rounding leaves the target above them all; 0 without any, so that it is always one to read. Takes
+// the mass before that item off the target.
 template <class F>
 MPG_HOST_DEVICE int64_t pick(int64_t count, double& target, F mass_of) {
-  int64_t picked = -1;
+  int64_t picked = 0;
   double cumulated = 0, before = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double mass = mass_of(i);

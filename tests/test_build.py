@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,17 @@ def test_a_wheel_from_the_source_archive_generates_in_a_clean_environment(tmp_pa
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(clean), sysconfig.get_paths()["purelib"]])}
     command = [sys.executable, "-S", "-c", code, str(clean)]
     assert "tokens_per_second" in run(command, cwd=tmp_path, env=environment).stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_logits_are_loaded_16_bytes_at_a_time(tmp_path):
+    """Which no run of a kernel shows: loads of single elements compute the same."""
+    source, ptx = ROOT / "csrc" / "kernels" / "logsumexp.cu", tmp_path / "logsumexp.ptx"
+    subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", source, "-o", ptx], check=True)
+    kernels = [code for code in ptx.read_text().split(".entry ")[1:] if "reduce_slices_kernel" in code.split("(")[0]]
+    assert len(kernels) == 3  # float, half, bfloat16
+    for code in kernels:
+        assert re.search(r"ld\.global\.v4\.\w32 ", code), code.split("(")[0]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) log_masses_kernel(const CombineRows<
     args.log_rows[row * V + y] = log_mass;
     sum.add(log_mass, 1.f);
   }
-  sum = merge_block(sum, 1.f);
+  sum = reduce_block(sum, Merge{1.f});
   if (threadIdx.x == 0) {
     float* partial = args.row_partials + (row * num_slices(V) + blockIdx.y) * 2;
     partial[0] = sum.max;

@@ -15,17 +15,7 @@ __device__ __forceinline__ double slice_mass(int64_t V, int64_t slice, F mass_of
   const int64_t end = V - begin < kSliceSize ? V : begin + kSliceSize;
   double mass = 0;
   for (int64_t y = begin + threadIdx.x; y < end; y += kThreads) mass += mass_of(y);
-
-  __shared__ double warp_mass[kWarps];
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    mass += __shfl_down_sync(kAllLanes, mass, offset);
-  }
-  if (threadIdx.x % kWarp == 0) warp_mass[threadIdx.x / kWarp] = mass;
-  __syncthreads();  // all threads read what every warp wrote
-  double total = 0;
-  for (int w = 0; w < kWarps; ++w) total += warp_mass[w];
-  __syncthreads();  // a next call may write there
-  return total;
+  return sum_block(mass);
 }
 
 __device__ __forceinline__ double total_mass(int64_t V, const double* slice_masses) {

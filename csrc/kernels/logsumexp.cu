@@ -14,9 +14,9 @@ struct alignas(16) Packed {
   T element[kSize];
 };
 
+// By value: through a reference the compiler loads element by element.
 template <class T>
-__device__ __forceinline__ LogSum<float> packed_log_sum(const Packed<T>& packed,
-                                                        float inv_temperature) {
+__device__ __forceinline__ LogSum<float> packed_log_sum(Packed<T> packed, float inv_temperature) {
   float x[Packed<T>::kSize];
   LogSum<float> sum;
   for (int e = 0; e < Packed<T>::kSize; ++e) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = threadIdx.x < head ? threadIdx.x : threadIdx.x + num_packed * kSize;
   if (end < size) sum.add(to_float(x[end]), inv_temperature);
 
-  sum = merge_block(sum, inv_temperature);
+  sum = reduce_block(sum, Merge{inv_temperature});
   if (threadIdx.x == 0) {
     float* partial = partials + (row * num_slices(logits.V) + blockIdx.y) * 2;
     partial[0] = sum.max;

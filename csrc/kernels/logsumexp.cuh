@@ -12,36 +12,13 @@ int reduce_slices(const ModelLogits& logits, float inv_temperature, float* parti
 // Both halves, for ops that look at every row again: two launches.
 int normalize_rows(const NormalizeRows<float>& args, void* stream);
 
-// Merges over the lanes of a warp; the result is lane 0's. Not a butterfly: with fused
-// multiply-adds merge is not commutative to the last bit, and lanes would disagree.
-__device__ __forceinline__ LogSum<float> merge_lanes(LogSum<float> sum, float inv_temperature) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    LogSum<float> other;
-    other.max = __shfl_down_sync(kAllLanes, sum.max, offset);
-    other.sum = __shfl_down_sync(kAllLanes, sum.sum, offset);
+struct Merge {
+  float inv_temperature;
+  __device__ LogSum<float> operator()(LogSum<float> sum, LogSum<float> other) const {
     sum.merge(other, inv_temperature);
+    return sum;
   }
-  return sum;
-}
-
-// Merges over a block of kThreads; the result is thread 0's.
-__device__ __forceinline__ LogSum<float> merge_block(LogSum<float> sum, float inv_temperature) {
-  __shared__ float warp_max[kWarps], warp_sum[kWarps];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  sum = merge_lanes(sum, inv_temperature);
-  if (lane == 0) {
-    warp_max[warp] = sum.max;
-    warp_sum[warp] = sum.sum;
-  }
-  __syncthreads();  // warp 0 reads what the others wrote
-  if (warp != 0) return sum;
-  sum = LogSum<float>();
-  if (lane < kWarps) {
-    sum.max = warp_max[lane];
-    sum.sum = warp_sum[lane];
-  }
-  return merge_lanes(sum, inv_temperature);
-}
+};
 
 // Second half, by a whole warp; the result is lane 0's.
 __device__ __forceinline__ Normalizer<float> merge_slices(const float* partials, int64_t row,
@@ -49,12 +26,9 @@ __device__ __forceinline__ Normalizer<float> merge_slices(const float* partials,
   LogSum<float> sum;
   for (int64_t slice = threadIdx.x % kWarp; slice < slices; slice += kWarp) {
     const float* partial = partials + (row * slices + slice) * 2;
-    LogSum<float> other;
-    other.max = partial[0];
-    other.sum = partial[1];
-    sum.merge(other, inv_temperature);
+    sum.merge({partial[0], partial[1]}, inv_temperature);
   }
-  return merge_lanes(sum, inv_temperature).normalizer();
+  return reduce_warp(sum, Merge{inv_temperature}).normalizer();
 }
 
 // The log-probability of a row's token, by a whole warp, from the row's partials.

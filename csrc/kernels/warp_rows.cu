@@ -13,26 +13,6 @@ namespace {
 // As many as a block may have: the passes wait for memory.
 constexpr int kRowThreads = 1024;
 
-// Reduces over the block; the result is every thread's.
-template <class T, class F>
-__device__ __forceinline__ T reduce_block(T x, F combine) {
-  __shared__ T warp_result[kRowThreads / kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    x = combine(x, __shfl_down_sync(kAllLanes, x, offset));
-  }
-  __syncthreads();  // the result of the call before has been read
-  if (lane == 0) warp_result[warp] = x;
-  __syncthreads();  // all threads read what every warp wrote
-  x = warp_result[0];
-  for (int w = 1; w < kRowThreads / kWarp; ++w) x = combine(x, warp_result[w]);
-  return x;
-}
-
-__device__ __forceinline__ double sum_block(double x) {
-  return reduce_block(x, [](double a, double b) { return a + b; });
-}
-
 // The greatest code from which up the tokens weigh at least `budget`; 0 if all together do not. So
 // a token is kept, code >= cut, if those preferred to it weigh less than the budget. Two bits a
 // pass.
@@ -52,9 +32,9 @@ __device__ __forceinline__ uint64_t find_cut(const Preference& preference, doubl
       if (code > first + 2) weight3 += weight;
     }
     uint64_t digit = 0;
-    if (sum_block(weight1) >= budget) digit = 1;
-    if (sum_block(weight2) >= budget) digit = 2;
-    if (sum_block(weight3) >= budget) digit = 3;
+    if (sum_block<kRowThreads>(weight1) >= budget) digit = 1;
+    if (sum_block<kRowThreads>(weight2) >= budget) digit = 2;
+    if (sum_block<kRowThreads>(weight3) >= budget) digit = 3;
     cut |= digit << shift;
   }
   return cut;
@@ -73,8 +53,8 @@ __global__ void __launch_bounds__(kRowThreads) warp_rows_kernel(const WarpRows<f
     top = code > top ? code : top;
     num_invalid += !(row[y] < INFINITY);  // NaN or +inf
   }
-  top = reduce_block(top, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
-  num_invalid = reduce_block(num_invalid, [](int a, int b) { return a + b; });
+  top = reduce_block<kRowThreads>(top, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+  num_invalid = sum_block<kRowThreads>(num_invalid);
   const int64_t preferred = V - 1 - int64_t(top & ((uint64_t(1) << preference.token_bits) - 1));
   const float max = row[preferred];
   if (num_invalid != 0 || max == -INFINITY || args.temperature == 0) {
@@ -100,12 +80,12 @@ __global__ void __launch_bounds__(kRowThreads) warp_rows_kernel(const WarpRows<f
     cut = find_cut(preference, double(args.top_k), [](int64_t) { return 1; });
   }
   if (args.top_p < 1) {
-    cut = find_cut(preference, args.top_p * sum_block(mass_of_thread()), mass_of);
+    cut = find_cut(preference, args.top_p * sum_block<kRowThreads>(mass_of_thread()), mass_of);
   }
   for (int64_t y = threadIdx.x; y < V; y += kRowThreads) {
     if (mass_of(y) < args.min_p) probs[y] = 0;
   }
-  const double total = sum_block(mass_of_thread());
+  const double total = sum_block<kRowThreads>(mass_of_thread());
   for (int64_t y = threadIdx.x; y < V; y += kRowThreads) probs[y] = float(mass_of(y) / total);
 }
 

@@ -78,6 +78,13 @@ def test_draws_by_hand(device):
     assert mpg_ext.draw_tokens(probs.expand(5, 5), u).tolist() == [1, 1, 3, 3, 3]
 
 
+def test_masses_that_cancel_draw_a_token_of_the_row(device):
+    """Negative ones, which no caller may have: summed in one order they leave a total, in another nothing to pick."""
+    row = torch.ones(104, device=device)[64:]
+    row.zero_()[[0, 1, 16]] = torch.tensor([1e17, 1.0, -1e17], device=device)
+    assert 0 <= mpg_ext.draw_tokens(row[None], torch.tensor([0.5], dtype=torch.float64, device=device)).item() < 40
+
+
 def test_row_without_mass_or_with_nan_draws_token_zero(device):
     probs = torch.zeros(3, 9, device=device)
     probs[1, 4], probs[2, 3], probs[2, 8] = NAN, 1, NAN

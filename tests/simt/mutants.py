@@ -24,13 +24,13 @@ class Mutant(NamedTuple):
 
 MUTANTS = {
     "missing barrier after a reduction": Mutant(
-        "csrc/kernels/logsumexp.cuh",
-        "  __syncthreads();  // warp 0 reads what the others wrote\n",
+        "csrc/kernels/launch.cuh",
+        "  __syncthreads();  // every warp reads what all wrote\n",
         "",
         "ops/test_gather_logprobs.py accurate_as_plain",
     ),
     "missing barrier before reuse of shared memory": Mutant(
-        "csrc/kernels/warp_rows.cu",
+        "csrc/kernels/launch.cuh",
         "  __syncthreads();  // the result of the call before has been read\n",
         "",
         "ops/test_warp_rows.py op_keeps",
@@ -66,10 +66,10 @@ MUTANTS = {
         "ops/test_gather_logprobs.py every_misalignment",
     ),
     "shared-memory overrun": Mutant(
-        "csrc/kernels/warp_rows.cu",
-        "w < kRowThreads / kWarp; ++w",
-        "w <= kRowThreads / kWarp; ++w",
-        "ops/test_warp_rows.py op_keeps",
+        "csrc/kernels/launch.cuh",
+        "of_warp[lane % kCount]",
+        "of_warp[lane]",
+        "ops/test_draw_fallback.py op_draws",
     ),
     "too little dynamic shared memory": Mutant(  # no kernel of the library uses any: planted in one of the simulator's
         "tests/simt/harness.cpp",
@@ -102,9 +102,9 @@ MUTANTS = {
         "ops/test_draw_fallback.py op_draws",
     ),
     "wrong identity element": Mutant(
-        "csrc/kernels/logsumexp.cuh",
-        "  sum = LogSum<float>();\n",
-        "  sum = LogSum<float>{0.f, 0.f};\n",
+        "csrc/numerics.h",
+        "  A max = -A(INFINITY);\n  A sum = 0;\n",
+        "  A max = 0;\n  A sum = 0;\n",
         "ops/test_gather_logprobs.py far_from_zero",
     ),
     "missing -inf guard": Mutant(
