@@ -16,7 +16,7 @@
 #include <string_view>
 #include <tuple>
 
-#include "ops.h"
+#include "numerics.h"
 
 namespace {
 
@@ -150,14 +150,15 @@ class Memory {
   }
 
   template <class T>
-  T* scratch(at::IntArrayRef sizes) {
-    return output<T>(kept_.emplace_back(), sizes);
+  T* scratch(int64_t count) {
+    return reinterpret_cast<T*>(
+        output<uint8_t>(kept_.emplace_back(), {count * int64_t(sizeof(T))}));
   }
 
   // Null where the CPU side works.
   template <class T>
-  T* kernel_scratch(at::IntArrayRef sizes) {
-    return uses_kernels(device_) ? scratch<T>(sizes) : nullptr;
+  T* kernel_scratch(int64_t count) {
+    return uses_kernels(device_) ? scratch<T>(count) : nullptr;
   }
 
  private:
@@ -300,7 +301,7 @@ Tensor gather_logprobs(const Tensor& logits, const Tensor& tokens, double temper
         {storage_of(logits), rows_of(logits, false, true), {}, 0, R, K, V, nullptr},
         memory.input<int64_t>("tokens", tokens, "(R, K)", {R, K}), A(temperature),
         memory.output<A>(logprobs, {R, K}),
-        memory.kernel_scratch<A>({R, K, mpg::num_slices(V), 2}));
+        memory.kernel_scratch<mpg::LogSum<A>>(R * K * mpg::num_slices(V)));
     if (launch(memory, R, args, MPG_CUDA(gather_logprobs))) return;
     split(R * K, V, args, mpg::cpu::gather_logprobs<A>);
   });
@@ -375,8 +376,8 @@ std::tuple<Tensor, Tensor, Tensor> verify_chunks(const Tensor& anchor_logits,
     const mpg::GatherLogprobs<A> gather(
         model_logits(anchor_logits, attribute_logits),
         memory.input<int64_t>("tokens", tokens, "(B, K)", {B, K}), A(1),
-        memory.scratch<A>({1 + N, B, K}),
-        memory.kernel_scratch<A>({1 + N, B, K, mpg::num_slices(V), 2}));
+        memory.scratch<A>((1 + N) * B * K),
+        memory.kernel_scratch<mpg::LogSum<A>>((1 + N) * B * K * mpg::num_slices(V)));
     const mpg::ScorePrefixes<A> scoring(
         gather.logprobs + B * K, gather.logprobs,
         memory.input<A>("weights", weights, "(B, N)", {B, N}), score_of(score), N, B, K,
@@ -408,15 +409,14 @@ std::tuple<Tensor, Tensor, Tensor> draw_fallback(const Tensor& anchor_logits,
     const mpg::DrawFallback<A> args(
         {model_logits(anchor_logits, attribute_logits,
                       memory.input<bool>("active", active, "(B,)", {B})),
-         reinterpret_cast<mpg::Normalizer<A>*>(memory.scratch<A>({1 + N, B, 2})),
-         memory.kernel_scratch<A>({1 + N, B, mpg::num_slices(V), 2})},
+         memory.scratch<mpg::Normalizer<A>>((1 + N) * B),
+         memory.kernel_scratch<mpg::LogSum<A>>((1 + N) * B * mpg::num_slices(V))},
         memory.input<A>("draft_probs", draft_probs, "(B, V)", {B, V}),
         memory.input<A>("weights", weights, "(B, N)", {B, N}),
         memory.input<A>("log_bound", log_bound, "(B,)", {B}),
         memory.input<double>("uniforms", uniforms, "(B,)", {B}), score_of(score),
         memory.output<int64_t>(tokens, {B}), memory.output<A>(scores, {B}),
-        memory.output<A>(accept_probs, {B}),
-        memory.kernel_scratch<double>({B, mpg::num_slices(V)}));
+        memory.output<A>(accept_probs, {B}), memory.kernel_scratch<double>(B * mpg::num_slices(V)));
     if (launch(memory, B, args, MPG_CUDA(draw_fallback))) return;
     split((1 + N) * B, V, args.rows, mpg::cpu::normalize_rows<A>);
     split(B, V, args, mpg::cpu::draw_fallback<A>);
@@ -479,13 +479,13 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
       logits.has_base = true;
     }
     const int64_t num_rows = logits.num_rows(), num_slices = mpg::num_slices(V);
-    const mpg::CombineRows<A> args(
-        {logits, reinterpret_cast<mpg::Normalizer<A>*>(memory.scratch<A>({num_rows, 2})),
-         memory.kernel_scratch<A>({num_rows, num_slices, 2})},
-        has_anchor, N, logits.has_base ? N + 1 : 0,
-        memory.input<A>("weights", weights, "(B, P, N)", {B, P, N}), kind,
-        memory.output<A>(log_rows, {B, P, V}), memory.output<A>(log_totals, {B, P}),
-        memory.scratch<A>({B, P, num_slices, 2}));
+    const mpg::CombineRows<A> args({logits, memory.scratch<mpg::Normalizer<A>>(num_rows),
+                                    memory.kernel_scratch<mpg::LogSum<A>>(num_rows * num_slices)},
+                                   has_anchor, N, logits.has_base ? N + 1 : 0,
+                                   memory.input<A>("weights", weights, "(B, P, N)", {B, P, N}),
+                                   kind, memory.output<A>(log_rows, {B, P, V}),
+                                   memory.output<A>(log_totals, {B, P}),
+                                   memory.scratch<mpg::LogSum<A>>(B * P * num_slices));
     if (launch(memory, B, args, MPG_CUDA(combine_rows))) return;
     split(num_rows, V, args.rows, mpg::cpu::normalize_rows<A>);
     const int64_t slices = B * P * num_slices, slice_size = std::min(V, mpg::kSliceSize);
@@ -524,7 +524,7 @@ Tensor draw_tokens(const Tensor& probs, const Tensor& uniforms) {
     const mpg::DrawTokens<A> args(memory.input<A>("probs", probs, "(B, V)", {B, V}),
                                   memory.input<double>("uniforms", uniforms, "(B,)", {B}), B, V,
                                   memory.output<int64_t>(tokens, {B}),
-                                  memory.kernel_scratch<double>({B, mpg::num_slices(V)}));
+                                  memory.kernel_scratch<double>(B * mpg::num_slices(V)));
     if (launch(memory, B, args, MPG_CUDA(draw_tokens))) return;
     split(B, V, args, mpg::cpu::draw_tokens<A>);
   });
@@ -543,7 +543,7 @@ std::tuple<Tensor, Tensor> verify_block(const Tensor& target_probs,
         block_of<A>(memory, target_probs, draft_probs, tokens, lengths, B, K, V),
         memory.input<double>("uniforms", uniforms, "(B, K)", {B, K}),
         memory.output<int64_t>(accepted, {B}), memory.output<A>(carry, {B}),
-        memory.kernel_scratch<double>({B, K, mpg::num_slices(V)}));
+        memory.kernel_scratch<double>(B * K * mpg::num_slices(V)));
     if (launch(memory, B, args, MPG_CUDA(verify_block))) return;
     split(B, K * V, args, mpg::cpu::verify_block<A>);
   });
@@ -562,7 +562,7 @@ Tensor draw_residual(const Tensor& target_probs, const std::optional<Tensor>& dr
         memory.input<int64_t>("accepted", accepted, "(B,)", {B}),
         memory.input<A>("carry", carry, "(B,)", {B}),
         memory.input<double>("uniforms", uniforms, "(B,)", {B}), memory.output<int64_t>(drawn, {B}),
-        memory.kernel_scratch<double>({2, B, mpg::num_slices(V)}));
+        memory.kernel_scratch<double>(2 * B * mpg::num_slices(V)));
     if (launch(memory, B, args, MPG_CUDA(draw_residual))) return;
     split(B, 2 * V, args, mpg::cpu::draw_residual<A>);
   });

@@ -46,6 +46,10 @@ struct Normalizer {
   A max, log_sum;
 };
 
+// What a part of a row adds to its normaliser, see numerics.h.
+template <class A>
+struct LogSum;
+
 // The part of a row that one CUDA block reduces. 8192 elements keep 256 threads busy with 16-byte
 // loads and still give a single sequence's few rows enough blocks to fill a GPU.
 constexpr int64_t kSliceSize = 8192;
@@ -56,7 +60,7 @@ template <class A>
 struct NormalizeRows {
   ModelLogits logits;
   Normalizer<A>* normalizers;  // (rows)
-  A* partials;                 // (rows, num_slices, 2) scratch, CUDA only
+  LogSum<A>* partials;         // (rows, num_slices) scratch, CUDA only
 };
 
 template <class A>
@@ -64,8 +68,8 @@ struct GatherLogprobs {
   ModelLogits logits;
   const int64_t* tokens;  // (B, K)
   A temperature;
-  A* logprobs;  // (1 + N, B, K)
-  A* partials;  // (rows, num_slices, 2) scratch, CUDA only
+  A* logprobs;          // (1 + N, B, K)
+  LogSum<A>* partials;  // (rows, num_slices) scratch, CUDA only
 };
 
 template <class A>
@@ -149,9 +153,9 @@ struct CombineRows {
   int64_t N, base;   // the model that is the base: 0 where it is the anchor itself
   const A* weights;  // (B, P, N)
   Score target;
-  A* log_rows;      // (B, P, V)
-  A* log_totals;    // (B, P)
-  A* row_partials;  // (B, P, num_slices, 2) scratch
+  A* log_rows;              // (B, P, V)
+  A* log_totals;            // (B, P)
+  LogSum<A>* row_partials;  // (B, P, num_slices) scratch
 };
 
 template <class A>

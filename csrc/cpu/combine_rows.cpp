@@ -73,10 +73,8 @@ void combine_slices(const CombineRows<A>& args, int64_t begin, int64_t end) {
       using T = decltype(type);
       combine_tokens<T>(args, row / logits.K, row % logits.K, first, last, log_masses);
     });
-    const LogSum<A> sum = row_log_sum(log_masses, last - first, A(1));
-    A* partial = args.row_partials + (row * num_slices(logits.V) + slice) * 2;
-    partial[0] = sum.max;
-    partial[1] = sum.sum;
+    args.row_partials[row * num_slices(logits.V) + slice] =
+        row_log_sum(log_masses, last - first, A(1));
   });
 }
 
@@ -86,8 +84,7 @@ void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end) {
   for_each_slice(args, begin, end, [&](int64_t row, int64_t slice, int64_t first, int64_t last) {
     LogSum<A> sum;
     for (int64_t s = 0; s < num_slices(V); ++s) {
-      const A* partial = args.row_partials + (row * num_slices(V) + s) * 2;
-      sum.merge({partial[0], partial[1]}, A(1));
+      sum.merge(args.row_partials[row * num_slices(V) + s], A(1));
     }
     const Normalizer<A> normalizer = sum.normalizer();
     if (slice == 0) args.log_totals[row] = normalizer.max + normalizer.log_sum;

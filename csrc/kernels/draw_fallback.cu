@@ -52,17 +52,14 @@ __global__ void __launch_bounds__(kThreads) draw_fallback_kernel(const DrawFallb
 
 int draw_fallback(const DrawFallback<float>& args, void* stream) {
   const ModelLogits& logits = args.rows.logits;
-  const int status = normalize_rows(args.rows, stream);
-  if (status != 0) return status;
+  normalize_rows(args.rows, stream);
   const dim3 slices(unsigned(logits.B), unsigned(num_slices(logits.V)));
-  return with_logit_type<float>(logits.dtype, [&](auto type) {
+  with_logit_type<float>(logits.dtype, [&](auto type) {
     using T = decltype(type);
     MPG_LAUNCH(slice_masses_kernel<T>, slices, kThreads, 0, stream, args);
-    const int slices_status = launch_status();
-    if (slices_status != 0) return slices_status;
     MPG_LAUNCH(draw_fallback_kernel<T>, dim3(unsigned(logits.B)), kThreads, 0, stream, args);
-    return launch_status();
   });
+  return launch_status();
 }
 
 }  // namespace mpg::cuda

@@ -16,6 +16,7 @@
 
 namespace mpg::cuda {
 
+// Of all launches since the last call: an error stays until it is read.
 inline int launch_status() { return int(cudaGetLastError()); }
 
 constexpr unsigned kAllLanes = 0xffffffff;

@@ -31,7 +31,7 @@ __device__ __forceinline__ LogSum<float> packed_log_sum(Packed<T> packed, float 
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    reduce_slices_kernel(const ModelLogits logits, float inv_temperature, float* partials) {
+    reduce_slices_kernel(const ModelLogits logits, float inv_temperature, LogSum<float>* partials) {
   const int64_t row = blockIdx.x;
   if (!is_active(logits, row)) return;
   const int64_t begin = blockIdx.y * kSliceSize;
@@ -54,11 +54,7 @@ __global__ void __launch_bounds__(kThreads)
   if (end < size) sum.add(to_float(x[end]), inv_temperature);
 
   sum = reduce_block(sum, Merge{inv_temperature});
-  if (threadIdx.x == 0) {
-    float* partial = partials + (row * num_slices(logits.V) + blockIdx.y) * 2;
-    partial[0] = sum.max;
-    partial[1] = sum.sum;
-  }
+  if (threadIdx.x == 0) partials[row * num_slices(logits.V) + blockIdx.y] = sum;
 }
 
 __global__ void __launch_bounds__(kThreads) normalize_rows_kernel(const NormalizeRows<float> args) {
@@ -71,22 +67,20 @@ __global__ void __launch_bounds__(kThreads) normalize_rows_kernel(const Normaliz
 
 }  // namespace
 
-int reduce_slices(const ModelLogits& logits, float inv_temperature, float* partials, void* stream) {
+void reduce_slices(const ModelLogits& logits, float inv_temperature, LogSum<float>* partials,
+                   void* stream) {
   const dim3 grid(unsigned(logits.num_rows()), unsigned(num_slices(logits.V)));
-  return with_logit_type<float>(logits.dtype, [&](auto type) {
+  with_logit_type<float>(logits.dtype, [&](auto type) {
     using T = decltype(type);
     MPG_LAUNCH(reduce_slices_kernel<T>, grid, kThreads, 0, stream, logits, inv_temperature,
                partials);
-    return launch_status();
   });
 }
 
-int normalize_rows(const NormalizeRows<float>& args, void* stream) {
-  const int status = reduce_slices(args.logits, 1.f, args.partials, stream);
-  if (status != 0) return status;
+void normalize_rows(const NormalizeRows<float>& args, void* stream) {
+  reduce_slices(args.logits, 1.f, args.partials, stream);
   const dim3 grid(blocks_for(args.logits.num_rows(), kWarps));
   MPG_LAUNCH(normalize_rows_kernel, grid, kThreads, 0, stream, args);
-  return launch_status();
 }
 
 const char* error_string(int status) { return cudaGetErrorString(cudaError_t(status)); }

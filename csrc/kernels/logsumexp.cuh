@@ -6,12 +6,14 @@
 
 namespace mpg::cuda {
 
-// First half. Partials are (rows, num_slices, 2): max and sum of a LogSum.
-int reduce_slices(const ModelLogits& logits, float inv_temperature, float* partials, void* stream);
+// First half. Partials are (rows, num_slices).
+void reduce_slices(const ModelLogits& logits, float inv_temperature, LogSum<float>* partials,
+                   void* stream);
 
 // Both halves, for ops that look at every row again: two launches.
-int normalize_rows(const NormalizeRows<float>& args, void* stream);
+void normalize_rows(const NormalizeRows<float>& args, void* stream);
 
+// Combines two sums of one temperature.
 struct Merge {
   float inv_temperature;
   __device__ LogSum<float> operator()(LogSum<float> sum, LogSum<float> other) const {
@@ -21,12 +23,12 @@ struct Merge {
 };
 
 // Second half, by a whole warp; the result is lane 0's.
-__device__ __forceinline__ Normalizer<float> merge_slices(const float* partials, int64_t row,
-                                                          int64_t slices, float inv_temperature) {
+__device__ __forceinline__ Normalizer<float> merge_slices(const LogSum<float>* partials,
+                                                          int64_t row, int64_t slices,
+                                                          float inv_temperature) {
   LogSum<float> sum;
   for (int64_t slice = threadIdx.x % kWarp; slice < slices; slice += kWarp) {
-    const float* partial = partials + (row * slices + slice) * 2;
-    sum.merge({partial[0], partial[1]}, inv_temperature);
+    sum.merge(partials[row * slices + slice], inv_temperature);
   }
   return reduce_warp(sum, Merge{inv_temperature}).normalizer();
 }

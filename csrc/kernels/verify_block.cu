@@ -110,8 +110,6 @@ __global__ void __launch_bounds__(kThreads) draw_tokens_kernel(const DrawTokens<
 int draw_tokens(const DrawTokens<float>& args, void* stream) {
   const dim3 slices(unsigned(args.B), unsigned(num_slices(args.V)));
   MPG_LAUNCH(slice_masses_kernel, slices, kThreads, 0, stream, args);
-  const int status = launch_status();
-  if (status != 0) return status;
   MPG_LAUNCH(draw_tokens_kernel, dim3(unsigned(args.B)), kThreads, 0, stream, args);
   return launch_status();
 }
@@ -120,8 +118,6 @@ int verify_block(const VerifyBlock<float>& args, void* stream) {
   const Block<float>& block = args.block;
   const dim3 slices(unsigned(block.B * block.K), unsigned(num_slices(block.V)));
   MPG_LAUNCH(slice_sums_kernel, slices, kThreads, 0, stream, args);
-  const int status = launch_status();
-  if (status != 0) return status;
   MPG_LAUNCH(verify_block_kernel, dim3(unsigned(block.B)), kWarp, 0, stream, args);
   return launch_status();
 }
@@ -130,8 +126,6 @@ int draw_residual(const DrawResidual<float>& args, void* stream) {
   const Block<float>& block = args.block;
   const dim3 slices(unsigned(block.B), unsigned(num_slices(block.V)));
   MPG_LAUNCH(residual_masses_kernel, slices, kThreads, 0, stream, args);
-  const int status = launch_status();
-  if (status != 0) return status;
   MPG_LAUNCH(draw_residual_kernel, dim3(unsigned(block.B)), kThreads, 0, stream, args);
   return launch_status();
 }
