@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "decode"))
+sys.path[:0] = [str(HERE.parent / "tests" / folder) for folder in ("decode", "proof")]
 
 from fakes import FakeModels, enumerate_sampler, total_variation  # noqa: E402
 from laws import Law, target_law  # noqa: E402
 from mpg.decode import SAMPLERS  # noqa: E402
 from mpg.decode.batch import Batch  # noqa: E402
-from mpg.decode.rng import enumerate_branches  # noqa: E402
 from mpg.options import Options  # noqa: E402
+from replaying import enumerate_branches  # noqa: E402
 
 VOCAB_SIZE, NUM_TOKENS, CHUNK_SIZE = 4, 4, 4
 PROMPT = (1, 0, 3, 1)
@@ -106,12 +106,12 @@ def enumerate_law(models: FakeModels, **options: Any) -> tuple[Law, float]:
 def _walk_round(models: FakeModels, options: Options, text: tuple[int, ...]) -> Iterator[tuple[float, tuple[int, ...]]]:
     prompt = (*PROMPT, *text)
 
-    def run(rng: Any, width: int) -> list[tuple[int, ...]]:
+    def run(decide: Any, width: int) -> list[tuple[int, ...]]:
         weights = torch.tensor([list(WEIGHTS.values())] * width, dtype=torch.float64)
         seeds = torch.zeros(width, dtype=torch.int64)
         batch = Batch([prompt] * width, [NUM_TOKENS - len(text)] * width, weights, seeds, ())
-        sampler = SAMPLERS[options.sampler](models, tuple(WEIGHTS), options, composed=True)
-        sampler.start(models.open([prompt] * width, sampler.roles, batch.capacity), batch, rng)
+        sampler = SAMPLERS[options.sampler](models, tuple(WEIGHTS), options)
+        sampler.start(models.open([prompt] * width, sampler.roles, batch.capacity), batch, decide)
         sampler.round()
         assert not (batch.unusable | batch.empty).any()
         ends = zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composed import Composed
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch, Round
-from mpg.decode.rng import KeyedGenerator, ReplayingGenerator, enumerate_branches
 from mpg.models.ensemble import Cost
 from mpg.options import Options
 from mpg.results import Transcript
+from replaying import Replaying, enumerate_branches
 
 NUM_ROWS = 997  # distinct rows of one model; a prime, so that few prefixes share one
 
@@ -99,19 +100,20 @@ class FakeSession:
 COMPANIONS = (([1, 0, 1, 1, 0, 2], 2), ([0], 6))
 
 
-class _WithCompanions:
+class _WithCompanions(Composed):
     """Replays the first rows of a batch and draws for the companions, its last rows, by their keys."""
 
-    def __init__(self, replaying: ReplayingGenerator, keyed: KeyedGenerator):
-        self.replaying, self.keyed, self.split = replaying, keyed, len(replaying.probs)
+    def __init__(self, replaying: Replaying, batch: Batch):
+        super().__init__(batch.seeds, batch.rounds)
+        self.replaying, self.split = replaying, len(replaying.probs)
 
-    def bernoulli(self, probs: Tensor, purpose: Any, index: int, active: Tensor) -> Tensor:
-        followed = self.replaying.bernoulli(probs[: self.split], purpose, index, active[: self.split])
-        return torch.cat([followed, self.keyed.bernoulli(probs, purpose, index, active)[self.split :]])
+    def bernoulli(self, probs: Tensor, purpose: Any, index: int, active: Callable[[], Tensor]) -> Tensor:
+        followed = self.replaying.bernoulli(probs[: self.split], purpose, index, lambda: active()[: self.split])
+        return torch.cat([followed, super().bernoulli(probs, purpose, index, active)[self.split :]])
 
-    def categorical(self, rows: Tensor, purpose: Any, index: int, active: Tensor) -> Tensor:
-        followed = self.replaying.categorical(rows[: self.split], purpose, index, active[: self.split])
-        return torch.cat([followed, self.keyed.categorical(rows, purpose, index, active)[self.split :]])
+    def categorical(self, rows: Tensor, purpose: Any, index: int, active: Callable[[], Tensor]) -> Tensor:
+        followed = self.replaying.categorical(rows[: self.split], purpose, index, lambda: active()[: self.split])
+        return torch.cat([followed, super().categorical(rows, purpose, index, active)[self.split :]])
 
 
 def enumerate_sampler(
@@ -135,7 +137,7 @@ def enumerate_sampler(
     """
     checked = Options.of(options)
 
-    def run(rng: ReplayingGenerator, batch_size: int) -> list[tuple[int, ...]]:
+    def run(replaying: Replaying, batch_size: int) -> list[tuple[int, ...]]:
         first_prompt, first_limit = predecessor or (prompt, max_new_tokens)
         prompts = [first_prompt] * batch_size + [companion for companion, _ in COMPANIONS]
         limits = [first_limit] * batch_size + [limit for _, limit in COMPANIONS]
@@ -147,9 +149,9 @@ def enumerate_sampler(
         batch = Batch(prompts, limits, alpha, seeds, models.eos_token_ids, capacity=capacity, processors=processors)
         transcripts = [Transcript(None, (), row, len(start), stops) for row, start in enumerate(prompts)]
         unread: deque[Round] = deque()
-        sampler = SAMPLERS[checked.sampler](models, tuple(weights), checked, composed=True)
+        sampler = SAMPLERS[checked.sampler](models, tuple(weights), checked)
         session = models.open(prompts, sampler.roles, batch.capacity)
-        sampler.start(session, batch, _WithCompanions(rng, KeyedGenerator(batch.seeds, batch.rounds)))
+        sampler.start(session, batch, _WithCompanions(replaying, batch))
         waiting = set(range(batch_size)) if predecessor else set()
         for done in rounds_of(sampler, batch):
             unread.append(done)

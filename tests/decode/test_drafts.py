@@ -11,7 +11,7 @@ from fakes import FakeModels, rounds_of
 from mpg.decode.batch import Batch
 from mpg.decode.drafts import LookupDraft
 from mpg.decode.exact import MAX_ADAPTED_CHUNK, Exact
-from mpg.decode.rng import KeyedGenerator
+from mpg.decode.rng import Decisions
 from mpg.options import Options
 
 
@@ -43,9 +43,7 @@ def test_adapted_chunks_grow_by_two_where_all_is_accepted_and_else_shrink_by_one
     options = Options(sampler="exact", target="arithmetic", adaptive=True, chunk_size=3)
     batch = Batch([[1, 0]], [200], torch.ones(1, 1, dtype=torch.float64), torch.tensor([0]), [])
     sampler = Exact(models, ("E",), options)
-    sampler.start(
-        models.open([[1, 0]], sampler.roles, batch.capacity), batch, KeyedGenerator(batch.seeds, batch.rounds)
-    )
+    sampler.start(models.open([[1, 0]], sampler.roles, batch.capacity), batch, Decisions(batch.seeds, batch.rounds))
     seen = [3]
     for done in rounds_of(sampler, batch):
         seen.append(done.draft_lengths[0] or seen[-1])

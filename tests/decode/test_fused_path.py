@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 
+from composed import Composed
 from fakes import FakeModels, rounds_of
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
 from mpg.decode.direct import Direct
 from mpg.decode.exact import Exact
-from mpg.decode.rng import KeyedGenerator, Purpose, RecordingGenerator
+from mpg.decode.rng import Decisions, Purpose
 from mpg.decode.scr import SCR
 from mpg.options import Options
+from replaying import Recording, RecordingComposed
 
 PROMPTS = [[1, 0], [3], [0, 2, 1, 1, 3], [1, 1, 1]]  # ragged
 SCR_OPTIONS = {
@@ -40,8 +42,8 @@ EXACT_OPTIONS = {
 }
 
 
-def decode(models, sampler, weights, seeds, options, generator=KeyedGenerator, limit=40):
-    """Texts, sampler, the texts' log-ratios where traced, and generator, after decoding one request per seed."""
+def decode(models, sampler, weights, seeds, options, decisions=Decisions, limit=40):
+    """Texts, sampler, the texts' log-ratios where traced, and what decided, after decoding one request per seed."""
     prompts = [PROMPTS[seed % len(PROMPTS)] for seed in seeds]
     alpha = torch.tensor([weights] * len(seeds), dtype=torch.float64)
     batch = Batch(
@@ -51,8 +53,8 @@ def decode(models, sampler, weights, seeds, options, generator=KeyedGenerator, l
         torch.tensor(seeds),
         models.eos_token_ids,
     )
-    rng = generator(batch.seeds, batch.rounds)
-    sampler.start(models.open(prompts, sampler.roles, batch.capacity), batch, rng)
+    decide = decisions(batch.seeds, batch.rounds)
+    sampler.start(models.open(prompts, sampler.roles, batch.capacity), batch, decide)
     traced = [[] for _ in seeds]
     for done in rounds_of(sampler, batch):
         for row, log_ratios in enumerate(done.log_ratios or []):
@@ -60,7 +62,7 @@ def decode(models, sampler, weights, seeds, options, generator=KeyedGenerator, l
     assert not batch.unusable.any()
     assert not batch.empty.any()
     rows = zip(batch.tokens.tolist(), prompts, batch.lengths.tolist(), strict=True)
-    return [row[len(prompt) : length] for row, prompt, length in rows], sampler, traced, rng
+    return [row[len(prompt) : length] for row, prompt, length in rows], sampler, traced, decide
 
 
 @pytest.mark.parametrize("same", [("anchor",), ()], ids=["anchor is base", "own anchor"])
@@ -70,9 +72,9 @@ def test_fused_scr_decides_as_composed_scr(name, same):
     models = FakeModels(6, same=same, eos_token_ids=[5], seed=1)
     options = Options(sampler="scr", trace=True, **SCR_OPTIONS[name])
     runs = []
-    for composed in (False, True):
-        sampler = SCR(models, ("E", "T"), options, composed=composed)
-        runs.append(decode(models, sampler, weights, list(range(64)), options))
+    for decisions in (Decisions, Composed):
+        sampler = SCR(models, ("E", "T"), options)
+        runs.append(decode(models, sampler, weights, list(range(64)), options, decisions))
     (fused_texts, fused, fused_traced, _), (texts, composed, traced, _) = runs
     assert fused_texts == texts
     assert sum(len(text) for text in texts) > 200
@@ -96,9 +98,9 @@ def test_fused_target_samplers_decide_as_composed_ones(sampler, name, same):
     models = FakeModels(6, same=same, others={"draft": 0.5}, eos_token_ids=[5], seed=1)
     options = Options(sampler=sampler, trace=True, **chosen)
     runs = []
-    for composed in (False, True):
-        one = SAMPLERS[sampler](models, ("E", "T"), options, composed=composed)
-        runs.append(decode(models, one, [0.8, 0.5], list(range(64)), options))
+    for decisions in (Decisions, Composed):
+        one = SAMPLERS[sampler](models, ("E", "T"), options)
+        runs.append(decode(models, one, [0.8, 0.5], list(range(64)), options, decisions))
     (fused_texts, fused, fused_traced, _), (texts, composed, traced, _) = runs
     assert fused_texts == texts
     assert sum(len(text) for text in texts) > 200
@@ -118,27 +120,27 @@ KEY_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("composed", [False, True], ids=["fused", "composed"])
+@pytest.mark.parametrize("decisions", [Recording, RecordingComposed], ids=["fused", "composed"])
 @pytest.mark.parametrize("name", KEY_OPTIONS)
-def test_no_key_is_used_twice(name, composed):
+def test_no_key_is_used_twice(name, decisions):
     models, options = FakeModels(6, eos_token_ids=[5]), KEY_OPTIONS[name]
-    sampler = SAMPLERS[options.sampler](models, ("E", "T"), options, composed=composed)
+    sampler = SAMPLERS[options.sampler](models, ("E", "T"), options)
     weights = [1.0, -0.9] if options.empty == "base" else [1.0, 1.0]
-    texts, _, _, rng = decode(models, sampler, weights, list(range(16)), options, RecordingGenerator)
-    assert len(rng.keys) > sum(len(text) for text in texts) / 2  # the recorder has seen them all, and none twice
+    texts, _, _, decide = decode(models, sampler, weights, list(range(16)), options, decisions)
+    assert len(decide.keys) > sum(len(text) for text in texts) / 2  # the recorder has seen them all, and none twice
     if options.empty == "base":
-        assert any(purpose == Purpose.EMPTY for _, _, purpose, _ in rng.keys)
+        assert any(purpose == Purpose.EMPTY for _, _, purpose, _ in decide.keys)
 
 
 def test_recorder_notices_a_key_used_twice():
-    rng = RecordingGenerator(torch.tensor([3, 4]), torch.tensor([0, 0]))
+    decide = Recording(torch.tensor([3, 4]), torch.tensor([0, 0]))
     one, other = torch.tensor([True, False]), torch.tensor([False, True])
     probs = torch.tensor([0.5, 0.5])
-    rng.bernoulli(probs, 1, 0, one)
-    rng.bernoulli(probs, 1, 0, other)
-    rng.bernoulli(probs, 1, 1, one)
+    decide.bernoulli(probs, 1, 0, lambda: one)
+    decide.bernoulli(probs, 1, 0, lambda: other)
+    decide.bernoulli(probs, 1, 1, lambda: one)
     with pytest.raises(AssertionError, match="used twice"):
-        rng.bernoulli(probs, 1, 0, one)
+        decide.bernoulli(probs, 1, 0, lambda: one)
 
 
 @pytest.mark.parametrize("sampler", [SCR, Direct, Exact])
@@ -165,11 +167,11 @@ def test_draft_that_is_the_target_is_always_accepted(verify):
 class TestUnusableModels:
     """What a model returns for one sequence must not reach the others, and must not pass for a text."""
 
-    @pytest.mark.parametrize("composed", [False, True], ids=["fused", "composed"])
+    @pytest.mark.parametrize("decisions", [Decisions, Composed], ids=["fused", "composed"])
     @pytest.mark.parametrize("sampler", ["exact", "direct", "scr"])
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize("span", ["token", 3])
-    def test_attribute_that_weighs_nothing_in_a_row_cannot_fail_it(self, span, sampler, value, composed):
+    def test_attribute_that_weighs_nothing_in_a_row_cannot_fail_it(self, span, sampler, value, decisions):
         if span != "token" and sampler == "scr":
             pytest.skip("scr has no spans")
         models = FakeModels(6)
@@ -182,8 +184,8 @@ class TestUnusableModels:
         )
         alpha = torch.tensor([[1.0, 0.0], [1.0, 0.5]], dtype=torch.float64)
         batch = Batch([[1], [1]], [8, 8], alpha, torch.tensor([0, 1]), [])
-        one = SAMPLERS[sampler](models, ("E", "T"), options, composed=composed)
-        one.start(models.open([[1], [1]], one.roles, batch.capacity), batch, KeyedGenerator(batch.seeds, batch.rounds))
+        one = SAMPLERS[sampler](models, ("E", "T"), options)
+        one.start(models.open([[1], [1]], one.roles, batch.capacity), batch, decisions(batch.seeds, batch.rounds))
         for _ in rounds_of(one, batch):
             pass
         assert batch.unusable.tolist() == [False, True]

@@ -9,9 +9,9 @@ from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law
 from mpg.decode.batch import Batch
 from mpg.decode.exact import Exact
-from mpg.decode.rng import RecordingGenerator
 from mpg.options import Options
 from mpg_ext import reference
+from replaying import RecordingComposed
 
 WEIGHTS = {"E": 0.7, "T": 0.6}
 PROMPT, MAX_NEW_TOKENS = [1, 0], 4  # a text longer than a chunk of two
@@ -107,20 +107,20 @@ def test_mutant_is_flagged(name, monkeypatch, record_property):
 def test_key_reused_after_a_rejection_is_flagged(record_property):
     """Keys by position: the round of a key is the place of its token, so a position drafted anew has old keys."""
 
-    class KeysByPosition(RecordingGenerator):
+    class KeysByPosition(RecordingComposed):
         def __init__(self, batch: Batch):
             super().__init__(batch.seeds, batch.rounds)
             self.batch = batch
 
-        def _record(self, purpose, index, active):
+        def record(self, purpose, index, active):
             rounds, self.rounds = self.rounds, self.batch.lengths + index
-            super()._record(purpose, 0, active)
+            super().record(purpose, 0, active)
             self.rounds = rounds
 
     models = FakeModels(4, others={"draft": 1.0}, seed=1)
     options = Options(sampler="exact", draft="model", chunk_size=3)
     batch = Batch([[1, 0]] * 8, [30] * 8, torch.tensor([[0.7, 0.6]] * 8, dtype=torch.float64), torch.arange(8), [])
-    sampler = Exact(models, ("E", "T"), options, composed=True)
+    sampler = Exact(models, ("E", "T"), options)
     sampler.start(models.open([[1, 0]] * 8, sampler.roles, batch.capacity), batch, KeysByPosition(batch))
 
     with pytest.raises(AssertionError, match="used twice"):

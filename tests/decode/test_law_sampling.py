@@ -9,7 +9,7 @@ from fakes import FakeModels, rounds_of
 from laws import target_law
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
-from mpg.decode.rng import KeyedGenerator
+from mpg.decode.rng import Decisions
 from mpg.options import Options
 
 NUM_TEXTS = 20_000
@@ -25,7 +25,7 @@ def g_test(models, options: Options, **target) -> float:
     )
     sampler = SAMPLERS[options.sampler](models, tuple(WEIGHTS), options)
     session = models.open([PROMPT] * NUM_TEXTS, sampler.roles, batch.capacity)
-    sampler.start(session, batch, KeyedGenerator(batch.seeds, batch.rounds))
+    sampler.start(session, batch, Decisions(batch.seeds, batch.rounds))
     for _ in rounds_of(sampler, batch):
         pass
     law = target_law(models, PROMPT, MAX_NEW_TOKENS, WEIGHTS, **target)

@@ -12,7 +12,7 @@ from ensembles import load
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
 from mpg.decode.bound import Bound
-from mpg.decode.rng import KeyedGenerator
+from mpg.decode.rng import Decisions
 from mpg.decode.rows import TargetRows
 from mpg.options import Options
 
@@ -49,7 +49,7 @@ def test_round_runs_without_a_value(meta_models, options):
     prompts = [[1, 2, 3], [4], [5, 6]]
     batch = Batch(prompts, [8, 8, 8], weights, seeds, [0])
     sampler = SAMPLERS[checked.sampler](meta_models, ("E", "T"), checked)
-    sampler.start(meta_models.open(prompts, sampler.roles, batch.capacity), batch, KeyedGenerator(seeds, batch.rounds))
+    sampler.start(meta_models.open(prompts, sampler.roles, batch.capacity), batch, Decisions(seeds, batch.rounds))
     state = [dict(_tensors_of(owner)) for owner in (batch, sampler)]
     for _ in range(2):
         sampler.round()

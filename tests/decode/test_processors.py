@@ -15,13 +15,14 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
+from composed import Composed
 from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law
 from mpg.decode import SAMPLERS
 from mpg.decode import rows as rows_module
 from mpg.decode.batch import Batch
 from mpg.decode.processors import process_rows
-from mpg.decode.rng import KeyedGenerator
+from mpg.decode.rng import Decisions
 from mpg.options import Options
 
 EOS, PROMPT, MAX_NEW_TOKENS = 2, [1, 0, 1], 4
@@ -136,14 +137,14 @@ def test_fused_ops_decide_as_composed_ones_under_processors(sampler):
     models = FakeModels(6, others={"draft": 1.0}, eos_token_ids=[5], seed=1)
     options = Options(sampler=sampler)
     texts = []
-    for composed in (False, True):
+    for decisions in (Decisions, Composed):
         batch = Batch(
             [[1, 0], [3], [0, 2, 1]] * 8, [12] * 24, torch.tensor([[0.8, 0.5]] * 24, dtype=torch.float64),
             torch.arange(24), [5], processors=[RepetitionPenaltyLogitsProcessor(1.5), None, Parity()] * 8,
         )  # fmt: skip
-        one = SAMPLERS[sampler](models, ("E", "T"), options, composed=composed)
+        one = SAMPLERS[sampler](models, ("E", "T"), options)
         session = models.open([[1, 0], [3], [0, 2, 1]] * 8, one.roles, batch.capacity)
-        one.start(session, batch, KeyedGenerator(batch.seeds, batch.rounds))
+        one.start(session, batch, decisions(batch.seeds, batch.rounds))
         for _ in rounds_of(one, batch):
             pass
         texts.append([row[:length] for row, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)])

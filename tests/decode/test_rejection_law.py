@@ -12,8 +12,8 @@ from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law, warp
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
-from mpg.decode.rng import RecordingGenerator
 from mpg.options import Options
+from replaying import Recording, RecordingComposed
 from test_scr_law import Settings, State
 
 EOS = 1
@@ -138,8 +138,8 @@ def test_more_tries_come_nearer_to_the_mixture_and_one_try_is_the_draft():
 @pytest.mark.parametrize("sampler", ["token-rs", "seq-rs"])
 def test_no_key_is_used_twice_and_every_request_ends_within_its_tries(sampler):
     models = FakeModels(3, eos_token_ids=[EOS], spread=2.0)
-    batch, rng, counted = _run(models, sampler, tries=5, initial_bound=1e6)  # nearly everything is rejected
-    assert rng.keys
+    batch, decide, counted = _run(models, sampler, tries=5, initial_bound=1e6)  # nearly everything is rejected
+    assert decide.keys
     assert (counted["capped_rate"] == 1).all()
     assert (counted["reject_rate"] > 0.99).all()
     if sampler == "seq-rs":
@@ -159,19 +159,19 @@ def test_nothing_is_rejected_where_every_ratio_exceeds_the_bound(sampler):
 @pytest.mark.parametrize("sampler", ["token-rs", "seq-rs"])
 def test_composed_and_fused_take_the_same_decisions(sampler):
     models = FakeModels(7, eos_token_ids=[EOS], spread=1.5)
-    runs = [_run(models, sampler, composed=composed)[0] for composed in (True, False)]
+    runs = [_run(models, sampler, decisions)[0] for decisions in (RecordingComposed, Recording)]
     assert torch.equal(runs[0].tokens, runs[1].tokens)
     assert torch.equal(runs[0].lengths, runs[1].lengths)
 
 
-def _run(models, sampler, *, composed=True, **options):
+def _run(models, sampler, decisions=Recording, **options):
     prompts, limits = [[1, 0], [2], [0, 2, 2]], [6, 6, 4]
     checked = Options(sampler=sampler, **options)
     batch = Batch(prompts, limits, torch.ones(3, 2, dtype=torch.float64), torch.arange(3), models.eos_token_ids)
-    rng = RecordingGenerator(batch.seeds, batch.rounds)
-    running = SAMPLERS[sampler](models, ("E", "T"), checked, composed=composed)
-    running.start(models.open(prompts, running.roles, batch.capacity), batch, rng)
+    decide = decisions(batch.seeds, batch.rounds)
+    running = SAMPLERS[sampler](models, ("E", "T"), checked)
+    running.start(models.open(prompts, running.roles, batch.capacity), batch, decide)
     for _ in rounds_of(running, batch):
         pass
     assert not batch.unusable.any()
-    return batch, rng, running.statistics()
+    return batch, decide, running.statistics()

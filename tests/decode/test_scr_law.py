@@ -14,7 +14,7 @@ import torch
 from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law, warp
 from mpg.decode.batch import Batch
-from mpg.decode.rng import KeyedGenerator
+from mpg.decode.rng import Decisions
 from mpg.decode.scr import SCR
 from mpg.options import Options
 
@@ -207,7 +207,7 @@ def test_a_round_takes_k_passes_of_the_base_and_one_of_the_others(initial_bound,
     batch = Batch([[1, 0], [2]], [12, 12], torch.ones(2, num_attributes, dtype=torch.float64), torch.arange(2), [])
     sampler = SCR(models, ("E", "T"), options)
     session = models.open([[1, 0], [2]], sampler.roles, batch.capacity)
-    sampler.start(session, batch, KeyedGenerator(batch.seeds, batch.rounds))
+    sampler.start(session, batch, Decisions(batch.seeds, batch.rounds))
     num_rounds = sum(1 for _ in rounds_of(sampler, batch))
     num_scored = num_attributes + (not same)
     assert session.cost.depth == num_rounds * (k + 1)

@@ -10,7 +10,7 @@ from mpg.decode.batch import Batch
 from mpg.decode.direct import Direct
 from mpg.decode.exact import Exact
 from mpg.decode.rejection import SeqRS, TokenRS
-from mpg.decode.rng import Generator
+from mpg.decode.rng import Decisions
 from mpg.decode.scr import SCR
 from mpg.options import Options
 
@@ -29,7 +29,7 @@ class Sampler(Protocol):
     def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
         """attributes: the attribute models that count in this batch, in the order of its weights."""
 
-    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         """Take a freshly opened session and batch. Before every round, each opened model has read all committed tokens
         of every row but the last."""
 

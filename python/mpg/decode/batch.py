@@ -155,10 +155,14 @@ class Batch:
         last = chunk.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0]
         return self.is_eos(last) & (counts > 0) | (self.lengths + counts >= self.limits)
 
-    def has_room(self, index: int) -> Tensor:
-        """Whether a chunk's token number `index` (from 0) could be committed. out: (B,) bool"""
-        has_room = self.lengths + index < self.limits
-        return has_room if self.draft_lengths is None else has_room & (index < self.draft_lengths)
+    def is_open(self, drafted: Sequence[Tensor]) -> Tensor:
+        """Whether one more token could be committed behind these drafted ones, each (B,) int64. out: (B,) bool"""
+        is_open = self.active & (self.lengths + len(drafted) < self.limits)
+        if self.draft_lengths is not None:
+            is_open &= len(drafted) < self.draft_lengths
+        for tokens in drafted:
+            is_open &= ~self.is_eos(tokens)
+        return is_open
 
     def count_usable(self, chunk: Tensor) -> Tensor:
         """min(K, tokens left, position of the first end-of-sequence token, draft length), 0 where inactive.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import mpg_ext
 from mpg.options import Options
 
 
@@ -57,6 +58,10 @@ class Bound:
         """Begin anew in some rows."""
         for tensor, initial in zip(self.tensors(), (0, 0, 0, self.log_initial_bound, False), strict=True):
             tensor[rows] = initial
+
+    def update(self, scores: Tensor, active: Tensor) -> None:
+        """Count a round of the active sequences, in which these scores (B, P) were pushed."""
+        mpg_ext.update_bound_(self.tensors(), scores, active, constants=self.constants())
 
     def tensors(self) -> list[Tensor]:
         """The state, as the ops take it."""

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import mpg_ext
 from mpg.decode.batch import Batch
-from mpg.decode.rng import Generator, Purpose
+from mpg.decode.rng import Decisions, Purpose
 from mpg.decode.rows import TargetRows
 from mpg.options import Options
-from mpg_ext import reference
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble, Session
@@ -21,13 +19,12 @@ if TYPE_CHECKING:
 class Direct:
     """Exact up to the floating point of the models' own forwards. See `Sampler` for the interface."""
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, *, composed: bool = False):
-        self.options, self.ops = options, reference if composed else mpg_ext
-        self.target = TargetRows(models, attributes, options, self.ops)
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+        self.options, self.target = options, TargetRows(models, attributes, options)
         self.roles = self.target.roles
 
-    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
-        self.session, self.batch, self.rng = session, batch, rng
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
+        self.session, self.batch, self.decide = session, batch, decide
         self.target.start(batch)
 
     def reset(self, rows: Tensor) -> None:
@@ -43,7 +40,7 @@ class Direct:
         # Combine, process, warp, draw
         rows, log_totals = self.target.of(logits, fed[:, :0], torch.zeros_like(batch.lengths))
         batch.fail(unusable=rows[:, 0, 0].isnan(), empty=log_totals[:, 0] == -torch.inf)
-        token = self.rng.categorical(rows[:, 0], Purpose.LAST, 0, batch.active)
+        token = self.decide.categorical(rows[:, 0], Purpose.LAST, 0, lambda: batch.active)
         self.target.commit(logits, torch.zeros_like(token), token)
         log_ratios = self.target.log_ratios(logits, token[:, None]) if self.options.trace else None
         batch.commit(token[:, None], batch.active.long(), log_ratios)

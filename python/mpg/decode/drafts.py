@@ -5,14 +5,16 @@ Knows how to draft and from which rows; nothing of targets or of what is accepte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.processors import process_rows
-from mpg.decode.rng import Generator, Purpose
+from mpg.decode.rng import Decisions, Purpose
 from mpg.options import Options
 
 if TYPE_CHECKING:
@@ -30,53 +32,56 @@ class Draft(Protocol):
 
     roles: tuple[str, ...]
 
-    def start(self, session: Session, batch: Batch, rng: Generator) -> None: ...
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None: ...
 
     def propose(self, chunk_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """out: chunk (B, K) int64; the rows (B, K, V) its tokens were drawn from, None where each was the only choice;
-        num_drafted (B,) int64 in 0..K, tokens of the chunk that were drafted at all"""
+        num_usable (B,) int64 in 0..K, its first tokens that were drafted and could be committed"""
 
 
 class ModelDraft:
     """Drafts with a model of the same vocabulary, one pass a token; its rows are processed and warped as the target's
     are. That costs a call of the processors for every drafted token, and buys acceptance: what they exclude or push
-    down in the target is then not drafted.
+    down in the target is then not drafted. A sequence fails where the model leaves no token to draw.
 
     is_verified  whether verification feeds this model too; if not, it has not read the chunk's last token when the next
                  round begins, and the first pass reads two tokens
+    logits       what the tokens of the last chunk came from, each (B, V), as the model gave them
     """
 
-    def __init__(self, role: str, options: Options, ops: Any, *, is_verified: bool):
+    def __init__(self, role: str, options: Options, *, is_verified: bool):
         self.roles: tuple[str, ...] = (role,)
-        self.options, self.ops, self.is_verified = options, ops, is_verified
+        self.options, self.is_verified = options, is_verified
 
-    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
-        self.session, self.batch, self.rng = session, batch, rng
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
+        self.session, self.batch, self.decide = session, batch, decide
 
-    def propose(self, chunk_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def propose(self, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
         batch, options = self.batch, self.options
         tokens: list[Tensor] = []
         rows: list[Tensor] = []
-        is_drafting = batch.active
+        self.logits: list[Tensor] = []
         for index in range(chunk_size):
-            is_drafting = is_drafting & batch.has_room(index)
-            logits = self._read_last() if index == 0 else self._read(tokens[-1], index)
-            log_row = logits.to(batch.weights.dtype)
+            self.logits.append(self._read_last() if index == 0 else self._read(tokens[-1], index))
+            log_row = self.logits[-1].to(batch.weights.dtype)
             if batch.processors is not None:
-                log_row = self._process(log_row, tokens, is_drafting)
-            rows.append(self.ops.warp_rows(log_row, **options.warp()))
-            batch.fail(unusable=is_drafting & rows[-1][:, 0].isnan())
-            is_drafting = is_drafting & batch.active
-            tokens.append(self.rng.categorical(rows[-1], Purpose.DRAFT, index, is_drafting))
-            is_drafting = is_drafting & ~batch.is_eos(tokens[-1])
-        chunk = torch.stack(tokens, 1)
-        return chunk, torch.stack(rows, 1), torch.full_like(batch.lengths, chunk_size)
+                log_row = self._process(log_row, tokens, rows)
+            rows.append(mpg_ext.warp_rows(log_row, **options.warp()))
+            active = partial(batch.is_open, tokens)
+            tokens.append(self.decide.categorical(rows[-1], Purpose.DRAFT, index, active))
+        chunk, draft_rows = torch.stack(tokens, 1), torch.stack(rows, 1)
+        num_usable = batch.count_usable(chunk)
+        batch.fail(unusable=_count_drawn(draft_rows, chunk) < num_usable)
+        return chunk, draft_rows, num_usable
 
-    def _process(self, log_row: Tensor, tokens: list[Tensor], is_drafting: Tensor) -> Tensor:
+    def _process(self, log_row: Tensor, tokens: list[Tensor], rows: list[Tensor]) -> Tensor:
         """The row (B, V) behind the tokens drafted so far, processed; as it was where nothing would be left."""
-        drafted = torch.stack(tokens, 1) if tokens else self.batch.tokens[:, :0]
+        drafted, is_wanted = self.batch.tokens[:, :0], self.batch.is_open(tokens)
+        if tokens:
+            drafted = torch.stack(tokens, 1)
+            is_wanted &= _count_drawn(torch.stack(rows, 1), drafted) == len(tokens)
         log_row = log_row.log_softmax(-1)
-        processed = process_rows(self.batch, log_row[:, None], drafted, is_drafting.long())[:, 0]
+        processed = process_rows(self.batch, log_row[:, None], drafted, is_wanted.long())[:, 0]
         return torch.where(processed.amax(-1, keepdim=True) == -torch.inf, log_row, processed)
 
     def _read_last(self) -> Tensor:
@@ -94,6 +99,11 @@ class ModelDraft:
         return self.session.forward(self.roles, token[:, None], start, kv_length=kv_length)[0, :, 0]
 
 
+def _count_drawn(rows: Tensor, chunk: Tensor) -> Tensor:
+    """Tokens of a chunk (B, K) before the first that its row (B, K, V), unusable or empty, did not give. out: (B,)"""
+    return (rows.gather(2, chunk[..., None])[..., 0] > 0).cumprod(1).sum(1)
+
+
 class LookupDraft:
     """Prompt lookup: what followed the latest earlier occurrence of the last n tokens, the largest n <= 3 that has one.
 
@@ -102,7 +112,7 @@ class LookupDraft:
 
     roles: tuple[str, ...] = ()
 
-    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.batch = batch
 
     def propose(self, chunk_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -120,7 +130,7 @@ class LookupDraft:
         following = match[:, None] + 1 + torch.arange(chunk_size, device=match.device)
         chunk = batch.tokens.gather(1, following.clamp_max(batch.capacity - 1))
         num_drafted = torch.where(match >= 0, (batch.lengths - 1 - match).clamp_max(chunk_size), 0)
-        return chunk, None, num_drafted
+        return chunk, None, torch.minimum(batch.count_usable(chunk), num_drafted)
 
 
 def merged_shares(weights: Tensor, target: str) -> Tensor:
@@ -132,9 +142,9 @@ def merged_shares(weights: Tensor, target: str) -> Tensor:
     return weights / weights.sum(1, keepdim=True) if target == "arithmetic" else weights
 
 
-def make_draft(models: Ensemble, verified: tuple[str, ...], options: Options, ops: Any) -> Draft:
+def make_draft(models: Ensemble, verified: tuple[str, ...], options: Options) -> Draft:
     """The draft that the options name. `verified`: the roles that every verification feeds."""
     if options.draft == "lookup":
         return LookupDraft()
     role = ROLES[options.draft]
-    return ModelDraft(role, options, ops, is_verified=any(models.is_same(role, other) for other in verified))
+    return ModelDraft(role, options, is_verified=any(models.is_same(role, other) for other in verified))

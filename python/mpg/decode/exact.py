@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.drafts import make_draft
-from mpg.decode.rng import Generator, KeyedGenerator, Purpose
+from mpg.decode.rng import Decisions
 from mpg.decode.rows import TargetRows
 from mpg.options import Options
-from mpg_ext import reference
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble, Session
@@ -31,21 +29,16 @@ STATISTICS = {
 
 
 class Exact:
-    """Exact up to the floating point of the models' own forwards. See `Sampler` for the interface.
+    """Exact up to the floating point of the models' own forwards. See `Sampler` for the interface."""
 
-    composed  decide step by step through `rng.bernoulli` and `rng.categorical` over the plain-torch twins, where a
-              replaying generator can walk every branch; otherwise the fused ops decide, by the same rules
-    """
-
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, *, composed: bool = False):
-        self.options, self.composed = options, composed
-        self.target = TargetRows(models, attributes, options, reference if composed else mpg_ext)
-        self.draft = make_draft(models, self.target.roles, options, self.target.ops)
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+        self.options, self.target = options, TargetRows(models, attributes, options)
+        self.draft = make_draft(models, self.target.roles, options)
         self.roles = (*self.target.roles, *(role for role in self.draft.roles if role not in self.target.roles))
 
-    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
-        self.session, self.batch, self.rng = session, batch, rng
-        self.draft.start(session, batch, rng)
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
+        self.session, self.batch, self.decide = session, batch, decide
+        self.draft.start(session, batch, decide)
         self.target.start(batch)
         if self.options.adaptive:
             batch.draft_lengths = torch.full_like(batch.lengths, self.options.chunk_size)
@@ -63,8 +56,7 @@ class Exact:
         batch = self.batch
 
         # Draft: C ~ q, with the rows it was really drawn from
-        chunk, draft_rows, num_drafted = self.draft.propose(batch.longest_draft or self.options.chunk_size)
-        num_usable = torch.minimum(batch.count_usable(chunk), num_drafted)
+        chunk, draft_rows, num_usable = self.draft.propose(batch.longest_draft or self.options.chunk_size)
 
         # Score: the rows p_1 .. p_{K+1} in one pass of every model of the target
         fed = torch.cat([batch.last_tokens()[:, None], chunk], 1)
@@ -73,13 +65,19 @@ class Exact:
         rows, log_totals = self.target.of(logits, chunk, num_usable)
 
         # Verify: the first `accepted` tokens of the chunk stay, and the row that they leave gives one more
-        accepted, carry = self._verify(rows, draft_rows, chunk, num_usable)
-        batch.fail(unusable=accepted < 0)
-        accepted = accepted.clamp_min(0)
+        if self.options.verify == "block":
+            accepted, carry = self.decide.verify_block(rows, draft_rows, chunk, num_usable)
+            batch.fail(unusable=accepted < 0)
+            accepted = accepted.clamp_min(0)
+        else:
+            accepted = self.decide.accept_tokens(_token_accept_probs(rows, draft_rows, chunk), num_usable)
+            carry = torch.ones_like(rows[:, 0, 0])
         ends = batch.ends_with(chunk, accepted)
         log_total = _at(log_totals, accepted)
         batch.fail(unusable=log_total.isnan() & ~ends, empty=(log_total == -torch.inf) & ~ends)
-        token = self._draw_last(rows, draft_rows, chunk, num_usable, accepted, carry, batch.active & ~ends)
+        token = self.decide.draw_residual(
+            rows, draft_rows, chunk, num_usable, accepted, carry, lambda: batch.active & ~ends
+        )
 
         if batch.draft_lengths is not None:  # two more where all was accepted, one less where not
             longer = torch.where(accepted == num_usable, batch.draft_lengths + 2, batch.draft_lengths - 1)
@@ -101,49 +99,16 @@ class Exact:
             "accept_rate": self.num_accepted / self.num_offered.clamp_min(1),
         }
 
-    def _verify(
-        self, rows: Tensor, draft_rows: Tensor | None, chunk: Tensor, num_usable: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """How many drafted tokens stay, (B,) int64, -1 where a row is unusable; and P at that place, (B,)."""
-        num_drafted = chunk.shape[1]
-        if self.options.verify == "block" and not self.composed:
-            assert isinstance(self.rng, KeyedGenerator)
-            uniforms = self.rng.uniforms(Purpose.ACCEPT, num_drafted, num_usable > 0)
-            return mpg_ext.verify_block(rows, draft_rows, chunk, num_usable, uniforms)
-        accepted = torch.zeros_like(num_usable)
-        if self.options.verify == "block":  # the longest prefix that passes, as in SCR
-            probs, carry = reference.block_accept_probs(rows, draft_rows, chunk, num_usable)
-            for length in range(num_drafted, 0, -1):
-                is_test = (accepted == 0) & (length <= num_usable)
-                passed = self.rng.bernoulli(probs[:, length - 1], Purpose.ACCEPT, length - 1, is_test)
-                accepted = torch.where(is_test & passed, length, accepted)
-            return accepted, _at(carry, accepted)
-        probs = reference.token_accept_probs(rows, draft_rows, chunk)
-        for length in range(1, num_drafted + 1):  # left to right until one fails
-            is_test = (accepted == length - 1) & (length <= num_usable)
-            passed = self.rng.bernoulli(probs[:, length - 1], Purpose.ACCEPT, length - 1, is_test)
-            accepted = torch.where(is_test & passed, length, accepted)
-        return accepted, torch.ones_like(rows[:, 0, 0])
 
-    def _draw_last(
-        self,
-        rows: Tensor,
-        draft_rows: Tensor | None,
-        chunk: Tensor,
-        num_usable: Tensor,
-        accepted: Tensor,
-        carry: Tensor,
-        active: Tensor,
-    ) -> Tensor:
-        """The token after the accepted ones: from the target where all were, else from the residual."""
-        if self.composed:
-            residual = reference.residual_rows(rows, draft_rows, chunk, num_usable, accepted, carry)
-            return self.rng.categorical(residual, Purpose.LAST, 0, active)
-        assert isinstance(self.rng, KeyedGenerator)
-        uniforms = self.rng.uniforms(Purpose.LAST, 1, active)[:, 0]
-        return mpg_ext.draw_residual(rows, draft_rows, chunk, num_usable, accepted, carry, uniforms)
+def _token_accept_probs(rows: Tensor, draft_rows: Tensor | None, chunk: Tensor) -> Tensor:
+    """Probability min(1, p / q) with which verification by token accepts each drafted token. out: (B, K) float64"""
+    drafted = chunk[..., None]
+    probs = rows[:, :-1].gather(2, drafted)[..., 0].double()
+    if draft_rows is not None:
+        probs = probs / draft_rows.gather(2, drafted)[..., 0]
+    return probs.clamp_max(1)
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
-    """values[b, index[b]] of values (B, K), index (B,) clamped to 0 from below. out: (B,)"""
-    return values.gather(1, index.clamp_min(0)[:, None])[:, 0]
+    """values[b, index[b]] of values (B, K), index (B,) in 0..K-1. out: (B,)"""
+    return values.gather(1, index[:, None])[:, 0]

@@ -135,7 +135,7 @@ def _measure_acceptance(
     lengths = torch.tensor([[len(text)] for text in texts], device=models.device)
     is_text = torch.arange(width, device=models.device) < lengths
     batch = Batch(prompts, [width] * len(texts), run.batch.weights, run.batch.seeds, ())
-    target = TargetRows(models, attributes, direct, mpg_ext)
+    target = TargetRows(models, attributes, direct)
     session = models.open(prompts, (*target.roles, *drafts.values()), batch.capacity)
     target.start(batch)
     fed, start = torch.cat([batch.last_tokens()[:, None], chunk], 1), batch.lengths - 1
@@ -162,6 +162,6 @@ def _lookup_rows(
     for t in range(rows.shape[1]):
         so_far = [[*prompt, *text[:t]] for prompt, text in zip(prompts, texts, strict=True)]
         draft.batch = Batch(so_far, [1] * len(so_far), batch.weights, batch.seeds, ())
-        chunk, _, num_drafted = draft.propose(1)
-        lookup_rows[:, t].scatter_(1, chunk, num_drafted.clamp_max(1)[:, None].to(rows.dtype))
+        chunk, _, num_usable = draft.propose(1)
+        lookup_rows[:, t].scatter_(1, chunk, num_usable[:, None].to(rows.dtype))
     return lookup_rows

@@ -7,7 +7,7 @@ small.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from torch import Tensor
 import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.bound import Bound, normalise_weights
-from mpg.decode.rng import Generator, Purpose
+from mpg.decode.rng import Decisions, Purpose
 from mpg.options import Options
-from mpg_ext import reference
 from mpg_ext.ops import Score
 
 if TYPE_CHECKING:
@@ -38,16 +37,13 @@ class TokenRS:
     Every candidate of one position comes from the same row and meets the same M, so the loop is drawn in closed form:
     with a = sum_y q(y) min(1, S(y) / M), some try succeeds with probability 1 - (1 - a)^tries, and what is taken then
     has the law of an accepted candidate, else that of a rejected one.
-
-    composed  run on the plain-torch twins
     """
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, *, composed: bool = False):
-        self.options, self.ops = options, reference if composed else mpg_ext
-        self.roles = _roles(models, attributes)
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+        self.options, self.roles = options, _roles(models, attributes)
 
-    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
-        self.session, self.batch, self.rng = session, batch, rng
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
+        self.session, self.batch, self.decide = session, batch, decide
         self.weights = normalise_weights(batch.weights)
         self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
         self.num_tries, self.num_rejected, self.num_capped = (
@@ -66,23 +62,22 @@ class TokenRS:
         fed = batch.last_tokens()[:, None]
         logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))[:, :, 0]
         scored = _scored(logits, self.weights)
-        draft_row = self.ops.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
+        draft_row = mpg_ext.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
 
         # Accept one of the candidates, or take the last
-        masses, scores = reference.fallback_masses(
-            scored[0], scored[1:], draft_row, self.weights, bound.log_bound, score=cast(Score, self.options.target)
-        )
+        scores = _token_scores(scored, self.weights, cast(Score, self.options.target))
         draft_row = draft_row.double()
+        masses = torch.where(draft_row == 0, 0, draft_row * (scores - bound.log_bound[:, None]).clamp_max(0).exp())
         accept_prob = (masses.sum(1) / draft_row.sum(1)).clamp_max(1)  # a: of one try
         batch.fail(unusable=accept_prob.isnan())
         success_prob = -torch.expm1(self.options.tries * torch.log1p(-accept_prob))  # 1 - (1 - a)^tries
-        is_accepted = self.rng.bernoulli(success_prob, Purpose.ACCEPT, 0, batch.active)
+        is_accepted = self.decide.bernoulli(success_prob, Purpose.ACCEPT, 0, lambda: batch.active)
         taken = torch.where(is_accepted[:, None], masses, draft_row - masses)
-        token = self.rng.categorical(taken, Purpose.DRAFT, 0, batch.active)
+        token = self.decide.categorical(taken, Purpose.DRAFT, 0, lambda: batch.active)
 
         # Update log M by an accepted score; the others of the loop were never seen
         pushed = torch.where(is_accepted, scores.gather(1, token[:, None])[:, 0], -torch.inf)
-        mpg_ext.update_bound_(bound.tensors(), pushed[:, None], batch.active, constants=bound.constants())
+        bound.update(pushed[:, None], batch.active)
 
         # Commit
         num_tries = torch.where(accept_prob > 0, success_prob / accept_prob, self.options.tries)
@@ -91,7 +86,7 @@ class TokenRS:
         self.num_capped += batch.active & ~is_accepted
         log_ratios = None
         if self.options.trace:
-            logprobs = _gather(self.ops, scored, token)
+            logprobs = _gather(scored, token)
             log_ratios = logprobs[1:] - logprobs[:1]
         batch.commit(token[:, None], batch.active.long(), log_ratios)
 
@@ -111,16 +106,13 @@ class SeqRS:
     A round draws one token of every sequence's candidate text while all attributes read along; a text that ends is
     tested, and either committed whole or begun again from the prompt. Every tested score goes into the bound: a request
     has one accepted text at most, so accepted scores alone could not estimate anything.
-
-    composed  run on the plain-torch twins
     """
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, *, composed: bool = False):
-        self.options, self.ops = options, reference if composed else mpg_ext
-        self.roles = _roles(models, attributes)
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+        self.options, self.roles = options, _roles(models, attributes)
 
-    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
-        self.session, self.batch, self.rng = session, batch, rng
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
+        self.session, self.batch, self.decide = session, batch, decide
         self.weights = normalise_weights(batch.weights)
         self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
         self.num_tries, self.num_rejected, self.num_capped = (torch.zeros_like(batch.lengths) for _ in range(3))
@@ -147,27 +139,29 @@ class SeqRS:
         # The candidate's next token, from the warped base
         start, kv_length = batch.lengths - 1 + self.sizes, batch.kv_length(self.num_rounds)
         logits = self.session.forward(self.roles, self.last[:, None], start, kv_length=kv_length)[:, :, 0]
-        draft_row = self.ops.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
+        draft_row = mpg_ext.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
         batch.fail(unusable=draft_row[:, 0].isnan())
-        token = self.rng.categorical(draft_row, Purpose.DRAFT, 0, batch.active)
+        token = self.decide.categorical(draft_row, Purpose.DRAFT, 0, lambda: batch.active)
         where = self.sizes.clamp_max(batch.capacity - 1)[:, None]
-        logprobs = _gather(self.ops, _scored(logits, self.weights), token)
+        logprobs = _gather(_scored(logits, self.weights), token)
         self.texts.scatter_(1, where, token[:, None])
         self.logprobs.scatter_(2, where.expand(len(logprobs), -1, -1), logprobs)
         self.sizes += 1
 
         # Accept a whole text with probability min(1, S / M), or take the last one allowed
         of_text = self.logprobs.sum(2, keepdim=True)
-        score = self.ops.score_prefixes(of_text[1:], of_text[0], self.weights, score=self.options.target)[1][:, 0]
+        score = mpg_ext.score_prefixes(of_text[1:], of_text[0], self.weights, score=cast(Score, self.options.target))[
+            1
+        ][:, 0]
         batch.fail(unusable=score.isnan())
         is_whole = batch.active & (batch.is_eos(token) | (batch.lengths + self.sizes >= batch.limits))
         accept_prob = (score - bound.log_bound).clamp_max(0).exp()
-        is_accepted = self.rng.bernoulli(accept_prob, Purpose.ACCEPT, 0, is_whole)
+        is_accepted = self.decide.bernoulli(accept_prob, Purpose.ACCEPT, 0, lambda: is_whole)
         self.num_tries += is_whole
         self.num_rejected += is_whole & ~is_accepted
         is_capped = is_whole & ~is_accepted & (self.num_tries >= self.options.tries)
         self.num_capped += is_capped
-        mpg_ext.update_bound_(bound.tensors(), score[:, None], is_whole, constants=bound.constants())
+        bound.update(score[:, None], is_whole)
 
         # Commit it, or start again
         counts = torch.where(is_whole & is_accepted | is_capped, self.sizes, 0)
@@ -196,7 +190,14 @@ def _scored(logits: Tensor, weights: Tensor) -> Tensor:
     return logits[-1 - weights.shape[1] :]
 
 
-def _gather(ops: Any, logits: Tensor, token: Tensor) -> Tensor:
+def _token_scores(logits: Tensor, weights: Tensor, score: Score) -> Tensor:
+    """log S of every token, by the anchor's and the attributes' logits (1 + N, B, V). out: (B, V)"""
+    anchor, *attributes = logits.to(weights.dtype).log_softmax(-1).flatten(1)[..., None]  # B V prefixes of one token
+    of_token = weights.repeat_interleave(logits.shape[2], 0)
+    return mpg_ext.score_prefixes(torch.stack(attributes), anchor, of_token, score=score)[1].view(logits.shape[1:])
+
+
+def _gather(logits: Tensor, token: Tensor) -> Tensor:
     """Log-probabilities of a token (B,) by every model's logits (1 + N, B, V). out: (1 + N, B, 1)"""
     tokens = token[:, None].repeat(len(logits), 1)
-    return ops.gather_logprobs(logits.flatten(0, 1)[:, None], tokens).view(*logits.shape[:2], 1)
+    return mpg_ext.gather_logprobs(logits.flatten(0, 1)[:, None], tokens).view(*logits.shape[:2], 1)

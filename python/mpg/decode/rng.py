@@ -1,4 +1,4 @@
-"""Where every random decision comes from: generators whose draws have keys, and the two that the proofs use.
+"""Where every random decision comes from: the fused ops, each on uniforms that have keys.
 
 A key is (request seed, the request's own round, purpose, index) and no key is used twice. Keys by position would be
 wrong: a position is drafted again after a rejection, and given the rejection its old uniform is no longer uniform.
@@ -8,15 +8,13 @@ So a request's uniforms depend on neither its batch nor its place there. Knows n
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 import mpg_ext
-
-T = TypeVar("T")
+from mpg.decode.bound import Bound
+from mpg_ext.ops import Score
 
 
 class Purpose(enum.IntEnum):
@@ -29,122 +27,93 @@ class Purpose(enum.IntEnum):
     LAST = 4  # the token drawn from the target's row, or from what verification left of it
 
 
-class Generator(Protocol):
-    """What a decode loop draws through. `active` (B,) bool says whose draw counts; the others' are garbage."""
-
-    def bernoulli(self, probs: Tensor, purpose: Purpose, index: int, active: Tensor) -> Tensor:
-        """True with probability `probs` (B,) in [0, 1]. out: (B,) bool"""
-
-    def categorical(self, rows: Tensor, purpose: Purpose, index: int, active: Tensor) -> Tensor:
-        """A token from each unnormalised row (B, V) >= 0. out: (B,) int64, in [0, V) even where a row is empty"""
-
-
-class KeyedGenerator:
-    """The production generator: Philox uniforms under keys that live on the device.
+class Decisions:
+    """What a sampler accepts and draws by, one op a decision, on Philox uniforms whose keys live on the device.
 
     seeds   (B,) int64, one per request
     rounds  (B,) int64, each request's round; the batch advances it
+
+    A method that is named as an op of `mpg_ext` takes what that takes but for uniforms, and a bound whole.
+    `active`, where it is a callable, says whose decision counts, (B,) bool: the others' is garbage. Only what
+    proves something of a sampler (tests/proof) calls it; here it costs nothing.
     """
 
     def __init__(self, seeds: Tensor, rounds: Tensor):
         self.seeds, self.rounds = seeds, rounds
 
-    def uniforms(self, purpose: Purpose, count: int, active: Tensor) -> Tensor:
-        """Uniforms of index 0..count-1 for the fused ops. out: (B, count) float64 in [0, 1)"""
-        return mpg_ext.draw_uniforms(self.seeds, self.rounds, purpose=int(purpose), count=count)
+    def uniforms(self, purpose: Purpose, count: int, active: Callable[[], Tensor], first: int = 0) -> Tensor:
+        """Uniforms of index first, ..., first + count - 1. out: (B, count) float64 in [0, 1)"""
+        return mpg_ext.draw_uniforms(self.seeds, self.rounds, purpose=int(purpose), count=count, first=first)
 
-    def bernoulli(self, probs: Tensor, purpose: Purpose, index: int, active: Tensor) -> Tensor:
-        return self._uniform(purpose, index) < probs
+    def bernoulli(self, probs: Tensor, purpose: Purpose, index: int, active: Callable[[], Tensor]) -> Tensor:
+        """True with probability `probs` (B,) in [0, 1]. out: (B,) bool"""
+        return self.uniforms(purpose, 1, active, index)[:, 0] < probs
 
-    def categorical(self, rows: Tensor, purpose: Purpose, index: int, active: Tensor) -> Tensor:
-        return mpg_ext.draw_tokens(rows, self._uniform(purpose, index))
+    def categorical(self, rows: Tensor, purpose: Purpose, index: int, active: Callable[[], Tensor]) -> Tensor:
+        """A token from each unnormalised row (B, V) >= 0. out: (B,) int64, in [0, V) even where a row is empty"""
+        return mpg_ext.draw_tokens(rows, self.uniforms(purpose, 1, active, index)[:, 0])
 
-    def _uniform(self, purpose: Purpose, index: int) -> Tensor:
-        return mpg_ext.draw_uniforms(self.seeds, self.rounds, purpose=int(purpose), count=1, first=index)[:, 0]
+    def accept_tokens(self, probs: Tensor, lengths: Tensor) -> Tensor:
+        """The number of tokens before the first that fails, each passing with probability `probs` (B, K).
 
+        lengths: (B,) int64, tokens that count
+        out:     (B,) int64
+        """
+        uniforms = self.uniforms(Purpose.ACCEPT, probs.shape[1], lambda: lengths > 0)
+        return (uniforms < probs).long().cumprod(1).sum(1).minimum(lengths)
 
-class RecordingGenerator(KeyedGenerator):
-    """A keyed generator that asserts, draw by draw, that no key is ever used twice."""
+    def accept_prefixes(self, scores: Tensor, log_bound: Tensor, lengths: Tensor) -> Tensor:
+        uniforms = self.uniforms(Purpose.ACCEPT, scores.shape[1], lambda: lengths > 0)
+        return mpg_ext.accept_prefixes(scores, log_bound, uniforms, lengths)
 
-    def __init__(self, seeds: Tensor, rounds: Tensor):
-        super().__init__(seeds, rounds)
-        self.keys: set[tuple[int, int, int, int]] = set()
+    def verify_chunks(
+        self,
+        anchor_logits: Tensor,
+        attribute_logits: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
+        weights: Tensor,
+        bound: Bound,
+        *,
+        score: Score,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        uniforms = self.uniforms(Purpose.ACCEPT, tokens.shape[1], lambda: lengths > 0)
+        return mpg_ext.verify_chunks(
+            anchor_logits, attribute_logits, tokens, lengths, weights, uniforms, bound.tensors(),
+            score=score, constants=bound.constants(),
+        )  # fmt: skip
 
-    def uniforms(self, purpose: Purpose, count: int, active: Tensor) -> Tensor:
-        for index in range(count):
-            self._record(purpose, index, active)
-        return super().uniforms(purpose, count, active)
-
-    def bernoulli(self, probs: Tensor, purpose: Purpose, index: int, active: Tensor) -> Tensor:
-        self._record(purpose, index, active)
-        return super().bernoulli(probs, purpose, index, active)
-
-    def categorical(self, rows: Tensor, purpose: Purpose, index: int, active: Tensor) -> Tensor:
-        self._record(purpose, index, active)
-        return super().categorical(rows, purpose, index, active)
-
-    def _record(self, purpose: Purpose, index: int, active: Tensor) -> None:
-        for b in active.nonzero()[:, 0].tolist():
-            key = (int(self.seeds[b]), int(self.rounds[b]), int(purpose), index)
-            assert key not in self.keys, f"key {key} is used twice"
-            self.keys.add(key)
-
-
-class ReplayingGenerator:
-    """Follows one written path of decisions per sequence and notes the branches it leaves aside.
-
-    paths    (B, D) int8, the decisions of each sequence as outcome numbers, -1 after its last; past it a sequence takes
-             the first outcome of positive probability, and every other one becomes a new path in `untried`
-    probs    (B,) float64, probability of what each sequence decided so far
-    untried  list of (., D) paths
-    """
-
-    def __init__(self, paths: Tensor):
-        self.paths = paths.clone()
-        self.probs = torch.ones(len(paths), dtype=torch.float64)
-        self.untried: list[Tensor] = []
-        self._depths = torch.zeros(len(paths), 1, dtype=torch.int64)
-
-    def bernoulli(self, probs: Tensor, purpose: Purpose, index: int, active: Tensor) -> Tensor:
-        return self._follow(torch.stack([1 - probs, probs], -1), active).bool()
-
-    def categorical(self, rows: Tensor, purpose: Purpose, index: int, active: Tensor) -> Tensor:
-        return self._follow(rows / rows.sum(-1, keepdim=True), active)
-
-    def _follow(self, probs: Tensor, active: Tensor) -> Tensor:
-        planned = self.paths.gather(1, self._depths)[:, 0].long()
-        is_possible = probs > 0
-        first = is_possible.int().argmax(1)
-        is_new = active & (planned < 0)
-        outcomes = torch.where(is_new, first, planned) * active
-        rows, others = (is_possible & is_new[:, None] & (torch.arange(probs.shape[1]) > first[:, None])).nonzero(
-            as_tuple=True
+    def draw_fallback(
+        self,
+        anchor_logits: Tensor,
+        attribute_logits: Tensor,
+        draft_probs: Tensor,
+        weights: Tensor,
+        log_bound: Tensor,
+        active: Tensor,
+        *,
+        score: Score,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        uniforms = self.uniforms(Purpose.FALLBACK, 1, lambda: active)[:, 0]
+        return mpg_ext.draw_fallback(
+            anchor_logits, attribute_logits, draft_probs, weights, log_bound, uniforms, active, score=score
         )
-        if len(rows):
-            branches = self.paths[rows]
-            self.untried.append(branches.scatter_(1, self._depths[rows], others[:, None].to(branches.dtype)))
-        decided = torch.where(active, outcomes, self.paths.gather(1, self._depths)[:, 0].long())
-        self.paths.scatter_(1, self._depths, decided[:, None].to(self.paths.dtype))
-        self.probs *= torch.where(active, probs.gather(1, outcomes[:, None])[:, 0].double(), 1.0)
-        self._depths += active[:, None]
-        return outcomes
 
+    def verify_block(
+        self, target_probs: Tensor, draft_probs: Tensor | None, tokens: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        uniforms = self.uniforms(Purpose.ACCEPT, tokens.shape[1], lambda: lengths > 0)
+        return mpg_ext.verify_block(target_probs, draft_probs, tokens, lengths, uniforms)
 
-def enumerate_branches(
-    run: Callable[[ReplayingGenerator, int], Sequence[T]], *, width: int = 8192, max_decisions: int = 96
-) -> Iterator[tuple[float, T]]:
-    """Every outcome of a decode loop with its exact probability, by walking each branch of the loop itself.
-
-    run            takes a generator and a batch size B, decodes B copies of one request and returns their B results
-    width          branches followed at a time
-    max_decisions  of one branch
-
-    out: (probability, result) pairs; the probabilities add up to 1
-    """
-    paths = torch.full((1, max_decisions), -1, dtype=torch.int8)
-    while len(paths):
-        batch, paths = paths[-width:], paths[:-width]
-        rng = ReplayingGenerator(batch)
-        results = run(rng, len(batch))
-        yield from zip(rng.probs.tolist(), results, strict=True)
-        paths = torch.cat([paths, *rng.untried])
+    def draw_residual(
+        self,
+        target_probs: Tensor,
+        draft_probs: Tensor | None,
+        tokens: Tensor,
+        lengths: Tensor,
+        accepted: Tensor,
+        carry: Tensor,
+        active: Callable[[], Tensor],
+    ) -> Tensor:
+        uniforms = self.uniforms(Purpose.LAST, 1, active)[:, 0]
+        return mpg_ext.draw_residual(target_probs, draft_probs, tokens, lengths, accepted, carry, uniforms)

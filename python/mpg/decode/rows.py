@@ -5,11 +5,12 @@ Shared by the samplers that draw from the target itself. Knows no draft and no a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.processors import process_rows
 from mpg.decode.targets import TARGETS
@@ -27,8 +28,8 @@ class TargetRows:
              w_i *= pi_i(y) after every committed y, rescaled, and alpha again at each multiple of the span
     """
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, ops: Any):
-        self.options, self.ops, self.target = options, ops, TARGETS[options.target]
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+        self.options, self.target = options, TARGETS[options.target]
         self.anchor_is_base = models.is_same("base", "anchor")
         if options.span != 1 and not self.anchor_is_base:
             raise ValueError(
@@ -58,12 +59,12 @@ class TargetRows:
         """
         base, anchor, attributes = self._split(logits)
         self.chunk_weights = self._weights_along(attributes, chunk)
-        log_rows, log_totals = self.target.combine(self.ops, base, anchor, attributes, self.chunk_weights)
+        log_rows, log_totals = self.target.combine(base, anchor, attributes, self.chunk_weights)
         if self.batch.processors is not None:
             num_rows = num_usable + (~self.batch.ends_with(chunk, num_usable)).long()
             log_rows = process_rows(self.batch, log_rows, chunk, num_rows * self.batch.active)
             log_totals = log_totals.where(log_rows.amax(-1) != -torch.inf, -torch.inf)
-        probs = self.ops.warp_rows(log_rows.flatten(0, 1), **self.options.warp())
+        probs = mpg_ext.warp_rows(log_rows.flatten(0, 1), **self.options.warp())
         return probs.view_as(log_rows), log_totals
 
     def commit(self, logits: Tensor, accepted: Tensor, token: Tensor) -> None:
@@ -84,7 +85,7 @@ class TargetRows:
         ratios = self._gather(attributes, tokens)
         if anchor is not None:
             return ratios - self._gather(anchor[None], tokens)
-        log_rows, _ = self.target.combine(self.ops, base, anchor, attributes, self.chunk_weights)
+        log_rows, _ = self.target.combine(base, anchor, attributes, self.chunk_weights)
         return ratios - log_rows.gather(2, tokens[..., None])[..., 0]
 
     def _split(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -116,4 +117,4 @@ class TargetRows:
     def _gather(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """Unwarped log-probabilities (N, B, P) of tokens (B, P), each after its row of logits (N, B, P, V)."""
         every = tokens.flatten().repeat(len(logits))
-        return self.ops.gather_logprobs(logits.flatten(0, 2)[:, None], every[:, None]).view(logits.shape[:3])
+        return mpg_ext.gather_logprobs(logits.flatten(0, 2)[:, None], every[:, None]).view(logits.shape[:3])

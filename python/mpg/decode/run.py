@@ -16,7 +16,7 @@ from torch import Tensor
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch, Processor, Round, Snapshot
 from mpg.decode.drafts import merged_shares
-from mpg.decode.rng import KeyedGenerator
+from mpg.decode.rng import Decisions
 from mpg.models.ensemble import Cost, Ensemble
 from mpg.options import Options
 from mpg.results import Result, Token, Transcript
@@ -120,7 +120,7 @@ class Run:
         self.session = models.open(prompts, self.sampler.roles, capacity)
         processors = [entry.request.processor for entry in self.rows] if any(r.processor for r in requests) else None
         self.batch = Batch(prompts, limits, weights, seeds, eos_token_ids, capacity=capacity, processors=processors)
-        self.sampler.start(self.session, self.batch, KeyedGenerator(self.batch.seeds, self.batch.rounds))
+        self.sampler.start(self.session, self.batch, Decisions(self.batch.seeds, self.batch.rounds))
         # an adaptive chunk is as long as the host has read that it may be
         self.rounds_ahead = 0 if options.adaptive else ROUNDS_AHEAD[models.device.type]
 

@@ -6,7 +6,7 @@ more of it the more it accepts. What its bound M is estimated from is in `mpg.de
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from torch import Tensor
 import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.bound import Bound, normalise_weights
-from mpg.decode.rng import Generator, KeyedGenerator, Purpose
+from mpg.decode.drafts import ModelDraft
+from mpg.decode.rng import Decisions, Purpose
 from mpg.options import Options
-from mpg_ext import reference
 from mpg_ext.ops import Score
 
 if TYPE_CHECKING:
@@ -39,28 +39,21 @@ class SCR:
     """Algorithm 1, with what it leaves open decided so: base and draft are one model; a chunk ends at an
     end-of-sequence token or with the tokens left; the RS-1 loop is drawn in closed form; the warm-up counts rounds.
     See `Sampler` for the interface.
-
-    composed  decide step by step through `rng.bernoulli` and `rng.categorical` over the plain-torch twins, where a
-              replaying generator can walk every branch; otherwise the fused ops decide, by the same rules
     """
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options, *, composed: bool = False):
-        self.options, self.composed, self.ops = options, composed, reference if composed else mpg_ext
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+        self.options, self.rule = options, cast(Score, options.target)
         # where anchor and base are one model, the anchor's rows are those that the chunk was drafted from
         self.anchor_is_base = models.is_same("base", "anchor")
         self.scored = attributes if self.anchor_is_base else ("anchor", *attributes)
         self.roles = ("base", *self.scored)
+        self.draft = ModelDraft("base", options, is_verified=True)
 
-    def start(self, session: Session, batch: Batch, rng: Generator) -> None:
-        self.session, self.batch, self.rng = session, batch, rng
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
+        self.session, self.batch, self.decide = session, batch, decide
+        self.draft.start(session, batch, decide)
         self.weights = normalise_weights(batch.weights)
         self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
-        self.decide: _Composed | _Fused
-        if self.composed:
-            self.decide = _Composed(self.weights, self.bound, self.options, rng)
-        else:
-            assert isinstance(rng, KeyedGenerator)
-            self.decide = _Fused(self.weights, self.bound, self.options, rng)
         self.sums = {name: torch.zeros(len(batch), dtype=torch.float64, device=self.weights.device) for name in _SUMS}
 
     def reset(self, rows: Tensor) -> None:
@@ -74,25 +67,26 @@ class SCR:
         log_bound, is_warm, is_frozen = bound.log_bound.clone(), bound.is_warming_up(), bound.frozen.clone()
 
         # (Propose) a chunk from the base (Eq. 12)
-        chunk, base_logits, first_row = self._propose()
-        num_usable = batch.count_usable(chunk)
+        chunk, draft_rows, num_usable = self.draft.propose(self.options.chunk_size)
+        base_logits, first_row = torch.stack(self.draft.logits, 1), draft_rows[:, 0]
 
         # Score it under every attribute in one pass and accept the longest prefix that passes (Eq. 13-17, 18-20)
         fed = torch.cat([batch.last_tokens()[:, None], chunk[:, :-1]], 1)
         logits = self.session.forward(self.scored, fed, batch.lengths - 1, kv_length=batch.kv_length(fed.shape[1]))
         anchor_logits, attribute_logits = (base_logits, logits) if self.anchor_is_base else (logits[0], logits[1:])
-        log_ratios, scores, accepted = self.decide.verify(anchor_logits, attribute_logits, chunk, num_usable)
+        log_ratios, scores, accepted = self._verify(anchor_logits, attribute_logits, chunk, num_usable)
         batch.fail(unusable=accepted < 0)
 
         # (RS-1 fallback) one token where no prefix passed
         is_fallback = batch.active & (accepted == 0)
-        token, score, accept_prob = self.decide.fall_back(
-            anchor_logits[:, 0], attribute_logits[:, :, 0], first_row, is_fallback
-        )
+        token, score, accept_prob = self.decide.draw_fallback(
+            anchor_logits[:, 0], attribute_logits[:, :, 0], first_row, self.weights, bound.log_bound, is_fallback,
+            score=self.rule,
+        )  # fmt: skip
         is_empty = is_fallback & (accept_prob == 0)
         batch.fail(unusable=is_fallback & accept_prob.isnan())
         if self.options.empty == "base":
-            token = torch.where(is_empty, self.rng.categorical(first_row, Purpose.EMPTY, 0, is_empty), token)
+            token = torch.where(is_empty, self.decide.categorical(first_row, Purpose.EMPTY, 0, lambda: is_empty), token)
         else:
             batch.fail(empty=is_empty)
         is_fallback = is_fallback & batch.active
@@ -102,7 +96,7 @@ class SCR:
         pushed = (
             torch.cat([_observed(scores, is_tested), score[:, None]], 1) if self.options.observed else score[:, None]
         )
-        mpg_ext.update_bound_(bound.tensors(), pushed, is_fallback, constants=bound.constants())
+        bound.update(pushed, is_fallback)
 
         # Commit
         chunk[:, 0] = torch.where(is_fallback, token, chunk[:, 0])
@@ -123,7 +117,7 @@ class SCR:
                 attribute_logits[:, :, :1],
                 chunk[:, :1],
             )  # the token may be the fallback's now
-            log_ratios = torch.cat([self.decide.score(*first)[0], log_ratios[:, :, 1:]], 2)
+            log_ratios = torch.cat([self._score(*first)[0], log_ratios[:, :, 1:]], 2)
         batch.commit(chunk, counts, log_ratios)
 
     def statistics(self) -> dict[str, Tensor]:
@@ -140,25 +134,26 @@ class SCR:
             "log_bound": self.bound.log_bound,
         }
 
-    def _propose(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Draft K tokens from the warped base, one pass each.
+    def _verify(
+        self, anchor_logits: Tensor, attribute_logits: Tensor, chunk: Tensor, num_usable: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-ratios (N, B, K), prefix scores (B, K) and accepted tokens (B,) of a chunk, -1 where a score is NaN.
 
-        out: the chunk (B, K) int64, the base's own logits (B, K, V), and the row (B, V) its first token came from
-        """
-        batch, options = self.batch, self.options
-        tokens, logits, rows = [batch.last_tokens()], [], []
-        is_drafting = batch.active
-        for index in range(options.chunk_size):
-            is_drafting = is_drafting & batch.has_room(index)
-            start = batch.lengths - 1 + index
-            step = self.session.forward(("base",), tokens[-1][:, None], start, kv_length=batch.kv_length(index + 1))
-            logits.append(step[0, :, 0])
-            rows.append(self.ops.warp_rows(logits[-1].to(batch.weights.dtype), **options.warp()))
-            batch.fail(unusable=is_drafting & rows[-1][:, 0].isnan())
-            is_drafting = is_drafting & batch.active
-            tokens.append(self.rng.categorical(rows[-1], Purpose.DRAFT, index, is_drafting))
-            is_drafting = is_drafting & ~batch.is_eos(tokens[-1])
-        return torch.stack(tokens[1:], 1), torch.stack(logits, 1), rows[0]
+        Updates the bound where a prefix was accepted, by its score, or by the scores of all tests if observed."""
+        if not self.options.observed:
+            return self.decide.verify_chunks(
+                anchor_logits, attribute_logits, chunk, num_usable, self.weights, self.bound, score=self.rule
+            )
+        log_ratios, scores = self._score(anchor_logits, attribute_logits, chunk)
+        accepted = self.decide.accept_prefixes(scores, self.bound.log_bound, num_usable)
+        self.bound.update(_observed(scores, _is_tested(accepted, num_usable, chunk.shape[1])), accepted > 0)
+        return log_ratios, scores, accepted
+
+    def _score(self, anchor_logits: Tensor, attribute_logits: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-ratios (N, B, K) and prefix scores (B, K) of a chunk, from logits."""
+        anchor = mpg_ext.gather_logprobs(anchor_logits, chunk)
+        attributes = torch.stack([mpg_ext.gather_logprobs(logits, chunk) for logits in attribute_logits])
+        return mpg_ext.score_prefixes(attributes, anchor, self.weights, score=self.rule)
 
 
 _SUMS = (
@@ -183,95 +178,3 @@ def _is_tested(accepted: Tensor, num_usable: Tensor, chunk_size: int) -> Tensor:
 def _observed(scores: Tensor, is_tested: Tensor) -> Tensor:
     """The tested scores in the order of their tests, the longest prefix first; -inf elsewhere. out: (B, K)"""
     return torch.where(is_tested, scores, -torch.inf).flip(1)
-
-
-class _Decisions:
-    """What both ways of deciding share."""
-
-    ops: Any
-
-    def __init__(self, weights: Tensor, bound: Bound, options: Options):
-        self.weights, self.bound, self.options = weights, bound, options
-
-    def score(self, anchor_logits: Tensor, attribute_logits: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-ratios (N, B, K) and prefix scores (B, K) of a chunk, from logits."""
-        anchor = self.ops.gather_logprobs(anchor_logits, chunk)
-        attributes = torch.stack([self.ops.gather_logprobs(logits, chunk) for logits in attribute_logits])
-        return self.ops.score_prefixes(attributes, anchor, self.weights, score=self.options.target)
-
-    def push(self, scores: Tensor, accepted: Tensor, num_usable: Tensor) -> None:
-        """Update the bound where a prefix was accepted, by its score, or by the scores of all tests if observed."""
-        if self.options.observed:
-            pushed = _observed(scores, _is_tested(accepted, num_usable, scores.shape[1]))
-        else:
-            pushed = scores.gather(1, (accepted - 1).clamp_min(0)[:, None])
-        self.ops.update_bound_(self.bound.tensors(), pushed, accepted > 0, constants=self.bound.constants())
-
-
-class _Fused(_Decisions):
-    """By the compiled ops: results as `verify_chunks` and `draw_fallback` have them."""
-
-    ops = mpg_ext
-
-    def __init__(self, weights: Tensor, bound: Bound, options: Options, rng: KeyedGenerator):
-        super().__init__(weights, bound, options)
-        self.rng = rng
-
-    def verify(
-        self, anchor_logits: Tensor, attribute_logits: Tensor, chunk: Tensor, num_usable: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        uniforms = self.rng.uniforms(Purpose.ACCEPT, chunk.shape[1], num_usable > 0)
-        if not self.options.observed:
-            return mpg_ext.verify_chunks(
-                anchor_logits, attribute_logits, chunk, num_usable, self.weights, uniforms, self.bound.tensors(),
-                score=cast(Score, self.options.target), constants=self.bound.constants(),
-            )  # fmt: skip
-        log_ratios, scores = self.score(anchor_logits, attribute_logits, chunk)
-        accepted = mpg_ext.accept_prefixes(scores, self.bound.log_bound, uniforms, num_usable)
-        self.push(scores, accepted, num_usable)
-        return log_ratios, scores, accepted
-
-    def fall_back(
-        self, anchor_logits: Tensor, attribute_logits: Tensor, draft_row: Tensor, is_fallback: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        uniforms = self.rng.uniforms(Purpose.FALLBACK, 1, is_fallback)[:, 0]
-        return mpg_ext.draw_fallback(
-            anchor_logits, attribute_logits, draft_row, self.weights, self.bound.log_bound, uniforms, is_fallback,
-            score=cast(Score, self.options.target),
-        )  # fmt: skip
-
-
-class _Composed(_Decisions):
-    """One by one, in plain torch: the path that the proofs enumerate."""
-
-    ops = reference
-
-    def __init__(self, weights: Tensor, bound: Bound, options: Options, rng: Generator):
-        super().__init__(weights, bound, options)
-        self.rng = rng
-
-    def verify(
-        self, anchor_logits: Tensor, attribute_logits: Tensor, chunk: Tensor, num_usable: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        log_ratios, scores = self.score(anchor_logits, attribute_logits, chunk)
-        accept_probs = (scores - self.bound.log_bound[:, None]).clamp_max(0).exp()  # (B, K)
-        is_usable = torch.arange(chunk.shape[1], device=chunk.device) < num_usable[:, None]
-        accepted = -(scores.isnan() & is_usable).any(1).long()
-        for length in range(chunk.shape[1], 0, -1):
-            is_test = (accepted == 0) & (length <= num_usable)
-            passed = self.rng.bernoulli(accept_probs[:, length - 1], Purpose.ACCEPT, length - 1, is_test)
-            accepted = torch.where(is_test & passed, length, accepted)
-        self.push(scores, accepted, num_usable)
-        return log_ratios, scores, accepted
-
-    def fall_back(
-        self, anchor_logits: Tensor, attribute_logits: Tensor, draft_row: Tensor, is_fallback: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        masses, scores = reference.fallback_masses(
-            anchor_logits, attribute_logits, draft_row, self.weights, self.bound.log_bound,
-            score=cast(Score, self.options.target),
-        )  # fmt: skip
-        accept_prob = torch.where(is_fallback, masses.sum(1), 0)
-        token = self.rng.categorical(masses, Purpose.FALLBACK, 0, accept_prob > 0)
-        score = scores.gather(1, token[:, None])[:, 0]
-        return token, score.where(accept_prob != 0, -torch.inf), accept_prob  # nothing drawn, no score to push

@@ -6,18 +6,20 @@ target is a small class; a new f-divergence is one more. Knows no model and no l
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+import mpg_ext
 
 
 class Target(Protocol):
     """A rule that combines rows.
 
     references  the roles needed beside the attributes', given whether anchor and base are one model
-    combine     ops: `mpg_ext`, or its plain-torch twins; references: logits (B, P, V) of base and anchor where needed;
-                attributes: logits (N, B, P, V); weights: (B, P, N), signed
+    combine     base, anchor: logits (B, P, V) where needed; attributes: logits (N, B, P, V);
+                weights: (B, P, N), signed
                 out: the normalised log-rows (B, P, V) and the logarithm of what each was divided by (B, P):
                 -inf where the row is empty, NaN where a model's logits are NaN or +inf
     """
@@ -25,7 +27,7 @@ class Target(Protocol):
     def references(self, anchor_is_base: bool) -> tuple[str, ...]: ...
 
     def combine(
-        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+        self, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -36,9 +38,9 @@ class Arithmetic:
         return () if anchor_is_base else ("base", "anchor")
 
     def combine(
-        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+        self, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return ops.combine_rows(attributes, weights, base, anchor, target="arithmetic")
+        return mpg_ext.combine_rows(attributes, weights, base, anchor, target="arithmetic")
 
 
 class Anchored:
@@ -51,14 +53,14 @@ class Anchored:
         return ("base",) if anchor_is_base else ("base", "anchor")
 
     def combine(
-        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+        self, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert base is not None and anchor is not None
         members = torch.cat([anchor[None], attributes])
         shares = torch.cat([1 - weights.sum(-1, keepdim=True), weights], -1)
         if base is anchor:
             base = anchor = None  # the ratio to it cancels
-        return ops.combine_rows(members, shares, base, anchor, target="arithmetic")
+        return mpg_ext.combine_rows(members, shares, base, anchor, target="arithmetic")
 
 
 class Geometric:
@@ -68,9 +70,9 @@ class Geometric:
         return ("base",) if anchor_is_base else ("base", "anchor")
 
     def combine(
-        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+        self, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return ops.combine_rows(attributes, weights, base, anchor, target="geometric")
+        return mpg_ext.combine_rows(attributes, weights, base, anchor, target="geometric")
 
 
 class Base:
@@ -80,11 +82,11 @@ class Base:
         return ("base",)
 
     def combine(
-        self, ops: Any, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+        self, base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert base is not None
         one = torch.ones(*base.shape[:2], 1, dtype=weights.dtype, device=weights.device)
-        return ops.combine_rows(base[None], one, None, None, target="arithmetic")
+        return mpg_ext.combine_rows(base[None], one, None, None, target="arithmetic")
 
 
 TARGETS: dict[str, Target] = {
