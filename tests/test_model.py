@@ -227,8 +227,37 @@ def test_model_that_returns_nan_or_infinity_is_named(model, way, value, role, mo
 
     monkeypatch.setattr(ModelRunner, "forward", broken)
     blamed = "(base|draft)" if role == "base" else role  # the base is the draft, and named as what it was run as
-    with pytest.raises(ValueError, match=rf"prompt 0, new token 0: the '{blamed}' model returned NaN, \+inf"):
+    cause = "NaN" if math.isnan(value) else r"\+inf"
+    with pytest.raises(ValueError, match=rf"prompt 0, new token 0: the '{blamed}' model returned {cause}, expected"):
         model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=0, **way)
+
+
+@pytest.mark.parametrize("draft", ["reference", "model", "merged"])
+@pytest.mark.parametrize("first_bad", [0, 2], ids=["at once", "behind drafted tokens"])
+def test_draft_that_leaves_no_token_is_named(model, first_bad, draft, monkeypatch):
+    """Whether the target runs the draft's model or not, and though no token behind the prompt is ever committed."""
+    forward, prompt = ModelRunner.forward, [5, 6, 7]
+
+    def broken(self, places, tokens, start, *arguments, **options):
+        logits = forward(self, places, tokens, start, *arguments, **options).clone()
+        positions = (start[:, None] + torch.arange(tokens.shape[1]))[:, -logits.shape[2] :]
+        for place, of_group in zip(places, logits, strict=True):
+            if self.key.is_merged if draft == "merged" else self.key.groups[place] == 0:
+                of_group[positions >= len(prompt) - 1 + first_bad] = -math.inf
+        return logits
+
+    monkeypatch.setattr(ModelRunner, "forward", broken)
+    role = {"reference": "base", "model": "draft"}.get(draft, draft)
+    with pytest.raises(ValueError, match=rf"prompt 0, new token 0: the '{role}' model returned nothing but -inf, exp"):
+        model.generate(prompt, weights=BOTH, sampler="exact", draft=draft, target="arithmetic", seed=0)
+
+
+def test_attribute_that_weighs_nothing_is_not_blamed(model, monkeypatch):
+    """Both attributes are broken, and the first request weighs only the second of them."""
+    forward = ModelRunner.forward
+    monkeypatch.setattr(ModelRunner, "forward", lambda *arguments, **options: forward(*arguments, **options) * math.nan)
+    with pytest.raises(ValueError, match="prompt 0, new token 0: the 'T' model returned NaN"):
+        model.generate([[5, 6], [7]], weights=[{"T": 1.0}, {"E": 1.0}], sampler="direct", target="arithmetic", seed=0)
 
 
 def test_empty_row_is_refused_by_name_or_taken_from_the_base(model):

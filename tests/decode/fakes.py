@@ -65,7 +65,7 @@ class FakeModels:
 
     def log_row(self, role: str, prefix: Sequence[int]) -> Tensor:
         """log pi_role(. | prefix), (V,), for the tests' own enumeration."""
-        return self.logits[role][_row_numbers(torch.tensor([prefix]))[0, -1]].log_softmax(-1)
+        return self.logits[role][row_numbers(torch.tensor([prefix]))[0, -1]].log_softmax(-1)
 
 
 class FakeSession:
@@ -88,12 +88,9 @@ class FakeSession:
         rows = []
         for role in roles:
             read = self.read[id(self.models.logits[role])].scatter_(1, positions, tokens)
-            numbers = _row_numbers(read[:, :kv_length]).gather(1, positions.clamp_max(kv_length - 1))
+            numbers = row_numbers(read[:, :kv_length]).gather(1, positions.clamp_max(kv_length - 1))
             rows.append(self.models.logits[role][numbers])
         return torch.stack(rows)
-
-    def blame(self, row: int | None = None) -> None:
-        return None
 
 
 # Requests that share every enumerated batch, so that it is ragged: other prompts, limits and decisions of their own.
@@ -199,7 +196,7 @@ def total_variation(law: dict[tuple[int, ...], float], other: dict[tuple[int, ..
     return sum(abs(law.get(text, 0.0) - other.get(text, 0.0)) for text in {*law, *other}) / 2
 
 
-def _row_numbers(tokens: Tensor) -> Tensor:
+def row_numbers(tokens: Tensor) -> Tensor:
     """For every prefix of each sequence (B, L), the number of the row that follows it."""
     factors = torch.tensor(list(accumulate(range(tokens.shape[1] - 1), lambda f, _: f * 31 % NUM_ROWS, initial=17)))
     return ((tokens + 1) * factors).cumsum(1) % NUM_ROWS

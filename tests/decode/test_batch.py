@@ -17,9 +17,12 @@ def make_batch(**kwargs):
 def test_usable_chunk_ends_with_the_first_end_of_sequence_or_the_tokens_left():
     batch = make_batch()
     chunk = torch.tensor([[1, EOS, 2, 8], [1, 1, 1, 1], [1, 1, 1, 1]])
-    assert batch.count_usable(chunk).tolist() == [2, 3, 1]
+    ends_at = batch.ends_at(chunk)
+    assert ends_at.tolist() == [2, 3, 1]
+    assert batch.count_usable(ends_at, 4).tolist() == [2, 3, 1]
+    assert batch.count_usable(batch.ends_at(chunk[:, :1]), 1).tolist() == [1, 1, 1]
     batch.fail(unusable=torch.tensor([True, False, False]))
-    assert batch.count_usable(chunk).tolist() == [0, 3, 1]
+    assert batch.count_usable(ends_at, 4).tolist() == [0, 3, 1]
 
 
 def test_commit_appends_each_sequences_own_count():
@@ -30,7 +33,7 @@ def test_commit_appends_each_sequences_own_count():
     assert batch.tokens[0, :5].tolist() == [1, 2, 10, 11, 12]
     assert batch.tokens[1, :2].tolist() == [3, 10]
     assert batch.tokens[2, :4].tolist() == [4, 5, 6, 10]
-    assert batch.last_tokens().tolist() == [12, 10, 10]
+    assert batch.last_tokens.tolist() == [12, 10, 10]
     assert batch.active.tolist() == [True, True, False]  # the last has no token left
     assert batch.rounds.tolist() == [1, 1, 1]
 
@@ -101,13 +104,19 @@ def test_sequence_stopped_from_outside_commits_nothing_more():
     assert batch.lengths.tolist() == [4, 4, 4]
 
 
-def test_chunk_ends_a_sequence_by_its_last_token_or_by_the_limit():
+def test_chunk_ends_a_sequence_by_a_token_or_by_the_limit_or_not_at_all():
     batch = make_batch()
     chunk = torch.tensor([[1, EOS], [1, 1], [1, 1]])
-    for counts, expected in (
-        ([0, 0, 0], [False] * 3),
-        ([1, 1, 1], [False, False, True]),
-        ([2, 2, 2], [True, False, True]),
-    ):
-        assert batch.ends_with(chunk, torch.tensor(counts)).tolist() == expected
-    assert batch.ends_with(chunk[:, :0], torch.tensor([0, 0, 0])).tolist() == [False] * 3
+    assert batch.ends_at(chunk).tolist() == [2, 3, 1]
+    assert batch.ends_at(chunk[:, :1]).tolist() == [2, 2, 1]
+    assert batch.ends_at(chunk[:, :0]).tolist() == [1, 1, 1]
+
+
+def test_what_a_chunk_has_behind_the_last_column_touches_no_committed_token():
+    """A row that is full and a chunk that is longer than what is left both write beyond their own limits."""
+    batch = Batch([[1, 2, 3], [4]], [1, 3], torch.zeros(2, 1), torch.tensor([0, 1]), [])
+    batch.commit(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]]), torch.tensor([1, 2]))
+    assert batch.active.tolist() == [False, True]
+    batch.commit(torch.tensor([[9, 9, 9, 9], [9, 8, 7, 6]]), torch.tensor([3, 1]))
+    assert batch.tokens.tolist() == [[1, 2, 3, 5], [4, 5, 6, 9]]
+    assert batch.last_tokens.tolist() == [5, 9]

@@ -31,9 +31,9 @@ def test_lookup_drafts_what_followed_the_longest_latest_match(text, drafted):
     batch = Batch([text], [5], torch.ones(1, 1), torch.tensor([0]), [])
     draft = LookupDraft()
     draft.start(None, batch, None)
-    chunk, rows, num_drafted = draft.propose(3)
-    assert rows is None
-    assert chunk[0, : num_drafted[0]].tolist() == drafted
+    proposal = draft.propose(3)
+    assert proposal.rows is None
+    assert proposal.chunk[0, : proposal.num_usable[0]].tolist() == drafted
 
 
 @pytest.mark.parametrize(("deviation", "expected"), [(0.0, MAX_ADAPTED_CHUNK), (60.0, 1)])

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from composed import Composed
-from fakes import FakeModels, rounds_of
+from fakes import NUM_ROWS, FakeModels, rounds_of, row_numbers
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
 from mpg.decode.direct import Direct
+from mpg.decode.drafts import ROLES
 from mpg.decode.exact import Exact
 from mpg.decode.rng import Decisions, Purpose
 from mpg.decode.scr import SCR
@@ -164,6 +165,13 @@ def test_draft_that_is_the_target_is_always_accepted(verify):
     assert sampler.statistics()["accept_rate"].eq(1).all()
 
 
+EMPTY_DRAFTS = [
+    *({"sampler": "exact", "draft": draft, "verify": verify} for draft in ROLES for verify in ("block", "token")),
+    {"sampler": "scr"},
+    {"sampler": "seq-rs"},
+]
+
+
 class TestUnusableModels:
     """What a model returns for one sequence must not reach the others, and must not pass for a text."""
 
@@ -190,3 +198,25 @@ class TestUnusableModels:
             pass
         assert batch.unusable.tolist() == [False, True]
         assert batch.lengths.tolist() == [9, 1]
+
+    @pytest.mark.parametrize("decisions", [Decisions, Composed], ids=["fused", "composed"])
+    @pytest.mark.parametrize("options", EMPTY_DRAFTS, ids=lambda options: " ".join(options.values()))
+    @pytest.mark.parametrize("value", [-math.inf, math.nan])
+    @pytest.mark.parametrize("limit", [1, 6])
+    def test_a_draft_that_leaves_no_token_fails_the_sequence_that_meets_it(self, limit, value, options, decisions):
+        """The draft's rows are bad behind every token but the prompt's: a chunk of one token never sees it."""
+        prompts, same = [[1, 0]] * 8, ("anchor",) if options["sampler"] == "exact" else ()
+        models = FakeModels(4, same=same, others={"draft": 0.5, "merged": 0.5}, seed=1)
+        whole = models.logits[ROLES[options.get("draft", "reference")]]
+        is_bad = torch.arange(NUM_ROWS) != row_numbers(torch.tensor(prompts[:1]))[0, -1]
+        broken = whole.masked_fill(is_bad[:, None], value)
+        models.logits = {role: broken if rows is whole else rows for role, rows in models.logits.items()}
+        checked = Options.of({"target": "arithmetic"} | options)
+        alpha = torch.tensor([[0.5, 0.5]] * 8, dtype=torch.float64)
+        batch = Batch(prompts, [limit] * 8, alpha, torch.arange(8), [])
+        one = SAMPLERS[checked.sampler](models, ("E", "T"), checked)
+        one.start(models.open(prompts, one.roles, batch.capacity), batch, decisions(batch.seeds, batch.rounds))
+        for _ in rounds_of(one, batch):
+            pass
+        assert batch.unusable.tolist() == [limit > 1] * 8
+        assert batch.num_new_tokens().tolist() == [int(limit == 1)] * 8

@@ -203,4 +203,4 @@ def test_the_check_at_load_judges_no_broken_weights(tiny_model):
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     session = load(model, {"E": tiny_model()}, device="cpu").open(PROMPTS, ["base"], CAPACITY)
     session.forward(["base"], torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), kv_length=8)
-    assert session.blame() == "base"
+    assert session.blame(0, 2, [5], ["base"]) == "the 'base' model returned NaN"

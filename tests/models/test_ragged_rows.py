@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,29 +96,42 @@ def test_cost_counts_slots_forwards_and_positions(tiny_model):
     assert (session.cost.model_calls, session.cost.depth, session.cost.positions) == (2, 2, 6)
 
 
+def _break_on(token, value, model):
+    """Let a model return `value` alone behind a token."""
+
+    def hook(module, args, kwargs, out):
+        out.logits[kwargs["input_ids"] == token] = value
+
+    model.register_forward_hook(hook, with_kwargs=True)
+
+
 @pytest.mark.parametrize(
-    ("value", "place", "is_bad"),
-    [
-        (float("nan"), (1, 0, 5), True),
-        (float("inf"), (1, 1, 5), True),
-        (float("-inf"), (1, 1), True),  # nothing left to draw
-        (float("-inf"), (1, 1, slice(5, None)), False),
-    ],
+    ("value", "cause"), [(math.nan, "NaN"), (math.inf, "+inf"), (-math.inf, "nothing but -inf"), (7.0, None)]
 )
-def test_blame_names_the_role_and_forgets_nothing(value, place, is_bad, tiny_model):
+def test_blame_feeds_a_row_again_and_names_the_role_and_the_cause(value, cause, tiny_model):
+    ensemble = load(tiny_model(), {"E": tiny_model()})
+    session = ensemble.open(PROMPTS, ["base", "E"], 12)
+    expected = f"the 'E' model returned {cause}" if cause else None
+    _break_on(5, value, ensemble._models[1].model)
+    before = _feed(session, ["base", "E"], PROMPTS, [[1]] * 3, kv_length=12)
+    cost = replace(session.cost)
+    chunk = [9, 1, 5, 1, 1, 1, 1, 1, 1]  # more than the row has room for
+    assert session.blame(0, 6, chunk, ["base", "E"]) == expected
+    assert session.blame(0, 6, chunk[:2], ["base", "E"]) is None
+    assert session.blame(0, 6, chunk, ["base"]) is None
+    assert session.cost == cost
+    after = _feed(session, ["base", "E"], PROMPTS, [[1]] * 3, kv_length=12)
+    assert torch.equal(before, after)
+
+
+def test_blame_names_the_model_that_broke_first_in_the_text(tiny_model):
+    """What follows is of no account: a token that came from broken logits may break the others."""
     ensemble = load(tiny_model(), {"E": tiny_model()})
     session = ensemble.open(PROMPTS, ["base", "E"], CAPACITY)
-    assert session.blame() is None
-
-    def break_row(module, args, out):
-        out[place] = value
-
-    hook = ensemble._models[1].model.lm_head.register_forward_hook(break_row)
-    _feed(session, ["base", "E"], PROMPTS, [[1]] * 3)
-    hook.remove()
-    _feed(session, ["base", "E"], PROMPTS, [[1]] * 3)  # in which all is well again
-    assert session.blame() == session.blame(1) == ("E" if is_bad else None)
-    assert session.blame(0) is session.blame(2) is None
+    _break_on(5, math.nan, ensemble._models[0].model)
+    _break_on(6, -math.inf, ensemble._models[1].model)
+    assert session.blame(1, 0, [10, 6, 5], ["base", "E"]) == "the 'E' model returned nothing but -inf"
+    assert session.blame(1, 0, [10, 5, 6], ["base", "E"]) == "the 'base' model returned NaN"
 
 
 def test_two_threads_may_share_a_model(tiny_model, lora_folder):

@@ -54,6 +54,7 @@ class Batch:
     another one. A round changes these tensors in place.
 
     tokens      (B, capacity) int64, prompt and committed tokens; nothing meaningful from `lengths` on
+    last_tokens  (B,) int64, the last committed token
     lengths     (B,) int64, committed tokens, the prompt among them
     limits      (B,) int64, what `lengths` may grow to
     weights     (B, N), alpha
@@ -88,9 +89,12 @@ class Batch:
         device, num_rows = weights.device, len(prompts)
         limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
         self.capacity = max(limits) if capacity is None else capacity
-        counts = torch.zeros(4, num_rows, dtype=torch.int64, device=device)
-        self.prompt_lengths, self.lengths, self.limits, self.rounds = counts
-        self.tokens = torch.zeros(num_rows, self.capacity, dtype=torch.int64, device=device)
+        counts = torch.zeros(6, num_rows, dtype=torch.int64, device=device)
+        self.prompt_lengths, self.lengths, self.limits, self.rounds, self.last_tokens, self._no_drafts = counts
+        # behind the last column is one more, for what a chunk has beyond it
+        self._columns = torch.zeros(num_rows, self.capacity + 1, dtype=torch.int64, device=device)
+        self.tokens = self._columns[:, : self.capacity]
+        self._index = torch.arange(self.capacity + 1, device=device)
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         self.weights, self.seeds = torch.zeros_like(weights), torch.zeros_like(seeds)
         self.active, self.unusable, self.empty = torch.zeros(3, num_rows, dtype=torch.bool, device=device)
@@ -118,6 +122,7 @@ class Batch:
         padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
         self.tokens[index, : max(lengths)] = torch.tensor(padded, device=device)
         self.prompt_lengths[index] = self.lengths[index] = torch.tensor(lengths, device=device)
+        self.last_tokens[index] = torch.tensor([prompt[-1] for prompt in prompts], device=device)
         self.limits[index] = self.lengths[index] + torch.tensor(list(max_new_tokens), device=device)
         self.weights[index], self.seeds[index], self.rounds[index] = weights, seeds, 0
         self.active[index] = self.lengths[index] < self.limits[index]
@@ -128,9 +133,9 @@ class Batch:
         """What the last round did, on its way to the host."""
         assert self._committed is not None, "no round has been committed"
         chunk, counts, log_ratios = self._committed
-        drafts = torch.zeros_like(counts) if self.draft_lengths is None else self.draft_lengths * self.active
-        flags = torch.stack([counts, self.active.long(), self.unusable.long(), self.empty.long(), drafts], 1)
-        return Snapshot(torch.cat([flags, chunk], 1), log_ratios)
+        drafts = self._no_drafts if self.draft_lengths is None else self.draft_lengths * self.active
+        flags = (flag[:, None] for flag in (counts, self.active, self.unusable, self.empty, drafts))
+        return Snapshot(torch.cat([*flags, chunk], 1), log_ratios)
 
     def num_new_tokens(self) -> Tensor:
         """Tokens committed since the prompt. out: (B,) int64"""
@@ -140,20 +145,9 @@ class Batch:
         """Cache positions in use once `width` tokens are fed from the last committed one on."""
         return min(self.longest - 1 + width, self.capacity)
 
-    def last_tokens(self) -> Tensor:
-        """The last committed token of every row. out: (B,) int64"""
-        return self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
-
     def is_eos(self, tokens: Tensor) -> Tensor:
         """Whether tokens end their sequence. out: bool, of the shape of `tokens`"""
         return (tokens[..., None] == self.eos_token_ids).any(-1)
-
-    def ends_with(self, chunk: Tensor, counts: Tensor) -> Tensor:
-        """Whether the first counts[b] tokens of chunk (B, K), once committed, end their request. out: (B,) bool"""
-        if not chunk.shape[1]:
-            return self.lengths >= self.limits
-        last = chunk.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0]
-        return self.is_eos(last) & (counts > 0) | (self.lengths + counts >= self.limits)
 
     def is_open(self, drafted: Sequence[Tensor]) -> Tensor:
         """Whether one more token could be committed behind these drafted ones, each (B,) int64. out: (B,) bool"""
@@ -164,14 +158,15 @@ class Batch:
             is_open &= ~self.is_eos(tokens)
         return is_open
 
-    def count_usable(self, chunk: Tensor) -> Tensor:
-        """min(K, tokens left, position of the first end-of-sequence token, draft length), 0 where inactive.
+    def ends_at(self, chunk: Tensor) -> Tensor:
+        """How many tokens of the chunk (B, K) end each text, by an end-of-sequence token or the limit; above K where it
+        goes on. out: (B,) int64"""
+        is_inner = (chunk[..., None] != self.eos_token_ids).all(-1)
+        return torch.minimum(is_inner.cumprod(1).sum(1) + 1, self.limits - self.lengths)
 
-        chunk: (B, K) int64, drafted tokens
-        out: (B,) int64
-        """
-        before_or_at_eos = self.is_eos(chunk).cumsum(1) - self.is_eos(chunk).long() == 0
-        num_usable = torch.minimum(before_or_at_eos.sum(1), self.limits - self.lengths)
+    def count_usable(self, ends_at: Tensor, chunk_size: int) -> Tensor:
+        """min(K, `ends_at` of the chunk, draft length), 0 where inactive. out: (B,) int64"""
+        num_usable = ends_at.clamp_max(chunk_size)
         if self.draft_lengths is not None:
             num_usable = torch.minimum(num_usable, self.draft_lengths)
         return num_usable * self.active
@@ -181,7 +176,7 @@ class Batch:
         for flag, mask in ((self.unusable, unusable), (self.empty, empty)):
             if mask is not None:
                 flag |= mask & self.active
-        self.active &= ~self.unusable & ~self.empty
+                self.active.masked_fill_(mask, False)
 
     def stop(self, rows: Sequence[int]) -> None:
         """End the requests in some rows, whose texts the host has seen to be at an end; what is committed stays."""
@@ -191,18 +186,16 @@ class Batch:
         """Append the first counts[b] tokens of chunk[b] to every active row, and end its round.
 
         chunk       (B, K) int64
-        counts      (B,) int64 in 0..K, at most what `count_usable` says; ignored where inactive
+        counts      (B,) int64 in 0..K, no more than there is room for; ignored where inactive
         log_ratios  (N, B, K) of the chunk, where they are traced
         """
-        counts = counts * self.active
-        index = torch.arange(chunk.shape[1], device=chunk.device)
-        positions = (self.lengths[:, None] + index).clamp_max(self.capacity - 1)
-        is_new = index < counts[:, None]
-        # positions past the end collapse onto the last one, so add differences: those of discarded tokens are 0
-        self.tokens.scatter_add_(1, positions, (chunk - self.tokens.gather(1, positions)) * is_new)
+        counts, width = counts * self.active, chunk.shape[1]
+        positions = (self.lengths[:, None] + self._index[:width]).clamp_max(self.capacity)
+        self._columns.scatter_(1, positions, chunk)
         self.lengths += counts
         self.rounds += self.active
-        ended = self.is_eos(self.last_tokens()) & (counts > 0)
-        self.active &= ~ended & (self.lengths < self.limits)
-        self.longest = min(self.longest + chunk.shape[1], self.capacity)
+        self.last_tokens.copy_(self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0])
+        has_ended = self.is_eos(self.last_tokens) & (counts > 0) | (self.lengths >= self.limits)
+        self.active.masked_fill_(has_ended, False)
+        self.longest = min(self.longest + width, self.capacity)
         self._committed = chunk, counts, None if log_ratios is None else log_ratios.permute(1, 2, 0)

@@ -26,6 +26,7 @@ class Direct:
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.session, self.batch, self.decide = session, batch, decide
         self.target.start(batch)
+        self.none = torch.zeros_like(batch.lengths)  # drafted tokens of a row
 
     def reset(self, rows: Tensor) -> None:
         self.target.reset(rows)
@@ -34,16 +35,16 @@ class Direct:
         batch = self.batch
 
         # One pass of every model over the last token
-        fed = batch.last_tokens()[:, None]  # (B, 1)
+        fed = batch.last_tokens[:, None]  # (B, 1)
         logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))
 
         # Combine, process, warp, draw
-        rows, log_totals = self.target.of(logits, fed[:, :0], torch.zeros_like(batch.lengths))
+        rows, log_totals = self.target.of(logits, fed[:, :0], self.none)
         batch.fail(unusable=rows[:, 0, 0].isnan(), empty=log_totals[:, 0] == -torch.inf)
         token = self.decide.categorical(rows[:, 0], Purpose.LAST, 0, lambda: batch.active)
-        self.target.commit(logits, torch.zeros_like(token), token)
+        self.target.commit(logits, self.none, token)
         log_ratios = self.target.log_ratios(logits, token[:, None]) if self.options.trace else None
-        batch.commit(token[:, None], batch.active.long(), log_ratios)
+        batch.commit(token[:, None], torch.ones_like(token), log_ratios)
 
     def statistics(self) -> dict[str, Tensor]:
         return {}

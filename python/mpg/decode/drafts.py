@@ -6,7 +6,7 @@ Knows how to draft and from which rows; nothing of targets or of what is accepte
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,21 @@ if TYPE_CHECKING:
 ROLES = {"reference": "base", "model": "draft", "merged": "merged"}  # the model behind each draft that has one
 
 
+class Proposal(NamedTuple):
+    """A drafted chunk of every sequence.
+
+    chunk       (B, K) int64
+    rows        (B, K, V), which its tokens were drawn from; None where each was the only choice
+    num_usable  (B,) int64 in 0..K, its first tokens that were drafted and could be committed
+    ends_at     (B,) int64, as in `Batch.ends_at`
+    """
+
+    chunk: Tensor
+    rows: Tensor | None
+    num_usable: Tensor
+    ends_at: Tensor
+
+
 class Draft(Protocol):
     """Proposes a chunk for every active sequence.
 
@@ -34,9 +49,7 @@ class Draft(Protocol):
 
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None: ...
 
-    def propose(self, chunk_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """out: chunk (B, K) int64; the rows (B, K, V) its tokens were drawn from, None where each was the only choice;
-        num_usable (B,) int64 in 0..K, its first tokens that were drafted and could be committed"""
+    def propose(self, chunk_size: int) -> Proposal: ...
 
 
 class ModelDraft:
@@ -56,7 +69,7 @@ class ModelDraft:
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.session, self.batch, self.decide = session, batch, decide
 
-    def propose(self, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def propose(self, chunk_size: int) -> Proposal:
         batch, options = self.batch, self.options
         tokens: list[Tensor] = []
         rows: list[Tensor] = []
@@ -70,9 +83,10 @@ class ModelDraft:
             active = partial(batch.is_open, tokens)
             tokens.append(self.decide.categorical(rows[-1], Purpose.DRAFT, index, active))
         chunk, draft_rows = torch.stack(tokens, 1), torch.stack(rows, 1)
-        num_usable = batch.count_usable(chunk)
+        ends_at = batch.ends_at(chunk)
+        num_usable = batch.count_usable(ends_at, chunk_size)
         batch.fail(unusable=_count_drawn(draft_rows, chunk) < num_usable)
-        return chunk, draft_rows, num_usable
+        return Proposal(chunk, draft_rows, num_usable, ends_at)
 
     def _process(self, log_row: Tensor, tokens: list[Tensor], rows: list[Tensor]) -> Tensor:
         """The row (B, V) behind the tokens drafted so far, processed; as it was where nothing would be left."""
@@ -88,14 +102,14 @@ class ModelDraft:
         """Logits after the last committed token. out: (B, V)"""
         batch = self.batch
         if self.is_verified:
-            return self._read(batch.last_tokens(), 0)
+            return self._read(batch.last_tokens, 0)
         start = (batch.lengths - 2).clamp_min(0)  # a prompt of one token has no second last: read what follows, in vain
         fed = batch.tokens.gather(1, torch.stack([start, start + 1], 1).clamp_max(batch.capacity - 1))
         logits = self.session.forward(self.roles, fed, start, kv_length=batch.kv_length(2))[0]
         return torch.where((batch.lengths >= 2)[:, None], logits[:, 1], logits[:, 0])
 
     def _read(self, token: Tensor, index: int) -> Tensor:
-        start, kv_length = self.batch.lengths - 1 + index, self.batch.kv_length(index + 1)
+        start, kv_length = self.batch.lengths + (index - 1), self.batch.kv_length(index + 1)
         return self.session.forward(self.roles, token[:, None], start, kv_length=kv_length)[0, :, 0]
 
 
@@ -115,7 +129,7 @@ class LookupDraft:
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.batch = batch
 
-    def propose(self, chunk_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def propose(self, chunk_size: int) -> Proposal:
         batch = self.batch
         positions = torch.arange(batch.capacity, device=batch.tokens.device)
         is_earlier = positions < batch.lengths[:, None] - 1  # (B, L): ends of earlier occurrences
@@ -124,13 +138,14 @@ class LookupDraft:
         for n in range(1, 4):  # does the n-gram that ends here agree with the last n tokens?
             last = batch.tokens.gather(1, (batch.lengths - n).clamp_min(0)[:, None])
             shifted = batch.tokens.roll(n - 1, 1)
-            agrees = agrees & (shifted == last) & (positions >= n - 1) & (batch.lengths >= n)[:, None]
+            agrees = agrees & (shifted == last) & (positions >= n - 1)
             latest = torch.where(agrees, positions, -1).amax(1)
             match = torch.where(latest >= 0, latest, match)
         following = match[:, None] + 1 + torch.arange(chunk_size, device=match.device)
         chunk = batch.tokens.gather(1, following.clamp_max(batch.capacity - 1))
         num_drafted = torch.where(match >= 0, (batch.lengths - 1 - match).clamp_max(chunk_size), 0)
-        return chunk, None, torch.minimum(batch.count_usable(chunk), num_drafted)
+        ends_at = batch.ends_at(chunk)
+        return Proposal(chunk, None, batch.count_usable(ends_at, chunk_size).minimum(num_drafted), ends_at)
 
 
 def merged_shares(weights: Tensor, target: str) -> Tensor:

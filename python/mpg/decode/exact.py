@@ -56,10 +56,11 @@ class Exact:
         batch = self.batch
 
         # Draft: C ~ q, with the rows it was really drawn from
-        chunk, draft_rows, num_usable = self.draft.propose(batch.longest_draft or self.options.chunk_size)
+        proposal = self.draft.propose(batch.longest_draft or self.options.chunk_size)
+        chunk, draft_rows, num_usable, ends_at = proposal
 
         # Score: the rows p_1 .. p_{K+1} in one pass of every model of the target
-        fed = torch.cat([batch.last_tokens()[:, None], chunk], 1)
+        fed = torch.cat([batch.last_tokens[:, None], chunk], 1)
         kv_length = batch.kv_length(fed.shape[1])
         logits = self.session.forward(self.target.roles, fed, batch.lengths - 1, kv_length=kv_length)
         rows, log_totals = self.target.of(logits, chunk, num_usable)
@@ -67,16 +68,15 @@ class Exact:
         # Verify: the first `accepted` tokens of the chunk stay, and the row that they leave gives one more
         if self.options.verify == "block":
             accepted, carry = self.decide.verify_block(rows, draft_rows, chunk, num_usable)
-            batch.fail(unusable=accepted < 0)
-            accepted = accepted.clamp_min(0)
         else:
             accepted = self.decide.accept_tokens(_token_accept_probs(rows, draft_rows, chunk), num_usable)
             carry = torch.ones_like(rows[:, 0, 0])
-        ends = batch.ends_with(chunk, accepted)
-        log_total = _at(log_totals, accepted)
-        batch.fail(unusable=log_total.isnan() & ~ends, empty=(log_total == -torch.inf) & ~ends)
+        is_unusable, accepted = accepted < 0, accepted.clamp_min(0)
+        goes_on = accepted < ends_at
+        log_total = log_totals.gather(1, accepted[:, None])[:, 0]
+        batch.fail(unusable=is_unusable | (log_total.isnan() & goes_on), empty=(log_total == -torch.inf) & goes_on)
         token = self.decide.draw_residual(
-            rows, draft_rows, chunk, num_usable, accepted, carry, lambda: batch.active & ~ends
+            rows, draft_rows, chunk, num_usable, accepted, carry, lambda: batch.active & goes_on
         )
 
         if batch.draft_lengths is not None:  # two more where all was accepted, one less where not
@@ -85,12 +85,13 @@ class Exact:
             batch.draft_lengths.copy_(torch.where(num_usable > 0, longer, batch.draft_lengths))
 
         # Commit
-        self.num_accepted += accepted * batch.active
-        self.num_offered += num_usable * batch.active
+        self.num_accepted += accepted
+        self.num_offered += num_usable
         self.target.commit(logits, accepted, token)
-        committed = torch.cat([chunk, token[:, None]], 1).scatter(1, accepted[:, None], token[:, None])
+        place = accepted.masked_fill(~batch.active, chunk.shape[1])  # what failed keeps the chunk that it failed by
+        committed = torch.cat([chunk, token[:, None]], 1).scatter(1, place[:, None], token[:, None])
         log_ratios = self.target.log_ratios(logits, committed) if self.options.trace else None
-        batch.commit(committed, accepted + (~ends).long(), log_ratios)
+        batch.commit(committed, accepted + goes_on, log_ratios)
 
     def statistics(self) -> dict[str, Tensor]:
         """The entries of `STATISTICS`, each (B,)."""
@@ -107,8 +108,3 @@ def _token_accept_probs(rows: Tensor, draft_rows: Tensor | None, chunk: Tensor) 
     if draft_rows is not None:
         probs = probs / draft_rows.gather(2, drafted)[..., 0]
     return probs.clamp_max(1)
-
-
-def _at(values: Tensor, index: Tensor) -> Tensor:
-    """values[b, index[b]] of values (B, K), index (B,) in 0..K-1. out: (B,)"""
-    return values.gather(1, index[:, None])[:, 0]

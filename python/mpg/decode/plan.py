@@ -138,7 +138,7 @@ def _measure_acceptance(
     target = TargetRows(models, attributes, direct)
     session = models.open(prompts, (*target.roles, *drafts.values()), batch.capacity)
     target.start(batch)
-    fed, start = torch.cat([batch.last_tokens()[:, None], chunk], 1), batch.lengths - 1
+    fed, start = torch.cat([batch.last_tokens[:, None], chunk], 1), batch.lengths - 1
     logits = session.forward(target.roles, fed, start, kv_length=batch.capacity)
     rows = target.of(logits, chunk, lengths[:, 0])[0][:, :-1]
 
@@ -162,6 +162,6 @@ def _lookup_rows(
     for t in range(rows.shape[1]):
         so_far = [[*prompt, *text[:t]] for prompt, text in zip(prompts, texts, strict=True)]
         draft.batch = Batch(so_far, [1] * len(so_far), batch.weights, batch.seeds, ())
-        chunk, _, num_usable = draft.propose(1)
-        lookup_rows[:, t].scatter_(1, chunk, num_usable[:, None].to(rows.dtype))
+        proposal = draft.propose(1)
+        lookup_rows[:, t].scatter_(1, proposal.chunk, proposal.num_usable[:, None].to(rows.dtype))
     return lookup_rows

@@ -59,7 +59,7 @@ class TokenRS:
         batch, bound = self.batch, self.bound
 
         # One pass of every model over the last token
-        fed = batch.last_tokens()[:, None]
+        fed = batch.last_tokens[:, None]
         logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))[:, :, 0]
         scored = _scored(logits, self.weights)
         draft_row = mpg_ext.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
@@ -88,7 +88,7 @@ class TokenRS:
         if self.options.trace:
             logprobs = _gather(scored, token)
             log_ratios = logprobs[1:] - logprobs[:1]
-        batch.commit(token[:, None], batch.active.long(), log_ratios)
+        batch.commit(token[:, None], torch.ones_like(token), log_ratios)
 
     def statistics(self) -> dict[str, Tensor]:
         """The entries of `STATISTICS`, each (B,)."""
@@ -120,7 +120,7 @@ class SeqRS:
         self.texts, self.sizes, self.last = (
             torch.zeros_like(batch.tokens),
             torch.zeros_like(batch.lengths),
-            batch.last_tokens(),
+            batch.last_tokens.clone(),
         )
         self.logprobs = self.weights.new_zeros(1 + self.weights.shape[1], *batch.tokens.shape)
         self.num_rounds = 0  # no candidate is longer
@@ -129,7 +129,7 @@ class SeqRS:
         self.weights[rows] = normalise_weights(self.batch.weights[rows])
         self.bound.reset(rows)
         self.num_tries[rows] = self.num_rejected[rows] = self.num_capped[rows] = self.sizes[rows] = 0
-        self.last[rows] = self.batch.last_tokens()[rows]
+        self.last[rows] = self.batch.last_tokens[rows]
         self.logprobs[:, rows] = 0
 
     def round(self) -> None:
@@ -140,7 +140,6 @@ class SeqRS:
         start, kv_length = batch.lengths - 1 + self.sizes, batch.kv_length(self.num_rounds)
         logits = self.session.forward(self.roles, self.last[:, None], start, kv_length=kv_length)[:, :, 0]
         draft_row = mpg_ext.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
-        batch.fail(unusable=draft_row[:, 0].isnan())
         token = self.decide.categorical(draft_row, Purpose.DRAFT, 0, lambda: batch.active)
         where = self.sizes.clamp_max(batch.capacity - 1)[:, None]
         logprobs = _gather(_scored(logits, self.weights), token)
@@ -153,7 +152,8 @@ class SeqRS:
         score = mpg_ext.score_prefixes(of_text[1:], of_text[0], self.weights, score=cast(Score, self.options.target))[
             1
         ][:, 0]
-        batch.fail(unusable=score.isnan())
+        has_token = draft_row.gather(1, token[:, None])[:, 0] > 0
+        batch.fail(unusable=~has_token | score.isnan())
         is_whole = batch.active & (batch.is_eos(token) | (batch.lengths + self.sizes >= batch.limits))
         accept_prob = (score - bound.log_bound).clamp_max(0).exp()
         is_accepted = self.decide.bernoulli(accept_prob, Purpose.ACCEPT, 0, lambda: is_whole)
@@ -166,7 +166,7 @@ class SeqRS:
         # Commit it, or start again
         counts = torch.where(is_whole & is_accepted | is_capped, self.sizes, 0)
         self.sizes.masked_fill_(is_whole | ~batch.active, 0)
-        self.last.copy_(torch.where(is_whole, batch.last_tokens(), token))
+        self.last.copy_(torch.where(is_whole, batch.last_tokens.clone(), token))
         batch.commit(self.texts, counts, self.logprobs[1:] - self.logprobs[:1] if self.options.trace else None)
         self.logprobs.masked_fill_(is_whole[:, None], 0)
 

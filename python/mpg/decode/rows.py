@@ -61,7 +61,7 @@ class TargetRows:
         self.chunk_weights = self._weights_along(attributes, chunk)
         log_rows, log_totals = self.target.combine(base, anchor, attributes, self.chunk_weights)
         if self.batch.processors is not None:
-            num_rows = num_usable + (~self.batch.ends_with(chunk, num_usable)).long()
+            num_rows = num_usable + (num_usable < self.batch.ends_at(chunk))
             log_rows = process_rows(self.batch, log_rows, chunk, num_rows * self.batch.active)
             log_totals = log_totals.where(log_rows.amax(-1) != -torch.inf, -torch.inf)
         probs = mpg_ext.warp_rows(log_rows.flatten(0, 1), **self.options.warp())

@@ -99,7 +99,7 @@ class Run:
         started_at: float,
     ):
         self.options, self.on_token, self.started_at = options, on_token, started_at
-        self.eos_token_ids, self.device = eos_token_ids, models.device
+        self.models, self.eos_token_ids, self.device = models, eos_token_ids, models.device
         # an attribute that no request weighs takes no part
         self.used = [i for i in range(len(models.attribute_names)) if any(request.alpha[i] for request in requests)]
         attributes = tuple(models.attribute_names[i] for i in self.used)
@@ -174,7 +174,7 @@ class Run:
                 continue
             transcript = entry.transcript
             if done.unusable[row]:
-                raise ValueError(f"{transcript.where()}: {self._explain_unusable(row)}")
+                raise ValueError(f"{transcript.where()}: {self._explain_unusable(row, entry, done.tokens[row])}")
             if done.empty[row] and entry.request.processor is not None:
                 raise ValueError(f"logits_processor: {transcript.where()}: no token is left, expected one at least")
             if done.empty[row]:
@@ -223,10 +223,15 @@ class Run:
                 log_ratios=tuple(transcript.log_ratios) if self.options.trace else None,
             )
 
-    def _explain_unusable(self, row: int) -> str:
-        role = self.session.blame(row)
-        if role is not None:
-            return f"the {role!r} model returned NaN, +inf or nothing but -inf, expected finite logits or -inf"
+    def _explain_unusable(self, row: int, entry: _Entry, drafted: list[int]) -> str:
+        """Why a row failed with this chunk behind what it has committed."""
+        request = entry.request
+        unweighed = {name for i, name in enumerate(self.models.attribute_names) if not request.alpha[i]}
+        roles = [role for role in self.sampler.roles if role not in unweighed]
+        tokens = [request.token_ids[-1], *entry.transcript.tokens, *drafted]
+        blamed = self.session.blame(row, len(request.token_ids) - 1, tokens, roles)
+        if blamed is not None:
+            return f"{blamed}, expected finite logits or -inf"
         return (
             "an attribute model gives probability to a token that the anchor excludes; was it trained against this "
             "anchor?"

@@ -54,28 +54,27 @@ class SCR:
         self.draft.start(session, batch, decide)
         self.weights = normalise_weights(batch.weights)
         self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
-        self.sums = {name: torch.zeros(len(batch), dtype=torch.float64, device=self.weights.device) for name in _SUMS}
+        self.sums = torch.zeros(len(_SUMS), len(batch), dtype=torch.float64, device=self.weights.device)
 
     def reset(self, rows: Tensor) -> None:
         self.weights[rows] = normalise_weights(self.batch.weights[rows])
         self.bound.reset(rows)
-        for values in self.sums.values():
-            values[rows] = 0
+        self.sums[:, rows] = 0
 
     def round(self) -> None:
         batch, bound = self.batch, self.bound
         log_bound, is_warm, is_frozen = bound.log_bound.clone(), bound.is_warming_up(), bound.frozen.clone()
 
         # (Propose) a chunk from the base (Eq. 12)
-        chunk, draft_rows, num_usable = self.draft.propose(self.options.chunk_size)
+        chunk, draft_rows, num_usable, _ = self.draft.propose(self.options.chunk_size)
+        assert draft_rows is not None
         base_logits, first_row = torch.stack(self.draft.logits, 1), draft_rows[:, 0]
 
         # Score it under every attribute in one pass and accept the longest prefix that passes (Eq. 13-17, 18-20)
-        fed = torch.cat([batch.last_tokens()[:, None], chunk[:, :-1]], 1)
+        fed = torch.cat([batch.last_tokens[:, None], chunk[:, :-1]], 1)
         logits = self.session.forward(self.scored, fed, batch.lengths - 1, kv_length=batch.kv_length(fed.shape[1]))
         anchor_logits, attribute_logits = (base_logits, logits) if self.anchor_is_base else (logits[0], logits[1:])
         log_ratios, scores, accepted = self._verify(anchor_logits, attribute_logits, chunk, num_usable)
-        batch.fail(unusable=accepted < 0)
 
         # (RS-1 fallback) one token where no prefix passed
         is_fallback = batch.active & (accepted == 0)
@@ -83,34 +82,35 @@ class SCR:
             anchor_logits[:, 0], attribute_logits[:, :, 0], first_row, self.weights, bound.log_bound, is_fallback,
             score=self.rule,
         )  # fmt: skip
-        is_empty = is_fallback & (accept_prob == 0)
-        batch.fail(unusable=is_fallback & accept_prob.isnan())
+        is_empty, is_unusable = is_fallback & (accept_prob == 0), (accepted < 0) | accept_prob.isnan()
         if self.options.empty == "base":
             token = torch.where(is_empty, self.decide.categorical(first_row, Purpose.EMPTY, 0, lambda: is_empty), token)
-        else:
-            batch.fail(empty=is_empty)
-        is_fallback = is_fallback & batch.active
+        batch.fail(unusable=is_unusable, empty=is_empty if self.options.empty == "raise" else None)
+        is_fallback &= batch.active
 
         # (Update log M) by the fallback's score; `verify` has pushed the accepted ones
-        is_tested = _is_tested(accepted, num_usable, chunk.shape[1]) & batch.active[:, None]
-        pushed = (
-            torch.cat([_observed(scores, is_tested), score[:, None]], 1) if self.options.observed else score[:, None]
-        )
+        is_tested = _is_tested(accepted, num_usable, chunk.shape[1])
+        pushed = score[:, None]
+        if self.options.observed:
+            pushed = torch.cat([_observed(scores, is_tested), pushed], 1)
         bound.update(pushed, is_fallback)
 
         # Commit
         chunk[:, 0] = torch.where(is_fallback, token, chunk[:, 0])
-        counts = torch.where(is_fallback, 1, accepted) * batch.active
-        is_above = scores > log_bound[:, None]
-        self.sums["rejected"] += batch.active & (accepted < num_usable)
-        self.sums["salvaged"] += batch.active & (accepted < num_usable) & (accepted > 0)
-        self.sums["fallbacks"] += is_fallback
-        self.sums["drawn"] += is_fallback & ~is_empty
-        self.sums["rs1_tries"] += torch.where(is_fallback & ~is_empty, 1 / accept_prob.double(), 0)
-        self.sums["tested"] += is_tested.sum(1)
-        self.sums["clipped"] += (is_tested & is_above).sum(1)
-        self.sums["warmup_tokens"] += counts * is_warm
-        self.sums["frozen_exceeded"] += is_frozen & (is_tested & is_above).any(1)
+        counts = torch.where(is_fallback, 1, accepted)
+        is_rejected, is_drawn = accepted < num_usable, accept_prob > 0
+        num_clipped = (is_tested & (scores > log_bound[:, None])).sum(1)
+        self.sums += torch.stack([
+            is_rejected,
+            is_rejected & (accepted > 0),
+            is_fallback,
+            is_drawn,
+            torch.where(is_drawn, 1 / accept_prob.double(), 0),
+            is_tested.sum(1),
+            num_clipped,
+            counts * is_warm,
+            is_frozen & (num_clipped > 0),
+        ])  # fmt: skip
         if self.options.trace:
             first = (
                 anchor_logits[:, :1],
@@ -122,7 +122,7 @@ class SCR:
 
     def statistics(self) -> dict[str, Tensor]:
         """The entries of `STATISTICS`, each (B,)."""
-        sums, rounds = self.sums, self.batch.rounds
+        sums, rounds = dict(zip(_SUMS, self.sums, strict=True)), self.batch.rounds
         return {
             "reject_rate": sums["rejected"] / rounds,
             "salvage_rate": sums["salvaged"] / rounds,
@@ -156,7 +156,7 @@ class SCR:
         return mpg_ext.score_prefixes(attributes, anchor, self.weights, score=self.rule)
 
 
-_SUMS = (
+_SUMS = (  # over the rounds of a request, in the order in which `round` adds them
     "rejected",
     "salvaged",
     "fallbacks",

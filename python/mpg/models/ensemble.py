@@ -228,7 +228,7 @@ class Session:
         self.cost = Cost()
         self._device, self._vocab_size = ensemble.device, ensemble.vocab_size
         self._slots = {role: ensemble._slots[role] for role in roles}
-        self._is_bad = {role: torch.zeros(len(prompts), dtype=torch.bool, device=ensemble.device) for role in roles}
+        self._capacity = capacity
         self._prompts: list[tuple[int, ...]] = [()] * len(prompts)  # that rows hold; () where none is sure to be whole
         self._spoiled: set[int] = set()  # rows whose caches may hold NaN
         self._observe = ensemble.observer
@@ -252,8 +252,6 @@ class Session:
         copied = [row for row, prompt in wanted.items() if holder[prompt] != row]
         sources = [holder[wanted[row]] for row in copied]
         num_copied = max((len(wanted[row]) - 1 for row in copied), default=0)
-        for is_bad in self._is_bad.values():
-            is_bad[list(rows)] = False
         for (slot, *_), runner in self._runners.items():
             runner.clear(list(self._spoiled & wanted.keys()))
             if slot.merge is not None:
@@ -310,10 +308,6 @@ class Session:
             logits = torch.stack([rows_of[slot] for slot in wanted])
         # What runs past kv_length is written at its end: a row that has ended, among shorter ones, loses its prompt.
         self._prompts = [prompt if len(prompt) <= kv_length else () for prompt in self._prompts]
-        # NaN and +inf reach a row's maximum, -inf only where there is nothing else.
-        is_bad = ~logits.amax(-1).isfinite().all(-1)  # (roles, B)
-        for role, rows in zip(roles, is_bad, strict=True):
-            self._is_bad[role] |= rows
         return logits
 
     def close(self) -> None:
@@ -322,20 +316,30 @@ class Session:
             runner.loaded.leave(runner)
         self._runners = {}
 
-    def blame(self, row: int | None = None) -> str | None:
-        """The first role that has returned NaN, +inf or nothing but -inf since the session was opened, or None.
+    def blame(self, row: int, start: int, tokens: Sequence[int], roles: Sequence[str]) -> str | None:
+        """What made a row unusable: "the 'E' model returned NaN", of these roles and tokens the first, or None.
 
-        row: the sequence to look at, default all
-
-        Waits for the device: for error messages only.
+        Feeds the tokens to the row again, at positions start, start + 1, ... Waits for the device, and counts in no
+        cost: for error messages only.
         """
-        rows = slice(None) if row is None else row
-        blamed = next((role for role, is_bad in self._is_bad.items() if is_bad[rows].any()), None)
-        if blamed is not None:
-            for spoiled in range(len(self._prompts)) if row is None else [row]:
-                self._spoiled.add(spoiled)
-                self._prompts[spoiled] = ()
-        return blamed
+        self._spoiled.add(row)
+        self._prompts[row] = ()
+        index = torch.tensor([row], device=self._device)
+        for first in range(start, min(start + len(tokens), self._capacity), PREFILL_TOKENS):
+            part = tokens[first - start : min(first - start + PREFILL_TOKENS, self._capacity - start)]
+            fed, at = torch.tensor([part], device=self._device), torch.full_like(index, first)
+            largest: dict[Slot, list[float]] = {}
+            for view, runner in self._runners.items():
+                with self._observe(True):  # all of the row, as a captured forward may have read it
+                    logits = runner.forward(range(runner.num_groups), fed, at, self._capacity, index)
+                # NaN and +inf reach a row's maximum, -inf only where there is nothing else
+                largest |= zip(view, logits[:, 0, :, : self._vocab_size].amax(-1).tolist(), strict=True)
+            for place in range(len(part)):
+                for role in roles:
+                    if not math.isfinite(value := largest[self._slots[role]][place]):
+                        cause = {math.inf: "+inf", -math.inf: "nothing but -inf"}.get(value, "NaN")
+                        return f"the {role!r} model returned {cause}"
+        return None
 
 
 def _runs(numbers: Sequence[int]) -> list[range]:
