@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpg.decode.exact import STATISTICS as EXACT_STATISTICS
-from mpg.decode.rejection import STATISTICS as REJECTION_STATISTICS
-from mpg.decode.scr import STATISTICS as SCR_STATISTICS
+from mpg.decode import STATISTICS as SAMPLER_STATISTICS
 
 # Every entry of `Result.stats` with its unit or denominator. The three costs are counted apart, never mixed; reading
 # the prompt is in none of them.
@@ -20,10 +18,7 @@ STATISTICS = {
     "positions_per_token": "positions that a model read / tokens",
     "tokens_per_second": "tokens / seconds to the last one from the call, or from when a row was free",
     "time_to_first_token": "seconds from the call to the request's first token",
-    **EXACT_STATISTICS,
-    **REJECTION_STATISTICS,
-    **SCR_STATISTICS,
-    "reject_rate": f"{SCR_STATISTICS['reject_rate']}; token-rs, seq-rs: {REJECTION_STATISTICS['reject_rate']}",
+    **SAMPLER_STATISTICS,
 }
 
 

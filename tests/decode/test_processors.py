@@ -21,8 +21,8 @@ from laws import target_law
 from mpg.decode import SAMPLERS
 from mpg.decode import rows as rows_module
 from mpg.decode.batch import Batch
-from mpg.decode.processors import process_rows
 from mpg.decode.rng import Decisions
+from mpg.decode.rows import process_rows
 from mpg.options import Options
 
 EOS, PROMPT, MAX_NEW_TOKENS = 2, [1, 0, 1], 4

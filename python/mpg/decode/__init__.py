@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from mpg.decode import exact, rejection, scr
 from mpg.decode.batch import Batch
 from mpg.decode.direct import Direct
 from mpg.decode.exact import Exact
@@ -51,4 +52,12 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "scr": SCR,
     "token-rs": TokenRS,
     "seq-rs": SeqRS,
+}
+
+# Every statistic of a sampler with its denominator.
+STATISTICS = {
+    **exact.STATISTICS,
+    **rejection.STATISTICS,
+    **scr.STATISTICS,
+    "reject_rate": f"{scr.STATISTICS['reject_rate']}; token-rs, seq-rs: {rejection.STATISTICS['reject_rate']}",
 }

@@ -64,7 +64,7 @@ class Batch:
     unusable    (B,) bool, a model returned NaN or +inf for it
     empty       (B,) bool, no token was left to draw
     draft_lengths  (B,) int64, tokens that each request drafts next, where its sampler adapts them, else None
-    processors  per row what the target's rows pass through before the warp (see `processors`), or None; None where no
+    processors  per row what the target's rows pass through before the warp (see `rows`), or None; None where no
                 request has any
 
     What the host steers by, without waiting for the device:

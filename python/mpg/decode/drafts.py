@@ -13,8 +13,8 @@ from torch import Tensor
 
 import mpg_ext
 from mpg.decode.batch import Batch
-from mpg.decode.processors import process_rows
 from mpg.decode.rng import Decisions, Purpose
+from mpg.decode.rows import process_rows
 from mpg.options import Options
 
 if TYPE_CHECKING:
