@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ensembles import load
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
 from mpg.decode.rng import Decisions
-from mpg.models.loading import load
 from mpg.models.runner import ModelRunner
 from mpg.options import Options
 
