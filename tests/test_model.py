@@ -168,9 +168,10 @@ def test_temperature_zero_is_the_argmax_of_the_target(model):
     [
         ("", {}, "prompt: expected at least one token, got ''"),
         ([], {}, r"prompt: expected text, .*, got \[\]"),
-        (["fine", ""], {}, "prompt: expected at least one token, got ''"),
-        ([{"role": "user", "content": ""}], {}, "prompt: expected a role and some text in every message"),
-        ([{"content": "hi"}], {}, "prompt: expected a role and some text in every message"),
+        (["fine", ""], {}, r"prompt\[1\]: expected at least one token, got ''"),
+        ([[5], [5, 100_000]], {}, r"prompt\[1\]: expected token ids in 0\.\.\d+, got 100000"),
+        ([{"role": "user", "content": ""}], {}, "prompt: message 0: expected some text, got ''"),
+        ([{"content": "hi"}], {}, "prompt: message 0: expected a role, got None"),
         (3, {}, "prompt: expected text, .*, got 3"),
         ([5, "hi"], {}, r"prompt: expected text, .*, got \[5, 'hi'\]"),
         ([["a", "b"]], {}, r"prompt: expected text, .*, got \[\['a', 'b'\]\]"),

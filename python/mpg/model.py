@@ -60,18 +60,33 @@ class Model:
         """
         self.recipe.write(target)
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """What reads and writes the text, None where the models came without one."""
+        return self.models.tokenizer
+
     @overload
-    def generate(self, prompt: str, **options: Any) -> Result: ...
+    def generate(self, prompt: Any = None, *, num_return_sequences: int, **options: Any) -> Any: ...
+
+    @overload
+    def generate(self, prompt: str | Sequence[int] | Messages, **options: Any) -> Result: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Sequence[Messages], **options: Any
+    ) -> list[Result]: ...
 
     @overload
     def generate(self, prompt: Any = None, **options: Any) -> Any: ...
 
     def generate(
         self,
-        prompt: Prompt | Sequence[str] | Sequence[Messages] | torch.Tensor | None = None,
+        prompt: Prompt | Sequence[Prompt] | torch.Tensor | None = None,
         *,
         weights: Weights | Sequence[Weights] | None = None,
         raw: bool = False,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         on_token: OnToken = None,
         input_ids: Any = None,
         attention_mask: Any = None,
@@ -84,21 +99,30 @@ class Model:
     ) -> Result | list[Result]:
         """Continue a prompt, or each of a list of them.
 
-        prompt    a user message; or a conversation of {"role":, "content":}; or token ids; or a list of such prompts
+        prompt    a user message; or a conversation of {"role":, "content":}, a content being text or a list of text
+                  parts; or token ids; or a list of such prompts
         weights   alpha by attribute, where attributes not named weigh 0; or the same as text, "E=1,T=-0.5"; or the name
                   of a preset in the recipe; or a list of one of these per prompt. Default: the recipe's, if any
-        raw       take strings verbatim, not as a user message through the chat template (where there is one)
+        raw       take strings verbatim, not as a user message through the chat template (where there is one). Special
+                  tokens are added as the tokenizer has it, but not to a string that begins with its BOS already
         on_token  called with every `Token` as soon as its round is done
         options   the fields of `Options`; those not given are the recipe's, where the sampler has them. Also the fields
                   of transformers' GenerationConfig that `mpg.frontend.hf_generate` honours: do_sample, max_length,
                   eos_token_id, stop_strings, repetition_penalty, num_return_sequences, ...
 
-        As transformers' generate has them:
+        As transformers has them:
 
-        input_ids, attention_mask  instead of a prompt, (B, L), padded on either side
+        continue_final_message     go on with a conversation's last message instead of answering it; required, True or
+                                   False, where that is the assistant's
+        chat_template_kwargs       what else the chat template takes (tools, enable_thinking, ...)
+        input_ids, attention_mask  instead of a prompt, (B, L), padded on either side; max_length and min_length then
+                                   count the padding
         generation_config          keywords go before its fields, and what it leaves None has mpg's default
-        logits_processor           act on the combined row, as normalised log-probabilities, before it is warped; under
-                                   exact and direct alone. One call a row and position, which waits for the device
+        logits_processor           act on the target's row before it is warped, under exact and direct alone: on its
+                                   log-probabilities where it combines rows, so that what depends on their scale, as
+                                   repetition_penalty does, differs from the same on logits; and on one model's logits
+                                   where the row is that model's (target "base", one weight of 1). One call a row and
+                                   position, which waits for the device
         stopping_criteria          called after every new token, per request, with scores=None
         streamer                   of one prompt; gets the prompt's ids, every token, and the end
         tokenizer                  for stop_strings, where the model has none
@@ -131,11 +155,20 @@ class Model:
             raise ValueError(f"streamer: expected one of transformers, with put and end, got {streamer!r}")
         if prompt is not None and input_ids is not None:
             raise ValueError("prompt: expected a prompt or input_ids, got both")
+        widths: list[int] | None = None  # of prompts with their padding, where they have some
         if input_ids is not None or attention_mask is not None or isinstance(prompt, torch.Tensor):
-            prompt = unpad(prompt if input_ids is None else input_ids, attention_mask, conventions.pad_token_id)
-        prompts, is_list = as_list(prompt)
-        encoded = [self.encode(prompt, raw=raw) for prompt in prompts]
-        requests = self._check_requests(encoded, weights, checked, conventions)
+            padded = prompt if input_ids is None else input_ids
+            prompts, is_list, widths = unpad(padded, attention_mask, conventions.pad_token_id)
+        else:
+            prompts, is_list = as_list(prompt)
+        encoded = [
+            self.encode(
+                prompt, raw=raw, continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs, name=f"prompt[{index}]" if is_list else "prompt",
+            )
+            for index, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        requests = self._check_requests(encoded, widths or [len(ids) for ids in encoded], weights, checked, conventions)
         if streamer is not None:
             if len(requests) != 1:
                 raise ValueError(f"streamer: expected one prompt and one sequence, got {len(requests)}")
@@ -154,9 +187,9 @@ class Model:
             results = [replace(result, plan=why) for result in results]
         return results if is_list or conventions.num_return_sequences > 1 else results[0]
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Token ids of one prompt, as `generate` takes it."""
-        return encode(prompt, self.models.tokenizer, self.models.vocab_size, raw=raw)
+    def encode(self, prompt: Prompt, **how: Any) -> list[int]:
+        """Token ids of one prompt. how: raw, continue_final_message, chat_template_kwargs, as `generate` has them"""
+        return encode(prompt, self.tokenizer, self.models.vocab_size, **how)
 
     def _plan(self, requests: list[Request], options: Options, eos_token_ids: tuple[int, ...]) -> Plan:
         """The plan for requests like these, made when they first come: this target, these weights, as many rows, with
@@ -174,7 +207,7 @@ class Model:
         return f"mpg.Model(attributes={self.models.attribute_names})"
 
     def _check_requests(
-        self, prompts: list[list[int]], weights: Any, options: Options, conventions: Conventions
+        self, prompts: list[list[int]], widths: list[int], weights: Any, options: Options, conventions: Conventions
     ) -> list[Request]:
         per_prompt = weights if isinstance(weights, (list, tuple)) else [weights] * len(prompts)
         if len(per_prompt) != len(prompts):
@@ -184,21 +217,22 @@ class Model:
         first_seed = secrets.randbits(32) if options.seed is None else int(options.seed)
         device = self.models.device
         requests: list[Request] = []
-        for index, (token_ids, given) in enumerate(zip(prompts, per_prompt, strict=True)):
+        for index, (token_ids, width, given) in enumerate(zip(prompts, widths, per_prompt, strict=True)):
             chosen = self.recipe.weigh(given, options.target)
             alpha = check_weights(chosen, self.models.attribute_names, options.target)
             room = math.inf if self.models.max_positions is None else self.models.max_positions - len(token_ids)
             positions = f"the model has {self.models.max_positions} positions and prompt {index} takes {len(token_ids)}"
             if room < 1:
                 raise ValueError(f"prompt: {positions}, expected at least one left for a new token")
-            asked = options.max_new_tokens or conventions.max_new_tokens(index, len(token_ids))
+            asked = options.max_new_tokens or conventions.max_new_tokens(index, width)
             max_new_tokens = int(asked or min(DEFAULT_NEW_TOKENS, room))
             if max_new_tokens > room:
                 raise ValueError(f"max_new_tokens: {positions}, expected at most {room}, got {max_new_tokens}")
             weighed = {name: float(weight) for name, weight in (chosen or {}).items()}
             for _ in range(conventions.num_return_sequences):
                 seed = (first_seed + len(requests)) % 2**63
-                processor = conventions.processor(len(requests), token_ids, max_new_tokens, device)
+                padding = width - len(token_ids)
+                processor = conventions.processor(len(requests), token_ids, padding, max_new_tokens, device)
                 ends = conventions.ends(token_ids, device)
                 requests.append(Request(token_ids, alpha, weighed, max_new_tokens, seed, processor, ends))
         return requests

@@ -29,7 +29,7 @@ import mpg
 from mpg.decode import run
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
-from mpg.frontend.hf_generate import HONOURED, IDLE, REFUSED, Conventions
+from mpg.frontend.hf_generate import HONOURED, IDLE, REASONS, Conventions
 from mpg.recipe import Recipe
 
 README = Path(__file__).parents[2] / "README.md"
@@ -81,10 +81,16 @@ def tokens(results):
 
 
 class TestFields:
-    def test_every_field_of_the_installed_configuration_is_in_one_list(self):
-        lists = (set(HONOURED), set(IDLE), set(REFUSED))
-        assert not set(vars(GenerationConfig())) - set.union(*lists)
-        assert sum(map(len, lists)) == len(set.union(*lists))
+    @pytest.mark.parametrize("name", [name for name in vars(GenerationConfig()) if not name.startswith("_")])
+    def test_every_field_of_the_installed_configuration_is_honoured_or_idle_or_refused(self, name):
+        theirs = GenerationConfig._get_default_generation_params().get(name)
+        for value in (None, theirs):  # asks for nothing
+            assert set(Conventions.of(None, {name: value})[1].fields) <= {"max_length"}
+        if name not in {*HONOURED, *IDLE}:
+            Conventions.of(None, {name: False})
+            for value in (7.5, "x", [1]):
+                with pytest.raises(ValueError, match=rf"^{name}: expected {theirs!r}, as .*; got (7.5|'x'|list)$"):
+                    Conventions.of(None, {name: value})
 
     def test_configuration_without_a_wish_asks_for_nothing(self):
         assert Conventions.of(GenerationConfig(), {}) == ({}, Conventions(fields={}))
@@ -95,27 +101,18 @@ class TestFields:
         assert options == {"temperature": 0}
         assert conventions.fields == {"max_length": 20}
 
-    @pytest.mark.parametrize("name", REFUSED)
-    def test_refused_field_is_named_with_the_reason_unless_it_asks_for_nothing(self, name):
-        accepted, why = REFUSED[name]
-        for value in (None, *accepted):
-            Conventions.of(None, {name: value})
-        with pytest.raises(ValueError, match=rf"^{name}: expected None.*, as {re.escape(why)}; got 7$"):
+    @pytest.mark.parametrize("name", REASONS)
+    def test_refusal_names_the_way_out(self, name):
+        with pytest.raises(ValueError, match=rf"^{name}: expected \S+, as {re.escape(REASONS[name])}; got 7$"):
             Conventions.of(None, {name: 7})
 
+    def test_refusal_of_a_model_does_not_print_it(self, plain):
+        with pytest.raises(ValueError, match=r"^assistant_model: .* mpg.load\(draft=...\); got LlamaForCausalLM$"):
+            Conventions.of(None, {"assistant_model": plain})
+
     def test_refused_field_of_a_configuration_is_named(self, model):
-        with pytest.raises(ValueError, match=r"^num_beams: expected None or 1, as there is no beam search.*got 4"):
+        with pytest.raises(ValueError, match=r"^num_beams: expected 1, as there is no beam search.*got 4"):
             model.generate(LONG, generation_config=GenerationConfig(num_beams=4), **SHORT)
-
-    def test_field_that_a_later_transformers_adds_is_refused_until_it_is_known(self, monkeypatch):
-        class Later(GenerationConfig):
-            pass
-
-        monkeypatch.setattr("mpg.frontend.hf_generate.GenerationConfig", Later)
-        monkeypatch.setattr(Later, "__init__", lambda self, **kwargs: self.__dict__.update(later=kwargs.get("later")))
-        with pytest.raises(ValueError, match=r"^later: unknown option"):
-            Conventions.of(Later(later=1), {})
-        Conventions.of(Later(), {})
 
     def test_keyword_goes_before_the_configuration(self, model):
         config = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=0.5, repetition_penalty=1.5)
@@ -272,14 +269,14 @@ class TestProcessors:
         own = transformers.RepetitionPenaltyLogitsProcessor(3.0), lambda input_ids, scores: scores
         fields = {"repetition_penalty": 1.2, "suppress_tokens": [3]}
         _, conventions = Conventions.of(None, fields, logits_processor=LogitsProcessorList(own))
-        chain = conventions.processor(0, [1, 2], 5, torch.device("cpu"))
+        chain = conventions.processor(0, [1, 2], 0, 5, torch.device("cpu"))
         assert chain[0] is own[0]
         assert isinstance(chain[1], transformers.SuppressTokensLogitsProcessor)
         assert chain[2:] == [own[1]]
 
     def test_nothing_is_done_about_an_end_that_a_call_does_not_have(self):
         _, conventions = Conventions.of(None, {"min_new_tokens": 3, "exponential_decay_length_penalty": (1, 1.1)})
-        assert conventions.processor(0, [1], 5, torch.device("cpu")) is None
+        assert conventions.processor(0, [1], 0, 5, torch.device("cpu")) is None
 
     def test_processor_with_a_state_is_refused(self, model):
         mark = transformers.SynthIDTextWatermarkLogitsProcessor(5, [1, 2], 2**8, 0, 4, model.models.device)
@@ -298,10 +295,11 @@ class TestProcessors:
         """The draft is processed as the target is: a penalty that keeps out what the base likes costs no acceptance."""
         liked = list(set(model.generate([LONG] * 8, target="base", seed=0, max_new_tokens=24)[0].tokens))
         rates = {}
-        for how, options in {"free": {}, "suppressed": {"suppress_tokens": liked}}.items():
+        ways = {"free": {}, "suppressed": {"suppress_tokens": liked}, "penalised": {"repetition_penalty": 1.5}}
+        for how, options in ways.items():
             results = model.generate([LONG] * 8, target="base", seed=0, max_new_tokens=24, **options)
             rates[how] = sum(result.stats["accept_rate"] for result in results) / 8
-        assert rates["suppressed"] == rates["free"] == 1
+        assert rates["suppressed"] == rates["penalised"] == rates["free"] == 1
 
 
 class TestStops:
@@ -392,7 +390,7 @@ class TestPrompts:
             ({"attention_mask": [[1]]}, "input_ids: expected a tensor or lists of token ids, got None"),
             ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, r"attention_mask: expected 2 entries .* got \[1\]"),
             ({"input_ids": [[5, 6]], "attention_mask": [1, 1]}, "attention_mask: expected 1 rows as in input_ids"),
-            ({"input_ids": torch.tensor([[0, 0]])}, r"prompt: expected at least one token, got \[\]"),
+            ({"input_ids": torch.tensor([[5], [0]])}, r"prompt\[1\]: expected at least one token, got \[\]"),
             ({}, "prompt: expected text, .*, got None"),
         ],
     )
@@ -433,9 +431,12 @@ class TestStreamers:
         assert "".join(streamer) == ""
 
 
-# Fields whose effect does not depend on the scale of a row: the largest is then transformers' own.
 SAME_AS_THERE = {
     "nothing": {},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "prompt's tokens raised": {"encoder_repetition_penalty": 1.3},
+    "ever shorter": {"exponential_decay_length_penalty": (4, 1.05)},
+    "own penalty": {"logits_processor": [transformers.RepetitionPenaltyLogitsProcessor(1.5)]},
     "no repeated pair": {"no_repeat_ngram_size": 2},
     "none of the prompt's pairs": {"encoder_no_repeat_ngram_size": 2},
     "bad words": {"bad_words_ids": [[44, 413], [44]]},
@@ -470,6 +471,41 @@ class TestCustomGenerate:
         expected = plain.generate(**batch, **how)
         decode = mpg.custom_generate(combined, target="base", sampler=sampler)
         assert plain.generate(**batch, custom_generate=decode, **how).equal(expected)
+
+    def test_greedy_texts_under_a_penalty_are_those_of_transformers(self, plain, combined, tokenizer):
+        decode = mpg.custom_generate(combined, target="base")
+        for question in DEMO_QUESTIONS[:4]:
+            talk = [{"role": "user", "content": question}]
+            batch = tokenizer.apply_chat_template(
+                talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            for penalty in (1.1, 1.3, 2.0):
+                how = {**batch, "max_new_tokens": 24, "repetition_penalty": penalty}
+                assert plain.generate(**how, custom_generate=decode).equal(plain.generate(**how))
+
+    @pytest.mark.parametrize("target", ["arithmetic", "geometric", "anchored"])
+    def test_a_model_that_alone_is_the_target_is_penalised_as_by_transformers(self, combined, inputs, target):
+        base = AutoModelForCausalLM.from_pretrained(MODELS, dtype=torch.float32)
+        peft_model = PeftModel.from_pretrained(base, MODELS / "adapters/E").to(combined.models.device)
+        alone = mpg.custom_generate(combined, weights={"E": 1}, target=target)
+        for question in DEMO_QUESTIONS[:2]:
+            how = {**inputs(question), "max_new_tokens": 24, "repetition_penalty": 1.5}
+            assert peft_model.generate(**how, custom_generate=alone).equal(peft_model.generate(**how))
+
+    @pytest.mark.parametrize("length", ["max_length", "min_length"])
+    def test_lengths_of_padded_prompts_are_counted_as_transformers_counts_them(self, plain, model, inputs, length):
+        batch = inputs(LONG, QUICK)
+        width = batch["input_ids"].shape[1]
+        how = {length: width + 9, "max_new_tokens": 30} if length == "min_length" else {length: width + 9}
+        there = plain.generate(**batch, **how, pad_token_id=9)[:, width:].tolist()
+        here = model.generate(**batch, **how, target="base", do_sample=False)
+        assert [row[: len(result.tokens)] for row, result in zip(there, here, strict=True)] == [
+            list(result.tokens) for result in here
+        ]
+        if length == "max_length":
+            wanted = f"an integer above the {width} tokens of prompt 0"
+            with pytest.raises(ValueError, match=f"^max_length: expected {wanted}, got {width}"):
+                model.generate(**batch, max_length=width, target="base")
 
     def test_stop_strings_go_to_mpg(self, plain, combined, inputs, tokenizer):
         batch = inputs(LONG)
@@ -509,8 +545,9 @@ class TestCustomGenerate:
         config = GenerationConfig(do_sample=True, temperature=0.6)
         with pytest.raises(KeyError, match="seen"):
             plain.generate(**inputs(LONG), generation_config=config, custom_generate=mpg.custom_generate(fake))
-        options, _ = Conventions.of(seen["generation_config"], {})
-        assert options == {"max_new_tokens": 20, "temperature": 0.6, "top_k": 50, "top_p": 1.0}
+        options, conventions = Conventions.of(seen["generation_config"], {})
+        assert options == {"temperature": 0.6, "top_k": 50, "top_p": 1.0}
+        assert conventions.fields["max_length"] == 20 + seen["input_ids"].shape[1]
 
     def test_streamer_gets_prompt_tokens_and_end(self, plain, combined, inputs, tokenizer):
         decode, batch = mpg.custom_generate(combined, weights=BOTH, seed=0), inputs(LONG)
@@ -532,10 +569,10 @@ class TestCustomGenerate:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"num_beams": 2}, "num_beams: expected None or 1"),
+            ({"num_beams": 2}, "num_beams: expected 1, as"),
             ({"repetition_penalty": 1.1, "sampler": "scr", "do_sample": True, "top_k": 0}, "repetition_penalty: act"),
-            ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: expected None or False"),
-            ({"typical_p": 0.5, "do_sample": True}, "typical_p: expected None or 1.0, as rows are warped by"),
+            ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: expected False, as"),
+            ({"typical_p": 0.5, "do_sample": True}, "typical_p: expected 1.0, as rows are warped by"),
             ({"negative_prompt_ids": torch.ones(1, 1)}, "negative_prompt_ids: expected None"),
             ({"position_ids": torch.zeros(1, 10, dtype=torch.int64)}, "position_ids: expected none"),
             ({"seed": -1}, "seed: expected an integer"),

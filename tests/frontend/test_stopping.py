@@ -8,7 +8,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 
 from fakes import FakeModels, enumerate_sampler, total_variation
 from laws import target_law
-from mpg.frontend.stopping import Stops
+from mpg.frontend.hf_generate import Stops
 from mpg.results import Transcript
 from test_processors import without_repeated_pairs
 
@@ -17,10 +17,10 @@ WEIGHTS = {"E": 0.7, "T": 0.6}
 
 
 class Letters:
-    """A tokenizer whose tokens are letters; the last is special."""
+    """A tokenizer whose tokens are letters; the last is special, and beyond it are ids that it does not know."""
 
     def decode(self, tokens, *, skip_special_tokens):
-        return "".join("ab\u00e9$"[token] for token in tokens if token != 3 or not skip_special_tokens)
+        return "".join("ab\u00e9$"[token : token + 1] for token in tokens if token != 3 or not skip_special_tokens)
 
 
 def stops(*strings, criteria=(), prompt=PROMPT):
@@ -90,6 +90,27 @@ def test_stop_string_is_found_across_rounds_and_bytes_and_not_in_the_prompt():
         list(one.extend([token], None, is_last=False))
     assert one.is_stopped
     assert one.text() == "\u00e9b"
+
+
+@pytest.mark.parametrize("num_unknown", [1, 2, 3, 50])
+def test_stop_string_is_found_where_ids_that_nothing_stands_for_lie_within(num_unknown):
+    unknown = [99] * num_unknown
+    assert stops("ab").end([1, 0, *unknown, 1])
+    assert stops("ba\u00e9b").end([0, 1, *unknown, 0, *unknown, 2, 1])
+    assert not stops("ab").end([1, *unknown, 1])
+    assert not stops("ab").end(unknown)
+
+
+def test_parts_of_a_character_do_not_hide_a_stop_string():
+    """Three ids are the bytes of one sign: until the last has come, they stand for less than they show."""
+
+    class Bytes:
+        def decode(self, tokens, *, skip_special_tokens):
+            return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    which = Stops([], ("x\u20ac",), (), Bytes(), torch.device("cpu"))
+    text = [ord("a"), ord("x"), 300, 300, 300, *"\u20ac".encode()]
+    assert [which.end(text[:length]) for length in range(1, 9)] == [False] * 7 + [True]
 
 
 @pytest.mark.parametrize("answer", [None, [], [True, False], "yes"])

@@ -15,6 +15,7 @@ import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.rng import Decisions, Purpose
 from mpg.decode.rows import process_rows
+from mpg.decode.targets import is_one_model
 from mpg.options import Options
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ class ModelDraft:
         if tokens:
             drafted = torch.stack(tokens, 1)
             is_wanted &= _count_drawn(torch.stack(rows, 1), drafted) == len(tokens)
-        log_row = log_row.log_softmax(-1)
+        is_one = is_one_model(self.batch.weights, self.options.target)  # then the target's are logits too
+        log_row = torch.where(is_one[:, None], log_row, log_row.log_softmax(-1))
         processed = process_rows(self.batch, log_row[:, None], drafted, is_wanted.long())[:, 0]
         return torch.where(processed.amax(-1, keepdim=True) == -torch.inf, log_row, processed)
 

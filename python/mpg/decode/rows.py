@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mpg_ext
 from mpg.decode.batch import Batch
-from mpg.decode.targets import TARGETS
+from mpg.decode.targets import TARGETS, is_one_model
 from mpg.options import Options
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class TargetRows:
         log_rows, log_totals = self.target.combine(base, anchor, attributes, self.chunk_weights)
         if self.batch.processors is not None:
             num_rows = num_usable + (num_usable < self.batch.ends_at(chunk))
-            log_rows = process_rows(self.batch, log_rows, chunk, num_rows * self.batch.active)
+            scores = self._scores(base, attributes, log_rows)
+            log_rows = process_rows(self.batch, scores, chunk, num_rows * self.batch.active)
             log_totals = log_totals.where(log_rows.amax(-1) != -torch.inf, -torch.inf)
         probs = mpg_ext.warp_rows(log_rows.flatten(0, 1), **self.options.warp())
         return probs.view_as(log_rows), log_totals
@@ -86,6 +87,20 @@ class TargetRows:
             return ratios - self._gather(anchor[None], tokens)
         log_rows, _ = self.target.combine(base, anchor, attributes, self.chunk_weights)
         return ratios - log_rows.gather(2, tokens[..., None])[..., 0]
+
+    def _scores(self, base: Tensor | None, attributes: Tensor, log_rows: Tensor) -> Tensor:
+        """What processors get: log-probabilities (B, K + 1, V), or the logits of the model whose row alone it is, as
+        transformers has it."""
+        if not self.anchor_is_base and self.options.target != "base":
+            return log_rows
+        weights, device = self.batch.weights, log_rows.device
+        assert self.batch.processors is not None
+        is_own = torch.tensor([processor is not None for processor in self.batch.processors], device=device)
+        is_own &= is_one_model(weights, self.options.target)
+        rows = torch.arange(len(weights), device=device)
+        own = base if self.options.target == "base" else attributes[weights.argmax(1), rows]
+        assert own is not None
+        return torch.where(is_own[:, None, None] & ~log_rows.isnan(), own.to(log_rows.dtype), log_rows)
 
     def _split(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         if not self.references:
@@ -123,7 +138,7 @@ def process_rows(batch: Batch, log_rows: Tensor, drafted: Tensor, num_wanted: Te
     """What the logits processors of each sequence make of its rows: one call a row, with every token before it and
     nothing else. A processor has transformers' protocol, processor(input_ids (1, L), scores (1, V)) -> scores (1, V).
 
-    log_rows:   (B, P, V) log-probabilities, the rows behind the last P prefixes of `drafted`
+    log_rows:   (B, P, V) log-probabilities up to a constant, the rows behind the last P prefixes of `drafted`
     drafted:    (B, D) int64, tokens after the committed ones, D >= P - 1
     num_wanted: (B,) int64 in 0..P, rows of each sequence that a token may still be drawn from
 

@@ -95,3 +95,15 @@ TARGETS: dict[str, Target] = {
     "geometric": Geometric(),
     "base": Base(),
 }
+
+
+def is_one_model(weights: Tensor, target: str) -> Tensor:
+    """Whether a target's row is that of a single model, where the anchor is the base.
+
+    weights: (B, N), alpha
+    out: (B,) bool
+    """
+    if target == "base":
+        return torch.ones(len(weights), dtype=torch.bool, device=weights.device)
+    is_single = (weights != 0).sum(1) == 1
+    return is_single if target == "arithmetic" else is_single & (weights.sum(1) == 1)

@@ -70,9 +70,7 @@ def custom_generate(
         config = copy.deepcopy(prepared.pop("generation_config"))
         as_dict, config.return_dict_in_generate = config.return_dict_in_generate, None
         config.num_return_sequences = None  # input_ids are so many already
-        length = input_ids.shape[1]  # lengths that count padding become lengths of the new tokens
-        config.max_new_tokens, config.max_length = config.max_length - length, None
-        config.min_new_tokens, config.min_length = max((config.min_length or 0) - length, 0), None
+        config.max_new_tokens = None  # it is in max_length, which counts the padding here as there
         try:
             mask = _check_inputs(model, base, input_ids, prepared)
             results = model.generate(

@@ -1,16 +1,18 @@
 """What the arguments of transformers' generate mean here: each is honoured, idle, or refused by name.
 
-Knows no batch and no loop. A keyword goes before the same field of a GenerationConfig, and a field that is None takes
-mpg's own default (temperature 1, top_p 1, top_k 0, sampling), not transformers'. Of the base's generation_config.json
-mpg takes the end-of-sequence ids alone; `generation_config=GenerationConfig.from_pretrained(base)` takes all of it.
+Knows fields, logits processors and what ends a text; no batch and no loop. A keyword goes before the same field of a
+GenerationConfig, and a field that is None takes mpg's own default (temperature 1, top_p 1, top_k 0, sampling), not
+transformers'. Of the base's generation_config.json mpg takes the end-of-sequence ids alone;
+`generation_config=GenerationConfig.from_pretrained(base)` takes all of it.
 """
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -18,76 +20,47 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from mpg.decode.batch import Processor
-from mpg.frontend.stopping import Criterion, Stops
 from mpg.options import Options, refuse_unknown
 
+Criterion: TypeAlias = Callable[[Tensor, None], Any]
 # Honoured: what each does here it does there. Beside it the value other than None that asks for nothing.
 HONOURED: dict[str, Any] = {
     # options of the sampler; do_sample=False is temperature 0
     "do_sample": None, "temperature": None, "top_k": None, "top_p": None, "min_p": None, "max_new_tokens": None,
-    # lengths of prompt and new tokens; max_new_tokens goes before max_length
+    # lengths of prompt and new tokens, padding counted where there is some; max_new_tokens goes before max_length
     "max_length": None, "min_length": 0, "min_new_tokens": 0,
     # what ends a text; pad_token_id tells what is no prompt where input_ids come without an attention_mask
     "eos_token_id": None, "pad_token_id": None, "stop_strings": None, "max_time": None,
     "num_return_sequences": 1,
-    # processors of the combined row, in the order in which they run (with min_length and min_new_tokens)
+    # processors of the target's row, in the order in which they run (with min_length and min_new_tokens)
     "sequence_bias": None, "encoder_repetition_penalty": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "prefix_allowed_tokens_fn": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None,
     "suppress_tokens": None, "begin_suppress_tokens": None,
 }  # fmt: skip
-# Idle: true of every call (rows are normalised, keys and values are cached), or about no text.
-IDLE = (
-    "renormalize_logits", "bos_token_id", "disable_compile", "transformers_version", "_from_model_config",
-    "_commit_hash", "_original_object_hash",
-)  # fmt: skip
-_BEAMS = "there is no beam search; sampling of several: num_return_sequences"
-_WARPS = "rows are warped by temperature, top_k, top_p and min_p alone"
-_SPEED = "what drafts is the option draft, and how much the option chunk_size"
-_CACHE = "mpg has a cache of its own"
-_SCORES = "rows stay where they are computed; trace=True returns every token's log-ratios"
-# Refused: the values other than None that ask for nothing, and why no other is taken.
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_beams": ((1,), _BEAMS), "num_beam_groups": ((1,), _BEAMS), "early_stopping": ((False,), _BEAMS),
-    "length_penalty": ((1.0,), _BEAMS), "diversity_penalty": ((0.0,), _BEAMS), "constraints": ((), _BEAMS),
-    "force_words_ids": ((), _BEAMS),
-    "penalty_alpha": ((0.0,), "there is no contrastive search"), "dola_layers": ((), "there is no DoLa decoding"),
-    "low_memory": ((False,), "there is no contrastive search"),
-    "top_h": ((), _WARPS), "typical_p": ((1.0,), _WARPS), "epsilon_cutoff": ((0.0,), _WARPS),
-    "eta_cutoff": ((0.0,), _WARPS),
-    "watermarking_config": ((), "a watermark goes on a row after its warp, where nothing comes in here"),
-    "guidance_scale": ((1.0,), "guidance needs another prompt's rows; weights of attributes are what guides here"),
-    "remove_invalid_values": ((False,), "a model that returns NaN or infinity is refused by name"),
-    "token_healing": ((False,), "prompts are taken as they are"),
-    "use_cache": ((True,), "without a cache it would be the same text, later"),
-    "cache_implementation": ((), _CACHE), "cache_config": ((), _CACHE), "max_cache_len": ((), _CACHE),
-    "prefill_chunk_size": ((), _CACHE), "compile_config": ((), "nothing is compiled"),
-    "continuous_batching_config": ((), "a call is one batch"),
-    "output_attentions": ((False,), _SCORES), "output_hidden_states": ((False,), _SCORES),
-    "output_scores": ((False,), _SCORES), "output_logits": ((False,), _SCORES),
-    "return_dict_in_generate": ((False,), "a `Result` is returned; under custom_generate it is honoured"),
-    "decoder_start_token_id": ((), "models are decoder-only"),
-    "is_assistant": ((False,), _SPEED), "num_assistant_tokens": ((20,), _SPEED),
-    "num_assistant_tokens_schedule": (("constant",), "the option adaptive adapts the draft's length"),
-    "assistant_confidence_threshold": ((0.4,), _SPEED), "assistant_early_exit": ((), _SPEED),
-    "assistant_lookbehind": ((10,), _SPEED), "target_lookbehind": ((10,), _SPEED),
-    "assistant_ensemble_weight": ((), "verification is lossless"), "speculation_type": ((), _SPEED),
-    "prompt_lookup_num_tokens": ((), "prompt lookup is draft='lookup', chunk_size=..."),
-    "max_matching_ngram_size": ((), "prompt lookup is draft='lookup', of n-grams up to 3"),
-    "use_mtp": ((False,), _SPEED),
-    # arguments of generate that are no fields
-    "assistant_model": ((), "a draft model is mpg.load(draft=...)"),
-    "assistant_tokenizer": ((), "a draft shares the tokenizer"),
-    "negative_prompt_ids": ((), "there is no classifier-free guidance"),
-    "negative_prompt_attention_mask": ((), "there is no classifier-free guidance"),
-    "synced_gpus": ((False,), "models are not sharded"), "custom_generate": ((), "this is one"),
-    "inputs_embeds": ((), "prompts are tokens"), "past_key_values": ((), _CACHE),
-    "position_ids": ((), "positions follow from attention_mask"),
-}  # fmt: skip
+# Idle: true of every call (rows are normalised), or about no text.
+IDLE = ("renormalize_logits", "bos_token_id", "disable_compile", "transformers_version")
+# Every other field and argument of transformers' generate is refused unless it asks for nothing. Of some, the way out:
+REASONS = {
+    "num_beams": "there is no beam search; sampling of several is num_return_sequences",
+    "assistant_model": "a draft model is mpg.load(draft=...)",
+    "prompt_lookup_num_tokens": "prompt lookup is draft='lookup', chunk_size=...",
+    "num_assistant_tokens": "how much is drafted is the option chunk_size",
+    "typical_p": "rows are warped by temperature, top_k, top_p and min_p alone",
+    "guidance_scale": "weights of attributes are what guides here",
+    "output_scores": "rows stay where they are computed; trace=True returns every token's log-ratios",
+    "return_dict_in_generate": "a `Result` is returned; under custom_generate it is honoured",
+    "inputs_embeds": "prompts are tokens",
+    "past_key_values": "mpg has a cache of its own",
+    "position_ids": "positions follow from attention_mask",
+}
+_THEIR_ARGUMENTS = inspect.signature(transformers.GenerationMixin.generate).parameters.keys()
+_THEIRS = {*vars(GenerationConfig()), *_THEIR_ARGUMENTS, *REASONS} - {"self", "inputs", "kwargs"}
+_THEIR_DEFAULTS = GenerationConfig._get_default_generation_params()
 _OPTIONS = tuple(field.name for field in fields(Options))
 _ARGUMENTS = (
     "weights", "raw", "on_token", "input_ids", "attention_mask", "generation_config", "logits_processor",
-    "stopping_criteria", "streamer", "tokenizer",
+    "stopping_criteria", "streamer", "tokenizer", "continue_final_message", "chat_template_kwargs",
 )  # fmt: skip
 _HAVE_STATE = (  # a drafted position is asked for more than once, or in vain
     "SynthIDTextWatermarkLogitsProcessor",
@@ -101,6 +74,7 @@ class _Text:
 
     index: int  # of its result in the call
     prompt: Any  # Tensor (1, L) int64
+    padding: int  # tokens of padding beside it, which transformers counts in its lengths
     max_length: int
     eos_token_ids: list[int]
 
@@ -120,7 +94,7 @@ _PROCESSORS: dict[str, Callable[[Any, _Text], Processor]] = {
     "no_repeat_ngram_size": lambda v, _: transformers.NoRepeatNGramLogitsProcessor(v),
     "encoder_no_repeat_ngram_size": lambda v, t: transformers.EncoderNoRepeatNGramLogitsProcessor(v, t.prompt),
     "bad_words_ids": lambda v, t: transformers.NoBadWordsLogitsProcessor(v, t.eos_token_ids or None),
-    "min_length": lambda v, t: transformers.MinLengthLogitsProcessor(v, t.eos_token_ids, t.device),
+    "min_length": lambda v, t: transformers.MinLengthLogitsProcessor(max(v - t.padding, 0), t.eos_token_ids, t.device),
     "min_new_tokens": lambda v, t: transformers.MinNewTokensLengthLogitsProcessor(
         t.prompt_length, v, t.eos_token_ids, t.device
     ),
@@ -213,13 +187,16 @@ class Conventions:
         """
         given = _fields_of(generation_config) | {name: value for name, value in keywords.items() if value is not None}
         for name, value in given.items():
-            if name in REFUSED:
-                accepted, why = REFUSED[name]
-                if not (isinstance(value, (int, float, str)) and value in accepted):
-                    wanted = " or ".join(map(repr, (None, *accepted)))
-                    raise ValueError(f"{name}: expected {wanted}, as {why}; got {value!r}")
-            elif name not in HONOURED and name not in IDLE and name not in _OPTIONS:
+            if name in HONOURED or name in IDLE or name in _OPTIONS:
+                continue
+            if name not in _THEIRS:
                 refuse_unknown(name, (*_OPTIONS, *HONOURED, *_ARGUMENTS))
+            is_plain, default = isinstance(value, (int, float, str)), _THEIR_DEFAULTS.get(name)
+            if value is not False and not (is_plain and value == default):
+                got = repr(value) if is_plain else type(value).__name__  # it may be a whole model
+                raise ValueError(
+                    f"{name}: expected {default!r}, as {REASONS.get(name, 'it is not honoured')}; got {got}"
+                )
         asked = {name: value for name, value in given.items() if name in HONOURED and not _is_neutral(name, value)}
         options = {name: value for name, value in given.items() if name in _OPTIONS}
         do_sample = asked.pop("do_sample", True)
@@ -263,23 +240,23 @@ class Conventions:
         return None if pad in self.eos_token_ids else pad
 
     def max_new_tokens(self, index: int, prompt_length: int) -> int | None:
-        """What max_length leaves behind a prompt, None where none is given."""
+        """What max_length leaves behind a prompt and its padding, None where none is given."""
         limit = self.fields.get("max_length")
         if limit is None:
             return None
-        if not isinstance(limit, int) or limit <= prompt_length:
+        if limit <= prompt_length:
             wanted = f"an integer above the {prompt_length} tokens of prompt {index}"
             raise ValueError(f"max_length: expected {wanted}, got {limit!r}")
         return limit - prompt_length
 
     def processor(
-        self, index: int, prompt: Sequence[int], max_new_tokens: int, device: torch.device
+        self, index: int, prompt: Sequence[int], padding: int, max_new_tokens: int, device: torch.device
     ) -> Processor | None:
         """What the rows of the request with this index in the call pass through; None where that is nothing."""
         if not self._processing():
             return None
         input_ids = torch.tensor([list(prompt)], device=device)
-        text = _Text(index, input_ids, len(prompt) + max_new_tokens, list(self.eos_token_ids))
+        text = _Text(index, input_ids, padding, len(prompt) + max_new_tokens, list(self.eos_token_ids))
         own = {type(processor): processor for processor in self.logits_processor}
         chain: list[Any] = []
         for name, make in _PROCESSORS.items():
@@ -304,21 +281,68 @@ class Conventions:
         return _as_tuple(self.fields.get("stop_strings", ()))
 
 
-def _fields_of(config: GenerationConfig | None) -> dict[str, Any]:
-    """The fields of a configuration that are set, but for entries that transformers itself does not know and ignores.
+@dataclass(frozen=True)
+class Stops:
+    """What ends one request's text beside its end-of-sequence tokens and its limit, as the host sees it grow.
 
-    One that a later transformers knows and mpg does not is then refused like any unknown keyword.
+    prompt     token ids
+    strings    end the text with the token that completes one of them within the new text, special tokens spelled out
+    criteria   of transformers' protocol, criterion(input_ids (1, L), scores=None) -> bool or (1,) bool, called after
+               every new token with prompt and new tokens; a truth ends the text
+    tokenizer  decodes the new tokens; needed for strings alone
+    device     of `input_ids`
     """
+
+    prompt: Sequence[int]
+    strings: tuple[str, ...]
+    criteria: tuple[Criterion, ...]
+    tokenizer: Any
+    device: torch.device
+
+    def end(self, tokens: Sequence[int]) -> bool:
+        """Whether the last of the new tokens ends the text, given that none before it did."""
+        if self.strings and self._has_string(tokens):
+            return True
+        if not self.criteria:
+            return False
+        input_ids = torch.tensor([[*self.prompt, *tokens]], device=self.device)
+        answers = [criterion(input_ids, None) for criterion in self.criteria]  # every one is asked, as it may count
+        return any(_is_true(answer) for answer in answers)
+
+    def _has_string(self, tokens: Sequence[int]) -> bool:
+        longest = max(len(string.encode()) for string in self.strings)
+        # Most tokens hold a byte at least, so that as many suffice, and one more, as decoding may strip a space before
+        # the first. An id that the tokenizer does not know holds none: then read on.
+        num_read = longest + 1
+        while True:
+            text = self._decode(tokens[-num_read:])
+            if any(string in text for string in self.strings):
+                return True
+            before = self._decode(tokens[-num_read:-1]).replace("\ufffd", "")  # part of a character counts as nothing
+            if num_read >= len(tokens) or len(before.encode()) >= longest - 1:
+                return False
+            num_read *= 2
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def _is_true(answer: Any) -> bool:
+    try:
+        return bool(torch.as_tensor(answer).item())
+    except (RuntimeError, TypeError):
+        wanted = "True, False or a tensor of one of them"
+        raise ValueError(f"stopping_criteria: expected {wanted}, got {answer!r} from a criterion") from None
+
+
+def _fields_of(config: GenerationConfig | None) -> dict[str, Any]:
+    """The fields of a configuration that are set, but for entries that transformers does not know itself."""
     if config is None:
         return {}
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"generation_config: expected a GenerationConfig, got {type(config).__name__}")
-    known = vars(GenerationConfig()).keys() | HONOURED.keys() | REFUSED.keys()
-    return {
-        name: value
-        for name, value in vars(config).items()
-        if value is not None and name in known and not name.startswith("_")
-    }
+    given = {name: value for name, value in vars(config).items() if name in _THEIRS and not name.startswith("_")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _is_integer(value: Any) -> bool:

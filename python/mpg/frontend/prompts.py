@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages: TypeAlias = Sequence[Mapping[str, str]]
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Messages | Sequence[int]
 _QUIET = {"verbose": False}  # no warning of its own about a long prompt, which is refused where the model is known
 
@@ -33,47 +33,96 @@ def as_list(prompt: Any) -> tuple[list[Prompt], bool]:
     raise ValueError(f"prompt: expected text, messages, token ids, or a list of one of these, got {prompt!r}")
 
 
-def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, *, raw: bool) -> list[int]:
-    """Token ids of one prompt. raw: take a string verbatim, not as a user message through the chat template"""
-    token_ids: Any
+def encode(
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    *,
+    raw: bool = False,
+    continue_final_message: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    name: str = "prompt",
+) -> list[int]:
+    """Token ids of one prompt, as `Model.generate` takes it. name: what the caller knows it by
+
+    Text that begins with the tokenizer's BOS is templated already: no special tokens are added to it.
+    """
     if not isinstance(raw, bool):
         raise ValueError(f"raw: expected True or False, got {raw!r}")
+    if not isinstance(continue_final_message, bool | None):
+        raise ValueError(f"continue_final_message: expected True or False, got {continue_final_message!r}")
+    if not isinstance(chat_template_kwargs, Mapping | None):
+        raise ValueError(f"chat_template_kwargs: expected a mapping, got {chat_template_kwargs!r}")
     if not prompt:
-        raise ValueError(f"prompt: expected at least one token, got {prompt!r}")
-    if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise ValueError(f"prompt: expected text that UTF-8 can hold, got {prompt!r}")
-    if not isinstance(prompt, str) and isinstance(prompt[0], numbers.Integral):
+        raise ValueError(f"{name}: expected at least one token, got {prompt!r}")
+    is_text, is_ids = isinstance(prompt, str), isinstance(prompt[0], numbers.Integral)
+    if continue_final_message and (is_text or is_ids):
+        raise ValueError(f"continue_final_message: expected messages to go on with, got {name} {prompt!r}")
+    if is_text and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise ValueError(f"{name}: expected text that UTF-8 can hold, got {prompt!r}")
+    token_ids: Any
+    if is_ids:
         token_ids = [int(token) for token in prompt]
     elif tokenizer is None:
-        raise ValueError(f"prompt: this model has no tokenizer, expected token ids, got {prompt!r}")
-    elif isinstance(prompt, str) and (raw or not tokenizer.chat_template):
-        token_ids = tokenizer(prompt, **_QUIET)["input_ids"]
+        wanted = "token ids, or a model loaded with tokenizer=..."
+        raise ValueError(f"{name}: this model has no tokenizer, expected {wanted}, got {prompt!r}")
+    elif is_text and (raw or not tokenizer.chat_template):
+        is_templated = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        token_ids = tokenizer(prompt, add_special_tokens=not is_templated, **_QUIET)["input_ids"]
     elif not tokenizer.chat_template:
-        raise ValueError(f"prompt: this model has no chat template, expected a string, got {prompt!r}")
+        raise ValueError(f"{name}: this model has no chat template, expected a string, got {prompt!r}")
     else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if not all(message.get("role") and message.get("content") for message in messages):
-            raise ValueError(f"prompt: expected a role and some text in every message, got {prompt!r}")
+        messages = [{"role": "user", "content": prompt}] if is_text else _read_messages(prompt, name)
+        if continue_final_message is None and messages[-1]["role"] == "assistant":
+            wanted = "continue_final_message=True to go on with it, or False for a turn of its own"
+            raise ValueError(f"{name}: the last message is the assistant's, expected {wanted}, got neither")
         try:
             token_ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=_QUIET
-            )
-        except (TemplateError, TypeError) as error:  # a role that it refuses; text that UTF-8 cannot hold
+                messages, add_generation_prompt=not continue_final_message, tokenize=True, return_tensors=None,
+                continue_final_message=bool(continue_final_message), return_dict=False, tokenizer_kwargs=_QUIET,
+                **chat_template_kwargs or {},
+            )  # fmt: skip
+        except (TemplateError, TypeError, ValueError) as error:  # a role that it refuses; text that UTF-8 cannot hold
             wanted = "messages that the chat template takes"
-            raise ValueError(f"prompt: expected {wanted}, got {prompt!r}: {error}") from error
+            raise ValueError(f"{name}: expected {wanted}, got {prompt!r}: {error}") from error
     for token in token_ids:
         if not 0 <= token < vocab_size:
-            raise ValueError(f"prompt: expected token ids in 0..{vocab_size - 1}, got {token}")
+            raise ValueError(f"{name}: expected token ids in 0..{vocab_size - 1}, got {token}")
     return token_ids
 
 
-def unpad(input_ids: Any, attention_mask: Any, pad_token_id: int | None) -> Any:
+def _read_messages(messages: Messages, name: str) -> list[dict[str, Any]]:
+    """The messages with their contents as text, everything else in them left to the chat template."""
+    read = []
+    for index, message in enumerate(messages):
+        role, content, place = message.get("role"), message.get("content"), f"{name}: message {index}"
+        if not isinstance(role, str) or not role:
+            raise ValueError(f"{place}: expected a role, got {role!r}")
+        if isinstance(content, (list, tuple)):
+            content = "".join(_read_part(part, place) for part in content)
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"{place}: expected text or a list of text parts as content, got {content!r}")
+        if not content and not message.get("tool_calls"):
+            raise ValueError(f"{place}: expected some text, got {message.get('content')!r}")
+        read.append({**message, "content": content} if "content" in message else dict(message))
+    return read
+
+
+def _read_part(part: Any, place: str) -> str:
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
+    if kind == "text" and isinstance(text, str):
+        return text
+    got = repr(part) if kind is None else "one without text" if kind == "text" else f"one of type {kind!r}"
+    raise ValueError(f"{place}: expected parts of type 'text', got {got}")
+
+
+def unpad(input_ids: Any, attention_mask: Any, pad_token_id: int | None) -> tuple[list[Any], bool, list[int]]:
     """The tokens of each row that are no padding, whichever side that is on.
 
     input_ids:      integers (B, L) or (L,), as a tensor or as the lists that a tokenizer returns
     attention_mask: of the same shape, 0 at padding; without one `pad_token_id` is padding in a tensor
 
-    out: B lists, or one, of token ids
+    out: B lists of token ids; whether there was a dimension B; the length of each row with its padding
 
     Raises ValueError for other tensors, for a mask of another shape, and where padding lies between tokens.
     """
@@ -86,14 +135,15 @@ def unpad(input_ids: Any, attention_mask: Any, pad_token_id: int | None) -> Any:
         input_ids = input_ids.tolist()
     if not isinstance(input_ids, (list, tuple)):
         raise ValueError(f"input_ids: expected a tensor or lists of token ids, got {input_ids!r}")
-    if attention_mask is None:
-        return input_ids
-    mask = attention_mask.tolist() if isinstance(attention_mask, Tensor) else attention_mask
-    if _is_all(input_ids, numbers.Integral):
-        return _unpad_row(input_ids, mask)
-    if not isinstance(mask, (list, tuple)) or len(mask) != len(input_ids):
-        raise ValueError(f"attention_mask: expected {len(input_ids)} rows as in input_ids, got {attention_mask!r}")
-    return [_unpad_row(ids, of_row) for ids, of_row in zip(input_ids, mask, strict=True)]
+    rows, is_list = as_list(input_ids)
+    widths = [len(row) for row in rows]
+    if attention_mask is not None:
+        mask = attention_mask.tolist() if isinstance(attention_mask, Tensor) else attention_mask
+        mask = mask if is_list else [mask]
+        if not isinstance(mask, (list, tuple)) or len(mask) != len(rows):
+            raise ValueError(f"attention_mask: expected {len(rows)} rows as in input_ids, got {attention_mask!r}")
+        rows = [_unpad_row(ids, of_row) for ids, of_row in zip(rows, mask, strict=True)]
+    return rows, is_list, widths
 
 
 def _unpad_row(ids: Any, mask: Any) -> Any:
