@@ -1,14 +1,13 @@
 """A recipe: a YAML file that names the models of a combination, and what `generate` takes where its caller is silent.
 
-Knows the keys of the file and the line of every mistake; loads no model.
+Knows the keys of the file and names the one that is mistaken; loads no model.
 """
 
 from __future__ import annotations
 
 import difflib
-import numbers
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ class Recipe:
     weights  alpha by attribute where the caller gives no weights, or None
     presets  alpha by attribute, by a name that stands for it
     options  of `Options`, where the caller is silent and his sampler has them
-    lines    "FILE:LINE" of the models, by the argument of `mpg.load` that they are, where there is a file
+    files    the recipe's file, by the arguments of `mpg.load` that it names
     """
 
     base: Any = None
@@ -48,14 +47,14 @@ class Recipe:
     weights: Mapping[str, float] | None = None
     presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    files: Mapping[str, Path] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, base: Any, attributes: Mapping[str, Any] | None = None, **given: Any) -> Recipe:
         """What the arguments of `mpg.load` say: read from a file where the base is one, or is a folder that holds one
         and no attributes are given. What else is given goes before the file.
 
-        Raises ValueError, with file and line, for a file that is no recipe, and for attributes beside one.
+        Raises ValueError, with file and key, for a file that is no recipe, and for attributes beside one.
         """
         given = {name: source for name, source in given.items() if source is not None}
         file = _find(base)
@@ -64,8 +63,7 @@ class Recipe:
         if attributes is not None:
             raise ValueError(f"attributes: expected none beside the recipe {file}, which names them, got {attributes}")
         recipe = _read(file)
-        lines = {argument: line for argument, line in recipe.lines.items() if argument.partition("[")[0] not in given}
-        return replace(recipe, **given, lines=lines)
+        return replace(recipe, **given, files={key: file for key in recipe.files if key not in given})
 
     def weigh(self, weights: Any, target: str | None = None) -> Any:
         """The weights that a caller means by a preset's name, by NAME=NUMBER,... or by nothing; others as they are.
@@ -87,14 +85,14 @@ class Recipe:
 
     @contextmanager
     def locate_errors(self) -> Iterator[None]:
-        """Put file and line before a ValueError about a model that the file names."""
+        """Put the file before a ValueError about a model that it names."""
         try:
             yield
         except ValueError as error:
-            line = self.lines.get(str(error).partition(": ")[0])  # every message begins with its argument
-            if line is None:
+            file = self.files.get(re.split(r"[\[:]", str(error))[0])  # every message begins with its argument
+            if file is None:
                 raise
-            raise ValueError(f"{line}: {error}") from error
+            raise ValueError(f"{file}: {error}") from error
 
     def pin(self, roles: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """The same models wherever the process goes: paths absolute, a default written out, and of an object in memory
@@ -184,22 +182,15 @@ def _plain(place: Any) -> Any:
     return place if isinstance(place, int) else str(place)
 
 
-def _read(file: Path) -> Recipe:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: expected a recipe in UTF-8, got {error}") from error
-    try:
-        return _Reader(file).recipe(yaml.compose(text, Loader=_Loader))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ValueError(f"{file}:{mark.line + 1 if mark else 1}: expected YAML: {error.problem}") from error
-    except yaml.YAMLError as error:  # a character that YAML does not have
-        raise ValueError(f"{file}: expected YAML: {' '.join(str(error).split())}") from error
-
-
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number: YAML 1.1 wants a dot and a sign."""
+    """Safe YAML in which 1e-3 is a number (YAML 1.1 wants a dot and a sign), and a key that comes twice a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} comes twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -207,145 +198,108 @@ _Loader.add_implicit_resolver(
 )
 
 
-class _Reader:
-    """Reads the nodes of one file, so that every mistake has its line."""
+def _read(file: Path) -> Recipe:
+    try:
+        document = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: expected a recipe in UTF-8, got {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for a date that there is not
+        what = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+        raise ValueError(f"{file}: expected YAML: {what}") from error
+    try:
+        return _recipe(document, file)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
 
-    def recipe(self, root: yaml.Node | None) -> Recipe:
-        if root is None:
-            raise ValueError(f"{self.file}:1: expected the keys base and attributes, got an empty file")
-        nodes = self.entries(root, "recipe", "key", KEYS)
-        for key in ("base", "attributes"):
-            if key not in nodes:
-                raise self.mistake(root, f"{key}: expected in every recipe, got {', '.join(nodes) or 'none'}")
-        of_attributes = self.entries(nodes["attributes"], "attributes", "attribute")
-        if not of_attributes:
-            raise self.mistake(nodes["attributes"], "attributes: expected at least one, got none")
-        sources = {key: nodes[key] for key in ("base", "anchor", "draft", "tokenizer") if key in nodes}
-        places = {key: self.source(key, node, of_attributes) for key, node in sources.items()}
-        attributes = {name: self.source(f"attributes[{name!r}]", node) for name, node in of_attributes.items()}
-        device_map = self.places("device_map", nodes.get("device_map"), [*attributes, *ROLES])
-        allows_other_base = nodes.get("allow_other_base")
-        presets = {}
-        for name, node in self.entries(nodes.get("presets"), "presets", "preset").items():
-            if not name or "=" in name:
-                raise self.mistake(node, f"presets: expected a name without '=', got {name!r}")
-            presets[name] = self.weights(f"presets[{name!r}]", node, attributes)
-        weights = nodes.get("weights")
-        if isinstance(weights, yaml.ScalarNode):
-            if weights.value not in presets:
-                wanted = f"a mapping or a preset{' among ' + ', '.join(presets) if presets else ''}"
-                raise self.mistake(weights, f"weights: expected {wanted}, got {weights.value!r}")
-            default: Mapping[str, float] | None = presets[weights.value]
-        else:
-            default = self.weights("weights", weights, attributes) if weights is not None else None
-        lines = {key: self.line(node) for key, node in nodes.items()}
-        lines |= {f"attributes[{name!r}]": self.line(node) for name, node in of_attributes.items()}
-        of_devices = self.entries(nodes.get("device_map"), "device_map", "name")
-        lines |= {f"device_map[{name!r}]": self.line(node) for name, node in of_devices.items()}
-        return Recipe(
-            attributes=attributes,
-            device_map=device_map,
-            allow_other_base=False if allows_other_base is None else self.value(allows_other_base),
-            weights=default,
-            presets=presets,
-            options=self.options(nodes.get("options")),
-            lines=lines,
-            **places,
-        )
+def _recipe(document: Any, file: Path) -> Recipe:
+    if document is None:
+        raise ValueError("expected the keys base and attributes, got an empty file")
+    given = _mapping("recipe", document, "key", KEYS)
+    for key in ("base", "attributes"):
+        if key not in given:
+            raise ValueError(f"{key}: expected in every recipe, got {', '.join(given) or 'none'}")
+    folder, of_attributes = file.parent.absolute(), _mapping("attributes", given["attributes"], "attribute")
+    if not of_attributes:
+        raise ValueError("attributes: expected at least one, got none")
+    attributes = {name: _source(f"attributes[{name!r}]", at, folder) for name, at in of_attributes.items()}
+    sources = {key: given[key] for key in ("base", "anchor", "draft", "tokenizer") if key in given}
+    presets = {}
+    for name, weights in _mapping("presets", given.get("presets", {}), "preset").items():
+        if not name or "=" in name:
+            raise ValueError(f"presets: expected a name without '=', got {name!r}")
+        presets[name] = _weights(f"presets[{name!r}]", weights, attributes)
+    weights = given.get("weights")
+    if "weights" in given and not isinstance(weights, (dict, list)):
+        if weights not in presets:
+            wanted = f"a mapping or a preset{' among ' + ', '.join(presets) if presets else ''}"
+            raise ValueError(f"weights: expected {wanted}, got {weights!r}")
+        weights = presets[weights]
+    options = _mapping("options", given.get("options", {}), "option")
+    try:
+        Options.of(options)
+    except ValueError as error:
+        raise ValueError(f"options: {error}") from None
+    return Recipe(
+        **{
+            key: _source(key, at, folder, attributes if key in ("anchor", "draft") else ())
+            for key, at in sources.items()
+        },
+        attributes=attributes,
+        device_map=_places("device_map", given["device_map"], [*attributes, *ROLES]) if "device_map" in given else None,
+        allow_other_base=given.get("allow_other_base", False),
+        weights=_weights("weights", weights, attributes) if "weights" in given else None,
+        presets=presets,
+        options=options,
+        files=dict.fromkeys(given, file),
+    )
 
-    def entries(
-        self, node: yaml.Node | None, what: str, kind: str, known: Sequence[str] | None = None
-    ) -> dict[str, yaml.Node]:
-        """The values of a mapping by key. Refuses what is no mapping, and unknown and doubled keys."""
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            raise self.mistake(node, f"{what}: expected a mapping, got {self.got(node)}")
-        values: dict[str, yaml.Node] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise self.mistake(key, f"{what}: expected names as keys, got {self.got(key)}")
-            name = key.value
-            if known is not None and name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-                raise self.mistake(key, f"{what}: unknown {kind} {name!r}; {hint}")
-            if name in values:
-                raise self.mistake(key, f"{what}: expected every {kind} once, got {name!r} twice")
-            values[name] = value
-        return values
 
-    def source(self, argument: str, node: yaml.Node, names: Sequence[str] | Mapping[str, Any] = ()) -> str:
-        """The absolute path of what lies beside the recipe, else a hub's name or an attribute's."""
-        value = self.value(node)
-        if not isinstance(value, str) or not value:
-            raise self.mistake(node, f"{argument}: expected a folder or a hub name, got {self.got(node)}")
-        if argument in ("anchor", "draft") and value in names:
-            return value
-        folder = self.file.parent.absolute()
-        path = folder / Path(value).expanduser()
-        if path.exists():
-            return str(path)
-        owner, slash, _ = value.partition("/")
-        if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and not (slash and (folder / owner).is_dir()):
-            return value
-        raise self.mistake(node, f"{argument}: expected a folder that exists or a hub name, got {value!r} ({path})")
+def _mapping(what: str, value: Any, kind: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+    """A mapping by names. Refuses what is none, and unknown names."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{what}: expected a mapping, got {value!r}")
+    for name in value:
+        if not isinstance(name, str):
+            raise ValueError(f"{what}: expected text as names, got {name!r}; put it in quotes")
+        if known is not None and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise ValueError(f"{what}: unknown {kind} {name!r}; {hint}")
+    return value
 
-    def places(self, what: str, node: yaml.Node | None, known: Sequence[str] | None = None) -> dict[str, Any] | None:
-        """Devices by name; that of a name may be a mapping too, which splits its model."""
-        if node is None:
-            return None
-        places: dict[str, Any] = {}
-        for name, place in self.entries(node, what, "name", known).items():
-            if isinstance(place, yaml.MappingNode) and known is not None:
-                places[name] = self.places(f"{what}[{name!r}]", place)
-                continue
-            places[name] = self.value(place) if isinstance(place, yaml.ScalarNode) else None
-            if not isinstance(places[name], str | int) or isinstance(places[name], bool):
-                raise self.mistake(place, f"{what}: expected a device for {name!r}, got {self.got(place)}")
-        return places
 
-    def weights(self, what: str, node: yaml.Node, attributes: Mapping[str, Any]) -> dict[str, float]:
-        nodes = self.entries(node, what, "attribute", list(attributes))
-        weights = {}
-        for name, value in nodes.items():
-            weights[name] = self.value(value)
-            if not isinstance(weights[name], numbers.Real) or isinstance(weights[name], bool):
-                raise self.mistake(value, f"{what}: expected a number for {name!r}, got {self.got(value)}")
-        try:
-            check_weights(weights, list(attributes), "geometric")
-        except ValueError as error:
-            raise self.mistake(node, str(error).replace("weights", what, 1)) from None
-        return {name: float(weight) for name, weight in weights.items()}
+def _source(argument: str, value: Any, folder: Path, names: Container[str] = ()) -> str:
+    """The absolute path of what lies beside the recipe, else a hub's name or an attribute's."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{argument}: expected a folder or a hub name, got {value!r}")
+    path = folder / Path(value).expanduser()
+    if value in names:
+        return value
+    if path.exists():
+        return str(path)
+    owner, slash, _ = value.partition("/")
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and not (slash and (folder / owner).is_dir()):
+        return value
+    raise ValueError(f"{argument}: expected a folder that exists or a hub name, got {value!r} ({path})")
 
-    def options(self, node: yaml.Node | None) -> dict[str, Any]:
-        if node is None:
-            return {}
-        nodes = self.entries(node, "options", "option")
-        options = {name: self.value(value) for name, value in nodes.items()}
-        try:
-            Options.of(options)
-        except ValueError as error:
-            wrong = nodes.get(str(error).partition(": ")[0], node)  # every message begins with its option
-            raise self.mistake(wrong, f"options: {error}") from None
-        return options
 
-    def value(self, node: yaml.Node) -> Any:
-        try:
-            return _Loader("").construct_object(node, deep=True)
-        except ValueError as error:  # a date that there is not
-            raise self.mistake(node, f"expected YAML: {error}") from error
+def _places(what: str, value: Any, known: Sequence[str] | None = None) -> dict[str, Any]:
+    """Devices by name; that of a name may be a mapping too, which splits its model."""
+    places = {}
+    for name, place in _mapping(what, value, "name", known).items():
+        if isinstance(place, dict) and known is not None:
+            place = _places(f"{what}[{name!r}]", place)
+        elif not isinstance(place, str | int) or isinstance(place, bool):
+            raise ValueError(f"{what}: expected a device for {name!r}, got {place!r}")
+        places[name] = place
+    return places
 
-    def got(self, node: yaml.Node) -> str:
-        if isinstance(node, yaml.ScalarNode):
-            return repr(self.value(node))
-        return "a mapping" if isinstance(node, yaml.MappingNode) else "a list"
 
-    def line(self, node: yaml.Node) -> str:
-        return f"{self.file}:{node.start_mark.line + 1}"
-
-    def mistake(self, node: yaml.Node, message: str) -> ValueError:
-        return ValueError(f"{self.line(node)}: {message}")
+def _weights(what: str, value: Any, attributes: Mapping[str, Any]) -> dict[str, float]:
+    weights = _mapping(what, value, "attribute", list(attributes))
+    try:
+        check_weights(weights, list(attributes), "geometric")
+    except ValueError as error:
+        raise ValueError(str(error).replace("weights", what, 1)) from None
+    return {name: float(weight) for name, weight in weights.items()}
