@@ -187,8 +187,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
+        for index, (key, _) in enumerate(node.value):
+            if key.value in keys[:index]:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} comes twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
