@@ -69,7 +69,7 @@ class Options:
     batch_size      requests decoded at once, at most; the others wait until one has ended
 
     exact, direct and auto:
-    top_k           tokens that a row keeps at most, 0 for all
+    top_k           tokens that a row keeps at most, 0 for all; of equal ones those of lower id, not all as transformers
     min_p           share of the row's largest probability that a token needs, in [0, 1]
     mixture_span    arithmetic: how far one draw of the mixture reaches: "token", a number of tokens, or "sequence"
 
