@@ -77,8 +77,9 @@ class CMakeBuild(build_ext):
 
 setup(
     license="Apache-2.0",
-    packages=[*find_packages("python", include=["mpg*"]), "mpg_ext"],
-    package_dir={"mpg": "python/mpg"},
+    packages=find_packages("python"),
+    # One folder, which links to mpg_ext: an editable install is then a path, and type checkers follow it.
+    package_dir={"": "python"},
     ext_modules=[Extension("mpg_ext._C", [])],
     cmdclass={"build_ext": CMakeBuild},
 )
