@@ -40,8 +40,10 @@ def _move(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 def test_models_on_several_devices_answer_on_that_of_the_base(is_split, tiny_model, lora_folder, monkeypatch):
     folders = {name: lora_folder(name, target_modules=targets) for name, targets in ADAPTED.items()}
     # Read before, and without the saved weights of the head: they could not be compared.
-    adapters = {folder: replace(read_adapter(name, folder), frozen={}) for name, folder in folders.items()}
-    monkeypatch.setattr(mpg.models.loading, "read_adapter", lambda name, folder: adapters[folder])
+    adapters = {
+        folder: replace(read_adapter(name, folder, tiny_model()), frozen={}) for name, folder in folders.items()
+    }
+    monkeypatch.setattr(mpg.models.loading, "read_adapter", lambda name, folder, model: adapters[folder])
     monkeypatch.setattr(mpg.models.loading, "verify_ragged_attention", lambda model, argument: 0)  # there are no values
     with FakeTensorMode(allow_non_fake_inputs=True):
         with FIRST:

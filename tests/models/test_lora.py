@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -16,6 +16,7 @@ from ensembles import load
 from mpg.models.lora import read_adapter, share
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
+WEIGHTS = "adapter_model.safetensors"
 ATTENTION = ["q_proj", "v_proj"]
 ADAPTERS = {  # different ranks, targets and ways to scale
     "llama": {
@@ -48,6 +49,11 @@ def peft_model(tiny_model):
         return model.eval()
 
     return make
+
+
+def change_config(folder, **settings):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 @pytest.mark.parametrize("model_type", ADAPTERS)
@@ -219,7 +225,7 @@ def test_a_merged_adapter_is_refused(peft_model):
 
 def test_a_folder_without_weights_is_refused(lora_folder, tiny_model):
     folder = lora_folder("E")
-    (folder / "adapter_model.safetensors").unlink()
+    (folder / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=r"attributes\['E'\]: expected adapter_model.safetensors in .*, got none"):
         load(tiny_model(), {"E": folder})
 
@@ -243,18 +249,94 @@ def test_a_shape_that_does_not_fit_is_named_with_both_shapes(lora_folder, tiny_m
 
 def test_an_adapter_that_adapts_nothing_is_refused(lora_folder, tiny_model):
     folder = lora_folder("E", target_modules=["q_proj"])
-    save_file({}, folder / "adapter_model.safetensors")
+    save_file({}, folder / WEIGHTS)
     with pytest.raises(ValueError, match=r"attributes\['E'\]: expected LoRA weights in .*, got none"):
         load(tiny_model(), {"E": folder})
 
 
 def test_half_an_adapter_is_refused(lora_folder, tiny_model):
     folder = lora_folder("E", target_modules=["q_proj"])
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = load_file(folder / WEIGHTS)
     del weights["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
-    save_file(weights, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"lora_B \(out, r\) of module model.layers.1.self_attn.q_proj, got .*missing"):
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(
+        ValueError, match=r"lora_B \(out, r\) of module model.layers.1.self_attn.q_proj, got lora_A \(4, 32\)$"
+    ):
         load(tiny_model(), {"E": folder})
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 4}, "r": 16}])
+def test_weights_of_another_rank_than_the_configuration_are_refused(settings, lora_folder, tiny_model):
+    folder = lora_folder("E", target_modules=["q_proj", "v_proj"], **settings)
+    weights = load_file(folder / WEIGHTS)
+    module = "model.layers.1.self_attn.q_proj"
+    for side in ("A", "B"):
+        key = f"base_model.model.{module}.lora_{side}.weight"
+        weights[key] = (weights[key][:3] if side == "A" else weights[key][:, :3]).contiguous()
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"'E'\]: expected rank 4 at module {module}, as its .* says, got 3$"):
+        load(tiny_model(), {"E": folder})
+
+
+@pytest.mark.parametrize(
+    ("targets", "settings"),
+    [
+        (["v_proj"], {}),
+        (["q_proj", "v_proj"], {"layers_to_transform": [0]}),
+        (["q_proj", "v_proj"], {"exclude_modules": ["q_proj"]}),
+        (r".*\.0\..*\.(q|v)_proj", {}),
+    ],
+)
+def test_weights_that_the_configuration_does_not_target_are_refused(targets, settings, lora_folder, tiny_model):
+    folder = lora_folder("E", target_modules=["q_proj", "v_proj"])
+    change_config(folder, target_modules=targets, **settings)
+    message = r"'E'\]: expected modules that its configuration targets \(.*\), got weights of .*(q|v)_proj"
+    with pytest.raises(ValueError, match=message):
+        load(tiny_model(), {"E": folder})
+
+
+@pytest.mark.parametrize(
+    ("targets", "missing"),
+    [(["q_proj", "o_proj"], "o_proj and 1 more"), ("all-linear", "k_proj and 11 more"), (None, "v_proj and 1 more")],
+)
+def test_layers_that_are_targeted_and_not_in_the_file_warn_and_stay_the_bases(
+    targets, missing, tiny_model, full_logits, tmp_path
+):
+    """PEFT warns too; its own adapter then holds an update of zero there."""
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base, settings).save_pretrained(tmp_path / "E")
+    change_config(tmp_path / "E", target_modules=targets, init_lora_weights=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    with pytest.warns(UserWarning, match=rf"'E'\]: its .* targets model.layers.0.self_attn.{missing}, for which"):
+        ensemble = load(base, {"E": tmp_path / "E"})
+    tokens = [3, 4, 5]
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        expected = PeftModel.from_pretrained(base, tmp_path / "E", adapter_name="E").eval()
+    logits = ensemble.open([[3]], ["E"], 8).forward(
+        ["E"], torch.tensor([tokens]), torch.zeros(1, dtype=int), kv_length=8
+    )
+    torch.testing.assert_close(logits[0, 0], full_logits(expected, tokens, "E"), atol=1e-4, rtol=1e-5)
+
+
+def test_keys_that_name_the_adapter_are_read(lora_folder, tiny_model):
+    """As a state_dict() has them, where save_pretrained() takes the name out."""
+    base = tiny_model()
+    folder = lora_folder("E", base=copy.deepcopy(base), target_modules="all-linear")
+    factors = read_adapter("E", folder, base).factors
+    weights = load_file(folder / WEIGHTS)
+    save_file({key.replace(".weight", ".default.weight"): w for key, w in weights.items()}, folder / WEIGHTS)
+    renamed = read_adapter("E", folder, base).factors
+    assert renamed.keys() == factors.keys()
+    assert all(torch.equal(*pair) for module in factors for pair in zip(factors[module], renamed[module], strict=True))
+
+    both = {key.replace(".weight", f".{name}.weight"): w for key, w in weights.items() for name in ("a", "b")}
+    save_file({key: weight.clone() for key, weight in both.items()}, folder / WEIGHTS)
+    with pytest.raises(
+        ValueError, match=r"'E'\]: expected the weights of one adapter in .*, got those of \['a', 'b'\]"
+    ):
+        load(base, {"E": folder})
 
 
 def test_an_adapter_with_a_head_of_its_own_is_refused(lora_folder, tiny_model):
@@ -266,8 +348,7 @@ def test_an_adapter_with_a_head_of_its_own_is_refused(lora_folder, tiny_model):
 
 def test_unknown_settings_of_newer_versions_are_ignored(lora_folder, tiny_model):
     folder = lora_folder("E", target_modules=["q_proj"])
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"from_the_future": None}))
+    change_config(folder, from_the_future=None)
     assert load(tiny_model(), {"E": folder}).describe()["E"]["adapter_rank"] == 4
 
 
@@ -303,10 +384,10 @@ def test_a_head_saved_in_another_precision_is_the_models_own(lora_folder, tiny_m
 def test_adapters_of_single_experts_are_refused(lora_folder, tiny_model):
     """Those of transformers 4, where every expert was a layer of its own; newer ones are target_parameters, above."""
     folder = lora_folder("E", "mixtral", target_modules=["q_proj"])
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = load_file(folder / WEIGHTS)
     name = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w1"
     weights |= {f"{name}.lora_A.weight": torch.zeros(4, 32), f"{name}.lora_B.weight": torch.zeros(48, 4)}
-    save_file(weights, folder / "adapter_model.safetensors")
+    save_file(weights, folder / WEIGHTS)
     with pytest.raises(
         ValueError, match=r"E'\]: expected an adapter of Mixtral.*, got an adapter of .*experts.1.w1, which"
     ):
@@ -332,7 +413,7 @@ def test_a_bitsandbytes_base_takes_adapters_and_is_not_converted(tmp_path, tiny_
 
     with torch.no_grad():
         expected = [model(tokens).logits[0]]
-        for name, (down, up) in read_adapter("E", folder).factors.items():
+        for name, (down, up) in read_adapter("E", folder, base).factors.items():
             down, up = down.to(device), up.to(device)
             model.get_submodule(name).register_forward_hook(
                 lambda layer, args, out, down=down, up=up: out + args[0] @ down @ up

@@ -124,7 +124,8 @@ class _Loader:
             elif isinstance(self.host, PeftModel) and source in self.host.peft_config:
                 self.slots[key] = self._add_adapter(adapter_in_memory(argument, self.host, source))
             else:
-                self.slots[key] = self._add_adapter(read_adapter(argument, source))
+                host = self.slots[_key(self.host)].model.model
+                self.slots[key] = self._add_adapter(read_adapter(argument, source, host))
         return self.slots[key]
 
     def add_attribute(self, argument: str, source: Source) -> Slot:

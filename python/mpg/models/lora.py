@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from mpg.models.sources import refuse_unreadable
 
 PREFIX = "base_model.model."  # of every key that PEFT saves
+# The name of the adapter stands in the keys of a state_dict(), not in those that save_pretrained() writes.
+FACTOR_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Settings that make an adapter more than y + x A B: what a stacked layer would silently leave out.
 UNSUPPORTED_SETTINGS = (
@@ -69,11 +74,13 @@ class Adapter:
         return max(down.shape[1] for down, _ in self.factors.values())
 
 
-def read_adapter(name: str, folder: str | Path) -> Adapter:
-    """Read a LoRA adapter from a folder or hub repository in PEFT's format.
+def read_adapter(name: str, folder: str | Path, model: PreTrainedModel) -> Adapter:
+    """Read a LoRA adapter of `model` from a folder or hub repository in PEFT's format.
 
-    Raises ValueError, naming the file or setting, for missing or damaged files and for every kind that cannot be
-    stacked.
+    Warns, as PEFT does, of layers that the configuration targets and the file lacks: they stay the base's.
+
+    Raises ValueError, naming the file, setting or module, for missing or damaged files, for every kind that cannot be
+    stacked, and for weights that are not those that the configuration describes.
     """
     if Path(folder).is_dir() and not any((Path(folder) / file).is_file() for file in WEIGHT_FILES):
         raise ValueError(f"{name}: expected {WEIGHT_FILES[0]} in the adapter folder {folder}, got none")
@@ -82,25 +89,74 @@ def read_adapter(name: str, folder: str | Path) -> Adapter:
     config = _check_config(name, stored)
     with refuse_unreadable(name, folder):
         weights = load_peft_weights(str(folder), device="cpu")
-    factors = {}
-    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        down = weights.pop(key)  # (r, in)
-        up = weights.pop(key.replace(".lora_A.", ".lora_B."), None)  # (out, r)
-        if up is None or up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
-            shapes = f"lora_A {tuple(down.shape)} and lora_B {tuple(up.shape) if up is not None else 'missing'}"
-            raise ValueError(f"{name}: expected lora_A (r, in) and lora_B (out, r) of module {module}, got {shapes}")
-        rank = down.shape[0]
-        alphas = config.alpha_pattern or {}
-        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
-        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        factors[module] = (down.float().T, up.float().T * scaling)
+    sides: dict[str, dict[str, Tensor]] = {}  # lora_A and lora_B by module
+    adapters = set()
+    for key, match in [(key, FACTOR_KEY.fullmatch(key)) for key in weights]:
+        if match is not None:
+            sides.setdefault(match["module"].removeprefix(PREFIX), {})[match["side"]] = weights.pop(key)
+            adapters.add(match["adapter"])
+    if len(adapters) > 1:
+        raise ValueError(f"{name}: expected the weights of one adapter in {folder}, got those of {sorted(adapters)}")
     if other := [key for key in weights if ".lora_" in key]:
         raise ValueError(f"{name}: expected LoRA on linear layers alone, got {other[0]} too")
-    if not factors:
+    if not sides:
         raise ValueError(f"{name}: expected LoRA weights in the adapter folder {folder}, got none")
+    factors = {}
+    for module, parts in sides.items():
+        down, up = parts.get("A"), parts.get("B")  # (r, in), (out, r)
+        if up is None or down is None or up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+            got = ", ".join(f"lora_{side} {tuple(part.shape)}" for side, part in sorted(parts.items()))
+            raise ValueError(f"{name}: expected lora_A (r, in) and lora_B (out, r) of module {module}, got {got}")
+        rank, alpha = (
+            pattern.get(get_pattern_key(list(pattern), module), default) if pattern else default
+            for pattern, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+        )
+        if rank != down.shape[0]:
+            wanted = f"rank {rank} at module {module}, as its configuration says"
+            raise ValueError(f"{name}: expected {wanted}, got {down.shape[0]}")
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        factors[module] = (down.float().T, up.float().T * scaling)
+        _check_fit(model, name, module, *factors[module])
+    _check_targets(name, config, model, list(factors))
     frozen = {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for key, tensor in weights.items()}
     return Adapter(name, str(folder), factors, frozen, config.base_model_name_or_path or "")
+
+
+def _check_fit(model: nn.Module, name: str, module: str, down: Tensor, up: Tensor) -> None:
+    try:
+        layer = model.get_submodule(module)
+    except AttributeError:
+        got = f"an adapter of {module}, which it does not have"
+        raise ValueError(f"{name}: expected an adapter of {type(model).__name__}, got {got}") from None
+    layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    if isinstance(layer, Conv1D):
+        shape = tuple(layer.weight.shape)  # GPT-2 stores (in, out)
+    elif isinstance(layer, nn.Linear):
+        shape = (layer.in_features, layer.out_features)
+    else:
+        raise ValueError(f"{name}: expected linear layers alone, got {type(layer).__name__} at {module}")
+    if shape != (down.shape[0], up.shape[1]):
+        sizes = (down.shape[0], up.shape[1])
+        raise ValueError(f"{name}: expected (in, out) = {shape} for module {module}, got {sizes}")
+
+
+def _check_targets(name: str, config: LoraConfig, model: PreTrainedModel, modules: Sequence[str]) -> None:
+    """Compare the modules of a file with those that PEFT would adapt by its configuration."""
+    if config.target_modules is None:
+        usual = LoraModel.target_module_mapping.get(model.config.model_type, [])
+        config = replace(config, target_modules=list(usual))
+    full_config = _maybe_include_all_linear_layers(copy.copy(config), model)
+    targets = [module for module, _ in model.named_modules() if check_target_module_exists(full_config, module)]
+    if other := [module for module in modules if module not in targets]:
+        wanted = f"modules that its configuration targets ({config.target_modules})"
+        raise ValueError(f"{name}: expected {wanted}, got weights of {_some(other)} too")
+    if missing := [module for module in targets if module not in modules]:
+        text = f"its configuration targets {_some(missing)}, for which its file has no weights"
+        warnings.warn(f"{name}: {text}; they stay as in the base", stacklevel=7)
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def adapter_in_memory(name: str, model: PeftModel, adapter_name: str) -> Adapter:
@@ -109,8 +165,8 @@ def adapter_in_memory(name: str, model: PeftModel, adapter_name: str) -> Adapter
     Raises ValueError for every kind that cannot be stacked.
     """
     _check_config(name, model.peft_config[adapter_name])
-    factors = {}
-    for module, layer in model.get_base_model().named_modules():
+    factors, base = {}, model.get_base_model()
+    for module, layer in base.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         if adapter_name in layer.lora_embedding_A:
@@ -118,6 +174,7 @@ def adapter_in_memory(name: str, model: PeftModel, adapter_name: str) -> Adapter
         if adapter_name in layer.lora_A:
             down, up = (part[adapter_name].get_parameter("weight").detach() for part in (layer.lora_A, layer.lora_B))
             factors[module] = (down.float().T, up.float().T * layer.scaling[adapter_name])
+            _check_fit(base, name, module, *factors[module])
     return Adapter(name, adapter_name, factors, frozen={})
 
 
@@ -182,7 +239,7 @@ class LoraStack:
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
-        """Replace every adapted linear layer of `model`; ValueError names a module or shape that does not fit."""
+        """Replace every adapted linear layer of `model`; ValueError where an adapter has base weights of its own."""
         self.factors: list[tuple[Tensor, Tensor]] = []  # per layer down (G, R, in) of all that share it, up (G, r, out)
         self.layers: list[LoraLinear] = []
         self.active: list[tuple[Tensor, Tensor]] | None = None  # of every layer, which holds its own
@@ -190,8 +247,6 @@ class LoraStack:
         self.rows_of_group = self.num_tokens = 0
         self.latest: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None  # see shrink
         for adapter in adapters:
-            for module, factors in adapter.factors.items():
-                _check_fit(model, adapter, module, *factors)
             own = dict(model.named_parameters(remove_duplicate=False))
             for name, weight in adapter.frozen.items():
                 if name not in own or not _is_equal(own[name].cpu(), weight):
@@ -309,23 +364,6 @@ def _group_readers(sizes: Mapping[str, int]) -> list[list[str]]:
 def _is_equal(own: Tensor, saved: Tensor) -> bool:
     """Whether two weights are one, which may have been rounded on either side."""
     return torch.equal(own, saved.to(own.dtype)) or torch.equal(own.to(saved.dtype), saved)
-
-
-def _check_fit(model: PreTrainedModel, adapter: Adapter, module: str, down: Tensor, up: Tensor) -> None:
-    try:
-        layer = model.get_submodule(module)
-    except AttributeError:
-        got = f"an adapter of {module}, which it does not have"
-        raise ValueError(f"{adapter.name}: expected an adapter of {type(model).__name__}, got {got}") from None
-    if isinstance(layer, Conv1D):
-        shape = tuple(layer.weight.shape)  # GPT-2 stores (in, out)
-    elif isinstance(layer, nn.Linear):
-        shape = (layer.in_features, layer.out_features)
-    else:
-        raise ValueError(f"{adapter.name}: expected linear layers alone, got {type(layer).__name__} at {module}")
-    if shape != (down.shape[0], up.shape[1]):
-        sizes = (down.shape[0], up.shape[1])
-        raise ValueError(f"{adapter.name}: expected (in, out) = {shape} for module {module}, got {sizes}")
 
 
 def _stack(
