@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,7 +12,7 @@ from torch import nn
 
 from ensembles import load
 from mpg.models import linear
-from mpg.models.linear import PackedLinear, pack_linears
+from mpg.models.linear import PackedLinear, choose, pack_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -18,26 +21,72 @@ def _packed(model):
     return [name for name, layer in model.named_modules() if isinstance(layer, PackedLinear)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first_rows", [1, 6])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 7)])
-def test_a_packed_layer_equals_torchs_own(shape, bias):
-    layer = nn.Linear(300, 1000, bias=bias)
-    x = torch.randn(*shape, 300)
-    expected = layer.double()(x.double())
-    layer.float()
-    error, own_error = (PackedLinear(layer)(x) - expected).abs().max(), (layer(x) - expected).abs().max()
-    assert error <= 2 * own_error + 1e-6
+def test_a_packed_layer_equals_torchs_own(shape, bias, first_rows, dtype):
+    layer = nn.Linear(300, 1000, bias=bias, dtype=dtype)
+    x = torch.randn(*shape, 300, dtype=dtype)
+    got, own = PackedLinear(layer, first_rows)(x), layer(x)
+    expected = copy.deepcopy(layer).double()(x.double())
+    size = copy.deepcopy(layer).double().weight.abs() @ x.double().abs().flatten(0, -2).T  # of the terms that are added
+    eps = torch.finfo(torch.float32).eps * 300 * size.T.reshape(got.shape) + torch.finfo(dtype).eps * expected.abs()
+    assert ((got - expected).abs() <= eps + 1e-6).all()
+    if x[..., 0].numel() < first_rows:
+        assert torch.equal(got, own)
 
 
-def test_only_large_float32_layers_are_packed():
-    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 511), nn.Linear(512, 512, dtype=torch.bfloat16))
-    model.append(nn.Linear(512, 512, device="meta"))
+TIMES = {  # seconds plain and packed at 1, 3, 8 and 40 rows, and from how many rows on it is packed
+    "packed is faster": ([(2, 1), (2, 1), (2, 1), (2, 1)], 1, 1),
+    "plain is faster": ([(1, 2), (1, 2), (1, 2), (1, 2)], None, None),
+    "plain is faster for one row": ([(1, 1.5), (4, 2), (8, 3), (9, 5)], 3, 1),
+    "plain is faster for few rows": ([(1, 4), (1, 4), (4, 2), (6, 3)], 8, None),
+    "only prompts are faster": ([(1, 2), (1, 2), (1, 2), (4, 1)], 40, None),
+    "they are alike": ([(1, 0.99), (1, 1), (1, 0.95), (1, 1.01)], None, None),
+    "what is saved is worth no second weight": ([(1, 1.05), (2, 1), (2, 1), (2, 1)], 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_the_faster_way_is_used_and_a_second_weight_only_where_it_pays(name):
+    times, both, one = TIMES[name]
+    assert (choose(times), choose(times, may_keep_both=False)) == (both, one)
+
+
+def test_plain_and_packed_are_timed_once_a_process_for_each_kind_of_layer_that_can_be_packed(monkeypatch):
+    """Two loads of one process then round alike, whatever else the machine was doing."""
+    monkeypatch.setattr(linear, "_times", {})
+    monkeypatch.setattr(linear, "TIMED_SECONDS", 0)
+    model = nn.Sequential(*(nn.Linear(256, size, bias=False) for size in (512, 512, 640)), nn.Linear(512, 4))
+    model.append(nn.Linear(256, 512, dtype=torch.float16)).append(nn.Linear(256, 512, device="meta"))
     pack_linears(model)
-    assert _packed(model) == ["0"]
+    kept = dict(linear._times)
+    assert {kind[:3] for kind in kept} == {(512, 256, torch.float32), (640, 256, torch.float32)}
+    assert all(0 < seconds < math.inf for times in kept.values() for pair in times for seconds in pair)
+    pack_linears(nn.Sequential(nn.Linear(256, 512), nn.Linear(256, 768)))
+    assert len(linear._times) == 3
+    assert all(linear._times[kind] is times for kind, times in kept.items())
 
 
-def test_a_model_with_packed_layers_equals_the_callers_which_stays_as_it_was(tiny_model, full_logits, monkeypatch):
+@pytest.mark.parametrize(("share", "first_rows"), [(0.25, 3), (0.0, 1)])
+def test_second_weights_are_kept_only_where_the_machine_has_room(share, first_rows, monkeypatch):
+    kind = 512, 256, torch.float32, torch.get_num_threads()
+    monkeypatch.setattr(linear, "_times", {kind: TIMES["plain is faster for one row"][0]})
+    monkeypatch.setattr(linear, "MAX_SHARE", share)
+    model = nn.Sequential(nn.Linear(256, 512))
+    weight = model[0].weight
+    pack_linears(model)
+    assert model[0].first_rows == first_rows
+    assert model[0].plain is (weight if first_rows == 3 else None)
+
+
+@pytest.mark.parametrize("first_rows", [1, 2])
+def test_a_model_with_packed_layers_equals_the_callers_which_stays_as_it_was(
+    first_rows, tiny_model, full_logits, monkeypatch
+):
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(linear, "choose", lambda *given: first_rows)
     config = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model(tie_word_embeddings=True), config, adapter_name="E")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -1,61 +1,158 @@
-"""Linear layers on the CPU, by oneDNN on weights that lie in its own blocks.
+"""Linear layers on the CPU: torch's own product, or oneDNN's on weights that lie in its blocks, whichever is faster.
 
-Knows nothing of adapters or of what the layers are for.
+Knows how long either takes on this machine; nothing of adapters or of what the layers are for.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-# Under it, the 10 us that a call of oneDNN takes of its own are more than its products save.
-MIN_WEIGHTS = 2**18
+MIN_WEIGHTS = 2**16  # of a layer that is worth a look: a smaller one is read in the time that a call takes of its own
+TIMED_ROWS = (
+    1,
+    3,
+    8,
+    40,
+)  # of a base's step, of one with two adapters, of a small batch, of a chunk for several models
+TIMED_WEIGHTS = 2**20  # of a layer at once: parts of a large one stand for it
+TIMED_BYTES = 2**26  # of all parts that take turns: more than caches hold, as when a token is decoded
+TIMED_SECONDS, MAX_TURNS = 0.4, 10  # for a model
+# What a candidate must save, as a share of plain's time, for the memory it takes: its own weight, or a second one.
+PACKED_MARGIN, BOTH_MARGIN = 0.1, 0.15
+MAX_SHARE = 0.25  # of the machine's memory, for second weights
 
+Kind = tuple[int, int, torch.dtype, int]  # sizes out and in, type and threads: what the time of a layer depends on
+# Seconds plain and packed, at TIMED_ROWS. Kept, so that two models of one process round alike.
+_times: dict[Kind, list[list[float]]] = {}
 
 # A weight in oneDNN's blocks has no strides. Inside an operator, torch.compile does not ask for them.
 _library = torch.library.Library("mpg_linear", "DEF")
-_library.define("packed(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor")
+_library.define("packed(Tensor x, Tensor weight, Tensor? plain, Tensor? bias, int first_rows, int size) -> Tensor")
 
 
 @torch.library.impl(_library, "packed", "CompositeExplicitAutograd")
-def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _packed(x: Tensor, weight: Tensor, plain: Tensor | None, bias: Tensor | None, first_rows: int, size: int) -> Tensor:
+    if plain is not None and x.numel() < first_rows * x.shape[-1]:
+        return linear(x, plain, bias)
+    return _multiply_packed(x, weight, bias)
+
+
+def _multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @torch.library.register_fake("mpg_linear::packed", lib=_library)
-def _packed_shape(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _packed_shape(
+    x: Tensor, weight: Tensor, plain: Tensor | None, bias: Tensor | None, first_rows: int, size: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], size)
 
 
 class PackedLinear(nn.Module):
-    """What `linear` computes, by the two operators that torch.compile has for frozen weights.
+    """What a linear layer computes, by the two operators that torch.compile has for frozen weights.
 
-    On the 1 to 40 rows of a decoding pass it takes a half to a third of the time of the BLAS that torch calls otherwise
-    (MKL, on an AMD Zen 5 core).
+    first_rows: inputs of fewer rows are multiplied by the plain weight, which is then kept beside the packed one
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, first_rows: int = 1) -> None:
         super().__init__()
-        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = linear.bias
-        self.out_features = linear.out_features
+        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()), requires_grad=False)
+        self.plain = layer.weight if first_rows > 1 else None
+        self.bias = layer.bias
+        self.first_rows, self.out_features = first_rows, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return torch.ops.mpg_linear.packed(x, self.weight, self.bias, self.out_features)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        packed = torch.ops.mpg_linear.packed if torch.compiler.is_compiling() else _packed
+        return packed(x, self.weight, self.plain, self.bias, self.first_rows, self.out_features)
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace the large float32 linear layers of `model` that are on the CPU; the layers themselves stay as they are.
+    """Replace the linear layers of `model` on the CPU that are faster packed; the layers themselves stay as they are.
 
-    A weight that is in use elsewhere (tied to the embedding, or of a model that the caller keeps) is then there twice.
+    Plain and packed are timed when a process first meets a size of layer, for all of a model in half a second. A weight
+    that is in use elsewhere (tied to the embedding, or of a model that the caller keeps, or plain for few rows and
+    packed for more) is then there twice; the last only while that takes a quarter of the machine's memory. The two
+    differ by rounding, and so may texts of two processes where tokens are all but equally likely.
     """
     if not torch.backends.mkldnn.is_available():
         return
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer.weight.numel() < MIN_WEIGHTS:
-            continue
-        if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
-            model.set_submodule(name, PackedLinear(layer))
+    layers = {name: layer for name, layer in model.named_modules() if _can_be_packed(layer)}
+    weights: dict[Kind, list[Tensor]] = {}
+    for layer in layers.values():
+        weights.setdefault(_kind(layer), []).append(layer.weight.detach())
+    if unknown := {kind: of_kind for kind, of_kind in weights.items() if kind not in _times}:
+        _times.update(_time(unknown))
+    num_bytes = sum(layer.weight.nbytes for layer in layers.values())
+    may_keep_both = num_bytes < MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name, layer in layers.items():
+        first_rows = choose(_times[_kind(layer)], may_keep_both)
+        if first_rows is not None:
+            model.set_submodule(name, PackedLinear(layer, first_rows))
+
+
+def choose(times: Sequence[Sequence[float]], may_keep_both: bool = True) -> int | None:
+    """The number of rows from which a layer is packed: 1 is always, None never.
+
+    times: at each of TIMED_ROWS the seconds plain and packed
+    """
+    found, least = None, 1.0
+    for index, rows in enumerate(TIMED_ROWS if may_keep_both else TIMED_ROWS[:1]):
+        shares = [1.0] * index + [packed / plain for plain, packed in times[index:]]
+        share = sum(shares) / len(shares) + (BOTH_MARGIN if index else PACKED_MARGIN)
+        if share < least:
+            found, least = rows, share
+    return found
+
+
+def _can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or layer.weight.numel() < MIN_WEIGHTS:
+        return False
+    dtype = layer.weight.dtype
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _kind(layer: nn.Linear) -> Kind:
+    return layer.out_features, layer.in_features, layer.weight.dtype, torch.get_num_threads()
+
+
+@torch.no_grad()
+def _time(weights: Mapping[Kind, Sequence[Tensor]]) -> dict[Kind, list[list[float]]]:
+    """Seconds of layers of these kinds at TIMED_ROWS, plain and packed: the processor's, as others may be running, of
+    the fastest of several turns, in which all kinds take part."""
+    plain = {kind: _parts(of_kind, TIMED_BYTES // (2 * len(weights))) for kind, of_kind in weights.items()}
+    packed = {kind: [torch.ops.mkldnn._reorder_linear_weight(part) for part in plain[kind]] for kind in plain}
+    inputs = {kind: [torch.randn(rows, kind[1], dtype=kind[2]) for rows in TIMED_ROWS] for kind in plain}
+    times = {kind: [[math.inf, math.inf] for _ in TIMED_ROWS] for kind in plain}
+    ends_at = time.perf_counter() + TIMED_SECONDS
+    for turn in range(MAX_TURNS):  # the first one warms up
+        if turn > 1 and time.perf_counter() > ends_at:
+            break
+        for place, kind in product(range(len(TIMED_ROWS)), plain):
+            x, found = inputs[kind][place], times[kind][place]
+            for candidate, (multiply, parts) in enumerate(((linear, plain[kind]), (_multiply_packed, packed[kind]))):
+                started = time.thread_time()
+                for part in parts if turn else parts[:1]:
+                    multiply(x, part)
+                found[candidate] = min(found[candidate], time.thread_time() - started if turn else math.inf)
+    return times
+
+
+def _parts(weights: Sequence[Tensor], num_bytes: int) -> list[Tensor]:
+    """Parts of TIMED_WEIGHTS at most of some weights, one after another: at least one, then while they fit."""
+    parts: list[Tensor] = []
+    for weight in weights:
+        for part in weight.split(max(TIMED_WEIGHTS // weight.shape[1], 1)):
+            if parts and num_bytes < part.nbytes:
+                return parts
+            parts.append(part)
+            num_bytes -= part.nbytes
+    return parts
