@@ -187,6 +187,11 @@ class Model:
             results = [replace(result, plan=why) for result in results]
         return results if is_list or conventions.num_return_sequences > 1 else results[0]
 
+    def refresh(self) -> None:
+        """Read models that were given in memory again: after a change of single weights through `.data`, which
+        `generate` may not notice."""
+        self.models.refresh()
+
     def encode(self, prompt: Prompt, **how: Any) -> list[int]:
         """Token ids of one prompt. how: raw, continue_final_message, chat_template_kwargs, as `generate` has them"""
         return encode(prompt, self.tokenizer, self.models.vocab_size, **how)
@@ -253,6 +258,10 @@ def load(
     compile: bool = False,
 ) -> Model:
     """Load the models of a combination. Models that are passed in stay as they are: only their weights are shared.
+
+    What the caller changes in them later (training of the base or its adapters goes on) is noticed when `generate`
+    begins, and followed; a merged adapter or other layers are refused. A change of a few values through `.data` may be
+    overlooked: `refresh()` reads all again. torch.autocast does not reach the models: each runs in its own type.
 
     base:       a folder or hub name, a loaded model, or a PeftModel (its adapters are then off for the base itself)
     attributes: {name: adapter folder, name of an adapter in the PeftModel, model folder, or loaded model}; a PeftModel

@@ -44,6 +44,7 @@ def test_models_on_several_devices_answer_on_that_of_the_base(is_split, tiny_mod
         folder: replace(read_adapter(name, folder, tiny_model()), frozen={}) for name, folder in folders.items()
     }
     monkeypatch.setattr(mpg.models.loading, "read_adapter", lambda name, folder, model: adapters[folder])
+    monkeypatch.setattr(mpg.models.loading, "Origin", lambda *given: None)  # nor any to change
     monkeypatch.setattr(mpg.models.loading, "verify_ragged_attention", lambda model, argument: 0)  # there are no values
     with FakeTensorMode(allow_non_fake_inputs=True):
         with FIRST:

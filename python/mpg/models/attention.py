@@ -6,6 +6,7 @@ Knows masks, and what each kind of model would get wrong; nothing of adapters or
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # How far logits may be from an uncached forward's, as a share of their spread over the vocabulary. What goes wrong is
 # off by 18 % of it or more; rounding is 1e-6 of it in float32, and in bfloat16 2 % over 24 layers.
 MAX_DEVIATION = {64: 0.01, 32: 0.01, 16: 0.15}  # by the bits of the dtype
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Keeps a caller's torch.autocast out: what is cached, packed and stacked has the model's own type."""
+    usable = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if usable else nullcontext()
 
 
 def use_ragged_attention(model: PreTrainedModel, argument: str) -> None:
@@ -58,17 +65,22 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
     before[1, 1] = rows[0, 0]  # row 1 is one token long: this one is rejected
     cache = RaggedCache(config.num_hidden_layers, 2, capacity=4)
     try:
-        model.set_attn_implementation("eager")
-        plain = model(input_ids=rows, use_cache=False).logits
-        model.set_attn_implementation(ATTENTION)
-        for tokens, start in ((before, [0, 0]), (after, [2, 1])):
-            positions = cache.place(slice(0, 2), torch.tensor(start, device=model.device), num_tokens=2, kv_length=4)
-            ragged = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        with own_precision(model.device):
+            model.set_attn_implementation("eager")
+            plain = model(input_ids=rows, use_cache=False).logits
+            model.set_attn_implementation(ATTENTION)
+            for tokens, start in ((before, [0, 0]), (after, [2, 1])):
+                positions = cache.place(
+                    slice(0, 2), torch.tensor(start, device=model.device), num_tokens=2, kv_length=4
+                )
+                ragged = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the forward of an unknown model raises
         raise _refusal(argument, config, f"its forward raises {type(error).__name__}: {error}") from error
     expected = torch.stack([plain[0, 2:], plain[1, 1:3]]).float()
+    if (expected == expected[..., :1]).all():
+        raise _refusal(argument, config, "its logits are the same for every token, as of a head of zeros")
     deviations = (ragged.float() - expected).square().mean(-1).sqrt() / expected.std(-1)  # (rows, positions)
     bits = torch.finfo(model.dtype).bits
     deviation = (deviations.amin(-1) if bits == 16 else deviations).amax().item()

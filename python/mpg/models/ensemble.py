@@ -157,7 +157,14 @@ class Ensemble:
         if longest > capacity or (self.max_positions is not None and capacity > self.max_positions):
             wanted = f"{longest} (the longest prompt) to {self.max_positions or 'any number of'} positions"
             raise ValueError(f"capacity: expected {wanted}, got {capacity}")
+        for loaded in {self._slots[role].model for role in roles}:
+            loaded.follow()
         return Session(self, prompts, roles, capacity)
+
+    def refresh(self) -> None:
+        """Read the caller's models again, whether they were seen to change or not."""
+        for loaded in self._models:
+            loaded.follow(always=True)
 
     def cache_bytes(self, roles: Sequence[str], num_rows: int, capacity: int) -> int:
         """What the caches of a session take: keys and values of every slot behind the roles."""

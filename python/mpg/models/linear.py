@@ -65,10 +65,16 @@ class PackedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, first_rows: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()), requires_grad=False)
         self.plain = layer.weight if first_rows > 1 else None
+        self.pack(layer.weight.detach())
         self.bias = layer.bias
         self.first_rows, self.out_features = first_rows, layer.out_features
+
+    def pack(self, weight: Tensor) -> None:
+        """Take a plain weight (out, in)."""
+        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight), requires_grad=False)
+        if self.plain is not None:
+            self.plain.data = weight
 
     def forward(self, x: Tensor) -> Tensor:
         packed = torch.ops.mpg_linear.packed if torch.compiler.is_compiling() else _packed

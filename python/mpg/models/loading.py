@@ -25,6 +25,7 @@ from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Sl
 from mpg.models.graphs import CAPTURES
 from mpg.models.linear import pack_linears
 from mpg.models.lora import Adapter, LoraStack, adapter_in_memory, read_adapter, share
+from mpg.models.origin import Origin
 from mpg.models.runner import LoadedModel
 from mpg.models.sources import ADAPTER_CONFIG, Place, Source
 
@@ -113,6 +114,7 @@ class _Loader:
         self.dtype, self.device = _resolve_dtype(dtype), _resolve_device(device, recipe.base)
         self.keeps_devices = device is None
         self.models: list[LoadedModel] = []
+        self.given: dict[int, PreTrainedModel | PeftModel] = {}  # models of the caller's, by the loaded one's id
         self.slots: dict[int | str, Slot] = {}
 
     def add(self, argument: str, source: Source) -> Slot:
@@ -151,6 +153,8 @@ class _Loader:
             if loaded.adapters:
                 loaded.stack = LoraStack(loaded.model, loaded.adapters)
             pack_linears(loaded.model)
+            if (given := self.given.get(id(loaded))) is not None:
+                loaded.origin = Origin(loaded.argument, given, loaded.adapters)
         for loaded in self.models[1:]:
             _check_agreement(self.models[0], loaded)
         known = [(loaded.argument, loaded.tokenizer) for loaded in self.models if loaded.tokenizer is not None]
@@ -193,6 +197,8 @@ class _Loader:
         devices = tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
         size = model.num_parameters()
         self.models.append(LoadedModel(argument, name, model, tokenizer, size, bytes_per_position, devices))
+        if isinstance(source, PreTrainedModel | PeftModel):
+            self.given[id(self.models[-1])] = source
         return Slot(self.models[-1])
 
     def _move(self, argument: str, model: PreTrainedModel, place: Place | None) -> None:

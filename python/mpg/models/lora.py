@@ -9,7 +9,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class Adapter:
     factors:    per module down (in, r) and up (r, out) with the scaling folded in, both float32
     frozen:     weights of the base that were saved with the adapter (PEFT does so for an adapted head)
     trained_on: the base model's name or path at that time, "" if unknown or the very model that it is in
+    model:      that model, of an adapter in memory
     """
 
     name: str
@@ -68,6 +69,7 @@ class Adapter:
     factors: dict[str, tuple[Tensor, Tensor]]
     frozen: dict[str, Tensor]
     trained_on: str = ""
+    model: PeftModel | None = None
 
     @property
     def rank(self) -> int:
@@ -166,16 +168,24 @@ def adapter_in_memory(name: str, model: PeftModel, adapter_name: str) -> Adapter
     """
     _check_config(name, model.peft_config[adapter_name])
     factors, base = {}, model.get_base_model()
-    for module, layer in base.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    for module, layer in own_layers(name, base):
         if adapter_name in layer.lora_embedding_A:
             raise ValueError(f"{name}: expected LoRA on linear layers alone, got an adapter of {module} too")
         if adapter_name in layer.lora_A:
             down, up = (part[adapter_name].get_parameter("weight").detach() for part in (layer.lora_A, layer.lora_B))
             factors[module] = (down.float().T, up.float().T * layer.scaling[adapter_name])
             _check_fit(base, name, module, *factors[module])
-    return Adapter(name, adapter_name, factors, frozen={})
+    return Adapter(name, adapter_name, factors, frozen={}, model=model)
+
+
+def own_layers(argument: str, base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """PEFT's layers in a model, by name. Raises ValueError where an adapter is merged into the weights of one."""
+    for module, layer in list(base.named_modules()):
+        if isinstance(layer, LoraLayer):
+            if layer.merged:
+                got = f"{layer.merged_adapters} merged into the weights"
+                raise ValueError(f"{argument}: expected adapters beside the base, got {got}; call unmerge_adapter()")
+            yield module, layer
 
 
 def _check_config(name: str, config: PeftConfig) -> LoraConfig:
@@ -204,7 +214,6 @@ def share(argument: str, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     Raises ValueError where PEFT's layers cannot be taken off: an adapter that is merged, that is not LoRA, or that was
     injected into a model which is no PeftModel (its base passes would silently lose it).
     """
-    is_peft = isinstance(model, PeftModel)
     original: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     memo: dict[int, object] = {id(buffer): buffer for buffer in original.buffers()}
     for parameter in original.parameters():
@@ -216,16 +225,12 @@ def share(argument: str, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     except RuntimeError as error:
         wanted = "a model that can be copied, as one with ensure_weight_tying in an adapter cannot"
         raise ValueError(f"{argument}: expected {wanted}, got {error}") from error
-    for module, layer in list(twin.named_modules()):
-        if is_peft and isinstance(layer, LoraLayer):
-            if layer.merged:
-                got = f"{layer.merged_adapters} merged into the weights"
-                raise ValueError(f"{argument}: expected adapters beside the base, got {got}; call unmerge_adapter()")
-            twin.set_submodule(module, layer.get_base_layer())
-    for module, layer in twin.named_modules():
-        if type(layer).__module__.startswith("peft."):
+    for module, layer in own_layers(argument, twin) if isinstance(model, PeftModel) else ():
+        twin.set_submodule(module, layer.get_base_layer())
+    for module, part in twin.named_modules():
+        if type(part).__module__.startswith("peft."):
             wanted = "a plain model or a PeftModel with nothing but LoRA"
-            raise ValueError(f"{argument}: expected {wanted}, got {type(layer)} at {module}")
+            raise ValueError(f"{argument}: expected {wanted}, got {type(part)} at {module}")
     return twin
 
 
@@ -244,6 +249,7 @@ class LoraStack:
         self.layers: list[LoraLinear] = []
         self.active: list[tuple[Tensor, Tensor]] | None = None  # of every layer, which holds its own
         self.merge_weights: Tensor | None = None
+        self.dtype = model.dtype
         self.rows_of_group = self.num_tokens = 0
         self.latest: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None  # see shrink
         for adapter in adapters:
@@ -253,17 +259,25 @@ class LoraStack:
                     raise ValueError(f"{adapter.name}: expected the model's weights for {name}, got some of its own")
         adapted = {module: down.shape[0] for adapter in adapters for module, (down, _) in adapter.factors.items()}
         for modules in _group_readers({m: adapted[m] for m, _ in model.named_modules() if m in adapted}):
-            bases = [model.get_submodule(module) for module in modules]
-            pairs = [
-                _stack([adapter.factors.get(module) for adapter in adapters], base, model.dtype)
-                for module, base in zip(modules, bases, strict=True)
+            ranks = [
+                max(adapter.factors[module][0].shape[1] for adapter in adapters if module in adapter.factors)
+                for module in modules
             ]
-            down, ranks = torch.cat([down for down, _ in pairs], 1), [down.shape[1] for down, _ in pairs]
-            for place, (module, base) in enumerate(zip(modules, bases, strict=True)):
-                layer = LoraLinear(base, self, module, place, ranks)
+            for place, module in enumerate(modules):
+                layer = LoraLinear(model.get_submodule(module), self, module, place, ranks)
                 model.set_submodule(module, layer)
                 self.layers.append(layer)
-                self.factors.append((down, pairs[place][1]))
+        self.fill(adapters)
+
+    def fill(self, adapters: Sequence[Adapter]) -> None:
+        """Take the factors of adapters, as many as at first and of the same layers and ranks."""
+        factors: list[tuple[Tensor, Tensor]] = []
+        for first in [place for place, layer in enumerate(self.layers) if layer.place == 0]:
+            readers = self.layers[first : first + len(self.layers[first].ranks)]
+            pairs = [_stack([a.factors.get(layer.name) for a in adapters], layer.base, self.dtype) for layer in readers]
+            down = torch.cat([down for down, _ in pairs], 1)
+            factors += [(down, up) for _, up in pairs]
+        self.factors = factors
 
     def select(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The factors of some groups (ascending): views where the groups are neighbours, else copies."""

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mpg.models.attention import own_precision
 from mpg.models.cache import RaggedCache
 from mpg.models.graphs import Capture, CaptureError, Graphs, bucket
 from mpg.models.lora import Adapter, LoraStack
+from mpg.models.origin import Origin
 
 # What is captured with graphs=True: forwards of at most so many tokens a row, at cache lengths of so many positions.
 CAPTURED_TOKENS, CAPTURED_POSITIONS = 32, 64
@@ -64,6 +66,7 @@ class LoadedModel:
     devices: tuple[torch.device, ...]
     adapters: list[Adapter] = field(default_factory=list)
     stack: LoraStack | None = None
+    origin: Origin | None = None  # where the caller gave a model, not a folder
     new_capture: Callable[[], Capture] | None = None
     lock: Any = field(default_factory=Lock)
     idle: list[ModelRunner] = field(default_factory=list)  # the latest last
@@ -102,6 +105,13 @@ class LoadedModel:
             return num_rows, capacity
         rounded = bucket(capacity, CAPTURED_POSITIONS)
         return bucket(num_rows, 1), min(rounded, self.max_positions or rounded)
+
+    def follow(self, always: bool = False) -> None:
+        """Take over what the caller has changed in the model that was given, if anything, or `always` all of it."""
+        with self.lock:
+            if self.origin is not None and (self.origin.has_changed() or always):
+                self.origin.read(self.model, self.adapters, self.stack)
+                self.idle.clear()  # they hold addresses, and copies
 
     def graph_bytes(self) -> int:
         with self.lock:
@@ -191,7 +201,7 @@ class ModelRunner:
         if rows is not None or len(tokens) < self.num_rows:
             rows = torch.arange(len(tokens), device=device) if rows is None else rows.to(device)
             fed = (torch.arange(places.start, places.stop, device=device)[:, None] * self.num_rows + rows).flatten()
-        with self.loaded.lock:
+        with self.loaded.lock, own_precision(device):
             positions = self.cache.place(fed, start.repeat(count), tokens.shape[1], kv_length)
             if stack is not None:
                 merge_weights = None if self.merge_weights is None else self.merge_weights[fed]
