@@ -15,7 +15,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants fuzz soak bench bench-decode docs gpu clean
+.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode docs gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -40,6 +40,10 @@ lint: $(INSTALLED)
 mutants: $(BIN)/.built
 	$(BIN)/python tests/simt/mutants.py
 
+# The op tests at every level of the processor, torch's and ours, and for 50 seeds of their random inputs.
+levels: $(BIN)/.built
+	$(BIN)/python tests/levels.py
+
 # The property tests on a thousand examples each, from the seed that the command shows, and every simulated schedule.
 fuzz: $(BIN)/.built
 	$(BIN)/python -m pytest tests/ops -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
@@ -51,10 +55,10 @@ fuzz: $(BIN)/.built
 soak: $(BIN)/.built
 	$(BIN)/python tests/soak.py
 
-# The suite with its long forms, every planted bug, fuzz, soak, and the suite under the oldest transformers.
+# The suite with its long forms, every planted bug, levels, fuzz, soak, and the suite under the oldest transformers.
 check: $(BIN)/.built lint
 	MPG_LONG=1 $(BIN)/python $(PYTEST)
-	$(MAKE) mutants fuzz soak
+	$(MAKE) mutants levels fuzz soak
 	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built
 	$(OLD_VENV)/bin/python $(PYTEST) --ignore=tests/test_build.py --ignore=tests/ops --ignore=tests/simt
 

@@ -646,6 +646,7 @@ PYBIND11_MODULE(_C, module) {
     info["cuda_version"] = MPG_CUDA_VERSION;
     info["archs"] = MPG_CUDA_ARCHS;
     info["compiler"] = MPG_COMPILER;
+    info["cpu_capability"] = mpg::cpu::capability();
     return info;
   });
 }

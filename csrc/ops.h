@@ -208,6 +208,7 @@ struct DrawResidual {
 
 // CPU: each call does the items [begin, end), so that the caller can split them over threads.
 namespace cpu {
+const char* capability();  // the level that this process uses; throws std::invalid_argument
 template <class A>
 void gather_logprobs(const GatherLogprobs<A>& args, int64_t begin, int64_t end);  // rows
 template <class A>

@@ -16,8 +16,8 @@ void combine_tokens(const CombineRows<double>& args, int64_t b, int64_t p, int64
 }
 
 template <class T>
-MPG_MULTIVERSION void combine_block(const CombineRows<float>& args, int64_t b, int64_t p,
-                                    int64_t begin, int64_t size, float* log_masses) {
+MPG_INLINE void combine_block(const CombineRows<float>& args, int64_t b, int64_t p, int64_t begin,
+                              int64_t size, float* log_masses) {
   const ModelRows<T> models = {args.rows, b, p, begin};
   float base[kBlock] = {}, anchor[kBlock] = {};
   if (args.has_anchor) {
@@ -42,15 +42,13 @@ template <class T>
 void combine_tokens(const CombineRows<float>& args, int64_t b, int64_t p, int64_t begin,
                     int64_t end, float* log_masses) {
   for (int64_t y = begin; y < end; y += kBlock) {
-    combine_block<T>(args, b, p, y, std::min(kBlock, end - y), log_masses + (y - begin));
+    at_level<combine_block<T>>(args, b, p, y, std::min(kBlock, end - y), log_masses + (y - begin));
   }
 }
 
-MPG_MULTIVERSION void subtract(float* log_masses, int64_t size, Normalizer<float> normalizer) {
-  for (int64_t y = 0; y < size; ++y) log_masses[y] = logprob(log_masses[y], normalizer, 1.f);
-}
-void subtract(double* log_masses, int64_t size, Normalizer<double> normalizer) {
-  for (int64_t y = 0; y < size; ++y) log_masses[y] = logprob(log_masses[y], normalizer, 1.);
+template <class A>
+MPG_INLINE void subtract(A* log_masses, int64_t size, Normalizer<A> normalizer) {
+  for (int64_t y = 0; y < size; ++y) log_masses[y] = logprob(log_masses[y], normalizer, A(1));
 }
 
 template <class A, class F>
@@ -89,7 +87,7 @@ void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end) {
     const Normalizer<A> normalizer = sum.normalizer();
     if (slice == 0) args.log_totals[row] = normalizer.max + normalizer.log_sum;
     const bool has_mass = normalizer.log_sum != -A(INFINITY);
-    if (has_mass) subtract(args.log_rows + row * V + first, last - first, normalizer);
+    if (has_mass) at_level<subtract<A>>(args.log_rows + row * V + first, last - first, normalizer);
   });
 }
 

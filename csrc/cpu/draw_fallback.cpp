@@ -22,14 +22,8 @@ void accepted_masses_each(const DrawFallback<A>& args, int64_t b, int64_t begin,
 }
 
 template <class T>
-void accepted_masses(const DrawFallback<double>& args, int64_t b, int64_t begin, int64_t size,
-                     double* masses) {
-  accepted_masses_each<T>(args, b, begin, size, masses);
-}
-
-template <class T>
-MPG_MULTIVERSION void accepted_masses(const DrawFallback<float>& args, int64_t b, int64_t begin,
-                                      int64_t size, double* masses) {
+MPG_INLINE void accepted_masses_in_lanes(const DrawFallback<float>& args, int64_t b, int64_t begin,
+                                         int64_t size, double* masses) {
   const ModelLogits& logits = args.rows.logits;
   const float* draft_probs = args.draft_probs + b * logits.V + begin;
   int64_t num_proposed = 0;
@@ -70,7 +64,11 @@ void draw_fallback(const DrawFallback<A>& args, int64_t begin, int64_t end) {
       if (!logits.active[b]) continue;
 
       InverseCdf<A> cdf(logits.V, [&, b](int64_t first, int64_t size, double* masses) {
-        accepted_masses<T>(args, b, first, size, masses);
+        if constexpr (sizeof(A) == sizeof(float)) {
+          at_level<accepted_masses_in_lanes<T>>(args, b, first, size, masses);
+        } else {
+          accepted_masses_each<T>(args, b, first, size, masses);
+        }
       });
       args.accept_probs[b] = A(cdf.total());
       if (cdf.total() > 0) {

@@ -8,7 +8,7 @@
 namespace mpg::cpu {
 namespace {
 
-MPG_MULTIVERSION double sum_in_lanes(const double* x, int64_t size) {
+MPG_INLINE double sum_in_lanes(const double* x, int64_t size) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < size; ++i) sum += x[i];
@@ -29,9 +29,11 @@ InverseCdf<A>::InverseCdf(int64_t V, Fill fill)
       block_size_(sizeof(A) == sizeof(float) ? std::min(kBlock, V) : V),
       fill_(std::move(fill)),
       masses_(block_size_) {
-  const auto sum = sizeof(A) == sizeof(float) ? sum_in_lanes : sum_in_order;
+  const double* masses = masses_.data();
   for (int64_t begin = 0; begin < V; begin += block_size_) {
-    block_masses_.push_back(sum(masses_.data(), fill_block(begin)));
+    const int64_t size = fill_block(begin);
+    block_masses_.push_back(sizeof(A) == sizeof(float) ? at_level<sum_in_lanes>(masses, size)
+                                                       : sum_in_order(masses, size));
     total_ += block_masses_.back();
   }
 }

@@ -42,7 +42,7 @@ MPG_INLINE float exp2_term(float t) {
   return p * float_from_bits(bits_of(shifted) << 23);
 }
 
-MPG_MULTIVERSION LogSum<float> block_log_sum(const float* x, int64_t size, float inv_temperature) {
+MPG_INLINE LogSum<float> block_log_sum(const float* x, int64_t size, float inv_temperature) {
   const float max = max_of(x, size), scale = inv_temperature * 1.44269504f;
   float sum = 0;
   // With an infinite maximum x - max is NaN: wrong for a block of -inf, right for one with +inf.
@@ -52,11 +52,8 @@ MPG_MULTIVERSION LogSum<float> block_log_sum(const float* x, int64_t size, float
   return {max, max == -INFINITY && sum == sum ? 0 : sum};
 }
 
-MPG_MULTIVERSION void convert(const Half* from, float* to, int64_t size) {
-  for (int64_t v = 0; v < size; ++v) to[v] = to_float(from[v]);
-}
-
-MPG_MULTIVERSION void convert(const BFloat16* from, float* to, int64_t size) {
+template <class T>
+MPG_INLINE void convert(const T* from, float* to, int64_t size) {
   for (int64_t v = 0; v < size; ++v) to[v] = to_float(from[v]);
 }
 
@@ -68,11 +65,11 @@ LogSum<float> row_log_sum(const T* row, int64_t V, float inv_temperature) {
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t size = V - begin < kBlock ? V - begin : kBlock;
     if constexpr (sizeof(T) == sizeof(float)) {
-      total.merge(block_log_sum(row + begin, size, inv_temperature), inv_temperature);
+      total.merge(at_level<block_log_sum>(row + begin, size, inv_temperature), inv_temperature);
     } else {
       float block[kBlock];
-      convert(row + begin, block, size);
-      total.merge(block_log_sum(block, size, inv_temperature), inv_temperature);
+      at_level<convert<T>>(row + begin, block, size);
+      total.merge(at_level<block_log_sum>(block, size, inv_temperature), inv_temperature);
     }
   }
   return total;

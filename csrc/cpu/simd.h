@@ -1,20 +1,40 @@
 // How the CPU side vectorises: plain loops over blocks that stay in the first-level cache, with
 // `#pragma omp simd` where a sum or a maximum may be taken in lanes, and an exp and a log that such
-// loops can contain. Functions marked MPG_MULTIVERSION are compiled for AVX-512, AVX2 and any other
-// machine, and picked at run time; what they call is MPG_INLINE, so that it is compiled with them.
-// float64 is left as it is: it is for tests, and adds in the order of its twins.
+// loops can contain. `at_level<f>(arguments...)` calls f as compiled for AVX-512, for AVX2 or for
+// any machine, whichever this process uses; f and what it calls are MPG_INLINE, so that they are
+// compiled with it. float64 is left as it is: it is for tests, and adds in the order of its twins.
 #pragma once
 
 #include "../numerics.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define MPG_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define MPG_MULTIVERSION
-#endif
 #define MPG_INLINE inline __attribute__((always_inline))
 
 namespace mpg::cpu {
+
+enum class Level { kPortable, kAvx2, kAvx512 };
+
+// See simd.cpp. Throws std::invalid_argument where MPG_CPU_CAPABILITY cannot be had.
+Level level();
+
+#if defined(__x86_64__)
+template <auto f, class... Args>
+__attribute__((target("avx2"))) auto at_avx2(Args... args) {
+  return f(args...);
+}
+template <auto f, class... Args>
+__attribute__((target("avx512f"))) auto at_avx512(Args... args) {
+  return f(args...);
+}
+#endif
+
+template <auto f, class... Args>
+auto at_level(Args... args) {
+#if defined(__x86_64__)
+  if (level() == Level::kAvx512) return at_avx512<f>(args...);
+  if (level() == Level::kAvx2) return at_avx2<f>(args...);
+#endif
+  return f(args...);
+}
 
 constexpr int64_t kBlock = 2048;  // 8 KiB of floats: half of a small first-level cache
 

@@ -6,26 +6,22 @@
 namespace mpg::cpu {
 namespace {
 
-MPG_MULTIVERSION void widen(const float* row, int64_t size, double* masses) {
-  for (int64_t y = 0; y < size; ++y) masses[y] = row[y];
-}
-void widen(const double* row, int64_t size, double* masses) {
+template <class A>
+MPG_INLINE void widen(const A* row, int64_t size, double* masses) {
   for (int64_t y = 0; y < size; ++y) masses[y] = row[y];
 }
 
-MPG_MULTIVERSION void subtract(const float* target, const float* draft, double carry, int64_t size,
-                               double* masses) {
-  for (int64_t y = 0; y < size; ++y) masses[y] = positive_part(carry * target[y] - draft[y]);
-}
-void subtract(const double* target, const double* draft, double carry, int64_t size,
-              double* masses) {
+template <class A>
+MPG_INLINE void subtract(const A* target, const A* draft, double carry, int64_t size,
+                         double* masses) {
   for (int64_t y = 0; y < size; ++y) masses[y] = positive_part(carry * target[y] - draft[y]);
 }
 
 template <class A>
 InverseCdf<A> row_cdf(const A* row, int64_t V) {
-  return {V,
-          [row](int64_t begin, int64_t size, double* masses) { widen(row + begin, size, masses); }};
+  return {V, [row](int64_t begin, int64_t size, double* masses) {
+            at_level<widen<A>>(row + begin, size, masses);
+          }};
 }
 
 template <class A>
@@ -43,8 +39,13 @@ InverseCdf<A> residual_cdf(const Block<A>& block, int64_t b, int64_t position, d
               }
               return;
             }
-            const A* draft = block.draft_probs + (b * block.K + position) * block.V;
-            subtract(target_row(block, b, position) + begin, draft + begin, carry, size, masses);
+            const A* target = target_row(block, b, position) + begin;
+            const A* draft = block.draft_probs + (b * block.K + position) * block.V + begin;
+            if constexpr (sizeof(A) == sizeof(float)) {
+              at_level<subtract<A>>(target, draft, carry, size, masses);
+            } else {  // without the fused multiply-adds of AVX-512, as the twins
+              subtract(target, draft, carry, size, masses);
+            }
           }};
 }
 

@@ -17,7 +17,7 @@ MPG_INLINE double exp_of(double x) { return std::exp(x); }
 
 // The largest value, or NaN where there is NaN or +inf.
 template <class A>
-MPG_MULTIVERSION A max_of(const A* row, int64_t V) {
+MPG_INLINE A max_of(const A* row, int64_t V) {
   A max = -A(INFINITY);
   int64_t num_invalid = 0;
 #pragma omp simd reduction(max : max) reduction(+ : num_invalid)
@@ -30,8 +30,7 @@ MPG_MULTIVERSION A max_of(const A* row, int64_t V) {
 
 // Masses, 1 for the largest value, and their sum.
 template <class A>
-MPG_MULTIVERSION double exponentiate(const A* row, int64_t V, double max, double temperature,
-                                     A* masses) {
+MPG_INLINE double exponentiate(const A* row, int64_t V, double max, double temperature, A* masses) {
   const double scale = std::min(1 / temperature, 0x1p1023);  // finite: 0 * scale is 0
   double total = 0;
 #pragma omp simd reduction(+ : total)
@@ -44,7 +43,7 @@ MPG_MULTIVERSION double exponentiate(const A* row, int64_t V, double max, double
 
 // Keeps the masses of tokens with x >= least, and adds them up.
 template <class A>
-MPG_MULTIVERSION double keep_from(A least, const A* x, int64_t size, A* masses) {
+MPG_INLINE double keep_from(A least, const A* x, int64_t size, A* masses) {
   double total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t y = 0; y < size; ++y) {
@@ -58,17 +57,18 @@ MPG_MULTIVERSION double keep_from(A least, const A* x, int64_t size, A* masses) 
 template <class A>
 double keep_to(int64_t last, const A* row, int64_t V, A* masses) {
   const int64_t size = last + 1;  // of those that also an equal value would keep
-  return keep_from(row[last], row, size, masses) +
-         keep_from(std::nextafter(row[last], A(INFINITY)), row + size, V - size, masses + size);
+  return at_level<keep_from<A>>(row[last], row, size, masses) +
+         at_level<keep_from<A>>(std::nextafter(row[last], A(INFINITY)), row + size, V - size,
+                                masses + size);
 }
 
 template <class A>
-MPG_MULTIVERSION void multiply(double factor, int64_t V, A* masses) {
+MPG_INLINE void multiply(double factor, int64_t V, A* masses) {
   for (int64_t y = 0; y < V; ++y) masses[y] = A(masses[y] * factor);
 }
 
 template <class A>
-MPG_MULTIVERSION void find_bins(const A* row, int64_t V, A max, double temperature, uint8_t* bins) {
+MPG_INLINE void find_bins(const A* row, int64_t V, A max, double temperature, uint8_t* bins) {
   const A scale = A(16 / temperature);
   for (int64_t y = 0; y < V; ++y) {
     const A distance = (max - row[y]) * scale;
@@ -119,19 +119,19 @@ void warp_rows(const WarpRows<A>& args, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const A* row = args.log_rows + r * V;
     A* probs = args.probs + r * V;
-    const A max = max_of(row, V);
+    const A max = at_level<max_of<A>>(row, V);
     if (is_nan(max) || max == -A(INFINITY) || args.temperature == 0) {
       std::fill(probs, probs + V, is_nan(max) ? A(NAN) : A(0));
       if (max > -A(INFINITY)) probs[std::find(row, row + V, max) - row] = 1;
       continue;
     }
 
-    double total = exponentiate(row, V, max, args.temperature, probs);
+    double total = at_level<exponentiate<A>>(row, V, max, args.temperature, probs);
     std::vector<uint8_t> bins;
     const bool has_top_k = args.top_k > 0 && args.top_k < V;
     if (has_top_k || args.top_p < 1) {
       bins.resize(V);
-      find_bins(row, V, max, args.temperature, bins.data());
+      at_level<find_bins<A>>(row, V, max, args.temperature, bins.data());
     }
     if (has_top_k) {
       const int64_t last = find_last(row, bins, double(args.top_k), [](int64_t) { return 1; });
@@ -141,8 +141,8 @@ void warp_rows(const WarpRows<A>& args, int64_t begin, int64_t end) {
       const auto mass_of = [probs](int64_t y) { return double(probs[y]); };
       total = keep_to(find_last(row, bins, args.top_p * total, mass_of), row, V, probs);
     }
-    if (args.min_p > 0) total = keep_from(A(args.min_p), probs, V, probs);
-    multiply(1 / total, V, probs);
+    if (args.min_p > 0) total = at_level<keep_from<A>>(A(args.min_p), probs, V, probs);
+    at_level<multiply<A>>(1 / total, V, probs);
   }
 }
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -163,7 +167,19 @@ def test_wrong_argument_is_named_with_what_was_wanted_and_what_came(name, change
 
 def test_build_info_names_the_torch_it_was_built_for():
     info = mpg_ext.build_info()
-    assert set(info) == {"torch", "cuda", "cuda_version", "archs", "compiler"}
+    assert set(info) == {"torch", "cuda", "cuda_version", "archs", "compiler", "cpu_capability"}
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert isinstance(info["cuda"], bool)
     assert info["compiler"]
+
+
+@pytest.mark.parametrize("level", ["portable", "avx3"])
+def test_level_of_the_processor_is_the_one_that_is_asked_for_or_an_error(level):
+    code = "import mpg_ext; print(mpg_ext.build_info()['cpu_capability'])"
+    environment = os.environ | {"MPG_CPU_CAPABILITY": level}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if level == "portable":
+        assert run.stdout == "portable\n"
+    else:
+        wrong = run.stderr.strip().splitlines()[-1]
+        assert re.fullmatch(r"ValueError: MPG_CPU_CAPABILITY must name a level .* \(portable.*\), got avx3", wrong)
