@@ -11,6 +11,7 @@ import mpg_ext
 from covering import cases_of
 from memory import nothing_else_written
 from mpg_ext import reference
+from seeds import seeded
 
 # Counter, key and output of Philox4x32-10 from kat_vectors of Random123.
 KNOWN_ANSWERS = [
@@ -77,7 +78,7 @@ def test_every_backend_and_the_twin_give_the_same_bits(device):
 
 @cases_of("draw_uniforms")
 def test_op_and_twin_give_the_same_bits(device, K, B):
-    generator = torch.Generator().manual_seed(B)
+    generator = seeded(B)
     seeds, rounds = (torch.randint(-(2**63), 2**63 - 1, (B,), generator=generator).to(device) for _ in range(2))
     with nothing_else_written([seeds, rounds]):
         out = mpg_ext.draw_uniforms(seeds, rounds, purpose=3, count=K)

@@ -12,7 +12,8 @@ import mpg_ext
 from covering import cases_of
 from memory import guarded, laid_out, nothing_else_written
 from mpg_ext import reference
-from twins import assert_as_accurate, in_float64
+from seeds import seeded
+from twins import U, around, assert_within, in_float64, ratio_error, score_range
 
 INF, NAN = math.inf, math.nan
 CONSTANTS = [math.log(2), math.log(1.2), 0.01]  # of the bound: log M_0, log gamma, tau
@@ -104,21 +105,18 @@ class TestScores:
         assert scores.isnan().tolist() == [False, True, True]
 
     @cases_of("score_prefixes")
-    def test_op_equals_twin(self, device, K, N, B, score):
-        generator = torch.Generator().manual_seed(N * K)
+    def test_scores_are_exact_to_rounding(self, device, K, N, B, score):
+        generator = seeded(N * K)
         attribute, anchor = (torch.randn(N, B, K, generator=generator), torch.randn(B, K, generator=generator))
         attribute[torch.rand(N, B, K, generator=generator) < 0.05] = -INF
         weights = torch.randn(B, N, generator=generator).round(decimals=1)
-        if score == "arithmetic":
-            weights.abs_()  # what a difference leaves of its digits is the problem's own
         inputs = [tensor.to(device) for tensor in (attribute, anchor, weights)]
         with nothing_else_written(inputs):
-            out = mpg_ext.score_prefixes(*inputs, score=score)
-        plain = reference.score_prefixes(*inputs, score=score)
-        for tensor, twin, exact in zip(
-            out, plain, reference.score_prefixes(*in_float64(inputs), score=score), strict=True
-        ):
-            assert_as_accurate(tensor, twin, exact)
+            log_ratios, scores = mpg_ext.score_prefixes(*inputs, score=score)
+        exact, _ = reference.score_prefixes(*in_float64(inputs), score=score)
+        error = U * exact.abs()
+        assert_within(log_ratios, around(exact, error))
+        assert_within(scores, score_range(exact, error, inputs[2].double().T[:, :, None], score))
 
 
 class TestAcceptance:
@@ -158,7 +156,7 @@ class TestAcceptance:
         assert self.accept([-INF], [0.0], 1, device=device) == 0
 
     def test_float64_decides_both_sides_of_a_threshold(self):
-        uniform = torch.rand(200, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        uniform = torch.rand(200, 1, dtype=torch.float64, generator=seeded(0))
         lengths, bound = torch.ones(200, dtype=torch.int64), torch.full((200,), 0.25, dtype=torch.float64)
         at_threshold = uniform.log() + 0.25
         for scores in (at_threshold, at_threshold.nextafter(torch.tensor(INF)), at_threshold - 1e-15):
@@ -167,7 +165,7 @@ class TestAcceptance:
 
     @cases_of("accept_prefixes")
     def test_op_equals_twin(self, device, K, B):
-        generator = torch.Generator().manual_seed(B)
+        generator = seeded(B)
         scores = torch.randn(B, K, generator=generator) * 2 - 1
         scores[torch.rand(B, K, generator=generator) < 0.02] = NAN
         inputs = [
@@ -186,7 +184,7 @@ def chunk(
     N: int, B: int, K: int, V: int, logits_dtype: torch.dtype, device: torch.device, spread: float = 0.5
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs of verify_chunks, attributes near the anchor so that prefixes are accepted, and a fresh bound."""
-    generator = torch.Generator().manual_seed(N * 1000 + B * 100 + K * 10 + V)
+    generator = seeded(N * 1000 + B * 100 + K * 10 + V)
     acc = torch.float64 if logits_dtype == torch.float64 else torch.float32
     anchor = torch.randn(B, K, V, generator=generator)
     attribute = anchor + spread * torch.randn(N, B, K, V, generator=generator)
@@ -229,21 +227,18 @@ class TestFused:
         inputs, bound = chunk(N, B, K, V, dtype, device)
         inputs[0], inputs[1] = laid_out(inputs[0], layout), laid_out(inputs[1], layout)
         inputs[2][:, 1::3] = inputs[2][:, 1::3].where(inputs[2][:, 1::3] % 5 > 0, V)
-        if score == "arithmetic":
-            inputs[4].abs_()  # what a difference leaves of its digits is the problem's own
         twin_bound, bound = bound, [guarded(tensor) for tensor in bound]
         with nothing_else_written(inputs, written=bound):
             out = mpg_ext.verify_chunks(*inputs, bound, score=score, constants=CONSTANTS)
-        exact_inputs = in_float64(inputs)
-        plain = reference.verify_chunks(*inputs, [t.clone() for t in twin_bound], score=score, constants=CONSTANTS)
-        exact_bound = in_float64(twin_bound)
-        exact = reference.verify_chunks(
-            *exact_inputs, [t.clone() for t in exact_bound], score=score, constants=CONSTANTS
-        )
-        for tensor, twin, wanted in zip(out[:2], plain[:2], exact[:2], strict=True):
-            assert_as_accurate(tensor, twin, wanted, scale=math.log(V) + 4)
+        anchor = reference.gather_logprobs(inputs[0].double(), inputs[2])
+        attributes = torch.stack([reference.gather_logprobs(logits.double(), inputs[2]) for logits in inputs[1]])
+        weights = inputs[4].double()
+        exact, _ = reference.score_prefixes(attributes, anchor, weights, score=score)
+        error = ratio_error(attributes, anchor, V)
+        assert_within(out[0], around(exact, error))
+        assert_within(out[1], score_range(exact, error, weights.T[:, :, None], score))
         # By the op's own scores: a rounding may put one on the other side of its threshold.
-        accepted = reference.accept_prefixes(out[1].double(), exact_bound[3], inputs[5], inputs[3])
+        accepted = reference.accept_prefixes(out[1].double(), twin_bound[3].double(), inputs[5], inputs[3])
         assert torch.equal(out[2], accepted)
         pushed = out[1].gather(1, (accepted - 1).clamp(min=0)[:, None])
         reference.update_bound_(twin_bound, pushed, accepted >= 1, constants=CONSTANTS)
@@ -257,7 +252,7 @@ class TestFused:
         inputs, bound = chunk(N, B, K, V, dtype, device)
         expected_bound = [tensor.clone() for tensor in bound]
         for seed in range(6):
-            generator = torch.Generator().manual_seed(seed)
+            generator = seeded(seed)
             inputs[5] = torch.rand(B, K, dtype=torch.float64, generator=generator).to(device)
             out = mpg_ext.verify_chunks(*inputs, bound, score=kind, constants=CONSTANTS)
             expected = verify_by_the_four_ops(inputs, expected_bound, kind)
@@ -271,7 +266,7 @@ class TestFused:
         twin_bound = [tensor.clone() for tensor in bound]
         num_accepted = 0
         for seed in range(10):
-            inputs[5] = torch.rand(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            inputs[5] = torch.rand(40, 4, dtype=torch.float64, generator=seeded(seed))
             out = mpg_ext.verify_chunks(*inputs, bound, score=kind, constants=CONSTANTS)
             twin = reference.verify_chunks(*inputs, twin_bound, score=kind, constants=CONSTANTS)
             assert torch.equal(out[2], twin[2])

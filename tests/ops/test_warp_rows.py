@@ -14,7 +14,8 @@ import mpg_ext
 from covering import cases_of
 from memory import laid_out, nothing_else_written
 from mpg_ext import reference
-from twins import assert_as_accurate
+from seeds import seeded
+from twins import U, around, assert_within, softmax_error
 
 INF, NAN = math.inf, math.nan
 
@@ -72,26 +73,43 @@ OPTIONS = [
 
 
 @cases_of("warp_rows")
-def test_op_keeps_the_tokens_of_the_twin_as_accurately_as_softmax(
-    device, V, B, layout, temperature, top_k, top_p, min_p
-):
-    """Rows with ties, every third of them -inf but for one token. They repeat after nine, for the sake of the twin."""
-    nine = (torch.randn(9, V, generator=torch.Generator().manual_seed(V)) * 2).round(decimals=2).to(device)
+def test_op_keeps_the_tokens_of_the_twin_exactly_to_rounding(device, V, B, layout, temperature, top_k, top_p, min_p):
+    """Rows with ties, every third of them -inf but for one token. They repeat after nine, for the sake of the twin.
+
+    Rounding may move tokens over the cut of top-p, by the errors of the masses before them and of all together, each at
+    most U (log V + 10) of the total; or over that of min-p, by U (|t| + 6) of a mass exp(t).
+    """
+    nine = (torch.randn(9, V, generator=seeded(V)) * 2).round(decimals=2).to(device)
     nine[2::3, :-1] = -INF
     repeated = torch.arange(B, device=device) % 9
     rows = laid_out(nine[repeated], layout)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     with nothing_else_written([rows]):
         out = mpg_ext.warp_rows(rows, **options)
-    exact = reference.warp_rows(nine.double(), **options)
-    plain = (nine / temperature).masked_fill(exact == 0, -INF).softmax(-1) if temperature > 0 else exact
-    assert torch.equal(out > 0, exact[repeated] > 0)
-    assert_as_accurate(out, plain[repeated], exact[repeated])
+    few, many = (
+        reference.warp_rows(
+            nine.double(),
+            **options
+            | {
+                "top_p": top_p + side * 2 * U * (math.log(V) + 10) if top_p < 1 else 1.0,
+                "min_p": min_p * (1 - side * U * (6 - math.log(min_p))) if min_p > 0 else 0.0,
+            },
+        )[repeated]
+        > 0
+        for side in (-1, 1)
+    )
+    is_kept = out > 0
+    assert (is_kept | ~few).all() and (many | ~is_kept).all()
+    rank = nine.argsort(dim=-1, descending=True, stable=True).argsort(-1)[repeated]
+    assert torch.equal(is_kept, rank < is_kept.sum(-1, keepdim=True))
+    logits = (nine.double() / temperature if temperature > 0 else nine.double())[repeated]
+    exact = logits.masked_fill(~is_kept, -INF).softmax(-1)
+    assert_within(out, around(exact, softmax_error(exact)))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_float64_rows_equal_the_twin(options):
-    rows = (torch.randn(6, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2).round(decimals=1)
+    rows = (torch.randn(6, 500, dtype=torch.float64, generator=seeded(3)) * 2).round(decimals=1)
     out = mpg_ext.warp_rows(rows, temperature=0.8, **options)
     torch.testing.assert_close(out, reference.warp_rows(rows, temperature=0.8, **options), rtol=1e-13, atol=1e-15)
 
@@ -121,7 +139,7 @@ def test_top_p_counts_what_top_k_left(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_top_p_just_below_one_keeps_every_token(dtype):
-    rows = torch.rand(50, 999, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 3
+    rows = torch.rand(50, 999, dtype=dtype, generator=seeded(0)) * 3
     out = mpg_ext.warp_rows(rows, temperature=1.0, top_p=1 - 2**-53)
     torch.testing.assert_close(out, rows.softmax(-1))
     assert (out > 0).all()
