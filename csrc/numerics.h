@@ -9,6 +9,15 @@
 
 namespace mpg {
 
+// The log-ratio of an impossible token under a negative geometric weight, where it would be worth
+// +inf.
+constexpr float kLeastLogRatio = -80;
+
+// What a difference of sums leaves below this share of them is noise of a few roundings: it counts
+// as 0.
+template <class A>
+constexpr A kNoise = 8 * (sizeof(A) == sizeof(float) ? A(0x1p-23) : A(0x1p-52));
+
 template <class A>
 MPG_HOST_DEVICE bool is_nan(A x) {
   return x != x;
@@ -74,12 +83,11 @@ class ScoreSum {
  public:
   MPG_HOST_DEVICE explicit ScoreSum(Score score) : score_(score) {}
 
-  // A token's log-ratio as this score sums it over a prefix: an impossible token under a negative
-  // geometric weight would be worth +inf, so its log-ratio is taken as -80.
+  // A token's log-ratio as this score sums it over a prefix.
   MPG_HOST_DEVICE A term(A weight, A token_log_ratio) const {
     const bool capped =
         score_ == Score::kGeometric && weight < 0 && token_log_ratio == -A(INFINITY);
-    return capped ? A(-80) : token_log_ratio;
+    return capped ? A(kLeastLogRatio) : token_log_ratio;
   }
 
   MPG_HOST_DEVICE void add(A weight, A prefix_log_ratio) {
@@ -106,9 +114,7 @@ class ScoreSum {
     if (score_ == Score::kGeometric) return positive_;
     const A total = positive_ + negative_, difference = positive_ - negative_;
     if (is_nan(total)) return total;
-    // What is left of a difference below a few roundings of its terms is noise: it counts as 0.
-    const A epsilon = sizeof(A) == sizeof(float) ? A(0x1p-23) : A(0x1p-52);
-    if (difference <= 8 * epsilon * total) return -A(INFINITY);
+    if (difference <= kNoise<A> * total) return -A(INFINITY);
     return max_ + std::log(difference);
   }
 

@@ -40,7 +40,7 @@ class ScoreSums {
                       const float* anchor) {
     if (weight == 0) return;
     if (score_ == Score::kGeometric) {
-      const float of_excluded = weight < 0 ? -80 : -INFINITY;
+      const float of_excluded = weight < 0 ? kLeastLogRatio : -INFINITY;
       for (int64_t y = 0; y < size_; ++y) {
         const float ratio = log_ratio(to_float(logits[y]), normalizer, anchor[y]);
         positive_[y] += weight * (ratio == -INFINITY ? of_excluded : ratio);
@@ -69,7 +69,7 @@ class ScoreSums {
     }
     for (int64_t y = 0; y < size_; ++y) {
       const float total = positive_[y] + negative_[y], difference = positive_[y] - negative_[y];
-      const bool is_zero = difference <= 8 * 0x1p-23f * total;
+      const bool is_zero = difference <= kNoise<float> * total;
       scores[y] = is_zero ? -INFINITY : max_[y] + log_positive(difference);
     }
   }

@@ -134,8 +134,11 @@ def test_graphs_on_a_gpu_equal_full_forwards(architecture, assert_rounds_equal_f
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-2", "Phi-3", "DeepSeek-V3", "Mixtral"])
-def test_16_bits_are_no_worse_than_in_the_models_own_forward(name, dtype, with_adapters, full_logits):
-    """Root mean square over everything, against the same weights in float32: at most 1.5 times the error of PEFT."""
+def test_16_bits_cost_the_roundings_of_a_hundred_operations(name, dtype, with_adapters, full_logits):
+    """Against the same weights in float32: each rounds by eps / sqrt(12) in the root mean square, together by 3 eps.
+
+    In the middle of a role's positions, since a rounding may send a token to another expert.
+    """
     model = with_adapters(BY_NAME[name]).to(dtype)
     ensemble = load(model, device="cpu")
     roles, draft = ["base", *ADAPTERS], [20, 21, 22]
@@ -145,19 +148,11 @@ def test_16_bits_are_no_worse_than_in_the_models_own_forward(name, dtype, with_a
     logits = session.forward(roles, tokens, start, kv_length=CAPACITY)
     assert logits.dtype == dtype
 
-    def plain():
-        return torch.stack(
-            [
-                torch.stack([full_logits(model, prompt + draft, role)[-4:] for prompt in PROMPTS])
-                for role in (None, *ADAPTERS)
-            ]
-        ).float()
-
-    own = plain()
     model.float()
-    exact = plain()
-    error, own_error = ((value.float() - exact).square().mean().sqrt().item() for value in (logits, own))
-    assert 0 < error < 1.5 * own_error
+    for of_role, role in zip(logits, (None, *ADAPTERS), strict=True):
+        exact = torch.stack([full_logits(model, prompt + draft, role)[-4:] for prompt in PROMPTS])
+        error = ((of_role.float() - exact).square().mean(-1).sqrt() / exact.std(-1)).median().item()
+        assert 0 < error < 3 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("refused", _named(REFUSED))

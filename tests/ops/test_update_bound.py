@@ -82,7 +82,7 @@ def test_bound_follows_the_scalar_walk(device, update, W, P, dtype):
         assert bound[3].tolist() == pytest.approx([walk.log_bound for walk in walks], abs=1e-6)
         assert bound[4].tolist() == [walk.is_frozen for walk in walks]
         phases |= {(walk.num_rounds > W, walk.is_frozen) for walk in walks}
-    assert (True, False) in phases
+    assert (True, False) in phases or W == 1  # a single score has no variance
     assert (True, True) in phases
 
 
