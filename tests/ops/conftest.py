@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import mpg_ext
+import seeds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "simt"))
 import simulator
@@ -26,6 +27,16 @@ settings.register_profile("sanitized", settings.get_profile("test"), max_example
 settings.load_profile("test")
 
 has_cuda = torch.cuda.is_available() and mpg_ext.build_info()["cuda"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if seeds.NUM_SEEDS > 1:
+        metafunc.parametrize("seed_of_inputs", range(seeds.SEED, seeds.SEED + seeds.NUM_SEEDS), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def seed_of_inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeds, "SEED", getattr(request, "param", seeds.SEED))
 
 
 @pytest.fixture(scope="session")
