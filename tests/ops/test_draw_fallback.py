@@ -168,11 +168,10 @@ def test_token_that_only_the_attribute_allows_matters_only_where_the_draft_propo
 def test_draws_follow_the_law_of_the_rejection_loop(device):
     """Evenly spaced uniforms visit every token in proportion to its mass, to within one draw."""
     n = 1000
+    one = case(2, 1, 12, torch.float32, device)[:5]
+    one[3].clamp_(min=-0.5)  # under which some token has mass
     inputs = [
-        tensor.expand(*shape)
-        for tensor, shape in zip(
-            case(2, 1, 12, torch.float32, device)[:5], [(n, 12), (2, n, 12), (n, 12), (n, 2), (n,)], strict=True
-        )
+        tensor.expand(*shape) for tensor, shape in zip(one, [(n, 12), (2, n, 12), (n, 12), (n, 2), (n,)], strict=True)
     ]
     uniforms = ((torch.arange(n, dtype=torch.float64) + 0.5) / n).to(device)
     active = torch.ones(n, dtype=torch.bool, device=device)
