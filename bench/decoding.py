@@ -30,9 +30,10 @@ from torch import Tensor
 import peers
 from mpg.demo import MODELS as DEMO_MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
+from mpg.files import check_writable, whole_file
 from mpg.model import Model, load
-from mpg.paper.check import check_plot
 from mpg.paper.methods import METHODS, answer
+from mpg.paper.report import check_plot
 from mpg.results import Token
 from peers import Shape
 
@@ -588,12 +589,15 @@ def main(
     """
     err = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     if out is not None:
-        out.mkdir(exist_ok=True)
-        check_plot(out / "bench.png")
+        out.mkdir(parents=True, exist_ok=True)
+        check_writable("out", out / f"bench-{device}.json")
+        check_plot(out / f"bench-{device}.png")
     report = run(replace(FULL if full else Plan(), graphs=graphs), device, threads, partial(err.print, style="dim"))
     if out is not None:
-        (out / f"bench-{device}.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
-        plot_growth(report, out / f"bench-{device}.png")
+        with whole_file("out", out / f"bench-{device}.json") as file:
+            file.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        with whole_file("out", out / f"bench-{device}.png") as file:
+            plot_growth(report, file)
     err.print(render(report))
     print(json.dumps({"rows": report.as_json()["rows"]}, allow_nan=False))
 

@@ -6,11 +6,33 @@ model = mpg.load("path/to/base", attributes={"E": "path/to/adapter", "T": "path/
 print(model.generate("How was your weekend?", weights={"E": 1, "T": 1}).text)
 """
 
-from mpg.frontend.custom_generate import custom_generate
-from mpg.model import Model, load
-from mpg.options import Options
-from mpg.paper.methods import METHODS, answer
-from mpg.results import STATISTICS, Result, Token
+TYPE_CHECKING = False  # which type checkers take for True; the module typing is one more wait
+
+if TYPE_CHECKING:
+    from mpg.frontend.custom_generate import custom_generate
+    from mpg.model import Model, load
+    from mpg.options import Options
+    from mpg.paper.methods import METHODS, answer
+    from mpg.results import STATISTICS, Result, Token
+else:
+    # each is imported when it is first asked for, so that `mpg --help` need not wait for torch
+    _HOMES = {
+        "custom_generate": "frontend.custom_generate", "Model": "model", "load": "model", "Options": "options",
+        "METHODS": "paper.methods", "answer": "paper.methods", "STATISTICS": "results", "Result": "results",
+        "Token": "results",
+    }  # fmt: skip
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'mpg' has no attribute {name!r}")
+        from importlib import import_module
+
+        globals()[name] = value = getattr(import_module(f"mpg.{_HOMES[name]}"), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *_HOMES})
+
 
 __version__ = "0.1.0"
 __all__ = ["METHODS", "STATISTICS", "Model", "Options", "Result", "Token", "answer", "custom_generate", "load"]

@@ -34,6 +34,7 @@ MAX_PLANS = 256  # of sampler "auto" that a model keeps; each distinct set of we
 
 Weights: TypeAlias = Mapping[str, float] | str
 OnToken: TypeAlias = Callable[[Token], None] | None
+OnResult: TypeAlias = Callable[[int, Result], None] | None
 
 
 class Model:
@@ -88,6 +89,7 @@ class Model:
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         on_token: OnToken = None,
+        on_result: OnResult = None,
         input_ids: Any = None,
         attention_mask: Any = None,
         generation_config: GenerationConfig | None = None,
@@ -106,6 +108,7 @@ class Model:
         raw       take strings verbatim, not as a user message through the chat template (where there is one). Special
                   tokens are added as the tokenizer has it, but not to a string that begins with its BOS already
         on_token  called with every `Token` as soon as its round is done
+        on_result called with the index of every `Result` and the result as soon as it has ended
         options   the fields of `Options`; those not given are the recipe's, where the sampler has them. Also the fields
                   of transformers' GenerationConfig that `mpg.frontend.hf_generate` honours: do_sample, max_length,
                   eos_token_id, stop_strings, repetition_penalty, num_return_sequences, ...
@@ -175,11 +178,16 @@ class Model:
             streamer.put(torch.tensor([requests[0].token_ids]))
             on_token = _also_to(streamer, on_token)
         why = None
+
+        def finish(index: int, result: Result) -> None:
+            if on_result is not None:
+                on_result(index, replace(result, plan=why))
+
         try:
             if checked.sampler == "auto":
                 chosen_plan = self._plan(requests, checked, conventions.eos_token_ids)
                 checked, why = chosen_plan.options, str(chosen_plan)
-            results = decode(models, requests, checked, conventions.eos_token_ids, on_token, started_at)
+            results = decode(models, requests, checked, conventions.eos_token_ids, on_token, started_at, finish)
         finally:
             if streamer is not None:
                 streamer.end()  # whoever iterates over it must not wait for ever
@@ -219,7 +227,11 @@ class Model:
             raise ValueError(
                 f"weights: expected one mapping, or one per prompt ({len(prompts)}), got {len(per_prompt)}"
             )
-        first_seed = secrets.randbits(32) if options.seed is None else int(options.seed)
+        copies = conventions.num_return_sequences
+        first = secrets.randbits(32) if options.seed is None else options.seed
+        seeds = first if isinstance(first, Sequence) else [int(first) + i * copies for i in range(len(prompts))]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed: expected one number, or one per prompt ({len(prompts)}), got {len(seeds)}")
         device = self.models.device
         requests: list[Request] = []
         for index, (token_ids, width, given) in enumerate(zip(prompts, widths, per_prompt, strict=True)):
@@ -234,8 +246,8 @@ class Model:
             if max_new_tokens > room:
                 raise ValueError(f"max_new_tokens: {positions}, expected at most {room}, got {max_new_tokens}")
             weighed = {name: float(weight) for name, weight in (chosen or {}).items()}
-            for _ in range(conventions.num_return_sequences):
-                seed = (first_seed + len(requests)) % 2**63
+            for copy in range(copies):
+                seed = (int(seeds[index]) + copy) % 2**63
                 padding = width - len(token_ids)
                 processor = conventions.processor(len(requests), token_ids, padding, max_new_tokens, device)
                 ends = conventions.ends(token_ids, device)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import mpg
-from mpg.app.cli import app
 from mpg.demo.corpus import HELD_OUT_QUESTIONS
 from mpg.frontend.prompts import encode
 from mpg.paper import check as checks
-from mpg.paper.check import check, plot, read_prompts, render, score_texts
+from mpg.paper.check import check, score_texts
+from mpg.paper.report import plot, render
+from mpg.paper.statistics import Bootstrap, Estimate
 
 PROMPTS = [question.text for question in HELD_OUT_QUESTIONS[:6]]
 BOTH = {"E": 1.0, "T": 1.0}
@@ -50,8 +48,8 @@ def test_base_delivers_nothing_and_exact_everything_by_definition(report):
     section = report.sections[0]
     assert section.is_resolved
     shares = {row.sampler: row.delivered for row in section.rows}
-    assert shares["base"] == checks.Estimate(0, 0, 0)
-    assert shares["exact, reference draft"] == checks.Estimate(1, 1, 1)
+    assert shares["base"] == Estimate(0, 0, 0)
+    assert shares["exact, reference draft"] == Estimate(1, 1, 1)
     assert shares["direct"].low < shares["direct"].value < shares["direct"].high
 
 
@@ -113,8 +111,7 @@ def section_of(base, half, exact):
         )
         for name, values in (("base", base), ("half", half), ("exact, reference draft", exact))
     }
-    resamples = np.random.default_rng(0).integers(len(base), size=(500, len(base)))
-    return checks._compare(checks._Plan("geometric", {"E": 0.5}, []), texts, resamples)
+    return checks._compare(checks._Plan("geometric", {"E": 0.5}, []), texts, Bootstrap(len(base), seed=0))
 
 
 def test_delivered_is_the_place_between_base_and_exact():
@@ -146,58 +143,14 @@ def test_bad_input_is_refused_by_name(model, arguments, message):
         check(model, **{"weights": BOTH, "prompts": PROMPTS, **arguments})
 
 
-@pytest.mark.parametrize("written", ["One?\n\n Two? \n", '["One?", " Two? "]'])
-def test_prompts_are_read_by_line_or_as_json(tmp_path, written):
-    path = tmp_path / "prompts"
-    path.write_text(written)
-    assert read_prompts(path) == ["One?", " Two? "]
-
-
-@pytest.mark.parametrize("written", ["One?", "[1, 2]", '["One?", '])
-def test_file_without_two_prompts_is_refused(tmp_path, written):
-    path = tmp_path / "prompts"
-    path.write_text(written)
-    with pytest.raises(ValueError, match="prompts: expected"):
-        read_prompts(path)
-
-
 def test_plot_is_a_picture(report, tmp_path):
     pytest.importorskip("matplotlib")
     plot(report, tmp_path / "check.png")
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("name", ["none/check.png", "check.xyz", "check"])
-def test_file_that_cannot_be_drawn_is_refused_before_anything_runs(tmp_path, name):
-    pytest.importorskip("matplotlib")
-    arguments = ["check", "--weights", "E=1", "--models", "nowhere", "--plot", str(tmp_path / name)]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 2
-    assert done.stderr.startswith("mpg: plot: expected a file")
-    assert done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["check.png"]
 
 
 def test_weights_that_scr_cannot_divide_by_their_sum_leave_only_scr_out(model):
     report = check(model, {"E": 1, "T": -0.9999}, PROMPTS[:2], max_new_tokens=2)
     assert [section.target for section in report.sections] == ["geometric"]
     assert sum("was left out: it divides the weights by their sum, 0.0001" in note for note in report.notes) == 2
-
-
-def test_command_prints_one_json_object_or_tables(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS[:2]))
-    arguments = ["check", "--weights", "E=1,T=1", "--prompts", str(path), "--max-new-tokens", "2", "--seeds", "1"]
-    done = CliRunner().invoke(app, [*arguments, "--json"])
-    assert done.exit_code == 0, done.stderr
-    printed = json.loads(done.stdout)
-    assert printed["num_prompts"] == 2
-    assert {row["sampler"] for row in printed["sections"][1]["rows"]} >= {"base", "scr"}
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.stderr
-    assert "intended shift" in done.stdout
-
-
-def test_command_says_what_is_wrong_with_the_file(tmp_path):
-    done = CliRunner().invoke(app, ["check", "--weights", "E=1", "--prompts", str(tmp_path / "none")])
-    assert done.exit_code == 2
-    assert "Traceback" not in done.stderr

@@ -11,15 +11,15 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mpg.app.colours import colours_of, legend, strongest_push
+from mpg.app.settings import check_settings, parse_setting
+from mpg.files import whole_file
 from mpg.model import Model, OnToken, Weights
-from mpg.options import DEFAULT_NEW_TOKENS, Options, check_weights, has_option
-from mpg.recipe import parse_value
+from mpg.options import DEFAULT_NEW_TOKENS, OPTIONS, Options, check_weights, has_option
 from mpg.results import Result, Token
 
 Message = dict[str, str]
@@ -29,7 +29,7 @@ class Chat:
     """A conversation without its terminal. A command or message that raises ValueError or OSError changes nothing.
 
     weights  alpha by attribute, or None while none are chosen
-    options  of `Options`, as far as they were chosen here; the recipe's and the sampler's own come after
+    options  of `Model.generate`, as far as they were chosen here; the recipe's and the sampler's own come after
     system   the system prompt, or ""
     history  messages of the user and the assistant in turn
     is_over  whether the user has asked to quit
@@ -107,7 +107,7 @@ class Chat:
     def set_sampler(self, name: str) -> str:
         """Options that only the sampler before had are given up."""
         if name:
-            kept = {option: value for option, value in self.options.items() if has_option(name, option)}
+            kept = {o: value for o, value in self.options.items() if o not in OPTIONS or has_option(name, o)}
             self._choose(self.weights, {**kept, "sampler": name})
         return self.set_option("")
 
@@ -118,7 +118,7 @@ class Chat:
                 return self.set_sampler(value)
             options = {**self.options, name: value}
             self._choose(self.weights, {name: value for name, value in options.items() if value is not None})
-        checked = asdict(self._checked())
+        checked = self.options | asdict(self._checked())
         return "  ".join(f"{name}={value}" for name, value in checked.items() if value is not None and name != "trace")
 
     def set_system(self, text: str) -> str:
@@ -148,7 +148,8 @@ class Chat:
         if not path:
             raise ValueError("/save: expected the name of a file, got none")
         state = {"weights": self.weights and dict(self.weights), "options": self.options, "messages": self._all()}
-        Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        with whole_file("/save", path) as file:
+            file.write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         return f"saved {len(self.history) // 2} turns to {path}"
 
     def help(self, _: str) -> str:
@@ -163,13 +164,15 @@ class Chat:
 
     def _choose(self, weights: Mapping[str, float] | None, options: dict[str, Any]) -> None:
         """Take weights and options, unless a call would refuse them."""
-        target = Options.of(options, self.model.recipe.options).target
+        if options.get("num_return_sequences", 1) != 1:
+            raise ValueError(f"num_return_sequences: expected 1 in a chat, got {options['num_return_sequences']!r}")
+        target = check_settings(options, self.model.recipe.options).target
         if weights is not None and target != "base":
             check_weights(weights, self.model.models.attribute_names, target)
         self.weights, self.options = weights, options
 
     def _checked(self) -> Options:
-        return Options.of(self.options, self.model.recipe.options)
+        return check_settings(self.options, self.model.recipe.options)
 
     def _system(self) -> list[Message]:
         return [_message("system", self.system)] if self.system else []
@@ -199,14 +202,6 @@ COMMANDS = {
     "help": Command("", "show this", Chat.help),
     "quit": Command("", "leave", Chat.quit),
 }
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """Name and value of an option from "NAME=VALUE", the value as a recipe would have it."""
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not name or not equals or not value:
-        raise ValueError(f"set: expected NAME=VALUE, got {text!r}")
-    return name, parse_value(value)
 
 
 def run(chat: Chat, console: Console) -> None:

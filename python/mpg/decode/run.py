@@ -51,13 +51,14 @@ def decode(
     eos_token_ids: tuple[int, ...],
     on_token: Callable[[Token], None] | None,
     started_at: float,
+    on_result: Callable[[int, Result], None] | None = None,
 ) -> list[Result]:
     """The results of requests, in order. `started_at`: when the call began, by `perf_counter`.
 
     Raises what `Model.generate` says that decoding may raise.
     """
     try:
-        return Run(models, requests, options, eos_token_ids, on_token, started_at).finish()
+        return Run(models, requests, options, eos_token_ids, on_token, started_at, on_result).finish()
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:2])
     # here, where nothing holds the caches any more: the error's traceback did
@@ -97,8 +98,9 @@ class Run:
         eos_token_ids: tuple[int, ...],
         on_token: Callable[[Token], None] | None,
         started_at: float,
+        on_result: Callable[[int, Result], None] | None = None,
     ):
-        self.options, self.on_token, self.started_at = options, on_token, started_at
+        self.options, self.on_token, self.on_result, self.started_at = options, on_token, on_result, started_at
         self.models, self.eos_token_ids, self.device = models, eos_token_ids, models.device
         # an attribute that no request weighs takes no part
         self.used = [i for i in range(len(models.attribute_names)) if any(request.alpha[i] for request in requests)]
@@ -222,6 +224,8 @@ class Run:
                 },
                 log_ratios=tuple(transcript.log_ratios) if self.options.trace else None,
             )
+            if self.on_result is not None:
+                self.on_result(transcript.request, entry.result)
 
     def _explain_unusable(self, row: int, entry: _Entry, drafted: list[int]) -> str:
         """Why a row failed with this chunk behind what it has committed."""

@@ -59,7 +59,7 @@ _THEIRS = {*vars(GenerationConfig()), *_THEIR_ARGUMENTS, *REASONS} - {"self", "i
 _THEIR_DEFAULTS = GenerationConfig._get_default_generation_params()
 _OPTIONS = tuple(field.name for field in fields(Options))
 _ARGUMENTS = (
-    "weights", "raw", "on_token", "input_ids", "attention_mask", "generation_config", "logits_processor",
+    "weights", "raw", "on_token", "on_result", "input_ids", "attention_mask", "generation_config", "logits_processor",
     "stopping_criteria", "streamer", "tokenizer", "continue_final_message", "chat_template_kwargs",
 )  # fmt: skip
 _HAVE_STATE = (  # a drafted position is asked for more than once, or in vain

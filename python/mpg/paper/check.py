@@ -5,23 +5,21 @@ Knows what to sample and how to measure it; how a token is drawn, and from what,
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Group
-from rich.table import Table
 
 import mpg_ext
 from mpg.model import Model, Weights
 from mpg.models.ensemble import Ensemble
 from mpg.options import MAX_CHUNK, MAX_WEIGHT, MIN_WEIGHT, check_weights
+from mpg.paper.report import Report, Row, Section
+from mpg.paper.statistics import FEW_PROMPTS, Bootstrap
 from mpg.results import Result
 
 # For models that come with no questions of their own: everyday, and leaning to no trait.
@@ -52,8 +50,6 @@ PROMPTS = (
     "What would you change about your school?",
 )
 TARGETS = ("arithmetic", "anchored", "geometric")
-NUM_RESAMPLES = 2000
-FEW_PROMPTS = 12
 _UNWARPED = {"temperature": 1.0, "top_p": 1.0}
 _BASE = ("base", {"sampler": "direct", "target": "base"})
 _YARDSTICK = ("exact, reference draft", {"sampler": "exact", "draft": "reference"})
@@ -61,67 +57,6 @@ _YARDSTICK = ("exact, reference draft", {"sampler": "exact", "draft": "reference
 _SCR = ("scr", {"sampler": "scr", "empty": "base"})
 _COSTS_PER_TOKEN = ("model_calls_per_token", "depth_per_token", "positions_per_token")
 _MAX_LOG_RATIO = 80.0  # a token that a model excludes must not make a mean infinite
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % percentile interval, from a bootstrap over prompts."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sampler. Where it could not run, `skipped` says why and everything after it is None.
-
-    shift                  nats per token by which its texts' combined log-ratio exceeds that of the base's texts
-    delivered              shift / intended shift: base is 0 and the exact sampler with the reference draft 1 by
-                           definition; None where the intended shift cannot be told from 0
-    tokens_per_round and
-    *_per_token            totals over all texts, as in `mpg.STATISTICS`
-    tokens_per_second      tokens of all texts / seconds, in batches of `Report.batch_size`
-    """
-
-    sampler: str
-    skipped: str | None = None
-    shift: Estimate | None = None
-    delivered: Estimate | None = None
-    tokens_per_round: float | None = None
-    model_calls_per_token: float | None = None
-    depth_per_token: float | None = None
-    positions_per_token: float | None = None
-    tokens_per_second: float | None = None
-
-
-@dataclass(frozen=True)
-class Section:
-    """The samplers of one target, beside the exact sampler of that same target.
-
-    intended     nats per token between the base's texts and the exact sampler's
-    is_resolved  whether the interval of `intended` excludes 0; only then can a share of it be delivered
-    """
-
-    target: str
-    weights: dict[str, float]
-    intended: Estimate
-    is_resolved: bool
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `check` found. The first section is the target asked for; SCR's own follow where they differ."""
-
-    num_prompts: int
-    texts_per_prompt: int
-    batch_size: int
-    seed: int
-    device: str
-    dtype: str
-    sections: tuple[Section, ...]
-    notes: tuple[str, ...]
 
 
 def check(
@@ -167,7 +102,7 @@ def check(
     token_ids = [model.encode(prompt, raw=raw) for prompt in prompts]
     sampling = _Sampling(model, token_ids, max_new_tokens, num_seeds, seed, batch_size, on_progress)
 
-    resamples = np.random.default_rng(seed).integers(len(prompts), size=(NUM_RESAMPLES, len(prompts)))
+    bootstrap = Bootstrap(len(prompts), seed)
     base = sampling.draw(*_BASE, plans[0].weights)
     sections = []
     for plan in plans:
@@ -178,7 +113,7 @@ def check(
                 texts[name] = sampling.draw(name, options, plan.weights, plan.target)
             except ValueError as error:
                 texts[name] = str(error)
-        sections.append(_compare(plan, texts, resamples))
+        sections.append(_compare(plan, texts, bootstrap))
     if len(prompts) < FEW_PROMPTS:
         notes += (
             f"{len(prompts)} prompts are few: a bootstrap over fewer than {FEW_PROMPTS} gives intervals too narrow",
@@ -320,160 +255,25 @@ def score_texts(
     return sums.cpu()
 
 
-def _compare(plan: _Plan, texts: Mapping[str, _Texts | str], resamples: np.ndarray) -> Section:
+def _compare(plan: _Plan, texts: Mapping[str, _Texts | str], bootstrap: Bootstrap) -> Section:
     """Place every sampler's mean log-ratio per token between the base's and the yardstick's, resample by resample."""
     alpha = np.array(list(plan.weights.values()))
 
-    def means(sample: _Texts) -> np.ndarray:
-        """Nats per token: of all prompts first, then of every resample."""
-        log_ratios, num_tokens = sample.log_ratios @ alpha, sample.num_tokens
-        resampled = log_ratios[resamples].sum(1) / num_tokens[resamples].sum(1)
-        return np.concatenate([[log_ratios.sum() / num_tokens.sum()], resampled])
+    def shift(sample: _Texts | str) -> np.ndarray:
+        """Nats per token."""
+        assert isinstance(sample, _Texts)
+        return bootstrap.ratios(sample.log_ratios @ alpha, sample.num_tokens)
 
-    base, exact = texts[_BASE[0]], texts[_YARDSTICK[0]]
-    assert isinstance(base, _Texts) and isinstance(exact, _Texts)
-    zero = means(base)
-    intended = means(exact) - zero
-    estimate = _estimate(intended)
+    zero = shift(texts[_BASE[0]])
+    intended = shift(texts[_YARDSTICK[0]]) - zero
+    estimate = bootstrap.estimate(intended)
     is_resolved = estimate.low > 0 or estimate.high < 0
     rows = []
     for name, sample in texts.items():
         if isinstance(sample, str):
             rows.append(Row(name, skipped=sample))
         else:
-            shift = means(sample) - zero
-            delivered = _estimate(shift / intended) if is_resolved else None
-            rows.append(Row(name, None, _estimate(shift), delivered, **sample.costs))
+            moved = shift(sample) - zero
+            delivered = bootstrap.estimate(moved / intended) if is_resolved else None
+            rows.append(Row(name, None, bootstrap.estimate(moved), delivered, **sample.costs))
     return Section(plan.target, plan.weights, estimate, is_resolved, tuple(rows))
-
-
-def _estimate(values: np.ndarray) -> Estimate:
-    """The first value, with the interval that the others, its resamples, span."""
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return Estimate(float(values[0]), float(low), float(high))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts from a file: a JSON list of strings, or one a line; empty lines do not count.
-
-    Raises ValueError if there are fewer than 2, if the file cannot be read, or if the JSON is no such list.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts: expected a UTF-8 text file, got {path}: {error}") from error
-    if text.lstrip().startswith("{"):
-        raise ValueError(f"prompts: expected a JSON list or a prompt a line in {path}, got a JSON object")
-    if text.lstrip().startswith("["):
-        try:
-            prompts = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"prompts: expected a JSON list in {path}, got {error}") from error
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts: expected a JSON list of strings in {path}, got other things in it")
-    else:
-        prompts = text.splitlines()
-    prompts = [prompt for prompt in prompts if prompt.strip()]
-    if len(prompts) < 2:
-        raise ValueError(f"prompts: expected at least 2, to tell a shift from chance, got {len(prompts)} in {path}")
-    return prompts
-
-
-def render(report: Report) -> Group:
-    """The report for a terminal: one table a target, what could not run, and how to read it."""
-    num_texts = report.num_prompts * report.texts_per_prompt
-    lines = [
-        "",
-        *report.notes,
-        "delivered: where the mean combined log-ratio per token of a sampler's texts lies between the base's texts (0)",
-        "  and those of the exact sampler of the same target (1). direct and exact with any draft share one law and",
-        "  differ by chance alone, that of the yardstick in common. scr divides its weights by their sum: its",
-        "  yardstick is exact at those weights.",
-        f"n = {num_texts} texts a sampler ({report.num_prompts} prompts x {report.texts_per_prompt}), temperature 1, "
-        "top_p 1. Intervals: 95 %, bootstrap over prompts.",
-        f"depth: forwards that wait for one another. tokens/s: in batches of {report.batch_size} on {report.device},",
-        f"  {report.dtype}, beside whatever else ran there.",
-    ]
-    return Group(*(_table(section) for section in report.sections), "\n".join(lines))
-
-
-def _table(section: Section) -> Table:
-    intended = f"intended shift {_interval(section.intended, '+.3f')} nats per token"
-    if not section.is_resolved:
-        intended += ": not distinguishable from 0, so no share of it can be given; use more prompts or seeds"
-    table = Table(title=f"{_target(section)}: {intended}", title_justify="left", title_style="bold")
-    table.add_column("sampler", no_wrap=True)
-    table.add_column("delivered", no_wrap=True)
-    for header in ("tokens/\nround", "calls/\ntoken", "depth/\ntoken", "positions/\ntoken", "tokens/s"):
-        table.add_column(header, justify="right")
-    for row in section.rows:
-        if row.skipped is not None:
-            table.add_row(row.sampler, "did not run, see below", style="dim")
-            continue
-        costs = (row.tokens_per_round, row.model_calls_per_token, row.depth_per_token, row.positions_per_token)
-        table.add_row(
-            row.sampler, _bar(row.delivered), *(f"{cost:.2f}" for cost in costs), f"{row.tokens_per_second:.0f}"
-        )
-    skipped = [f"{row.sampler}: {row.skipped}" for row in section.rows if row.skipped is not None]
-    table.caption, table.caption_justify = "\n".join(skipped) or None, "left"
-    return table
-
-
-def _target(section: Section) -> str:
-    return " ".join([section.target, *(f"{name}={alpha:.3g}" for name, alpha in section.weights.items())])
-
-
-def _bar(delivered: Estimate | None, width: int = 10) -> str:
-    if delivered is None:
-        return "-"
-    length = round(width * min(max(delivered.value, 0), 1))
-    by_definition = delivered.low == delivered.high
-    return f"{'█' * length:░<{width}} {f'{delivered.value:.2f}' if by_definition else _interval(delivered, '.2f')}"
-
-
-def _interval(estimate: Estimate, spec: str) -> str:
-    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
-
-
-def check_plot(path: str | Path) -> None:
-    """Raise ValueError unless `plot` could draw into this file: without matplotlib, its folder, or a known suffix."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise ValueError("plot: needs matplotlib, expected after pip install 'mpg[evaluate]'") from error
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"plot: expected a file in a folder that exists, got {str(path)!r}")
-    suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
-    if Path(path).suffix.removeprefix(".").lower() not in suffixes:
-        raise ValueError(f"plot: expected a file that ends in one of {', '.join(suffixes)}, got {str(path)!r}")
-
-
-def plot(report: Report, path: str | Path) -> None:
-    """Draw delivered share against depth per token, one panel a target.
-
-    Raises ValueError as `check_plot` does, or if no target's intended shift can be told from 0.
-    """
-    check_plot(path)
-    from matplotlib.figure import Figure
-
-    sections = [section for section in report.sections if section.is_resolved]
-    if not sections:
-        raise ValueError("plot: no intended shift is distinguishable from 0, expected one to plot shares of")
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.sampler for s in sections for row in s.rows))}
-    figure = Figure(figsize=(3.4 * len(sections) + 1.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(sections), sharex=True, sharey=True, squeeze=False)[0]
-    points = {}
-    for axes, section in zip(panels, sections, strict=True):
-        axes.axhline(0, color="0.8", zorder=0)
-        axes.axhline(1, color="0.8", zorder=0)
-        for row in section.rows:
-            if row.delivered is not None:
-                share, low, high = row.delivered.value, row.delivered.low, row.delivered.high
-                points[row.sampler] = axes.errorbar(
-                    row.depth_per_token, share, [[share - low], [high - share]], color=colours[row.sampler], fmt="o",
-                    capsize=3,
-                )  # fmt: skip
-        axes.set(title=_target(section), xlabel="sequential forwards a token (depth)")
-    panels[0].set(ylabel="share of the intended shift delivered", xlim=(0, None))
-    figure.legend(points.values(), points.keys(), loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=150)

@@ -5,7 +5,7 @@ Knows which models, sampler and prompt make a method; nothing of how they run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +69,7 @@ def answer(
     descriptions: Mapping[str, str] | None = None,
     raw: bool = False,
     on_token: OnToken = None,
+    on_result: Callable[[str, int, Result], None] | None = None,
     **options: Any,
 ) -> dict[str, list[Result]]:
     """Answer prompts by one of the paper's methods.
@@ -79,6 +80,7 @@ def answer(
     descriptions  for preference prompting: what an attribute is, in words; goes before those in `DESCRIPTIONS`
     raw           as in `Model.generate`
     on_token      as there; under `SINGLE_METHODS` one attribute's texts after another's
+    on_result     as there, before its arguments the key that the result will have
     options       of `Options`, but sampler and target; temperature is .7 and top_p .9 unless given; a recipe's
                   options do not count; what `trace` returns under mod is against the first attribute's model
 
@@ -108,14 +110,18 @@ def answer(
     own = {name: value for name, value in options.items() if value is not None} | {"sampler": sampler}
     direct = {**PAPERS_DRAW, **own}
 
-    def run(models: Ensemble, weights: Weights | None = None, **how: Any) -> list[Result]:
-        results = Model(models).generate(requests, weights=weights, raw=raw, on_token=on_token, **how)
-        return [replace(result, weights=alpha) for result in results]
+    def run(models: Ensemble, weights: Weights | None = None, name: str = "", **how: Any) -> list[Result]:
+        def finish(index: int, result: Result) -> None:
+            if on_result is not None:
+                on_result(name, index, replace(result, weights=alpha))
+
+        how |= {"raw": raw, "on_token": on_token, "on_result": finish}
+        return [replace(result, weights=alpha) for result in Model(models).generate(requests, weights=weights, **how)]
 
     if method in ("pp-single", "dpo-single"):
-        return {name: run(models.with_roles(base=name), **direct, target="base") for name in alpha}
+        return {name: run(models.with_roles(base=name), None, name, **direct, target="base") for name in alpha}
     if method == "scr-dpo-single":
-        return {name: run(models.with_roles(base=name), alpha, **own) for name in alpha}
+        return {name: run(models.with_roles(base=name), alpha, name, **own) for name in alpha}
     if method == "soups":
         shares = _average(method, alpha)
         merged = models.merge(list(shares), torch.tensor([list(shares.values())], device=models.device))

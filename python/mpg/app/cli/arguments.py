@@ -1,0 +1,102 @@
+"""What the commands share: arguments that several of them have, the models these mean, and how errors are shown."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+import mpg
+from mpg.options import describe
+
+if TYPE_CHECKING:
+    from mpg.recipe import Recipe
+
+FEW_PARAMETERS = 10**7  # models with fewer lose more to threads that wait for one another than the threads compute
+
+err = Console(stderr=True)
+
+
+def option(name: str, more: str = "") -> Any:
+    """The argument for a field of `Options`, with its help."""
+    text = describe(name)
+    return typer.Option(help=f"{text[0].upper()}{text[1:]}{more}")
+
+
+Models = Annotated[
+    str,
+    typer.Option(
+        "--models",
+        help="'demo'; a recipe (.yaml) or a folder that holds mpg.yaml; or a base with adapters/NAME inside it.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="NAME=NUMBER,..., where attributes not named weigh 0, or a recipe's preset. Default: the recipe's."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="NAME=VALUE: any option (mpg info --options), or a field of transformers' GenerationConfig such as "
+        "repetition_penalty=1.1; repeat it.",
+    ),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Take prompts verbatim, without the chat template.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda where there is one.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, ... Default: the checkpoint's on cuda, else float32.")
+]
+Graphs = Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA graphs; not yet run on a GPU.")]
+OtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base than they get.")
+]
+
+
+def read_recipe(models: str) -> Recipe:
+    """What --models means, where it names one."""
+    from mpg.recipe import Recipe
+
+    return Recipe.of(_place(models))
+
+
+def load(models: str, **how: Any) -> mpg.Model:
+    """The models, `how` as `mpg.load` takes it; what is None or False is left to it."""
+    for name in ("draft", "anchor"):
+        if how.get(name) is not None and not Path(how[name]).is_dir():
+            raise ValueError(f"{name}: expected a model's folder, got {how[name]!r}")
+    # transformers' bar over the shipped models is gone before it can be read
+    with redirect_stderr(io.StringIO()) if models == "demo" else nullcontext():
+        model = mpg.load(_place(models), **{name: value for name, value in how.items() if value not in (None, False)})
+    if all(role["parameters"] < FEW_PARAMETERS for role in model.models.describe().values()):
+        import torch
+
+        torch.set_num_threads(1)
+    return model
+
+
+def _place(models: str) -> Path:
+    if models != "demo" and not Path(models).exists():
+        raise ValueError(f"models: expected 'demo', a folder or a recipe, got {models!r}")
+    from mpg.demo import MODELS
+
+    return MODELS if models == "demo" else Path(models)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn the library's errors about its input into one line on stderr and exit status 2, Ctrl-C into 130."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, ImportError) as error:
+        err.print(f"mpg: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

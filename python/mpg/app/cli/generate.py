@@ -1,0 +1,230 @@
+"""`mpg generate`: prompts, from the command line, standard input or a file, and their answers as they are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from mpg.app.cli.arguments import (
+    Device,
+    Dtype,
+    Graphs,
+    Models,
+    OtherBase,
+    Raw,
+    Settings,
+    Weights,
+    clear_errors,
+    err,
+    load,
+    option,
+    read_recipe,
+)  # fmt: skip
+from mpg.app.cli.prompts import Line, read_prompts, read_text
+from mpg.options import DRAFTS, Options, check_weights
+
+if TYPE_CHECKING:
+    from mpg.recipe import Recipe
+    from mpg.results import Result, Token
+
+
+@clear_errors()
+def generate(
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A user message, or - for standard input; repeat it for a batch.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="A file, or - for standard input: a prompt a line; or JSON Lines of prompt or messages, with weights, "
+            "seed and any option of their own where they differ."
+        ),
+    ] = None,
+    weights: Weights = None,
+    models: Models = "demo",
+    method: Annotated[
+        str | None,
+        typer.Option(help="A method of the paper's tables instead of sampler and target: mpg info --methods."),
+    ] = None,
+    describe: Annotated[list[str] | None, typer.Option(help="NAME=TEXT: what method pp says of an attribute.")] = None,
+    sampler: Annotated[str | None, option("sampler")] = None,
+    target: Annotated[str | None, option("target")] = None,
+    max_new_tokens: Annotated[int | None, option("max_new_tokens")] = None,
+    temperature: Annotated[float | None, option("temperature")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first prompt; the next ones count up. Default: drawn.")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a text; repeat the option.")] = None,
+    batch_size: Annotated[int | None, option("batch_size")] = None,
+    settings: Settings = None,
+    raw: Raw = False,
+    draft: Annotated[str | None, option("draft", "; or a model's folder, to draft with it.")] = None,
+    anchor: Annotated[
+        str | None, typer.Option(help="The attributes' own base where it is not --models: a folder.")
+    ] = None,
+    device: Device = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="NAME=DEVICE,...: where the model of base, anchor, draft or an attribute goes.")
+    ] = None,
+    dtype: Dtype = None,
+    graphs: Graphs = False,
+    allow_other_base: OtherBase = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON Lines on stdout, one a text, and nothing else.")
+    ] = False,
+) -> None:
+    """Continue prompts as a weighted combination of attributes."""
+    lines = [Line(read_text("prompt", text).rstrip("\r\n") if text == "-" else text) for text in prompt or ()]
+    lines += read_prompts(prompts) if prompts is not None else []
+    if not lines:
+        raise ValueError("prompt: expected --prompt TEXT or --prompts FILE, got neither")
+    if stop and not all(stop):
+        raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
+    own_draft = None if draft in (None, *DRAFTS) else draft
+    options: dict[str, Any] = {
+        "sampler": sampler, "target": target, "max_new_tokens": max_new_tokens, "temperature": temperature,
+        "seed": seed, "stop_strings": stop or None, "batch_size": batch_size, "draft": "model" if own_draft else draft,
+    }  # fmt: skip
+    from mpg.app.settings import parse_setting
+    from mpg.paper.methods import PROMPTED_METHODS, SINGLE_METHODS, answer
+
+    options |= dict(map(parse_setting, settings or ()))
+    if describe and method not in PROMPTED_METHODS:
+        raise ValueError(f"describe: expected a method among {', '.join(PROMPTED_METHODS)}, got {method!r}")
+    descriptions = _parse_pairs("describe", "NAME=TEXT", describe or [])
+    places = None if device_map is None else _parse_pairs("device_map", "NAME=DEVICE", device_map.split(","))
+    recipe, seed = read_recipe(models), options.pop("seed")
+    targets = []
+    for line in lines:  # before minutes of loading
+        line.options = options | line.options
+        line.weights = weights if line.weights is None else line.weights
+        with line.locate_errors():
+            recipe.weigh(line.weights)
+            targets.append(_check({"seed": seed, **line.options}, recipe, method).target)
+    answers = _Answers(lines, seed, as_json, streams=not as_json and method not in SINGLE_METHODS)
+    model = load(
+        models, device=device, dtype=dtype, draft=own_draft, anchor=anchor, device_map=places, graphs=graphs,
+        allow_other_base=allow_other_base,
+    )  # fmt: skip
+    names = model.models.attribute_names
+    for line, of_line in zip(lines if method is None else (), targets, strict=False):
+        with line.locate_errors():
+            check_weights(model.recipe.weigh(line.weights, of_line), names, of_line)
+    is_hidden = sys.stdout.isatty() or not err.is_terminal  # the texts are progress enough
+    with Progress(console=err, disable=is_hidden, transient=True, redirect_stdout=False) as progress, answers:
+        task = progress.add_task("tokens", total=None)
+
+        def on_token(token: Token) -> None:
+            progress.advance(task)
+            answers.stream(token)
+
+        for indices in _alike(lines, method):
+            how = {"raw": raw, "on_token": on_token, **lines[indices[0]].options}
+            how["seed"] = [answers.seeds[index] for index in indices]
+            asked, weighed = [lines[index].prompt for index in indices], [lines[index].weights for index in indices]
+            show = answers.of(indices)
+            if method is None:
+                model.generate(asked, weights=weighed, on_result=partial(show, ""), **how)
+            else:
+                answer(model, method, asked, weighed[0], descriptions=descriptions, on_result=show, **how)
+
+
+def _check(options: dict[str, Any], recipe: Recipe, method: str | None) -> Options:
+    """The options of a prompt. Refuses what can be refused without the models."""
+    from mpg.app.settings import check_settings
+    from mpg.paper.methods import sampler_of
+
+    if isinstance(options["seed"], list):
+        raise ValueError(f"seed: expected one number, got {options['seed']!r}")
+    if method is None:
+        return check_settings(options, recipe.options)
+    for name in ("sampler", "target"):
+        if options.get(name) is not None:
+            got = f"{name} {options[name]!r}"
+            raise ValueError(f"method: expected no sampler and no target beside {method!r}, got {got}")
+    return check_settings({**options, "sampler": sampler_of(method)}, {})
+
+
+def _alike(lines: list[Line], method: str | None) -> list[list[int]]:
+    """The indices of lines that one call can answer: of the same options, and under a method of the same weights."""
+    calls: dict[str, list[int]] = {}
+    for index, line in enumerate(lines):
+        shared = {name: value for name, value in line.options.items() if name != "seed"}
+        key = json.dumps([shared, method and line.weights], sort_keys=True, default=str)
+        calls.setdefault(key, []).append(index)
+    return list(calls.values())
+
+
+class _Answers:
+    """The texts of a run, printed in the order of their prompts, each as soon as those before it are printed; where the
+    run ends early, those that are done.
+
+    seeds  of the first text of each prompt
+    """
+
+    def __init__(self, lines: list[Line], seed: int | None, as_json: bool, *, streams: bool) -> None:
+        first = secrets.randbits(32) if seed is None else seed
+        self.lines, self.as_json = lines, as_json
+        self.seeds: list[int] = []
+        self.prompts: list[int] = []  # of each text the index of its prompt
+        for index, line in enumerate(lines):
+            own = line.options.get("seed")
+            self.seeds.append(int(first + len(self.prompts) if own is None else own) % 2**63)
+            self.prompts += [index] * (line.options.get("num_return_sequences") or 1)
+        self.streams = streams and len(self.prompts) == 1
+        self.waiting: dict[str, dict[int, Result]] = {}  # by attribute under a method for single ones
+        self.num_shown: dict[str, int] = {}
+
+    def __enter__(self) -> _Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, results in self.waiting.items():
+            for text in sorted(results):
+                self._show(name, text, results[text])
+
+    def of(self, indices: list[int]) -> Callable[[str, int, Result], None]:
+        """What a call that answers these prompts does with each of its results."""
+        texts = [text for text, index in enumerate(self.prompts) if index in set(indices)]
+
+        def take(name: str, index: int, result: Result) -> None:
+            waiting = self.waiting.setdefault(name, {})
+            waiting[texts[index]] = result
+            while (text := self.num_shown.setdefault(name, 0)) in waiting:
+                self.num_shown[name] += 1
+                self._show(name, text, waiting.pop(text))
+
+        return take
+
+    def stream(self, token: Token) -> None:
+        if self.streams:
+            print(token.text, end="", flush=True)
+
+    def _show(self, name: str, text: int, result: Result) -> None:
+        index = self.prompts[text]
+        if self.as_json:
+            answer = {"index": index, "attribute": name or None, **dataclasses.asdict(result)}
+            print(json.dumps(answer, allow_nan=False), flush=True)
+            return
+        shown = "" if self.streams else f"> {name and f'[{name}] '}{self.lines[index].words()}\n{result.text}\n"
+        print(shown, flush=True)
+        err.print(result.summary(), style="dim")
+
+
+def _parse_pairs(option: str, form: str, items: list[str]) -> dict[str, str]:
+    """What an option's items, of a form like NAME=TEXT, say of each name."""
+    pairs = {}
+    for item in items:
+        name, _, text = (part.strip() for part in item.partition("="))
+        if not name or not text:
+            raise ValueError(f"{option}: expected {form}, got {item!r}")
+        pairs[name] = text
+    return pairs

@@ -1,0 +1,96 @@
+"""Prompts from files and from standard input, with the weights and options that a line gives for its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Line:
+    """A prompt as `Model.generate` takes it, and what it alone is asked with.
+
+    place  its file and line, or ""
+    """
+
+    prompt: Any
+    weights: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
+
+    @contextmanager
+    def locate_errors(self) -> Iterator[None]:
+        """Put file and line before a ValueError about this prompt."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"prompts: {self.place}: {error}" if self.place else str(error)) from None
+
+    def words(self) -> str:
+        """What the user said last."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        said = [part.get("content") for part in self.prompt if isinstance(part, dict) and part.get("role") == "user"]
+        return str(said[-1] if said else self.prompt)
+
+
+def read_text(argument: str, path: str) -> str:
+    """The text of a file, or of standard input where the path is "-". Raises ValueError naming the argument."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{argument}: expected text in UTF-8, got {_name(path)}: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{argument}: expected text, got nothing in {_name(path)}")
+    return text
+
+
+def read_prompts(path: str) -> list[Line]:
+    """Prompts from a file: one a line; or JSON Lines, whose objects have prompt or messages, and may have weights, seed
+    and any other option; or a JSON list of strings or such objects. Empty lines do not count.
+
+    Raises ValueError with the number of a line that does not parse.
+    """
+    text = read_text("prompts", path)
+    if text.lstrip().startswith("["):
+        try:
+            entries = list(enumerate(json.loads(text), 1))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"prompts: {_name(path)}, line {error.lineno}: expected a JSON list; {error.msg}"
+            ) from None
+        return [_read_entry(entry, f"{_name(path)}, entry {number}") for number, entry in entries]
+    numbered = [(number, line.strip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not (path.endswith(".jsonl") or text.lstrip().startswith("{")):
+        return [Line(line, place=f"{_name(path)}, line {number}") for number, line in numbered]
+    lines = []
+    for number, line in numbered:
+        place = f"{_name(path)}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"prompts: {place}: expected JSON; {error.msg} at column {error.colno}") from None
+        lines.append(_read_entry(entry, place))
+    return lines
+
+
+def _read_entry(entry: Any, place: str) -> Line:
+    if isinstance(entry, str):
+        entry = {"prompt": entry}
+    if not isinstance(entry, dict):
+        raise ValueError(f"prompts: {place}: expected a JSON object or string, got {entry!r}")
+    options = dict(entry)
+    given = [options.pop(name) for name in ("prompt", "messages") if name in options]
+    if len(given) != 1 or not given[0]:
+        raise ValueError(f"prompts: {place}: expected one of prompt and messages, got {', '.join(entry) or 'neither'}")
+    return Line(given[0], options.pop("weights", None), options, place)
+
+
+def _name(path: str) -> str:
+    return "standard input" if path == "-" else path

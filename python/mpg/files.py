@@ -1,0 +1,43 @@
+"""Files that are written whole or not at all, and whether one can be, before the work that fills it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PROBE_BYTES = 2**18  # more than a picture or a table takes
+
+
+@contextmanager
+def whole_file(argument: str, path: str | Path) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of `path` at the end; nothing of it stays where that fails.
+
+    Raises ValueError, naming the argument, where the file cannot be written.
+    """
+    with _beside(argument, path) as beside:
+        yield beside
+        os.replace(beside, Path(path).resolve())
+
+
+def check_writable(argument: str, path: str | Path) -> None:
+    """Raises ValueError as `whole_file` does, from a file like it that is written and taken away again."""
+    with _beside(argument, path) as beside:
+        beside.write_bytes(bytes(PROBE_BYTES))
+
+
+@contextmanager
+def _beside(argument: str, path: str | Path) -> Iterator[Path]:
+    place = Path(path).resolve()  # what a link means, not the link
+    if place.is_dir():
+        raise ValueError(f"{argument}: expected a file, got the folder {str(path)!r}")
+    beside = place.with_name(f".{os.getpid()}-{place.name}")  # of the same suffix, which writers go by
+    try:
+        yield beside
+    except OSError as error:
+        wanted = "a file that can be written"
+        raise ValueError(f"{argument}: expected {wanted}, got {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink()

@@ -1,0 +1,92 @@
+"""`mpg check`: its prompts, its output, and files that are looked at before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from mpg.demo.corpus import HELD_OUT_QUESTIONS
+
+SHORT = ["check", "--weights", "E=1,T=1", "--max-new-tokens", 2, "--seeds", 1]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(question.text for question in HELD_OUT_QUESTIONS[:2]))
+    return path
+
+
+def test_command_prints_one_json_object_or_tables(prompts, run):
+    done = run(*SHORT, "--prompts", prompts, "--json")
+    assert done.exit_code == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["num_prompts"] == 2
+    assert {row["sampler"] for row in printed["sections"][1]["rows"]} >= {"base", "scr"}
+    done = run(*SHORT, "--prompts", prompts)
+    assert done.exit_code == 0, done.stderr
+    assert "intended shift" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('{"a"', "line 1: expected JSON; Expecting ':' delimiter at column 5"),
+        ("One?", "expected at least 2, to tell a shift from chance, got 1 in"),
+        (
+            '{"prompt": "a"}\n{"prompt": "b", "seed": 3}',
+            "line 2: seed: expected none of a single prompt under mpg check",
+        ),
+        ('{"prompt": "a", "weights": {"E": 1}}\n{"prompt": "b"}', "line 1: weights: expected none of a single prompt"),
+        (None, "expected text in UTF-8, got"),
+    ],
+)
+def test_prompts_that_cannot_be_taken_are_refused_by_their_line(written, message, tmp_path, run):
+    path = tmp_path / "prompts"
+    if written is not None:
+        path.write_text(written)
+    done = run(*SHORT, "--prompts", path)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("mpg: prompts: ")
+    assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("name", ["none/check.png", "check.xyz", "check", "/proc/check.png", "folder.png"])
+def test_file_that_cannot_be_drawn_is_refused_before_anything_runs(name, tmp_path, run):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "folder.png").mkdir()
+    done = run("check", "--weights", "E=1", "--plot", tmp_path / name)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("mpg: plot: expected a file")
+    assert done.stdout == ""
+    assert os.listdir(tmp_path) == ["folder.png"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no limit on the size of files")
+def test_a_full_disk_is_noticed_before_anything_runs(start, tmp_path):
+    """A limit on the size of files stands for it."""
+    pytest.importorskip("matplotlib")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); from mpg.__main__ import main; "
+    )
+    process = start("check", "--weights", "E=1", "--plot", tmp_path / "check.png", code=f"{code}sys.exit(main())")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("mpg: plot: expected a file that can be written, got ")
+    assert "File too large" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_plot_is_drawn_where_a_link_leads(prompts, run, tmp_path):
+    pytest.importorskip("matplotlib")
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "check.png")
+    done = run("check", "--weights", "E=4,T=4", "--max-new-tokens", 24, "--prompts", prompts, "--plot", link)
+    if done.exit_code:  # few texts may not tell a shift from chance
+        assert "plot: no intended shift is distinguishable from 0" in done.stderr
+        pytest.skip("nothing to draw")
+    assert link.is_symlink()
+    assert Path(tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")

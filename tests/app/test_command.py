@@ -1,0 +1,142 @@
+"""The command as a process: how soon it answers, what Ctrl-C does, and output that is full or closed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import mpg
+from mpg.demo import MODELS
+
+HEAVY = "{'torch', 'transformers', 'peft', 'numpy', 'mpg_ext', 'mpg.model'}"
+SHORT = ["--weights", "E=1", "--max-new-tokens", "2"]
+COMMANDS = [
+    ["--version"], ["--help"], ["generate", "--help"], ["--show-completion", "bash"], ["info"], ["info", "--json"],
+    ["info", "--methods"], ["generate", *SHORT, "--prompt", "a"], ["generate", *SHORT, "--prompt", "a", "--json"],
+    ["generate", *SHORT, "--prompt", "a", "--prompt", "b"], ["demo", "--questions", "1", "--held-out", "2"],
+    ["check", *SHORT, "--seeds", "1", "--prompts", "PROMPTS"],
+    ["check", *SHORT, "--seeds", "1", "--prompts", "PROMPTS", "--json"], ["chat"],
+]  # fmt: skip
+IN_PROCESS = """
+import os, sys
+from mpg.app.cli import command
+for arguments in {commands}:
+    os.dup2({descriptor}, 1)
+    sys.__stdout__ = sys.stdout = open(1, "w", closefd=False)
+    sys.stdin, sys.argv = open(os.devnull), ["mpg", *arguments]
+    try:
+        status = command.run()
+    except SystemExit as left:
+        status = left.code
+    print(f"status {{status}}", file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], *([name, "--help"] for name in ("generate", "check"))]
+)
+def test_help_and_version_import_nothing_that_takes_long(arguments, start):
+    code = f"""
+from mpg.__main__ import main
+try:
+    main()
+finally:
+    print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
+"""
+    out, imported = start(*arguments, code=f"exec({code!r})").communicate()
+    assert imported == "[]\n"
+    assert out
+
+
+def test_version_is_that_of_the_package_also_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "mpg", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"mpg {mpg.__version__}\n")
+
+
+def test_the_shell_completes_commands_and_options(start):
+    environment = os.environ | {"_MPG_COMPLETE": "complete_bash", "COMP_WORDS": "mpg generate --max", "COMP_CWORD": "2"}
+    code = "sys.argv[0] = 'mpg'; from mpg.__main__ import main; sys.exit(main())"
+    out, _ = start(code=code, env=environment).communicate()
+    assert out.split() == ["--max-new-tokens"]
+
+
+@pytest.mark.parametrize("module", ["typer", "rich.progress", "torch", "peft", "mpg.paper.methods"])
+def test_ctrl_c_during_imports_is_silent_and_130(module, start):
+    """It comes as the module is looked for."""
+    code = f"""
+import os
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from mpg.__main__ import main
+sys.exit(main())
+"""
+    process = start("generate", "--prompt", "a", "--weights", "E=1", code=f"exec({code!r})")
+    assert process.communicate() == ("", "")
+    assert process.returncode == 130
+
+
+def test_ctrl_c_leaves_the_answers_that_were_done(start):
+    prompts = [word for index in range(60) for word in ("--prompt", f"Question {index}?")]
+    arguments = [*prompts, "--weights", "E=1", "--seed", "0", "--batch-size", "1", "--max-new-tokens", "200", "--json"]
+    process = start("generate", *arguments)
+    first = process.stdout.readline()  # the others are not done yet, or the test says nothing
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    indices = [json.loads(line)["index"] for line in (first + out).splitlines()]
+    assert indices == list(range(len(indices)))
+    assert 1 <= len(indices) < 60
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("where", ["full", "closed pipe"])
+def test_output_that_cannot_be_written_is_one_line_on_every_command(where, start, tmp_path):
+    (tmp_path / "prompts").write_text("One?\nTwo?\n")
+    commands = [[word.replace("PROMPTS", str(tmp_path / "prompts")) for word in command] for command in COMMANDS]
+    reader, writer = os.pipe()
+    os.close(reader)
+    descriptor = os.open("/dev/full", os.O_WRONLY) if where == "full" else writer
+    code = IN_PROCESS.format(commands=commands, descriptor=descriptor)
+    _, err = start(code=f"exec({code!r})", pass_fds=[descriptor]).communicate()
+    why = "No space left on device" if where == "full" else "Broken pipe"
+    notes = [line for line in err.splitlines() if not line.startswith(("status", "mpg: "))]
+    assert not any("Traceback" in note or "Exception" in note for note in notes), err
+    told = [line for line in err.splitlines() if line.startswith(("status", "mpg: "))]
+    assert told == [f"mpg: standard output: {why}", "status 1"] * len(commands), err
+
+
+def test_closed_output_is_one_line(start):
+    process = start("info", "--methods", preexec_fn=lambda: os.close(1))
+    _, err = process.communicate()
+    assert (process.returncode, err) == (1, "mpg: standard output: it is closed\n")
+
+
+def test_public_names_are_imported_when_they_are_asked_for(start):
+    code = f"import mpg; print({HEAVY} & set(sys.modules), set(mpg.__all__) <= set(dir(mpg)), mpg.Options.__name__)"
+    assert start(code=code).communicate() == ("set() True Options\n", "")
+    with pytest.raises(AttributeError, match="module 'mpg' has no attribute 'laod'"):
+        mpg.laod  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "check", "info"])
+def test_every_command_takes_a_base_that_adapters_were_not_trained_on(command, run, monkeypatch):
+    seen = {}
+
+    def load(place, **how):
+        seen.update(how, place=place)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(mpg, "load", load)
+    needed = {"generate": ["--prompt", "a", "--weights", "E=1"], "check": ["--weights", "E=1"]}.get(command, [])
+    assert run(command, "--models", MODELS, "--allow-other-base", *needed).exit_code == 2
+    assert seen["allow_other_base"] is True
+    assert seen["place"] == MODELS
