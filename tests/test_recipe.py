@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import mpg
-from mpg.app.cli import app
+from mpg.app.cli.command import app
 from mpg.demo import MODELS
 from mpg.paper.check import check
 from mpg.paper.methods import answer

@@ -17,8 +17,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import mpg
-from mpg.app.chat import COMMANDS, Chat, parse_setting, run
+from mpg.app.chat import COMMANDS, Chat, run
 from mpg.app.colours import colours_of, legend, strongest_push
+from mpg.app.settings import parse_setting
 from mpg.demo import MODELS
 
 SHORT = {"max_new_tokens": 6, "seed": 2}
@@ -83,6 +84,13 @@ def test_another_sampler_gives_up_the_options_that_it_has_not(chat):
     assert "temperature" not in chat.options
 
 
+def test_what_transformers_honours_is_set_too_and_stays_through_samplers(chat, model):
+    assert "repetition_penalty=1.5" in chat.command("/set repetition_penalty=1.5")
+    chat.command("/sampler direct")
+    expected = model.generate(QUESTION, weights={"E": 1, "T": 0.5}, sampler="direct", repetition_penalty=1.5, **SHORT)
+    assert ask(chat, QUESTION).tokens == expected.tokens
+
+
 def test_undo_and_reset_take_turns_back(chat):
     ask(chat, QUESTION)
     before = list(chat.history)
@@ -143,10 +151,12 @@ def test_help_names_every_command_and_quit_ends(chat):
         ("/set temperature={", "expected a number, true, false or a word, got '{'"),
         ("/set temprature=1", "temprature: unknown option; did you mean 'temperature'?"),
         ("/set window=3", "window: not an option of sampler 'exact', got 3"),
+        ("/set num_beams=2", "num_beams: expected"),
+        ("/set num_return_sequences=2", "num_return_sequences: expected 1 in a chat, got 2"),
         ("/system \udcff", "prompt: expected messages that the chat template takes"),
         ("/undo", "/undo: expected a turn to take back, got an empty history"),
         ("/save", "/save: expected the name of a file, got none"),
-        ("/save /no/such/folder/file", "[Errno 2]"),
+        ("/save /no/such/folder/file", "/save: expected a file that can be written, got"),
     ],
 )
 def test_a_bad_command_is_refused_and_changes_nothing(line, message, chat):
@@ -264,7 +274,7 @@ SLOW_CHAT = """
 import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 import mpg
-from mpg.app.cli import app
+from mpg.app.cli.command import app
 generate = mpg.Model.generate
 def slow(self, prompt, on_token, **options):
     return generate(self, prompt, on_token=lambda token: (on_token(token), time.sleep(0.1)), **options)

@@ -101,7 +101,8 @@ def test_ctrl_c_leaves_the_answers_that_were_done(start):
 @pytest.mark.parametrize("where", ["full", "closed pipe"])
 def test_output_that_cannot_be_written_is_one_line_on_every_command(where, start, tmp_path):
     (tmp_path / "prompts").write_text("One?\nTwo?\n")
-    commands = [[word.replace("PROMPTS", str(tmp_path / "prompts")) for word in command] for command in COMMANDS]
+    chosen = COMMANDS if where == "full" else COMMANDS[:8]
+    commands = [[word.replace("PROMPTS", str(tmp_path / "prompts")) for word in command] for command in chosen]
     reader, writer = os.pipe()
     os.close(reader)
     descriptor = os.open("/dev/full", os.O_WRONLY) if where == "full" else writer
