@@ -57,7 +57,7 @@ def test(environment: dict[str, str], *arguments: str) -> bool:
     return passed
 
 
-def main(num_seeds: int) -> int:
+def main(num_seeds: int = 50) -> int:
     ours, torchs = (levels_here(variable) for variable in LEVELS)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         runs = [
