@@ -44,6 +44,11 @@ def by_other_tensors(model):
         parameter.data = parameter.data * 1.1
 
 
+def laid_out_otherwise(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.T.contiguous().T if parameter.dim() == 2 else parameter.data
+
+
 def merge_for_a_while(model):
     model.merge_adapter(["E"])
     through_data(model)
@@ -69,6 +74,15 @@ def test_what_is_changed_after_loading_is_followed(change, first_rows, dtype, ad
     assert (after - before).abs().amax() > 0.01
     expected = torch.stack([full_logits(adapted, TOKENS, adapter) for adapter in (None, "E")])
     torch.testing.assert_close(after, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("first", [train, by_other_tensors, laid_out_otherwise])
+def test_a_second_change_is_followed_too(first, adapted, full_logits):
+    ensemble = load(adapted, {"E": "E"})
+    for change in (first, through_data, through_data):
+        change(adapted)
+        expected = torch.stack([full_logits(adapted, TOKENS, adapter) for adapter in (None, "E")])
+        torch.testing.assert_close(run(ensemble), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_change_of_one_value_through_data_is_followed_on_refresh(adapted, full_logits, monkeypatch):

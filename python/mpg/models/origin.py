@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,12 +31,18 @@ class Origin:
         self._base: Any = source.get_base_model() if isinstance(source, PeftModel) else source
         self._names = set(self._weights())
         self._adapters = list(adapters)
+        self._parts = self._walk()  # a walk names nothing: names take ten times as long, at every call
+        self._found = self._find()
+        self._places: list[Any] = []
+        self._samples: list[list[Tensor]] = []  # views of the weights, as long as they lie where they lay
         self._seen = self._look()
 
     def has_changed(self) -> bool:
         """Raises ValueError where its modules are other ones, or hold a merged adapter."""
+        if (parts := self._walk()) != self._parts:
+            self._found, self._parts = self._find(), parts
         seen, self._seen = self._seen, self._look()
-        return seen[0] != self._seen[0] or not torch.equal(seen[1], self._seen[1])
+        return seen[0] != self._seen[0] or not all(map(torch.equal, seen[1], self._seen[1]))
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, adapters: list[Adapter], stack: LoraStack | None) -> None:
@@ -62,20 +69,44 @@ class Origin:
         plain = {name.replace(".base_layer.", "."): weight for name, weight in named if type(weight) is nn.Parameter}
         return {name: weight for name, weight in plain.items() if ".lora_" not in name}
 
-    @torch.no_grad()
-    def _look(self) -> tuple[list[Any], Tensor]:
+    def _walk(self) -> list[Any]:
+        """Every module and parameter by its id, and which adapters are merged into it."""
+        found: list[Any] = []
+        modules: list[nn.Module] = [self._base]
+        for module in modules:
+            modules += [part for part in module._modules.values() if part is not None]
+            found += (id(module), *map(id, module._parameters.values()))
+            if isinstance(module, LoraLayer):
+                found.append(tuple(module.merged_adapters))
+        return found
+
+    def _find(self) -> tuple[list[Tensor], list[tuple[LoraLayer, str]]]:
+        """All weights, and the layers of each adapter."""
         layers, weights = dict(own_layers(self.argument, self._base)), self._weights()
         if other := sorted(self._names ^ weights.keys()):
             wanted = f"the weights that it was loaded with, got others at {other[0]}; load again"
             raise ValueError(f"{self.argument}: expected {wanted}")
         found: list[Tensor] = list(weights.values())
-        scalings: list[float] = []
+        adapted = []
         for adapter in [adapter for adapter in self._adapters if adapter.model is not None]:
-            for layer in layers.values():
-                if adapter.source in layer.lora_A:
-                    found += [part[adapter.source].get_parameter("weight") for part in (layer.lora_A, layer.lora_B)]
-                    scalings.append(layer.scaling[adapter.source])
-        counts = [(tuple(w.shape), w.data_ptr(), None if w.is_inference() else w._version) for w in found]
-        with_values = [weight.flatten() for weight in found if weight.device.type != "meta"]
-        samples = [w[:: max(len(w) // SAMPLE, 1)].to("cpu", torch.float64) for w in with_values] or [torch.empty(0)]
-        return [scalings, counts], torch.cat(samples)
+            for layer in [layer for layer in layers.values() if adapter.source in layer.lora_A]:
+                found += [part[adapter.source].get_parameter("weight") for part in (layer.lora_A, layer.lora_B)]
+                adapted.append((layer, adapter.source))
+        return found, adapted
+
+    @torch.no_grad()
+    def _look(self) -> tuple[list[Any], list[Tensor]]:
+        weights, adapted = self._found
+        places = [(w.shape, w.stride(), w.data_ptr()) for w in weights]
+        if places != self._places:
+            self._places = places
+            samples: dict[Any, list[Tensor]] = {}
+            for weight in [weight for weight in weights if weight.device.type != "meta" and weight.numel()]:
+                span = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+                step = max(span // SAMPLE, 1)
+                sample = weight.as_strided(((span - 1) // step + 1,), (step,))  # a view, however it is laid out
+                samples.setdefault((weight.device, weight.dtype), []).append(sample)
+            self._samples = list(samples.values())
+        scalings = [layer.scaling[name] for layer, name in adapted]
+        counts = [None if weight.is_inference() else weight._version for weight in weights]
+        return [scalings, places, counts], [torch.cat(samples).cpu() for samples in self._samples]
