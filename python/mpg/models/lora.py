@@ -247,7 +247,8 @@ class LoraStack:
         """Replace every adapted linear layer of `model`; ValueError where an adapter has base weights of its own."""
         self.factors: list[tuple[Tensor, Tensor]] = []  # per layer down (G, R, in) of all that share it, up (G, r, out)
         self.layers: list[LoraLinear] = []
-        self.active: list[tuple[Tensor, Tensor]] | None = None  # of every layer, which holds its own
+        self.active: list[tuple[Tensor, Tensor]] | None = []  # of every layer, which holds its own; [] at first
+        self._parents: list[tuple[nn.Module, str]] = []  # of every layer, and what it is called there
         self.merge_weights: Tensor | None = None
         self.dtype = model.dtype
         self.rows_of_group = self.num_tokens = 0
@@ -267,6 +268,8 @@ class LoraStack:
                 layer = LoraLinear(model.get_submodule(module), self, module, place, ranks)
                 model.set_submodule(module, layer)
                 self.layers.append(layer)
+                parent, _, attribute = module.rpartition(".")
+                self._parents.append((model.get_submodule(parent), attribute))
         self.fill(adapters)
 
     def fill(self, adapters: Sequence[Adapter]) -> None:
@@ -308,9 +311,10 @@ class LoraStack:
         merge_weights: (num_rows, N), each row's own weights of the N groups that `merge` joined
         """
         if factors is not self.active:
-            for index, layer in enumerate(self.layers):
+            for index, (layer, (parent, attribute)) in enumerate(zip(self.layers, self._parents, strict=True)):
                 own = factors and (factors[index - layer.place][0], factors[index][1])
                 vars(layer)["factors"] = own  # past nn.Module, which would look for a parameter in it
+                parent._modules[attribute] = layer.base if own is None else layer  # a small one takes less than a call
         self.active, self.merge_weights, self.latest = factors, merge_weights, None
         self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
 
@@ -346,8 +350,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        if self.factors is None:
-            return out
+        assert self.factors is not None, "the plain base runs its own layers"
         down, up = self.factors
         # All rows in order, by row (its last token under logits_to_keep, cached ones in DeepSeek's latent attention) or
         # with all tokens flattened. Not e.g. an expert that sees some of the tokens: groups would mix.
