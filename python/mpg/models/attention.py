@@ -135,7 +135,7 @@ def ragged_attention(
 ) -> tuple[Tensor, None]:
     """Attention with grouped heads, optionally with capped scores (Gemma 2) or sinks (GPT-OSS).
 
-    query: (R, H * G, q, D); key, value: (R, H, kv, D); attention_mask: (R, 1, q, kv) bool, true = attend
+    query: (R, H * G, q, D); key, value: (R, H, kv, D); attention_mask: (R, 1, q, kv) of `ragged_mask`
     s_aux: (H * G,) sink logits, or None
 
     out: (R, q, H * G, D)
@@ -145,14 +145,15 @@ def ragged_attention(
     # The G query heads of one key head become G times the queries. Unlike enable_gqa, this lets a fused kernel run with
     # a mask on CUDA too; the fallback there would repeat keys and values G times.
     query = query.reshape(rows, key.shape[1], groups * num_queries, head_dim)
-    mask = attention_mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    mask = attention_mask.to(query.dtype)
+    mask = mask if groups == 1 else mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
     if softcap is None and s_aux is None:
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     else:
         scores = (query @ key.transpose(2, 3)).float() * (head_dim**-0.5 if scaling is None else scaling)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores + mask
         if s_aux is not None:
             sinks = s_aux.float().view(1, key.shape[1], groups, 1, 1).expand(rows, -1, -1, num_queries, -1)
             scores = torch.cat([scores, sinks.flatten(2, 3)], dim=-1)
@@ -168,13 +169,15 @@ def ragged_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Tensor] | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Tensor:
     """The model's own mask function (causal, sliding, chunked) evaluated at every row's own query positions.
 
     q_offset: (R,) int64 from RaggedCache.get_query_offset
 
-    out: (R, 1, q, kv) bool, true = attend
+    out: (R, 1, q, kv) in `dtype`, to be added to scores: 0 = attend, -inf = do not. Made once a forward; of a bool mask
+    every layer would make it anew
     """
     assert isinstance(q_offset, Tensor), "the model attends without its cache"
     assert mask_function is not None
@@ -187,7 +190,8 @@ def ragged_mask(
         queries[:, None, :, None],
         torch.arange(kv_length, device=device)[None, None, None, :],
     )
-    return mask.expand(batch_size, 1, q_length, kv_length)
+    scores = torch.full(mask.shape, -torch.inf, dtype=dtype, device=device).masked_fill_(mask, 0)
+    return scores.expand(batch_size, 1, q_length, kv_length)
 
 
 AttentionInterface.register(ATTENTION, ragged_attention)
