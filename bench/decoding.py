@@ -13,19 +13,21 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from rich.console import Console, Group
 from rich.table import Table
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import peers
 from mpg.demo import MODELS as DEMO_MODELS
@@ -99,12 +101,25 @@ class Report:
         return {**asdict(self), "rows": [row.as_json() for row in self.rows]}
 
 
-def run(plan: Plan, device: str = "cpu", threads: int = 1, say: Say = lambda stage: None) -> Report:
-    """All of it: the peers, the paper's Table 3, growth; on a GPU its goals too.
+class Part(StrEnum):
+    """What can be run by itself."""
+
+    BASE, PEERS, GPU, METHODS, GROWTH = "base", "peers", "gpu", "methods", "growth"
+
+
+def run(
+    plan: Plan,
+    device: str = "cpu",
+    threads: int = 1,
+    say: Say = lambda stage: None,
+    parts: Collection[Part] = tuple(Part),
+) -> Report:
+    """All of it: own base beside `generate`, the peers, the paper's Table 3, growth; on a GPU its goals too.
 
     device:  "cpu" or "cuda"; the CPU's goals are for "cpu", those of an H200 for "cuda"
     threads: of torch's products
     say:     called with the name of every stage
+    parts:   what is run of it
 
     Raises ValueError if the loops that are compared do not give the same text.
     """
@@ -113,15 +128,21 @@ def run(plan: Plan, device: str = "cpu", threads: int = 1, say: Say = lambda sta
     torch.manual_seed(0)
     try:
         report = Report(describe_hardware(device, threads), asdict(plan))
-        say("random Llama, hidden 512")
-        adapted = peers.add_adapters(peers.random_llama(peers.SMALL, device, torch.float32), 4, KL, ALL_LINEARS)
-        report.hardware["kl_per_token"] = {name: round(peers.mean_kl(adapted, name), 4) for name in adapted.peft_config}
-        for batch in (1, 8):
+        if Part.BASE in parts:
+            report.rows += measure_base(peers.SMOLLM2_135M, plan, device, say)
+        if Part.GPU in parts:
+            gpu = device if device != "cpu" else None
+            report.rows += measure_gpu_goals(peers.LLAMA_8B, peers.LLAMA_1B, plan, gpu, say)
+        if Part.PEERS in parts or Part.METHODS in parts:
+            say("random Llama, hidden 512")
+            adapted = peers.add_adapters(peers.random_llama(peers.SMALL, device, torch.float32), 4, KL, ALL_LINEARS)
+            kl_per_token = {name: round(peers.mean_kl(adapted, name), 4) for name in adapted.peft_config}
+            report.hardware["kl_per_token"] = kl_per_token
+        for batch in (1, 8) if Part.PEERS in parts else ():
             say(f"peers, batch {batch}")
             report.peers.append(compare_peers(adapted, batch, plan))
         report.rows += judge_peers(report.peers, on_cpu=device == "cpu")
-        report.rows += measure_gpu_goals(peers.LLAMA_8B, peers.LLAMA_1B, plan, device if device != "cpu" else None, say)
-        for name, model, prompts, methods in open_model_sets(adapted, plan, device):
+        for name, model, prompts, methods in open_model_sets(adapted, plan, device) if Part.METHODS in parts else ():
             say(f"methods, {name}")
             report.methods += time_methods(name, model, prompts, methods, plan)
         report.rows += [
@@ -130,8 +151,9 @@ def run(plan: Plan, device: str = "cpu", threads: int = 1, say: Say = lambda sta
             for key in HEADLINES
             if entry[key] is not None
         ]
-        say("growth")
-        report.growth = measure_growth(plan, device)
+        if Part.GROWTH in parts:
+            say("growth")
+            report.growth = measure_growth(plan, device)
     finally:
         torch.set_num_threads(threads_before)
     return report
@@ -210,6 +232,48 @@ def loop_overhead(gaps: Sequence[tuple[float, float]]) -> float:
     return 1 - sum(forward for _, forward in gaps) / sum(seconds for seconds, _ in gaps)
 
 
+# Own base
+
+BASE_GOALS = {"base_vs_eager_b1": 1.0, "base_vs_eager_b8": 1.5, "direct_n2_vs_base_b1": 0.85}
+
+
+def measure_base(shape: Shape, plan: Plan, device: str, say: Say = lambda stage: None) -> list[Row]:
+    """Whole calls of own base beside `generate`, and of `direct` with N = 2 beside own base, of a random Llama with
+    adapters on all linear layers and of mbti-tiny.
+
+    The base is run with two adapters loaded, and without any ("base_alone"). The goals, which are the CPU's, are for
+    the processor's time; rows by the clock on the wall end "_wall".
+    """
+    random = peers.add_adapters(peers.random_llama(shape, device, torch.float32), 2, None, ALL_LINEARS)
+    sources: dict[str, tuple[Any, Any, list[str]]] = {shape.name: (random, peers.plain(random), ["a0", "a1"])}
+    if os.environ.get("MPG_MODELS"):
+        folder = Path(os.environ["MPG_MODELS"], "mbti-tiny")
+        sources["mbti-tiny"] = folder, AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), ["E", "T"]
+    rows = []
+    for name, (source, base, attributes) in sources.items():
+        model, alone = load(source, device=device), load(base, {"same": base})
+        base.generation_config.eos_token_id, model.models.eos_token_ids, alone.models.eos_token_ids = None, (), ()
+        weights = dict.fromkeys(attributes, 0.5)
+        options: dict[str, Any] = {"sampler": "direct", "seed": 0, "max_new_tokens": plan.peer_tokens}
+        for batch in (1, 8):
+            say(f"base, {name}, batch {batch}")
+            prompts = random_prompts(batch, PROMPT_TOKENS, model.models.vocab_size).to(device)
+            contestants: dict[str, Callable[[], Any]] = {
+                "eager": partial(peers.generate_eagerly, base, prompts, plan.peer_tokens),
+                "base": partial(model.generate, prompts.tolist(), target="base", **options),
+                "base_alone": partial(alone.generate, prompts.tolist(), target="base", **options),
+            }
+            if batch == 1:
+                contestants["direct_n2"] = partial(model.generate, prompts.tolist(), weights=weights, **options)
+            seconds = take_turns(contestants, plan.runs, device)
+            for own in list(contestants)[1:]:
+                other = "base" if own == "direct_n2" else "eager"
+                found, row = shares(seconds[other], seconds[own]), f"{own}_vs_{other}_b{batch}"
+                goal = BASE_GOALS.get(row.replace("_alone", "")) if device == "cpu" else None
+                rows += [Row(f"{name}/{row}", found.processor, goal), Row(f"{name}/{row}_wall", found.wall)]
+    return rows
+
+
 # Peers
 
 
@@ -247,11 +311,8 @@ def compare_peers(adapted: Any, batch: int, plan: Plan) -> dict[str, Any]:
         "models": f"{peers.SMALL.name}, N = {len(names)}",
         "batch": batch,
         "new_tokens": count,
-        "tokens_per_second": {name: batch * count / median(times) for name, times in seconds.items()},
-        "times_as_fast": {
-            name: median(other / own for other, own in zip(times, seconds["direct"], strict=True))
-            for name, times in seconds.items()
-        },
+        "tokens_per_second": {name: batch * count / median(t.wall for t in times) for name, times in seconds.items()},
+        "times_as_fast": {name: shares(times, seconds["direct"]).wall for name, times in seconds.items()},
         "loop_overhead": loop_overhead(watch.gaps),
     }
 
@@ -284,9 +345,16 @@ def judge_peers(comparisons: Sequence[dict[str, Any]], *, on_cpu: bool) -> list[
     return rows
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], runs: int, device: str) -> dict[str, list[float]]:
+class Seconds(NamedTuple):
+    """What a call took, by the clock on the wall, and of the processor, which other programs do not add to."""
+
+    wall: float
+    processor: float
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], runs: int, device: str) -> dict[str, list[Seconds]]:
     """Seconds of every call in each run, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in calls}
     for index in range(-1, runs):
         for name, call in calls.items():
             elapsed = time_once(call, device)
@@ -295,14 +363,20 @@ def take_turns(calls: dict[str, Callable[[], Any]], runs: int, device: str) -> d
     return seconds
 
 
-def time_once(call: Callable[[], Any], device: str) -> float:
+def time_once(call: Callable[[], Any], device: str) -> Seconds:
     """Seconds of one call, all of its work on the device included."""
     synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     synchronise()
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     call()
     synchronise()
-    return time.perf_counter() - started
+    return Seconds(time.perf_counter() - started[0], time.process_time() - started[1])
+
+
+def shares(others: Sequence[Seconds], own: Sequence[Seconds]) -> Seconds:
+    """How many times as fast the second of two calls is that took turns, the median of the runs, by either clock."""
+    pairs = list(zip(others, own, strict=True))
+    return Seconds(median(o.wall / s.wall for o, s in pairs), median(o.processor / s.processor for o, s in pairs))
 
 
 def random_prompts(batch: int, length: int, vocab_size: int) -> Tensor:
@@ -463,7 +537,7 @@ def render(report: Report) -> Group:
             passed = {True: "yes", False: "NO", None: "not measured here"}[row.as_json()["pass"]]
             goals.add_row(row.name, "" if row.value is None else f"{row.value:.2f}", wanted, passed)
     against = Table(title="tokens/s of the peers", title_justify="left")
-    for header in ("models", "batch", *report.peers[0]["tokens_per_second"]):
+    for header in ("models", "batch", *(report.peers[0]["tokens_per_second"] if report.peers else ())):
         against.add_column(header, justify="right")
     for found in report.peers:
         speeds = (f"{speed:.1f}" for speed in found["tokens_per_second"].values())
@@ -481,7 +555,7 @@ def render(report: Report) -> Group:
         if entry["why"] is None:
             figures = ("" if entry[key] is None else f"{entry[key]:.3g}" for key in columns)
             methods.add_row(entry["models"], entry["method"], *figures)
-    return Group(goals, against, methods)
+    return Group(*(table for table in (goals, against, methods) if table.rows))
 
 
 def plot_growth(report: Report, path: Path) -> None:
@@ -528,7 +602,7 @@ def measure_gpu_goals(large: Shape, small: Shape, plan: Plan, device: str | None
         base = peers.random_llama(large, device, torch.bfloat16)
         prompts = random_prompts(1, context, large.vocab).to(device)
         eager, compiled = (
-            count / median(take_turns({"": call}, plan.runs, device)[""])
+            count / median(seconds.wall for seconds in take_turns({"": call}, plan.runs, device)[""])
             for call in (
                 lambda: peers.generate_eagerly(base, prompts, count),
                 lambda: peers.generate_eagerly(base, prompts, count, "static"),
@@ -573,7 +647,7 @@ def copy_bandwidth(device: str, size: int = 2**30) -> float:
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = take_turns({"copy": lambda: target.copy_(source)}, 9, device)["copy"]
-    return 2 * size / median(times)
+    return 2 * size / median(seconds.wall for seconds in times)
 
 
 def main(
@@ -582,6 +656,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu | cuda, with the goals of either.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of torch's products on the CPU.")] = 1,
     graphs: Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA graphs.")] = False,
+    only: Annotated[list[Part] | None, typer.Option(help="A part to run, or several of them; default all.")] = None,
 ) -> None:
     """Measure decoding against its goals, the loops one would write without mpg, and its own forwards.
 
@@ -592,12 +667,14 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         check_writable("out", out / f"bench-{device}.json")
         check_plot(out / f"bench-{device}.png")
-    report = run(replace(FULL if full else Plan(), graphs=graphs), device, threads, partial(err.print, style="dim"))
+    plan, say = replace(FULL if full else Plan(), graphs=graphs), partial(err.print, style="dim")
+    report = run(plan, device, threads, say, only or tuple(Part))
     if out is not None:
         with whole_file("out", out / f"bench-{device}.json") as file:
             file.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-        with whole_file("out", out / f"bench-{device}.png") as file:
-            plot_growth(report, file)
+        if report.growth:
+            with whole_file("out", out / f"bench-{device}.png") as file:
+                plot_growth(report, file)
     err.print(render(report))
     print(json.dumps({"rows": report.as_json()["rows"]}, allow_nan=False))
 

@@ -29,9 +29,11 @@ class Shape:
     kv_heads: int
     vocab: int
     positions: int = 16_384
+    tied: bool = False  # the head is the input embedding
 
 
 SMALL = Shape("llama-512x8", 512, 1376, 8, 8, 8, 32_000)
+SMOLLM2_135M = Shape("smollm2-135m", 576, 1536, 30, 9, 3, 49_152, 8192, tied=True)
 LLAMA_8B = Shape("llama-3-8b", 4096, 14_336, 32, 32, 8, 128_256)
 LLAMA_1B = Shape("llama-3.2-1b", 2048, 8192, 16, 32, 8, 128_256)
 
@@ -46,6 +48,7 @@ def random_llama(shape: Shape, device: str, dtype: torch.dtype) -> LlamaForCausa
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=shape.positions,
+        tie_word_embeddings=shape.tied,
         bos_token_id=None,
         eos_token_id=None,
         dtype=dtype,
@@ -56,10 +59,11 @@ def random_llama(shape: Shape, device: str, dtype: torch.dtype) -> LlamaForCausa
     return model.eval()
 
 
-def add_adapters(model: PreTrainedModel, count: int, kl: float, modules: str | Sequence[str]) -> PeftModel:
+def add_adapters(model: PreTrainedModel, count: int, kl: float | None, modules: str | Sequence[str]) -> PeftModel:
     """LoRA adapters "a0", "a1", ... (r = 8) of random weights on these modules, `kl` nats a token from the base.
 
-    All take the one scale that gives the first of them this mean KL(adapter || base) on random tokens, by bisection.
+    All take the one scale that gives the first of them this mean KL(adapter || base) on random tokens, by bisection;
+    with None they stay as PEFT draws them.
     """
     config = LoraConfig(
         r=8,
@@ -71,6 +75,8 @@ def add_adapters(model: PreTrainedModel, count: int, kl: float, modules: str | S
     for index in range(1, count):
         adapted.add_adapter(f"a{index}", config)
     adapted.to(model.dtype).eval()
+    if kl is None:
+        return adapted
     ups = {name: weight for name, weight in adapted.named_parameters() if ".lora_B." in name}
     own = {name: weight.detach().clone() for name, weight in ups.items()}
     low, high = -12.0, 12.0  # log2 of the scale

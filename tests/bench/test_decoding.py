@@ -105,6 +105,24 @@ def test_a_watch_sees_every_round_but_the_first(options, adapted):
     assert sum(seconds for seconds, _ in watch.gaps) > sum(forward for _, forward in watch.gaps) > 0
 
 
+def test_own_base_is_measured_beside_generate():
+    rows = bench.measure_base(TINY, PLAN, "cpu")
+    assert {row.name.removeprefix("tiny/"): row.goal for row in rows if row.name.startswith("tiny/") and row.goal} == {
+        **bench.BASE_GOALS, "base_alone_vs_eager_b1": 1.0, "base_alone_vs_eager_b8": 1.5
+    }  # fmt: skip
+    assert all(row.value > 0 for row in rows)
+
+
+def test_one_part_is_run_by_itself(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "SMOLLM2_135M", TINY)
+    monkeypatch.setattr(bench, "Plan", lambda: PLAN)
+    bench.main(only=[bench.Part.BASE])
+    printed = capsys.readouterr()
+    names = [row["name"] for row in json.loads(printed.out)["rows"]]
+    assert "tiny/base_vs_eager_b1" in names and not any("sequential" in name for name in names)
+    assert "tiny/base_vs_eager_b1" in printed.err and "tokens/s of the peers" not in printed.err
+
+
 def test_the_goals_of_a_gpu_are_measured_where_there_is_a_device(monkeypatch):
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
     rows = bench.measure_gpu_goals(TINY, replace(TINY, hidden=32), PLAN, "cpu", lambda stage: None)
