@@ -268,6 +268,7 @@ class Session:
             else:
                 self._read(runner, unread)
                 runner.copy(sources, copied, num_copied)
+        self._spoiled -= wanted.keys()
 
     def _read(self, runner: ModelRunner, rows: list[int]) -> None:
         """Feed the prompts of some rows, but for their last tokens, to a model."""
