@@ -108,7 +108,7 @@ class Model:
         raw       take strings verbatim, not as a user message through the chat template (where there is one). Special
                   tokens are added as the tokenizer has it, but not to a string that begins with its BOS already
         on_token  called with every `Token` as soon as its round is done
-        on_result called with the index of every `Result` and the result as soon as it has ended
+        on_result called with the index of each `Result` in the list, and the result, as soon as that text has ended
         options   the fields of `Options`; those not given are the recipe's, where the sampler has them. Also the fields
                   of transformers' GenerationConfig that `mpg.frontend.hf_generate` honours: do_sample, max_length,
                   eos_token_id, stop_strings, repetition_penalty, num_return_sequences, ...
@@ -154,6 +154,8 @@ class Model:
         conventions.check_sampler(checked)
         if on_token is not None and not callable(on_token):
             raise ValueError(f"on_token: expected a callable, got {on_token!r}")
+        if on_result is not None and not callable(on_result):
+            raise ValueError(f"on_result: expected a callable, got {on_result!r}")
         if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
             raise ValueError(f"streamer: expected one of transformers, with put and end, got {streamer!r}")
         if prompt is not None and input_ids is not None:
@@ -178,21 +180,17 @@ class Model:
             streamer.put(torch.tensor([requests[0].token_ids]))
             on_token = _also_to(streamer, on_token)
         why = None
-
-        def finish(index: int, result: Result) -> None:
-            if on_result is not None:
-                on_result(index, replace(result, plan=why))
-
         try:
             if checked.sampler == "auto":
                 chosen_plan = self._plan(requests, checked, conventions.eos_token_ids)
                 checked, why = chosen_plan.options, str(chosen_plan)
-            results = decode(models, requests, checked, conventions.eos_token_ids, on_token, started_at, finish)
+            results = decode(
+                models, requests, checked, conventions.eos_token_ids,
+                on_token=on_token, on_result=on_result, started_at=started_at, plan=why,
+            )  # fmt: skip
         finally:
             if streamer is not None:
                 streamer.end()  # whoever iterates over it must not wait for ever
-        if why is not None:
-            results = [replace(result, plan=why) for result in results]
         return results if is_list or conventions.num_return_sequences > 1 else results[0]
 
     def refresh(self) -> None:

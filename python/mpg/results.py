@@ -9,8 +9,8 @@ from typing import Any
 
 from mpg.decode import STATISTICS as SAMPLER_STATISTICS
 
-# Every entry of `Result.stats` with its unit or denominator. The three costs are counted apart, never mixed; reading
-# the prompt is in none of them.
+# Every entry of `Result.stats` with its unit or denominator; but for the times those of the request alone, whatever ran
+# beside it. The three costs are counted apart, never mixed; reading the prompt is in none of them.
 STATISTICS = {
     "rounds": "propose, score, verify, commit (a count)",
     "model_calls_per_token": "forwards, every model that takes part counted / tokens",
@@ -29,8 +29,8 @@ class Token:
     request     index of its result in the list that the call returns
     id          token id
     text        the text that it completes; "" while a character is incomplete, and for special tokens
-    log_ratios  by attribute log pi_i(token) - log anchor(token) where the call traces, else None; against the target's
-                row where the target runs no anchor (arithmetic)
+    log_ratios  by attribute that the request weighs, log pi_i(token) - log anchor(token) where the call traces, else
+                None; against the target's row where the target runs no anchor (arithmetic)
     """
 
     request: int
@@ -77,7 +77,7 @@ class Transcript:
     """The tokens of one request as the host has seen them, and their text piece by piece.
 
     tokenizer      decodes ids, or None
-    attributes     names of those that log-ratios come by
+    attributes     names of those that the request weighs, which log-ratios come by
     request        index of its result in the list that the call returns
     prompt_length  in tokens
     ends           whether the last of the new tokens ends the text, where something beside its end-of-sequence tokens

@@ -17,7 +17,7 @@ from torch import Tensor
 from composed import Composed
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch, Round
-from mpg.models.ensemble import Cost
+from mpg.models.ensemble import Pass
 from mpg.options import Options
 from mpg.results import Transcript
 from replaying import Replaying, enumerate_branches
@@ -70,7 +70,8 @@ class FakeModels:
 
 class FakeSession:
     def __init__(self, models: FakeModels, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int):
-        self.models, self.cost = models, Cost()
+        self.models = models
+        self.passes: list[Pass] = []
         unread = torch.full((len(prompts), capacity), 7)  # a token that no vocabulary here has
         self.read = {id(models.logits[role]): unread.clone() for role in roles}  # roles of one model share it
         self.replace(range(len(prompts)), prompts)
@@ -81,8 +82,7 @@ class FakeSession:
                 read[row, : len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.int64)
 
     def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
-        self.cost.model_calls += len(roles)
-        self.cost.depth += 1
+        self.passes.append((tuple(roles), tokens.shape[1]))
         positions = start[:, None] + torch.arange(tokens.shape[1])
         positions = positions.clamp_max(next(iter(self.read.values())).shape[1] - 1)
         rows = []

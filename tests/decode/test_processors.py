@@ -221,7 +221,10 @@ def test_rows_nobody_can_draw_from_stay_as_they_are():
         (lambda ids, scores: None, r"logits_processor: expected scores \(1, 7\) .*, got NoneType"),
     ],
 )
-def test_processor_that_returns_no_scores_is_refused(processor, message):
-    rows = torch.zeros(2, 1, 7, dtype=torch.float64).log_softmax(-1)
+def test_processor_that_returns_no_scores_fails_its_row_alone(processor, message):
+    rows, batch = torch.zeros(2, 1, 7, dtype=torch.float64).log_softmax(-1), make_batch(processor)
+    processed = process_rows(batch, rows, torch.zeros(2, 0, dtype=torch.int64), torch.tensor([1, 1]))
+    assert batch.active.tolist() == [False, True]
+    assert processed.equal(rows)
     with pytest.raises(ValueError, match=message):
-        process_rows(make_batch(processor), rows, torch.zeros(2, 0, dtype=torch.int64), torch.tensor([1, 1]))
+        raise batch.errors[0]

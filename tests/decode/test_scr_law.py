@@ -209,6 +209,5 @@ def test_a_round_takes_k_passes_of_the_base_and_one_of_the_others(initial_bound,
     session = models.open([[1, 0], [2]], sampler.roles, batch.capacity)
     sampler.start(session, batch, Decisions(batch.seeds, batch.rounds))
     num_rounds = sum(1 for _ in rounds_of(sampler, batch))
-    num_scored = num_attributes + (not same)
-    assert session.cost.depth == num_rounds * (k + 1)
-    assert session.cost.model_calls == num_rounds * (k + num_scored)
+    scored = ("E", "T") if same else ("anchor", "E", "T")
+    assert session.passes == num_rounds * [*[(("base",), 1)] * k, (scored, k)] == num_rounds * sampler.passes(k)

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ensembles import load
+from mpg.models.ensemble import Cost
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
 SHARES = {"E": [0.7, 1.0, -0.5], "T": [0.3, 0.0, 2.0], "J": [0.0, 0.0, 0.25]}  # per row
@@ -74,10 +75,10 @@ def test_merged_equals_pefts_own_combination(peft_model, full_logits):
 def test_merged_runs_beside_the_others_as_one_more_call_on_a_cache_of_its_own(peft_model):
     ensemble, draft = load(peft_model(), device="cpu"), torch.randint(61, (3, 3))
     merged = _merge(ensemble)
-    together, session = _continue(merged, ["merged", "E", "base"], draft)
-    assert session.cost.model_calls == 3
-    alone, session = _continue(merged, ["merged"], draft)
-    assert session.cost.model_calls == session.cost.depth == 1
+    together, _ = _continue(merged, ["merged", "E", "base"], draft)
+    assert merged.cost({(("merged", "E", "base"), 1): 1}, ("merged", "E", "base")) == Cost(3, 2, 3)
+    alone, _ = _continue(merged, ["merged"], draft)
+    assert merged.cost({(("merged",), 1): 1}, ("merged",)) == Cost(1, 1, 1)
     others, _ = _continue(ensemble, ["E", "base"], draft)
     torch.testing.assert_close(together[:1], alone)
     torch.testing.assert_close(together[1:], others)

@@ -16,7 +16,7 @@ from mpg.decode.scr import SCR
 from mpg.options import Options
 
 if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Pass, Session
 
 
 class Sampler(Protocol):
@@ -41,6 +41,10 @@ class Sampler(Protocol):
         """Commit at least one token to every active row, or mark it as failed; only seq-rs, which commits whole texts,
         may take a bounded number of rounds for it. Never waits for the device, and keeps what it remembers in tensors
         that it changes in place."""
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        """The forwards of a round in which a request drafts so many tokens: the roles fed, and how many tokens to each.
+        Those of the round itself may be more and longer, where others draft more."""
 
     def statistics(self) -> dict[str, Tensor]:
         """What the sampler counted, per row (B,)."""

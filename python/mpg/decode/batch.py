@@ -66,6 +66,7 @@ class Batch:
     draft_lengths  (B,) int64, tokens that each request drafts next, where its sampler adapts them, else None
     processors  per row what the target's rows pass through before the warp (see `rows`), or None; None where no
                 request has any
+    errors      what a processor raised, by row, whose request is then no longer active
 
     What the host steers by, without waiting for the device:
     longest        upper bound on the length of every row that is still active
@@ -100,6 +101,7 @@ class Batch:
         self.active, self.unusable, self.empty = torch.zeros(3, num_rows, dtype=torch.bool, device=device)
         self.draft_lengths: Tensor | None = None
         self.processors = processors
+        self.errors: dict[int, Exception] = {}
         self.longest, self.longest_draft = 0, 0
         self._committed: tuple[Tensor, Tensor, Tensor | None] | None = None
         self.replace(range(num_rows), prompts, max_new_tokens, weights, seeds)
@@ -128,6 +130,8 @@ class Batch:
         self.active[index] = self.lengths[index] < self.limits[index]
         self.unusable[index] = self.empty[index] = False
         self.longest = max(self.longest, *lengths)
+        for row in rows:
+            self.errors.pop(row, None)
 
     def snapshot(self) -> Snapshot:
         """What the last round did, on its way to the host."""

@@ -13,7 +13,7 @@ from mpg.decode.rows import TargetRows
 from mpg.options import Options
 
 if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Pass, Session
 
 
 class Direct:
@@ -45,6 +45,9 @@ class Direct:
         self.target.commit(logits, self.none, token)
         log_ratios = self.target.log_ratios(logits, token[:, None]) if self.options.trace else None
         batch.commit(token[:, None], torch.ones_like(token), log_ratios)
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        return [(self.roles, 1)]
 
     def statistics(self) -> dict[str, Tensor]:
         return {}

@@ -19,7 +19,7 @@ from mpg.decode.targets import is_one_model
 from mpg.options import Options
 
 if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Pass, Session
 
 
 ROLES = {"reference": "base", "model": "draft", "merged": "merged"}  # the model behind each draft that has one
@@ -51,6 +51,9 @@ class Draft(Protocol):
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None: ...
 
     def propose(self, chunk_size: int) -> Proposal: ...
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        """As in `Sampler`, of the drafting alone."""
 
 
 class ModelDraft:
@@ -88,6 +91,9 @@ class ModelDraft:
         num_usable = batch.count_usable(ends_at, chunk_size)
         batch.fail(unusable=_count_drawn(draft_rows, chunk) < num_usable)
         return Proposal(chunk, draft_rows, num_usable, ends_at)
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        return [(self.roles, 2 if index == 0 and not self.is_verified else 1) for index in range(num_drafts)]
 
     def _process(self, log_row: Tensor, tokens: list[Tensor], rows: list[Tensor]) -> Tensor:
         """The row (B, V) behind the tokens drafted so far, processed; as it was where nothing would be left."""
@@ -148,6 +154,9 @@ class LookupDraft:
         num_drafted = torch.where(match >= 0, (batch.lengths - 1 - match).clamp_max(chunk_size), 0)
         ends_at = batch.ends_at(chunk)
         return Proposal(chunk, None, batch.count_usable(ends_at, chunk_size).minimum(num_drafted), ends_at)
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        return []
 
 
 def merged_shares(weights: Tensor, target: str) -> Tensor:

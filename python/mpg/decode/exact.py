@@ -18,7 +18,7 @@ from mpg.decode.rows import TargetRows
 from mpg.options import Options
 
 if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Pass, Session
 
 MAX_ADAPTED_CHUNK = 16
 # Every statistic with its denominator.
@@ -51,6 +51,7 @@ class Exact:
         self.num_accepted[rows] = self.num_offered[rows] = 0
         if self.batch.draft_lengths is not None:
             self.batch.draft_lengths[rows] = self.options.chunk_size
+            self.batch.longest_draft = max(self.batch.longest_draft, self.options.chunk_size)
 
     def round(self) -> None:
         batch = self.batch
@@ -92,6 +93,9 @@ class Exact:
         committed = torch.cat([chunk, token[:, None]], 1).scatter(1, place[:, None], token[:, None])
         log_ratios = self.target.log_ratios(logits, committed) if self.options.trace else None
         batch.commit(committed, accepted + goes_on, log_ratios)
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        return [*self.draft.passes(num_drafts), (self.target.roles, num_drafts + 1)]
 
     def statistics(self) -> dict[str, Tensor]:
         """The entries of `STATISTICS`, each (B,)."""

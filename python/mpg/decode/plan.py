@@ -21,7 +21,7 @@ import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.drafts import ROLES, LookupDraft, merged_shares
 from mpg.decode.rows import TargetRows
-from mpg.decode.run import Request, Run
+from mpg.decode.run import Request, Scheduler
 from mpg.models.ensemble import Ensemble
 from mpg.options import MAX_CHUNK, Options
 
@@ -104,28 +104,31 @@ def plan(models: Ensemble, requests: Sequence[Request], options: Options, eos_to
 
 def _time_round(models: Ensemble, requests: Sequence[Request], options: Options) -> float:
     """Seconds of a round, the host's reading of it included."""
-    run = Run(models, requests, options, (), None, perf_counter())  # no end, so that all rows go on
+    scheduler = Scheduler.of(models, requests, options, ())  # no end, so that all rows go on
+    for request in requests:
+        scheduler.add(request)
+    scheduler.step()  # not counted
     seconds = []
-    for _ in range(TIMED_ROUNDS + 1):  # the first is not counted
+    for _ in range(TIMED_ROUNDS):
         started_at = perf_counter()
-        run.sampler.round()
-        run.batch.snapshot().read()
+        scheduler.sampler.round()
+        scheduler.batch.snapshot().read()
         seconds.append(perf_counter() - started_at)
-    run.session.close()
-    return min(seconds[1:])
+    scheduler.close()
+    return min(seconds)
 
 
 def _measure_acceptance(
     models: Ensemble, requests: Sequence[Request], direct: Options, eos_token_ids: tuple[int, ...]
 ) -> dict[str, float]:
     """a of every draft that these models have, along texts of the target itself."""
-    run = Run(models, requests, direct, eos_token_ids, None, perf_counter())
+    scheduler = Scheduler.of(models, requests, direct, eos_token_ids)
     prompts = [request.token_ids for request in requests]
-    texts = [result.tokens for result in run.finish()]
-    attributes = tuple(models.attribute_names[i] for i in run.used)
+    texts = [result.tokens for result in scheduler.finish(requests)]
+    attributes, weights, seeds = scheduler.attributes, scheduler.batch.weights, scheduler.batch.seeds
     drafts = {draft: role for draft, role in ROLES.items() if draft != "model" or not models.is_same("draft", "base")}
     try:
-        models = models.merge(attributes, merged_shares(run.batch.weights, direct.target))
+        models = models.merge(attributes, merged_shares(weights, direct.target))
     except ValueError:  # attributes of more than one model, or none
         del drafts["merged"]
 
@@ -134,7 +137,7 @@ def _measure_acceptance(
     chunk = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=models.device)
     lengths = torch.tensor([[len(text)] for text in texts], device=models.device)
     is_text = torch.arange(width, device=models.device) < lengths
-    batch = Batch(prompts, [width] * len(texts), run.batch.weights, run.batch.seeds, ())
+    batch = Batch(prompts, [width] * len(texts), weights, seeds, ())
     target = TargetRows(models, attributes, direct)
     session = models.open(prompts, (*target.roles, *drafts.values()), batch.capacity)
     target.start(batch)

@@ -20,7 +20,7 @@ from mpg.options import Options
 from mpg_ext.ops import Score
 
 if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Pass, Session
 
 # Every statistic with its denominator.
 STATISTICS = {
@@ -89,6 +89,9 @@ class TokenRS:
             logprobs = _gather(scored, token)
             log_ratios = logprobs[1:] - logprobs[:1]
         batch.commit(token[:, None], torch.ones_like(token), log_ratios)
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        return [(self.roles, 1)]
 
     def statistics(self) -> dict[str, Tensor]:
         """The entries of `STATISTICS`, each (B,)."""
@@ -169,6 +172,9 @@ class SeqRS:
         self.last.copy_(torch.where(is_whole, batch.last_tokens.clone(), token))
         batch.commit(self.texts, counts, self.logprobs[1:] - self.logprobs[:1] if self.options.trace else None)
         self.logprobs.masked_fill_(is_whole[:, None], 0)
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        return [(self.roles, 1)]
 
     def statistics(self) -> dict[str, Tensor]:
         """The entries of `STATISTICS`, each (B,)."""

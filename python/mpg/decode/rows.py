@@ -148,7 +148,8 @@ def process_rows(batch: Batch, log_rows: Tensor, drafted: Tensor, num_wanted: Te
     the row before it excludes. Behind such a token, beyond `num_wanted`, and where a row is empty or unusable already,
     rows stay as they are: no text leads there. Waits for the device.
 
-    Raises ValueError for a processor that returns NaN, +inf or another shape.
+    What a processor raises, or a ValueError where it returns NaN, +inf or another shape, ends its sequence's request as
+    `batch.errors` says.
     """
     assert batch.processors is not None
     largest = log_rows.amax(-1)  # (B, P)
@@ -163,14 +164,24 @@ def process_rows(batch: Batch, log_rows: Tensor, drafted: Tensor, num_wanted: Te
         for p in range(counts[b]):
             if not is_usable[b][p]:
                 break
-            row = processed[b, p]
-            scores = processor(history[:, : lengths[b] + num_before + p], row[None])
-            if not isinstance(scores, Tensor) or scores.shape != (1, len(row)):
-                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise ValueError(f"logits_processor: expected scores (1, {len(row)}) from every processor, got {got}")
-            processed[b, p] = scores[0]
+            try:
+                row = processed[b, p]
+                row.copy_(_checked(processor(history[:, : lengths[b] + num_before + p], row[None]), len(row)))
+            except Exception as error:  # whatever a caller's processor raises
+                batch.errors[b] = error
+                break
             if p + 1 < counts[b] and processed[b, p, drafted[b, num_before + p]] == -torch.inf:
                 break
-    if (processed.isnan() & ~log_rows.isnan() | (processed == torch.inf) & (log_rows != torch.inf)).any():
-        raise ValueError("logits_processor: expected finite scores or -inf from every processor, got NaN or +inf")
+    if batch.errors:
+        batch.stop(list(batch.errors))
     return processed
+
+
+def _checked(scores: Tensor, vocab_size: int) -> Tensor:
+    """The row (V,) of scores that a processor returned."""
+    if not isinstance(scores, Tensor) or scores.shape != (1, vocab_size):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"logits_processor: expected scores (1, {vocab_size}) from every processor, got {got}")
+    if not scores.amax() < torch.inf:
+        raise ValueError("logits_processor: expected finite scores or -inf from every processor, got NaN or +inf")
+    return scores[0]

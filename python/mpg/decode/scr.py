@@ -20,7 +20,7 @@ from mpg.options import Options
 from mpg_ext.ops import Score
 
 if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Session
+    from mpg.models.ensemble import Ensemble, Pass, Session
 
 # Every statistic with its denominator.
 STATISTICS = {
@@ -119,6 +119,9 @@ class SCR:
             )  # the token may be the fallback's now
             log_ratios = torch.cat([self._score(*first)[0], log_ratios[:, :, 1:]], 2)
         batch.commit(chunk, counts, log_ratios)
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        return [*self.draft.passes(num_drafts), (self.scored, num_drafts)]
 
     def statistics(self) -> dict[str, Tensor]:
         """The entries of `STATISTICS`, each (B,)."""

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,13 +47,16 @@ class Slot(NamedTuple):
     merge: Merge | None = None
 
 
+Pass: TypeAlias = tuple[tuple[str, ...], int]  # one forward for a sequence: the roles, and the tokens fed to each
+
+
 @dataclass
 class Cost:
-    """What a session has run since it was opened, prefill left out; three counts that are never mixed.
+    """What forwards cost a sequence, in three counts that are never mixed.
 
     model_calls: one slot in one forward is one call
     depth:       sequential model forwards
-    positions:   token positions fed, per sequence, over all slots
+    positions:   token positions fed, over all slots
     """
 
     model_calls: int = 0
@@ -118,6 +121,16 @@ class Ensemble:
         merge = Merge(attributes, [slot.group for slot in slots], weights)
         twin._slots[MERGED] = Slot(slots[0].model, merge=merge)
         return twin
+
+    def cost(self, passes: Mapping[Pass, int], opened: Sequence[str]) -> Cost:
+        """What passes, each so many times, cost a sequence in a session of these roles and no others."""
+        cost, views = Cost(), self._views(opened)
+        for (roles, num_tokens), times in passes.items():
+            fed = {self._slots[role] for role in roles}
+            cost.model_calls += times * len(fed)
+            cost.depth += times * sum(len(_runs(view, fed)) for view in views)
+            cost.positions += times * len(fed) * num_tokens
+        return cost
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Per role: source, model_type, parameters, device, adapter (its source, or None) and adapter_rank."""
@@ -223,7 +236,7 @@ class Ensemble:
 
 
 class Session:
-    """The caches of B sequences for some roles. Made by Ensemble.open; `cost` is a running total.
+    """The caches of B sequences for some roles. Made by Ensemble.open.
 
     Positions before a forward's start must have been fed before; feeding a position again replaces what was there, so
     rejecting tokens is starting earlier. No forward starts before the last token of a row's prompt.
@@ -232,7 +245,6 @@ class Session:
     def __init__(
         self, ensemble: Ensemble, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int
     ) -> None:
-        self.cost = Cost()
         self._device, self._vocab_size = ensemble.device, ensemble.vocab_size
         self._slots = {role: ensemble._slots[role] for role in roles}
         self._capacity = capacity
@@ -243,7 +255,7 @@ class Session:
         self.replace(range(len(prompts)), prompts)
 
     def replace(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        """Let some rows hold these prompts but for their last tokens, whatever was there. Counts in no cost.
+        """Let some rows hold these prompts but for their last tokens, whatever was there.
 
         A prompt is read once, or not at all where a row has it still, and copied. Only a merged model, which is another
         one in every row, reads each of them.
@@ -300,15 +312,12 @@ class Session:
         outputs: list[Tensor] = []
         order: list[Slot] = []
         for view, runner in self._runners.items():
-            for places in _runs([place for place, slot in enumerate(view) if slot in wanted]):
+            for places in _runs(view, wanted):
                 with self._observe(False):
                     outputs.append(runner.forward(places, tokens, start, kv_length))
                 order += view[places.start : places.stop]
         # Only here: every device has its work before one of them is waited for.
         outputs = [output.to(self._device)[..., : self._vocab_size] for output in outputs]
-        self.cost.depth += len(outputs)
-        self.cost.model_calls += len(order)
-        self.cost.positions += len(order) * tokens.shape[1]
         if len(outputs) == 1 and order == wanted:
             logits = outputs[0]
         else:
@@ -327,8 +336,8 @@ class Session:
     def blame(self, row: int, start: int, tokens: Sequence[int], roles: Sequence[str]) -> str | None:
         """What made a row unusable: "the 'E' model returned NaN", of these roles and tokens the first, or None.
 
-        Feeds the tokens to the row again, at positions start, start + 1, ... Waits for the device, and counts in no
-        cost: for error messages only.
+        Feeds the tokens to the row again, at positions start, start + 1, ... Waits for the device: for error messages
+        only.
         """
         self._spoiled.add(row)
         self._prompts[row] = ()
@@ -350,10 +359,11 @@ class Session:
         return None
 
 
-def _runs(numbers: Sequence[int]) -> list[range]:
-    """Ascending numbers as runs of neighbours: [0, 1, 3] is [range(0, 2), range(3, 4)]."""
-    starts = [number for number in numbers if number - 1 not in numbers]
-    stops = [number + 1 for number in numbers if number + 1 not in numbers]
+def _runs(view: Sequence[Slot], slots: Collection[Slot]) -> list[range]:
+    """Where some slots stand in a view, as runs of neighbours: places 0, 1 and 3 are range(0, 2) and range(3, 4)."""
+    places = [place for place, slot in enumerate(view) if slot in slots]
+    starts = [place for place in places if place - 1 not in places]
+    stops = [place + 1 for place in places if place + 1 not in places]
     return list(map(range, starts, stops))
 
 
