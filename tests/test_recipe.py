@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -155,11 +156,15 @@ def test_a_recipe_says_where_its_models_are_unless_the_caller_does(tmp_path):
     assert devices("cpu", device_map=given, device="cpu") == ({"F": "meta"}, "meta", {"F": "meta"})
 
 
-def test_a_recipe_takes_adapters_of_a_base_by_another_name_where_it_says_so(tmp_path):
-    for name in ("base", "copy"):
+def test_a_recipe_takes_adapters_of_another_base_where_it_says_so(tmp_path):
+    for name in ("base", "other"):
         shutil.copytree(MODELS, tmp_path / name, ignore=shutil.ignore_patterns("mpg.yaml"))
+    weights = load_file(tmp_path / "other/model.safetensors")
+    save_file(
+        {name: weight + 1 for name, weight in weights.items()}, tmp_path / "other/model.safetensors", {"format": "pt"}
+    )
     file = tmp_path / "mine.yaml"
-    body = "base: copy\nattributes:\n  E: base/adapters/E\n"
+    body = "base: other\nattributes:\n  E: base/adapters/E\n"
     file.write_text(body)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: attributes\['E'\]: expected an adapter of"):
         mpg.load(file, device="cpu")

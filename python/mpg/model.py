@@ -307,10 +307,10 @@ def load(
     text than the base.
 
     An adapter of another base is refused where its shapes and modules do not fit, and where it surely was trained on
-    another model than the one it gets: where both are repositories of the hub, whose names differ in more than owner
-    and case, or both are models' folders on this machine, which differ and are not called alike. A folder against a
-    repository, or against a folder that is not here, is a difference in names alone, as of a renamed copy: that warns.
-    allow_other_base=True is for mirrors and copies under other names, and turns off both.
+    another model than the one it gets: where both are models' folders on this machine whose weights differ, whatever
+    they are called (a copy or a link is the same model), or both are repositories of the hub whose names differ in more
+    than owner and case. Where that cannot be told (a folder against a repository, or against one that is not here or
+    whose files cannot be compared), another name warns. allow_other_base=True turns off both.
 
     Raises ValueError, naming the argument, for what cannot be found or read, cannot be stacked or cannot run on a
     ragged cache, for members whose dtypes or vocabularies differ, for graphs=True where no model can have them, and for

@@ -292,20 +292,28 @@ def test_another_chat_template_or_end_of_text_warns(set_folder, tiny_model, tmp_
         ("/cache/models--somebody--other/snapshots/0123", "set", "warned"),
         ("/elsewhere/other", "somebody/set", "warned"),
         ("{here}/other", "somebody/set", "warned"),
+        ("{here}/copy", "set", "fine"),
+        ("../../../copy", "set", "fine"),
         ("{here}/other", "set", "refused"),
-        ("{here}/empty", "set", "warned"),
+        ("{here}/other/set", "set", "refused"),
         ("../../../other", "set", "refused"),
+        ("{here}/empty", "set", "warned"),
+        ("{here}/damaged", "set", "warned"),
         ("mirror/Set", "somebody/set", "fine"),
         ("somebody/other", "somebody/set", "refused"),
         ("somebody/set", "/cache/models--somebody--set-instruct/snapshots/0123", "refused"),
         ("/cache/models--somebody--other/snapshots/0123", "somebody/set", "refused"),
     ],
 )
-def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_of_where_names_differ(
-    trained_on, base, verdict, set_folder
+def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_of_where_it_is_not(
+    trained_on, base, verdict, set_folder, tiny_model
 ):
     here = set_folder.parent
-    shutil.copytree(set_folder, here / "other")
+    shutil.copytree(set_folder, here / "copy")
+    for other in ("other", "other/set"):
+        tiny_model().save_pretrained(here / other)
+    shutil.copytree(set_folder, here / "damaged")
+    (here / "damaged/model.safetensors").write_bytes(b"no weights")
     (here / "empty").mkdir()
     (here / "link").symlink_to(set_folder)
     trained_on = trained_on and trained_on.format(here=here)
@@ -315,12 +323,11 @@ def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_
     model.name_or_path = source = str(here / base) if base in ("set", "link") else base
     if trained_on and trained_on.startswith("."):
         trained_on = (file.parent / trained_on).resolve()
-    arguments, remedy = (model, {"E": set_folder / "adapters/E"}), "if that is the same model under another name, load"
+    arguments = model, {"E": set_folder / "adapters/E"}
     if verdict == "refused":
-        message = (
-            f"attributes['E']: expected an adapter of {source}, got one that was trained on {trained_on}; {remedy}"
-        )
-        with pytest.raises(ValueError, match=f"^{re.escape(message)} with allow_other_base=True$"):
+        got = f"got one that was trained on {trained_on}, which is another model; allow_other_base=True takes it"
+        message = f"attributes['E']: expected an adapter of {source}, {got}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             load(*arguments)
     else:
         texts = [f"attributes['E']: it was trained on {trained_on}, and attaches to {source}; "] * (verdict == "warned")
@@ -328,6 +335,48 @@ def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_
     assert not _warnings(*arguments, allow_other_base=True)
     with pytest.raises(ValueError, match="allow_other_base: expected True or False, got 'yes'"):
         load(*arguments, allow_other_base="yes")
+
+
+def test_a_base_that_is_copied_or_moved_keeps_its_adapters(set_folder, tmp_path):
+    file = set_folder / "adapters/E/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(set_folder)}))
+    shutil.copytree(set_folder, tmp_path / "y")
+    assert not _warnings(tmp_path / "y")
+    shutil.rmtree(set_folder)
+    assert _warnings(tmp_path / "y") == [
+        f"attributes['E']: it was trained on {set_folder}, and attaches to {tmp_path / 'y'}; if that is the same model "
+        f"under another name, load with allow_other_base=True, else its effect is undefined"
+    ]
+
+
+def _change(model: torch.nn.Module, name: str, row: int) -> None:
+    model.get_parameter(name).data[row, 0] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda model: model, True),
+        (lambda model: model.bfloat16(), True),
+        (lambda model: _change(model, "model.layers.1.mlp.down_proj.weight", -1), False),
+        (lambda model: _change(model.bfloat16(), "lm_head.weight", 0), False),
+        (lambda model: model.resize_token_embeddings(7), False),
+        (lambda model: model.set_submodule("model.layers.1", torch.nn.Identity()), None),  # other names
+    ],
+)
+def test_bases_are_one_by_their_tensors_however_they_are_stored(change, same, tiny_model, tmp_path):
+    whole, model = tmp_path / "x", tiny_model()
+    model.save_pretrained(whole)
+    change(model)
+    model.save_pretrained(tmp_path / "y", max_shard_size="4KB")
+    assert len(list((tmp_path / "y").glob("model-*.safetensors"))) > 1
+    assert mpg.models.sources.is_same_model(str(whole), str(tmp_path / "y")) is same
+
+
+def test_whether_two_roundings_are_of_one_model_is_not_told(tiny_model, tmp_path):
+    tiny_model().half().save_pretrained(tmp_path / "x")
+    tiny_model().bfloat16().save_pretrained(tmp_path / "y")
+    assert mpg.models.sources.is_same_model(str(tmp_path / "x"), str(tmp_path / "y")) is None
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

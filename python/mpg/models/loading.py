@@ -278,19 +278,20 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def _check_trained_on(adapter: Adapter, loaded: LoadedModel) -> None:
-    """Refuse an adapter of a model that surely is another than the one it gets, and warn where names alone differ."""
+    """Refuse an adapter of a model that surely is another than the one it gets, and warn where nobody can tell."""
     given, places = loaded.model.name_or_path or "", [adapter.trained_on]
     if adapter.trained_on.startswith("."):  # seen from its own folder, by its name or by where that is a link to
         place = Path(adapter.source, adapter.trained_on)
         places = [str(place.resolve()), os.path.normpath(place)]
-    if not adapter.trained_on or not given or any(sources.is_same_model(place, given) for place in places):
+    verdicts = [sources.is_same_model(place, given) for place in places if adapter.trained_on and given]
+    if not verdicts or True in verdicts:
         return
-    remedy = "if that is the same model under another name, load with allow_other_base=True"
-    both = places[0], given
-    if all(map(sources.is_repository, both)) or all(Path(place, "config.json").is_file() for place in both):
-        got = f"one that was trained on {places[0]}"
+    if False in verdicts:
+        got = f"one that was trained on {places[0]}, which is another model"
+        remedy = "allow_other_base=True takes it all the same"
         raise ValueError(f"{adapter.name}: expected an adapter of {loaded.source}, got {got}; {remedy}")
     text = f"it was trained on {places[0]}, and attaches to {loaded.source}"
+    remedy = "if that is the same model under another name, load with allow_other_base=True"
     warnings.warn(f"{adapter.name}: {text}; {remedy}, else its effect is undefined", stacklevel=7)
 
 

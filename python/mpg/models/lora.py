@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mpg.models.sources import refuse_unreadable
+from mpg.models.sources import is_equal, refuse_unreadable
 
 PREFIX = "base_model.model."  # of every key that PEFT saves
 # The name of the adapter stands in the keys of a state_dict(), not in those that save_pretrained() writes.
@@ -256,7 +256,7 @@ class LoraStack:
         for adapter in adapters:
             own = dict(model.named_parameters(remove_duplicate=False))
             for name, weight in adapter.frozen.items():
-                if name not in own or not _is_equal(own[name].cpu(), weight):
+                if name not in own or not is_equal(own[name].cpu(), weight):
                     raise ValueError(f"{adapter.name}: expected the model's weights for {name}, got some of its own")
         adapted = {module: down.shape[0] for adapter in adapters for module, (down, _) in adapter.factors.items()}
         for modules in _group_readers({m: adapted[m] for m, _ in model.named_modules() if m in adapted}):
@@ -376,11 +376,6 @@ def _group_readers(sizes: Mapping[str, int]) -> list[list[str]]:
         together = next((names for names in READ_TOGETHER if name in names), name)
         readers.setdefault((parent, together, size), []).append(module)
     return list(readers.values())
-
-
-def _is_equal(own: Tensor, saved: Tensor) -> bool:
-    """Whether two weights are one, which may have been rounded on either side."""
-    return torch.equal(own, saved.to(own.dtype)) or torch.equal(own.to(saved.dtype), saved)
 
 
 def _stack(

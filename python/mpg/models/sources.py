@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import file_exists, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -146,11 +146,51 @@ def own_tokenizer(given: Any) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def is_same_model(source: str, other: str) -> bool:
-    """Whether two names are of one folder, or end alike."""
-    if Path(source).is_dir() and Path(other).is_dir() and Path(source).samefile(other):
+def is_same_model(source: str, other: str) -> bool | None:
+    """Whether two names are of one model, as its weights say where both are folders here, and else the names.
+
+    Names that end alike are of one, repositories' that do not of two; None for others, of which nobody can tell.
+    """
+    if Path(source).is_dir() and Path(other).is_dir():
+        is_same = Path(source).samefile(other) or _has_same_weights(Path(source), Path(other))
+        if is_same is not None:
+            return is_same
+    if _model_name(source) == _model_name(other):
         return True
-    return _model_name(source) == _model_name(other)
+    return False if _is_repository(source) and _is_repository(other) else None
+
+
+def _has_same_weights(folder: Path, other: Path) -> bool | None:
+    """Whether two folders have the same tensors: by names, shapes, and the first, middle and last rows up to rounding.
+
+    None where they hold no safetensors that can be read, or tensors of other names, as where one is quantised, or where
+    both may have been rounded (float16 and bfloat16).
+    """
+    with ExitStack() as stack, suppress(OSError, SafetensorError):
+        tensors, others = (_open_tensors(stack, place) for place in (folder, other))
+        if not tensors or tensors.keys() != others.keys():
+            return None
+        for name, one in tensors.items():
+            two, shape = others[name], one.get_shape()
+            if shape != two.get_shape():
+                return False
+            for row in {0, shape[0] // 2, shape[0] - 1} if shape and shape[0] else ():
+                rows = one[row : row + 1], two[row : row + 1]
+                if not is_equal(*rows):
+                    dtypes = {part.dtype for part in rows}
+                    return False if len(dtypes) == 1 or torch.float32 in dtypes else None
+        return True
+    return None
+
+
+def _open_tensors(stack: ExitStack, folder: Path) -> dict[str, Any]:
+    files = [stack.enter_context(safe_open(file, "pt")) for file in folder.glob("model*.safetensors")]
+    return {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  # not a mapping
+
+
+def is_equal(own: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Whether two weights are one, which may have been rounded on either side."""
+    return torch.equal(own, saved.to(own.dtype)) or torch.equal(own.to(saved.dtype), saved)
 
 
 def _model_name(source: str) -> str:
@@ -159,7 +199,7 @@ def _model_name(source: str) -> str:
     return parts[-1].split("--")[-1].lower() if parts else ""
 
 
-def is_repository(source: str) -> bool:
+def _is_repository(source: str) -> bool:
     """Whether a name is OWNER/NAME and no folder here, or a folder in the hub's cache."""
     is_cached = any(part.startswith(CACHED) for part in Path(source).parts)
     return is_cached or (re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).is_dir())
