@@ -26,7 +26,12 @@ def copy_checkout(to: Path) -> Path:
     to.mkdir(exist_ok=True)
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
+            shutil.copytree(
+                ROOT / name,
+                to / name,
+                symlinks=True,
+                ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"),
+            )
         elif (ROOT / name).exists():
             shutil.copy2(ROOT / name, to / name)
     return to
