@@ -23,7 +23,7 @@ def read(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_pairs_are_as_many_as_long_and_as_different_as_training_needs(file):
     pairs, poles = read(file)
-    assert len(pairs) >= (100 if file.stem == "sn" else 200)  # half of sn is still to be written
+    assert len(pairs) >= 200
     assert all(tuple(pair) == ("question", *poles) for pair in pairs)
     for field in ("question", *poles):
         assert len({pair[field] for pair in pairs}) == len(pairs)
