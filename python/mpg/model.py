@@ -264,6 +264,7 @@ def load(
     device: torch.device | str | None = None,
     device_map: Mapping[str, Any] | None = None,
     allow_other_base: bool | None = None,
+    merge_adapters: bool | None = None,
     graphs: bool = False,
     compile: bool = False,
 ) -> Model:
@@ -289,6 +290,9 @@ def load(
                 also takes what splits a model in transformers ("auto", {module: device}, ...). Adapters run where
                 their model is, all else where the base is
     allow_other_base: take adapters also where they name another base model than the one they get, as below
+    merge_adapters: let PEFT merge an adapter in a folder that is more than LoRA on linear layers (DoRA, embeddings,
+                modules_to_save, trained tokens, biases, IA3, ...) into a further model, and warn how much memory that
+                takes. All others are stacked. Of a base in memory that model is a copy, and follows no later change
     graphs:     capture the forwards of decoding as CUDA graphs and replay them, also in later calls: for each model
                 that lies on one CUDA device. Its caches are rounded up by a quarter at most, or to the next 64
                 positions; caches and graphs of its four latest sizes stay in memory, and are given up where a call
@@ -317,15 +321,15 @@ def load(
     compile=True where a model's layers are not found.
 
     Instead of the base and its attributes, a recipe: a .yaml file, or a folder that holds mpg.yaml. Its keys: base and
-    attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map,
-    allow_other_base, weights, presets (weights by name) and options (of `mpg.Options`). What is given beside it goes
+    attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map, allow_other_base,
+    merge_adapters, weights, presets (weights by name) and options (of `mpg.Options`). What is given beside it goes
     before it, a device before its map.
     """
     if device is not None and device_map is None:
         device_map = {}  # this device for every model, whatever a recipe says
     recipe = Recipe.of(
         base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer,
-        device_map=device_map, allow_other_base=allow_other_base,
+        device_map=device_map, allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
     with recipe.locate_errors():
         models = loading.load(recipe, dtype=dtype, device=device, graphs=graphs, compile=compile)

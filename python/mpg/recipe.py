@@ -20,8 +20,8 @@ from mpg.options import Options, check_weights, parse_weights
 FILE = "mpg.yaml"  # what a folder is searched for
 SUFFIXES = (".yaml", ".yml")
 KEYS = (
-    "base", "anchor", "draft", "tokenizer", "attributes", "device_map", "allow_other_base", "weights", "presets",
-    "options",
+    "base", "anchor", "draft", "tokenizer", "attributes", "device_map", "allow_other_base", "merge_adapters", "weights",
+    "presets", "options",
 )  # fmt: skip
 ROLES = ("base", "anchor", "draft")  # names that no attribute has
 
@@ -30,7 +30,7 @@ ROLES = ("base", "anchor", "draft")  # names that no attribute has
 class Recipe:
     """The models of a combination and its defaults, as `mpg.load` was given them or read them from a file.
 
-    base, anchor, draft, tokenizer, attributes, device_map, allow_other_base  as `mpg.load` takes them
+    base, anchor, draft, tokenizer, attributes, device_map, allow_other_base, merge_adapters  as `mpg.load` takes them
     weights  alpha by attribute where the caller gives no weights, or None
     presets  alpha by attribute, by a name that stands for it
     options  of `Options`, where the caller is silent and his sampler has them
@@ -44,6 +44,7 @@ class Recipe:
     tokenizer: Any = None
     device_map: Mapping[str, Any] | None = None
     allow_other_base: bool = False
+    merge_adapters: bool = False
     weights: Mapping[str, float] | None = None
     presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -101,7 +102,7 @@ class Recipe:
         roles  `Ensemble.describe()`
         """
         names = [name for name in roles if name not in ROLES]
-        attributes = self.attributes or {name: roles[name]["adapter"] for name in names}
+        attributes = self.attributes or {name: roles[name]["adapter"] or roles[name]["source"] for name in names}
         return replace(
             self,
             base=_pin(self.base),
@@ -136,8 +137,7 @@ class Recipe:
                 document[name] = place(name, getattr(self, name))
         attributes = self.attributes or {}
         document["attributes"] = {name: place(f"attributes[{name!r}]", at) for name, at in attributes.items()}
-        document["device_map"] = self.device_map
-        document["allow_other_base"] = self.allow_other_base
+        document |= {name: getattr(self, name) for name in ("device_map", "allow_other_base", "merge_adapters")}
         document["weights"] = self.weights and dict(self.weights)
         document["presets"] = {name: dict(weights) for name, weights in self.presets.items()}
         document["options"] = dict(self.options)
@@ -240,19 +240,14 @@ def _recipe(document: Any, file: Path) -> Recipe:
         Options.of(options)
     except ValueError as error:
         raise ValueError(f"options: {error}") from None
-    return Recipe(
-        **{
-            key: _source(key, at, folder, attributes if key in ("anchor", "draft") else ())
-            for key, at in sources.items()
-        },
-        attributes=attributes,
-        device_map=_places("device_map", given["device_map"], [*attributes, *ROLES]) if "device_map" in given else None,
-        allow_other_base=given.get("allow_other_base", False),
-        weights=_weights("weights", weights, attributes) if "weights" in given else None,
-        presets=presets,
-        options=options,
-        files=dict.fromkeys(given, file),
-    )
+    own: dict[str, Any] = {key: given[key] for key in ("allow_other_base", "merge_adapters") if key in given}
+    for key, at in sources.items():
+        own[key] = _source(key, at, folder, attributes if key in ("anchor", "draft") else ())
+    if "device_map" in given:
+        own["device_map"] = _places("device_map", given["device_map"], [*attributes, *ROLES])
+    if "weights" in given:
+        own["weights"] = _weights("weights", weights, attributes)
+    return Recipe(**own, attributes=attributes, presets=presets, options=options, files=dict.fromkeys(given, file))
 
 
 def _mapping(what: str, value: Any, kind: str, known: Sequence[str] | None = None) -> dict[str, Any]:

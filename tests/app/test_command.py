@@ -129,7 +129,8 @@ def test_public_names_are_imported_when_they_are_asked_for(start):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "check", "info"])
-def test_every_command_takes_a_base_that_adapters_were_not_trained_on(command, run, monkeypatch):
+@pytest.mark.parametrize("option", ["allow_other_base", "merge_adapters"])
+def test_every_command_takes_what_loading_is_asked_for(option, command, run, monkeypatch):
     seen = {}
 
     def load(place, **how):
@@ -138,6 +139,6 @@ def test_every_command_takes_a_base_that_adapters_were_not_trained_on(command, r
 
     monkeypatch.setattr(mpg, "load", load)
     needed = {"generate": ["--prompt", "a", "--weights", "E=1"], "check": ["--weights", "E=1"]}.get(command, [])
-    assert run(command, "--models", MODELS, "--allow-other-base", *needed).exit_code == 2
-    assert seen["allow_other_base"] is True
-    assert seen["place"] == MODELS
+    assert run(command, "--models", MODELS, f"--{option.replace('_', '-')}", *needed).exit_code == 2
+    assert (seen.pop(option), seen.pop("place")) == (True, MODELS)
+    assert not seen.keys() - {"device"}

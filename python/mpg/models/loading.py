@@ -5,6 +5,7 @@ Knows sources and devices; nothing of what is done with the models once they are
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +25,8 @@ from mpg.models.compiled import compile_layers
 from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Slot
 from mpg.models.graphs import CAPTURES
 from mpg.models.linear import pack_linears
-from mpg.models.lora import Adapter, LoraStack, adapter_in_memory, read_adapter, share
+from mpg.models.lora import Adapter, LoraStack, UnstackableError, adapter_in_memory, read_adapter, share
+from mpg.models.merging import merge_adapter
 from mpg.models.origin import Origin
 from mpg.models.runner import LoadedModel
 from mpg.models.sources import ADAPTER_CONFIG, Place, Source
@@ -44,7 +46,8 @@ def load(
     compile: bool = False,
 ) -> Ensemble:
     """The models of a recipe, loaded. `mpg.load` says what they and the other arguments may be, and what raises."""
-    switches = {"allow_other_base": recipe.allow_other_base, "graphs": graphs, "compile": compile}
+    of_recipe = {name: getattr(recipe, name) for name in ("allow_other_base", "merge_adapters")}
+    switches = {**of_recipe, "graphs": graphs, "compile": compile}
     for argument, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{argument}: expected True or False, got {value!r}")
@@ -124,10 +127,19 @@ class _Loader:
             if isinstance(source, nn.Module) or not sources.is_adapter(source, self.host):
                 self.slots[key] = self._add_model(argument, source)
             elif isinstance(self.host, PeftModel) and source in self.host.peft_config:
-                self.slots[key] = self._add_adapter(adapter_in_memory(argument, self.host, source))
+                try:
+                    self.slots[key] = self._add_adapter(adapter_in_memory(argument, self.host, source))
+                except UnstackableError as error:
+                    remedy = "save it and load its folder with merge_adapters=True"
+                    raise ValueError(f"{error}; {remedy}") from error
             else:
                 host = self.slots[_key(self.host)].model.model
-                self.slots[key] = self._add_adapter(read_adapter(argument, source, host))
+                try:
+                    self.slots[key] = self._add_adapter(read_adapter(argument, source, host))
+                except UnstackableError as error:
+                    if not self.recipe.merge_adapters:
+                        raise ValueError(f"{error}; merge it, or load with merge_adapters=True") from error
+                    self.slots[key] = self._add_merged(argument, source)
         return self.slots[key]
 
     def add_attribute(self, argument: str, source: Source) -> Slot:
@@ -168,25 +180,49 @@ class _Loader:
     def _add_adapter(self, adapter: Adapter) -> Slot:
         loaded = self.slots[_key(self.host)].model
         if not self.recipe.allow_other_base:
-            _check_trained_on(adapter, loaded)
+            _check_trained_on(adapter.name, adapter.source, adapter.trained_on, loaded)
         loaded.adapters.append(adapter)
         return Slot(loaded, len(loaded.adapters))
 
+    def _add_merged(self, argument: str, folder: str | Path) -> Slot:
+        """An adapter in a model of its own, the host once more."""
+        if not self.recipe.allow_other_base:
+            trained_on = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+            _check_trained_on(argument, str(folder), trained_on, self.slots[_key(self.host)].model)
+        model, place = self._read(argument, self.host)
+        if isinstance(self.host, nn.Module):
+            model = copy.deepcopy(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings")  # what PEFT warns of is taken care of
+            model = merge_adapter(argument, folder, model)
+        slot = self._add_loaded(argument, folder, model, place)
+        size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+        warnings.warn(f"{argument}: it cannot be stacked; merged, it takes {size:.1f} MiB of its own", stacklevel=6)
+        return slot
+
     def _add_model(self, argument: str, source: Source) -> Slot:
-        tokenizer = None
-        place = self.places.pop(argument, None)
         if isinstance(source, PeftModel) and source is not self.host:
             wanted = "a PeftModel only where adapters attach to it"
             raise ValueError(f"{argument}: expected {wanted}, got another; give its base or a merged model")
+        slot = self._add_loaded(argument, source, *self._read(argument, source))
         if isinstance(source, nn.Module):
-            model = share(argument, source)
-            if not isinstance(place, torch.device | None):
-                raise ValueError(f"{argument}: expected one device in device_map for a loaded model, got {place!r}")
-            place = place or (None if self.keeps_devices else self.device)
-        else:
+            self.given[id(slot.model)] = source
+        return slot
+
+    def _read(self, argument: str, source: Source) -> tuple[PreTrainedModel, Place | None]:
+        """A model, and where it goes, None being where it is."""
+        place = self.places.pop(argument, None)
+        if not isinstance(source, nn.Module):
             dtype = self.dtype or (self.models[0].model.dtype if self.models else None)
-            model = sources.read_model(argument, source, dtype, place or self.device)
-            tokenizer = sources.read_tokenizer(argument, source)
+            place = place or self.device
+            return sources.read_model(argument, source, dtype, place), place
+        model = share(argument, source)
+        if not isinstance(place, torch.device | None):
+            raise ValueError(f"{argument}: expected one device in device_map for a loaded model, got {place!r}")
+        return model, place or (None if self.keeps_devices else self.device)
+
+    def _add_loaded(self, argument: str, source: Source, model: PreTrainedModel, place: Place | None) -> Slot:
+        tokenizer = None if isinstance(source, nn.Module) else sources.read_tokenizer(argument, source)
         use_ragged_attention(model, argument)
         # A pad token makes some models (GPT-2) look for padding in every input, which waits for the device.
         model.config.pad_token_id = None
@@ -197,8 +233,6 @@ class _Loader:
         devices = tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
         size = model.num_parameters()
         self.models.append(LoadedModel(argument, name, model, tokenizer, size, bytes_per_position, devices))
-        if isinstance(source, PreTrainedModel | PeftModel):
-            self.given[id(self.models[-1])] = source
         return Slot(self.models[-1])
 
     def _move(self, argument: str, model: PreTrainedModel, place: Place | None) -> None:
@@ -277,22 +311,22 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return ids
 
 
-def _check_trained_on(adapter: Adapter, loaded: LoadedModel) -> None:
+def _check_trained_on(argument: str, adapter: str, trained_on: str, loaded: LoadedModel) -> None:
     """Refuse an adapter of a model that surely is another than the one it gets, and warn where nobody can tell."""
-    given, places = loaded.model.name_or_path or "", [adapter.trained_on]
-    if adapter.trained_on.startswith("."):  # seen from its own folder, by its name or by where that is a link to
-        place = Path(adapter.source, adapter.trained_on)
+    given, places = loaded.model.name_or_path or "", [trained_on]
+    if trained_on.startswith("."):  # seen from its own folder, by its name or by where that is a link to
+        place = Path(adapter, trained_on)
         places = [str(place.resolve()), os.path.normpath(place)]
-    verdicts = [sources.is_same_model(place, given) for place in places if adapter.trained_on and given]
+    verdicts = [sources.is_same_model(place, given) for place in places if trained_on and given]
     if not verdicts or True in verdicts:
         return
     if False in verdicts:
         got = f"one that was trained on {places[0]}, which is another model"
         remedy = "allow_other_base=True takes it all the same"
-        raise ValueError(f"{adapter.name}: expected an adapter of {loaded.source}, got {got}; {remedy}")
+        raise ValueError(f"{argument}: expected an adapter of {loaded.source}, got {got}; {remedy}")
     text = f"it was trained on {places[0]}, and attaches to {loaded.source}"
     remedy = "if that is the same model under another name, load with allow_other_base=True"
-    warnings.warn(f"{adapter.name}: {text}; {remedy}, else its effect is undefined", stacklevel=7)
+    warnings.warn(f"{argument}: {text}; {remedy}, else its effect is undefined", stacklevel=7)
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -52,6 +52,10 @@ PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+class UnstackableError(ValueError):
+    """An adapter that is more than low-rank updates of linear layers. PEFT may merge it all the same."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One LoRA adapter.
@@ -59,7 +63,6 @@ class Adapter:
     name:       what the caller called it, for messages
     source:     where it came from
     factors:    per module down (in, r) and up (r, out) with the scaling folded in, both float32
-    frozen:     weights of the base that were saved with the adapter (PEFT does so for an adapted head)
     trained_on: the base model's name or path at that time, "" if unknown or the very model that it is in
     model:      that model, of an adapter in memory
     """
@@ -67,7 +70,6 @@ class Adapter:
     name: str
     source: str
     factors: dict[str, tuple[Tensor, Tensor]]
-    frozen: dict[str, Tensor]
     trained_on: str = ""
     model: PeftModel | None = None
 
@@ -81,8 +83,9 @@ def read_adapter(name: str, folder: str | Path, model: PreTrainedModel) -> Adapt
 
     Warns, as PEFT does, of layers that the configuration targets and the file lacks: they stay the base's.
 
-    Raises ValueError, naming the file, setting or module, for missing or damaged files, for every kind that cannot be
-    stacked, and for weights that are not those that the configuration describes.
+    Raises ValueError, naming the file, setting or module, for missing or damaged files, and for weights that are not
+    those that the configuration describes. It is an UnstackableError for every kind that cannot be stacked, and for
+    weights of the base that were saved with the adapter (PEFT does so for an adapted head) and are not the model's.
     """
     if Path(folder).is_dir() and not any((Path(folder) / file).is_file() for file in WEIGHT_FILES):
         raise ValueError(f"{name}: expected {WEIGHT_FILES[0]} in the adapter folder {folder}, got none")
@@ -100,7 +103,7 @@ def read_adapter(name: str, folder: str | Path, model: PreTrainedModel) -> Adapt
     if len(adapters) > 1:
         raise ValueError(f"{name}: expected the weights of one adapter in {folder}, got those of {sorted(adapters)}")
     if other := [key for key in weights if ".lora_" in key]:
-        raise ValueError(f"{name}: expected LoRA on linear layers alone, got {other[0]} too")
+        raise UnstackableError(f"{name}: expected LoRA on linear layers alone, got {other[0]} too")
     if not sides:
         raise ValueError(f"{name}: expected LoRA weights in the adapter folder {folder}, got none")
     factors = {}
@@ -120,8 +123,12 @@ def read_adapter(name: str, folder: str | Path, model: PreTrainedModel) -> Adapt
         factors[module] = (down.float().T, up.float().T * scaling)
         _check_fit(model, name, module, *factors[module])
     _check_targets(name, config, model, list(factors))
-    frozen = {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for key, tensor in weights.items()}
-    return Adapter(name, str(folder), factors, frozen, config.base_model_name_or_path or "")
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for key, weight in weights.items():
+        saved = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if saved not in own or not is_equal(own[saved].cpu(), weight):
+            raise UnstackableError(f"{name}: expected the model's weights for {saved}, got some of its own")
+    return Adapter(name, str(folder), factors, config.base_model_name_or_path or "")
 
 
 def _check_fit(model: nn.Module, name: str, module: str, down: Tensor, up: Tensor) -> None:
@@ -136,7 +143,7 @@ def _check_fit(model: nn.Module, name: str, module: str, down: Tensor, up: Tenso
     elif isinstance(layer, nn.Linear):
         shape = (layer.in_features, layer.out_features)
     else:
-        raise ValueError(f"{name}: expected linear layers alone, got {type(layer).__name__} at {module}")
+        raise UnstackableError(f"{name}: expected linear layers alone, got {type(layer).__name__} at {module}")
     if shape != (down.shape[0], up.shape[1]):
         sizes = (down.shape[0], up.shape[1])
         raise ValueError(f"{name}: expected (in, out) = {shape} for module {module}, got {sizes}")
@@ -164,18 +171,18 @@ def _some(names: Sequence[str]) -> str:
 def adapter_in_memory(name: str, model: PeftModel, adapter_name: str) -> Adapter:
     """Take an adapter that is already loaded in a PeftModel, with the scaling it has there.
 
-    Raises ValueError for every kind that cannot be stacked.
+    Raises UnstackableError, which is a ValueError, for every kind that cannot be stacked.
     """
     _check_config(name, model.peft_config[adapter_name])
     factors, base = {}, model.get_base_model()
     for module, layer in own_layers(name, base):
         if adapter_name in layer.lora_embedding_A:
-            raise ValueError(f"{name}: expected LoRA on linear layers alone, got an adapter of {module} too")
+            raise UnstackableError(f"{name}: expected LoRA on linear layers alone, got an adapter of {module} too")
         if adapter_name in layer.lora_A:
             down, up = (part[adapter_name].get_parameter("weight").detach() for part in (layer.lora_A, layer.lora_B))
             factors[module] = (down.float().T, up.float().T * layer.scaling[adapter_name])
             _check_fit(base, name, module, *factors[module])
-    return Adapter(name, adapter_name, factors, frozen={}, model=model)
+    return Adapter(name, adapter_name, factors, model=model)
 
 
 def own_layers(argument: str, base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -190,16 +197,19 @@ def own_layers(argument: str, base: nn.Module) -> Iterator[tuple[str, LoraLayer]
 
 def _check_config(name: str, config: PeftConfig) -> LoraConfig:
     if config.peft_type != PeftType.LORA:
-        raise ValueError(f"{name}: expected a LoRA adapter, got {config.peft_type}")
+        has_weights = not (config.is_prompt_learning or config.is_adaption_prompt)
+        raise (UnstackableError if has_weights else ValueError)(
+            f"{name}: expected a LoRA adapter, got {config.peft_type}"
+        )
     assert isinstance(config, LoraConfig)
     for setting in UNSUPPORTED_SETTINGS:
         value = getattr(config, setting, None)  # not every version of PEFT has all of them
         if value:
-            raise ValueError(f"{name}: expected a plain LoRA adapter, got one with {setting}={value!r}")
+            raise UnstackableError(f"{name}: expected a plain LoRA adapter, got one with {setting}={value!r}")
     if config.bias != "none":
-        raise ValueError(f"{name}: expected a LoRA adapter with bias='none', got bias={config.bias!r}")
+        raise UnstackableError(f"{name}: expected a LoRA adapter with bias='none', got bias={config.bias!r}")
     if config.init_lora_weights not in PLAIN_INITIALISATIONS:
-        raise ValueError(
+        raise UnstackableError(
             f"{name}: expected a LoRA adapter that leaves the base weights as they are, got "
             f"init_lora_weights={config.init_lora_weights!r}; save it with path_initial_model_for_weight_conversion"
         )
@@ -244,7 +254,7 @@ class LoraStack:
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
-        """Replace every adapted linear layer of `model`; ValueError where an adapter has base weights of its own."""
+        """Replace every adapted linear layer of `model`."""
         self.factors: list[tuple[Tensor, Tensor]] = []  # per layer down (G, R, in) of all that share it, up (G, r, out)
         self.layers: list[LoraLinear] = []
         self.active: list[tuple[Tensor, Tensor]] | None = []  # of every layer, which holds its own; [] at first
@@ -253,11 +263,6 @@ class LoraStack:
         self.dtype = model.dtype
         self.rows_of_group = self.num_tokens = 0
         self.latest: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None  # see shrink
-        for adapter in adapters:
-            own = dict(model.named_parameters(remove_duplicate=False))
-            for name, weight in adapter.frozen.items():
-                if name not in own or not is_equal(own[name].cpu(), weight):
-                    raise ValueError(f"{adapter.name}: expected the model's weights for {name}, got some of its own")
         adapted = {module: down.shape[0] for adapter in adapters for module, (down, _) in adapter.factors.items()}
         for modules in _group_readers({m: adapted[m] for m, _ in model.named_modules() if m in adapted}):
             ranks = [

@@ -58,6 +58,12 @@ Graphs = Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA
 OtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base than they get.")
 ]
+MergeAdapters = Annotated[
+    bool,
+    typer.Option(
+        "--merge-adapters", help="Merge an adapter that cannot be stacked (DoRA, ...) into a model of its own."
+    ),
+]
 
 
 def read_recipe(models: str) -> Recipe:

@@ -11,6 +11,7 @@ from mpg.app.cli.arguments import (
     Device,
     Dtype,
     Graphs,
+    MergeAdapters,
     Models,
     OtherBase,
     Settings,
@@ -31,6 +32,7 @@ def chat(
     dtype: Dtype = None,
     graphs: Graphs = False,
     allow_other_base: OtherBase = False,
+    merge_adapters: MergeAdapters = False,
 ) -> None:
     """Talk with a weighted combination; weights, sampler and options change on the way. /help lists the commands."""
     from mpg.app.chat import Chat, run
@@ -40,5 +42,8 @@ def chat(
     recipe = read_recipe(models)
     recipe.weigh(weights)  # before minutes of loading, as the options
     check_settings(options, recipe.options)
-    model = load(models, device=device, dtype=dtype, graphs=graphs, allow_other_base=allow_other_base)
+    model = load(
+        models, device=device, dtype=dtype, graphs=graphs,
+        allow_other_base=allow_other_base, merge_adapters=merge_adapters,
+    )  # fmt: skip
     run(Chat(model, weights, options, system), Console())

@@ -15,6 +15,7 @@ from rich.progress import Progress, TaskID
 from mpg.app.cli.arguments import (
     Device,
     Dtype,
+    MergeAdapters,
     Models,
     OtherBase,
     Raw,
@@ -51,6 +52,7 @@ def check(
     device: Device = None,
     dtype: Dtype = None,
     allow_other_base: OtherBase = False,
+    merge_adapters: MergeAdapters = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
     """Measure how much of the intended shift each sampler delivers on these models, and at what cost."""
@@ -75,7 +77,10 @@ def check(
     else:
         chosen = [question.text for question in HELD_OUT_QUESTIONS] if models == "demo" else list(PROMPTS)
         err.print(f"prompts: {len(chosen)} that come with mpg; --prompts FILE measures on yours", style="dim")
-    model = load(models, device=device, dtype=dtype, draft=draft, allow_other_base=allow_other_base)
+    model = load(
+        models, device=device, dtype=dtype, draft=draft,
+        allow_other_base=allow_other_base, merge_adapters=merge_adapters,
+    )  # fmt: skip
     with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
         tasks: dict[str, TaskID] = {}
 

@@ -17,6 +17,7 @@ from mpg.app.cli.arguments import (
     Device,
     Dtype,
     Graphs,
+    MergeAdapters,
     Models,
     OtherBase,
     Raw,
@@ -77,6 +78,7 @@ def generate(
     dtype: Dtype = None,
     graphs: Graphs = False,
     allow_other_base: OtherBase = False,
+    merge_adapters: MergeAdapters = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON Lines on stdout, one a text, and nothing else.")
     ] = False,
@@ -112,7 +114,7 @@ def generate(
     answers = _Answers(lines, seed, as_json, streams=not as_json and method not in SINGLE_METHODS)
     model = load(
         models, device=device, dtype=dtype, draft=own_draft, anchor=anchor, device_map=places, graphs=graphs,
-        allow_other_base=allow_other_base,
+        allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
     names = model.models.attribute_names
     for line, of_line in zip(lines if method is None else (), targets, strict=False):
