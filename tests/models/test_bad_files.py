@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ensembles import load
+from mpg.demo import MODELS
 from mpg.models import sources
+
+TOKENIZER = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 
 
 @pytest.fixture
@@ -58,6 +63,38 @@ def test_a_damaged_file_is_refused_with_argument_and_file(argument, file, damage
     wanted = f"{argument}: expected a file that can be read, got {folder / file}: "
     with pytest.raises(ValueError, match="^" + re.escape(wanted)):
         load(folders["base"], {"E": folders["E"]}, device="cpu")
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, scramble])
+@pytest.mark.parametrize("argument", ["base", "attributes['E']", "tokenizer"])
+def test_a_damaged_chat_template_is_refused_when_it_is_loaded(argument, damage, folders, tmp_path):
+    places = {"base": folders["base"], "attributes['E']": folders["E"], "tokenizer": tmp_path / "other"}
+    for place in places.values():
+        shutil.copytree(MODELS, place, dirs_exist_ok=True, ignore=lambda _, names: {*names} - {*TOKENIZER})
+    file = places[argument] / "chat_template.jinja"
+    damage(file)
+    with pytest.raises(
+        ValueError, match="^" + re.escape(f"{argument}: expected a file that can be read, got {file}: ")
+    ):
+        load(folders["base"], {"E": folders["E"]}, tokenizer=places["tokenizer"], device="cpu")
+
+
+def test_a_chat_template_in_the_tokenizers_configuration_is_looked_at_too(folders):
+    base = folders["base"]
+    for name in TOKENIZER[1:]:
+        shutil.copy(MODELS / name, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{% for m in messages %}"}))
+    with pytest.raises(ValueError, match=r"^base: expected a file .*/tokenizer_config.json: TemplateSyntaxError: "):
+        load(base, {"E": folders["E"]}, device="cpu")
+
+
+def test_a_chat_template_that_takes_other_messages_is_sound(folders):
+    for name in TOKENIZER:
+        shutil.copy(MODELS / name, folders["base"])
+    template = "{{ raise_exception('no') if messages[0].role == 'user' }}{% generation %}{% endgeneration %}"
+    (folders["base"] / TOKENIZER[0]).write_text(template)
+    assert sources.read_tokenizer("base", folders["base"]).chat_template == template
 
 
 def test_a_damaged_file_of_a_cached_repository_is_named(folders, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import file_exists, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from jinja2 import TemplateSyntaxError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -26,6 +27,7 @@ from transformers.utils.logging import set_tqdm_hook
 ADAPTER_CONFIG = "adapter_config.json"
 CACHED = "models--"  # what the folder of a repository begins with in the hub's cache: models--OWNER--NAME
 CONFIG = "config.json"
+TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
 
 Source = str | Path | PreTrainedModel | PeftModel
@@ -129,7 +131,17 @@ def read_tokenizer(argument: str, source: str | Path) -> PreTrainedTokenizerBase
     if not has_file(source, *TOKENIZER_FILES):
         return None
     with refuse_unreadable(argument, source):
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    refuse_damage(argument, source, TEMPLATE)
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:  # which would be met at the first prompt
+        file = Path(source, TEMPLATE if has_file(source, TEMPLATE) else TOKENIZER_FILES[0])
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{argument}: expected a file that can be read, got {file}: {reason}") from error
+    except Exception:  # there is none, or it takes other messages
+        pass
+    return tokenizer
 
 
 def own_tokenizer(given: Any) -> PreTrainedTokenizerBase | None:
@@ -240,6 +252,8 @@ def _try_to_read(file: Path) -> None:
         Tokenizer.from_file(str(file))
     elif file.suffix == ".json":
         json.loads(file.read_text(encoding="utf-8"))
+    elif file.name == TEMPLATE and not file.read_text(encoding="utf-8").strip():
+        raise ValueError("it is empty")
     elif file.suffix == ".safetensors":
         with safe_open(file, "pt"):
             pass
