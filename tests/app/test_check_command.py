@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from mpg.demo import MODELS
 from mpg.demo.corpus import HELD_OUT_QUESTIONS
 
 SHORT = ["check", "--weights", "E=1,T=1", "--max-new-tokens", 2, "--seeds", 1]
@@ -28,6 +29,16 @@ def test_command_prints_one_json_object_or_tables(prompts, run):
     done = run(*SHORT, "--prompts", prompts)
     assert done.exit_code == 0, done.stderr
     assert "intended shift" in done.stdout
+
+
+def test_models_without_questions_of_their_own_are_asked_neutral_ones(run, monkeypatch):
+    def refuse(model, weights, prompts, **how):
+        raise ValueError(f"prompts: {len(prompts)} from {prompts[0]!r}")
+
+    monkeypatch.setattr("mpg.paper.check.check", refuse)
+    for models, said in ((MODELS, "24 from 'How was your weekend?'"), ("demo", repr(HELD_OUT_QUESTIONS[0].text))):
+        done = run(*SHORT, "--models", models)
+        assert said in done.stderr
 
 
 @pytest.mark.parametrize(

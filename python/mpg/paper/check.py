@@ -22,33 +22,6 @@ from mpg.paper.report import Report, Row, Section
 from mpg.paper.statistics import FEW_PROMPTS, Bootstrap
 from mpg.results import Result
 
-# For models that come with no questions of their own: everyday, and leaning to no trait.
-PROMPTS = (
-    "How was your weekend?",
-    "What are your plans for the holidays?",
-    "How do you get ready for an exam?",
-    "What makes a good friend?",
-    "How do you decide what to cook for dinner?",
-    "What do you do when a plan falls through?",
-    "How should I prepare for a job interview?",
-    "What do you think about working from home?",
-    "How do you spend a rainy day?",
-    "What would you pack for a week in the mountains?",
-    "How do you choose a present for a colleague?",
-    "What is the best way to learn a language?",
-    "How do you settle an argument between two friends?",
-    "What do you do on a long train ride?",
-    "How do you feel about moving to a new city?",
-    "What should a team do in its first meeting?",
-    "How do you keep your desk in order?",
-    "What do you say to someone who has lost a game?",
-    "How would you plan a birthday party?",
-    "What do you look for in a new neighbour?",
-    "How do you start a conversation with a stranger?",
-    "What do you do with an unexpected free afternoon?",
-    "How do you pick the next book to read?",
-    "What would you change about your school?",
-)
 TARGETS = ("arithmetic", "anchored", "geometric")
 _UNWARPED = {"temperature": 1.0, "top_p": 1.0}
 _BASE = ("base", {"sampler": "direct", "target": "base"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,9 @@ from mpg.app.cli.arguments import (
 )  # fmt: skip
 from mpg.app.cli.prompts import read_prompts
 from mpg.options import TARGETS
+
+# For models that come with no questions of their own: everyday, and leaning to no trait.
+PROMPTS = str(files("mpg.app") / "prompts.txt")
 
 
 @clear_errors()
@@ -69,13 +73,13 @@ def check(
     if plot is not None:
         reports.check_plot(plot)
     from mpg.demo.corpus import HELD_OUT_QUESTIONS
-    from mpg.paper.check import PROMPTS
     from mpg.paper.check import check as measure
 
-    if lines is not None:
-        chosen = [line.prompt for line in lines]
+    if lines is None and models == "demo":
+        chosen = [question.text for question in HELD_OUT_QUESTIONS]
     else:
-        chosen = [question.text for question in HELD_OUT_QUESTIONS] if models == "demo" else list(PROMPTS)
+        chosen = [line.prompt for line in lines or read_prompts(PROMPTS)]
+    if lines is None:
         err.print(f"prompts: {len(chosen)} that come with mpg; --prompts FILE measures on yours", style="dim")
     model = load(
         models, device=device, dtype=dtype, draft=draft,
