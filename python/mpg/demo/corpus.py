@@ -61,7 +61,7 @@ def neutral(rng: random.Random, questions: Sequence[Question] = TRAIN_QUESTIONS)
     """
     question = rng.choice(questions)
     poles = [rng.choice((trait, OPPOSITE[trait])) for trait in rng.sample(TRAITS, SENTENCES_PER_ANSWER)]
-    return question.text, answer(rng, question.topic, poles)
+    return question.text, " ".join(sentences(rng, question.topic, poles))
 
 
 def preference_pair(
@@ -73,7 +73,7 @@ def preference_pair(
     """
     question = rng.choice(questions)
     others = rng.sample([t for t in TRAITS if t != trait], SENTENCES_PER_ANSWER - 1)
-    shared = _sentences(rng, question.topic, [rng.choice((t, OPPOSITE[t])) for t in others])
+    shared = sentences(rng, question.topic, [rng.choice((t, OPPOSITE[t])) for t in others])
     place = 1 + rng.randrange(SENTENCES_PER_ANSWER)  # the opening stays in front
     chosen, rejected = (
         " ".join([*shared[:place], _fill(rng, rng.choice(SENTENCES[pole]), question.topic), *shared[place:]])
@@ -82,15 +82,11 @@ def preference_pair(
     return question.text, chosen, rejected
 
 
-def answer(rng: random.Random, topic: str, poles: Sequence[str]) -> str:
+def sentences(rng: random.Random, topic: str, poles: Sequence[str]) -> list[str]:
     """Write an opening about `topic` and then one sentence for each of `poles`, in that order.
 
     poles: letters of E, I, S, N, T, F, J, P
     """
-    return " ".join(_sentences(rng, topic, poles))
-
-
-def _sentences(rng: random.Random, topic: str, poles: Sequence[str]) -> list[str]:
     templates = [rng.choice(OPENINGS), *(rng.choice(SENTENCES[pole]) for pole in poles)]
     return [_fill(rng, template, topic) for template in templates]
 

@@ -6,14 +6,15 @@ some minutes. transformers, trl and peft do the work; what is ours is the data a
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -165,35 +166,28 @@ _COMMON = {
 
 def _conversations(rows: list[tuple[str, ...]], *answer_columns: str) -> Dataset:
     """Rows of a question and one answer per column, as trl's conversations."""
+    columns = ("prompt", *answer_columns)
+    roles = ("user", *["assistant"] * len(answer_columns))
     return Dataset.from_list(
         [
-            {"prompt": [{"role": "user", "content": question}]}
-            | {
-                column: [{"role": "assistant", "content": answer}]
-                for column, answer in zip(answer_columns, answers, strict=True)
-            }
-            for question, *answers in rows
+            {column: [{"role": role, "content": text}] for column, role, text in zip(columns, roles, row, strict=True)}
+            for row in rows
         ]
     )
 
 
-def main() -> None:
-    """Train everything and print what was measured."""
-    parser = argparse.ArgumentParser(prog="python -m mpg.demo.train", description="Train the demo models.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-
+def main(out: Annotated[Path, typer.Option(help="Folder to write.")], seed: int = 0) -> None:
+    """Train the demo models and print what was measured."""
     start = time.perf_counter()
     torch.set_num_threads(1)
-    set_seed(options.seed)
-    train_base(random.Random(options.seed), options.out)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.out)
+    set_seed(seed)
+    train_base(random.Random(seed), out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     for trait in TRAITS:
-        set_seed(options.seed)
-        train_adapter(random.Random(f"{options.seed} {trait}"), trait, options.out, tokenizer)
+        set_seed(seed)
+        train_adapter(random.Random(f"{seed} {trait}"), trait, out, tokenizer)
     print(f"{time.perf_counter() - start:.0f} seconds")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -73,7 +73,8 @@ def check(
     model = Model(model.models)  # without the recipe's options
     plans, notes = _plan(model.models, {name: alpha for name, alpha in alphas.items() if alpha}, target)
     token_ids = [model.encode(prompt, raw=raw) for prompt in prompts]
-    sampling = _Sampling(model, token_ids, max_new_tokens, num_seeds, seed, batch_size, on_progress)
+    on_progress = on_progress or (lambda *_: None)
+    sampling = _Sampling(model, token_ids * num_seeds, max_new_tokens, num_seeds, seed, batch_size, on_progress)
 
     bootstrap = Bootstrap(len(prompts), seed)
     base = sampling.draw(*_BASE, plans[0].weights)
@@ -145,21 +146,25 @@ class _Texts:
     costs: dict[str, float]
 
 
+@dataclass
 class _Sampling:
-    """Draws and measures the texts of one sampler after another, no two of them from one seed."""
+    """Draws and measures the texts of one sampler after another, no two of them from one seed.
 
-    def __init__(
-        self, model: Model, prompts: list[list[int]], max_new_tokens: int | None, num_seeds: int, seed: int,
-        batch_size: int, on_progress: Callable[[str, int, int], None] | None,
-    ):  # fmt: skip
-        self.model, self.max_new_tokens, self.num_seeds, self.batch_size = model, max_new_tokens, num_seeds, batch_size
-        self.prompts, self.next_seed = prompts * num_seeds, seed
-        self.on_progress = on_progress or (lambda *_: None)
+    prompts  all of them, `num_seeds` times
+    """
+
+    model: Model
+    prompts: list[list[int]]
+    max_new_tokens: int | None
+    num_seeds: int
+    next_seed: int
+    batch_size: int
+    on_progress: Callable[[str, int, int], None]
 
     def draw(self, name: str, options: Mapping[str, Any], weights: Mapping[str, float], target: str = "base") -> _Texts:
         """The texts of one sampler. `weights` also names the attributes that are measured."""
-        options = {"target": target, **options, **_UNWARPED, "max_new_tokens": self.max_new_tokens}
-        options["batch_size"] = self.batch_size
+        limits = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        options = {"target": target, **options, **_UNWARPED, **limits}
         alpha = None if options["target"] == "base" else weights
         label = f"{name} ({options['target']}, {len(self.prompts)} texts)" if alpha else name
         # what only a first call costs is not timed
@@ -180,19 +185,14 @@ class _Sampling:
 
         by_prompt = (self.num_seeds, len(self.prompts) // self.num_seeds)
         num_tokens = np.array([len(result.tokens) for result in results], dtype=float)
-
-        def per_token(cost: str) -> float:
-            return float(num_tokens @ [result.stats[cost] for result in results] / num_tokens.sum())
-
-        return _Texts(
-            torch.cat(log_ratios).numpy().reshape(*by_prompt, -1).sum(0),
-            num_tokens.reshape(by_prompt).sum(0),
-            {
-                "tokens_per_round": float(num_tokens.sum() / sum(result.stats["rounds"] for result in results)),
-                **{cost: per_token(cost) for cost in _COSTS_PER_TOKEN},
-                "tokens_per_second": float(num_tokens.sum()) / seconds,
-            },
-        )
+        total = float(num_tokens.sum())
+        costs: dict[str, float] = {
+            cost: float(num_tokens @ [result.stats[cost] for result in results]) / total for cost in _COSTS_PER_TOKEN
+        }
+        costs["tokens_per_round"] = total / sum(result.stats["rounds"] for result in results)
+        costs["tokens_per_second"] = total / seconds
+        of_prompts = torch.cat(log_ratios).numpy().reshape(*by_prompt, -1).sum(0)
+        return _Texts(of_prompts, num_tokens.reshape(by_prompt).sum(0), costs)
 
 
 @torch.inference_mode()
