@@ -19,7 +19,7 @@ from mpg.app.cli.command import app
 from mpg.demo import MODELS
 from mpg.paper.check import check
 from mpg.paper.methods import answer
-from mpg.recipe import Recipe, parse_value
+from mpg.recipe import Recipe, parse_setting
 
 SHORT = {"seed": 3, "max_new_tokens": 8}
 BODY = f"""\
@@ -227,7 +227,7 @@ def test_paths_are_the_recipes_own_and_other_names_are_the_hubs(tmp_path, monkey
     ("old", "new", "message"),
     [
         ("weights: ET", "weigths: ET", "recipe: unknown key 'weigths'; did you mean 'weights'?"),
-        ("weights: ET", "zzz: ET", "recipe: unknown key 'zzz'; expected one of base, anchor"),
+        ("weights: ET", "zzz: ET", "recipe: unknown key 'zzz'; expected one of base, attributes"),
         ("draft: E\n", "base: .\n", "expected YAML: 'base' comes twice in line 2"),
         ("  F:", "  ET:", "expected YAML: 'ET' comes twice in line 7"),
         ("{T: -1}", "{X: -1}", "presets['F']: unknown attribute 'X'; expected one of E, T"),
@@ -297,13 +297,16 @@ def test_a_model_that_cannot_be_loaded_is_refused_with_its_recipe(tmp_path):
     ("text", "value"), [("0.7", 0.7), ("1e-3", 1e-3), ("12", 12), ("true", True), ("merged", "merged"), ("null", None)]
 )
 def test_values_are_read_as_a_person_means_them(text, value):
-    assert parse_value(text) == value
-    assert type(parse_value(text)) is type(value)
+    assert parse_setting(f" tau = {text}") == ("tau", value)
+    assert type(parse_setting(f"tau={text}")[1]) is type(value)
 
 
 def test_a_value_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"expected a number, true, false or a word, got '\{'"):
-        parse_value("{")
+    with pytest.raises(ValueError, match=r"^tau: expected a number, true, false or a word, got '\{'"):
+        parse_setting("tau={")
+    for text in ("tau", "=1", "tau="):
+        with pytest.raises(ValueError, match=f"^set: expected NAME=VALUE, got '{text}'"):
+            parse_setting(text)
 
 
 def test_commands_take_a_recipe(cooked, tmp_path):

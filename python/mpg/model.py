@@ -150,12 +150,10 @@ class Model:
             logits_processor=() if logits_processor is None else logits_processor,
             stopping_criteria=() if stopping_criteria is None else stopping_criteria,
         )
-        checked = Options.of(chosen, conventions.before(self.recipe.options))
-        conventions.check_sampler(checked)
-        if on_token is not None and not callable(on_token):
-            raise ValueError(f"on_token: expected a callable, got {on_token!r}")
-        if on_result is not None and not callable(on_result):
-            raise ValueError(f"on_result: expected a callable, got {on_result!r}")
+        checked = conventions.options(chosen, self.recipe.options)
+        for name, listener in (("on_token", on_token), ("on_result", on_result)):
+            if listener is not None and not callable(listener):
+                raise ValueError(f"{name}: expected a callable, got {listener!r}")
         if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
             raise ValueError(f"streamer: expected one of transformers, with put and end, got {streamer!r}")
         if prompt is not None and input_ids is not None:
@@ -178,7 +176,7 @@ class Model:
             if len(requests) != 1:
                 raise ValueError(f"streamer: expected one prompt and one sequence, got {len(requests)}")
             streamer.put(torch.tensor([requests[0].token_ids]))
-            on_token = _also_to(streamer, on_token)
+            on_token = stream_to(streamer, on_token)
         why = None
         try:
             if checked.sampler == "auto":
@@ -336,7 +334,7 @@ def load(
     return Model(models, recipe.pin(models.describe()))
 
 
-def _also_to(streamer: BaseStreamer, on_token: OnToken) -> Callable[[Token], None]:
+def stream_to(streamer: BaseStreamer, on_token: OnToken = None) -> Callable[[Token], None]:
     """on_token, and each token's id to the streamer as transformers puts it there, (1,) int64."""
 
     def put(token: Token) -> None:

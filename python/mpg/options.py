@@ -9,9 +9,9 @@ import difflib
 import math
 import numbers
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Optional, TypeVar
 
 ROW_SAMPLERS = ("exact", "direct", "auto")  # draw from the target's row
 SCORE_SAMPLERS = ("scr", "token-rs", "seq-rs")  # weigh what the base drafts
@@ -80,7 +80,8 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Ch
     return check
 
 
-def _truth(name: str, value: Any) -> None:
+def check_truth(name: str, value: Any) -> None:
+    """Raises ValueError unless an argument is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
 
@@ -123,7 +124,7 @@ class Options:
         "of the first prompt, prompt i of a list takes seed + i; or a list of one per prompt; None: drawn anew, and "
         "reported", _seeds, all=None,
     )  # fmt: skip
-    trace: Own[bool] = _option("also return every token's log-ratio under every attribute", _truth, all=False)
+    trace: Own[bool] = _option("also return every token's log-ratio under every attribute", check_truth, all=False)
     batch_size: Own[int] = _option(
         "requests decoded at once, at most; the others wait until one has ended", _integer(1), all=32
     )
@@ -146,7 +147,7 @@ class Options:
     verify: Own[str] = _option("'block', or 'token' by token", _one_of("block", "token"), exact="block")
     adaptive: Own[bool] = _option(
         "let every request's k grow by 2 after a round that accepted all, up to 16 or the k that it began with, and "
-        "else shrink by 1", _truth, exact=False,
+        "else shrink by 1", check_truth, exact=False,
     )  # fmt: skip
     window: Own[int] = _option("W, scores the bound looks back on", _integer(1, MAX_WINDOW), scores=20)
     gamma: Own[float] = _option("safety margin of the bound, >= 1", _number(1), scores=1.2)
@@ -162,7 +163,7 @@ class Options:
         "when no token at all can be accepted: 'raise', or draw from the 'base'", _one_of("raise", "base"), scr="raise"
     )
     observed: Own[bool] = _option(
-        "push every tested score into the window, not only the accepted one", _truth, scr=False
+        "push every tested score into the window, not only the accepted one", check_truth, scr=False
     )
 
     @property
@@ -182,7 +183,7 @@ class Options:
         """
         for name in options:
             if name not in OPTIONS:
-                refuse_unknown(name, list(OPTIONS))
+                raise ValueError(f"{name}: unknown option; {hint(name, OPTIONS)}")
         given = {name: value for name, value in options.items() if value is not None}
         merged = {**(defaults or {}), **given}
         sampler = merged.get("sampler", "exact")
@@ -230,17 +231,24 @@ Those of scr, token-rs and seq-rs are from section 4.1.
 )
 
 
-def refuse_unknown(name: str, known: Sequence[str]) -> NoReturn:
-    """Raises ValueError for a keyword that is not among the known ones, with the nearest of them."""
+def hint(name: str, known: Collection[str]) -> str:
+    """What to say of a name that is not among the known ones: the nearest of them, or all."""
     near = [other for other in known if other.startswith(f"{name}_")] or difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-    raise ValueError(f"{name}: unknown option; {hint}")
+    return f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
 
 
 def has_option(sampler: str, name: str) -> bool:
     """Whether an option is one of this sampler; of a sampler that there is not, whether it is one of all."""
     defaults = OPTIONS[name].metadata["defaults"]
     return sampler in tuple(defaults) or len(defaults) == len(SAMPLERS)
+
+
+def parse_pair(argument: str, form: str, text: str) -> tuple[str, str]:
+    """Name and value of a text of a form like NAME=VALUE. Raises ValueError where it has another."""
+    name, _, value = (part.strip() for part in text.partition("="))
+    if not name or not value:
+        raise ValueError(f"{argument}: expected {form}, got {text!r}")
+    return name, value
 
 
 def parse_weights(text: str) -> dict[str, float]:

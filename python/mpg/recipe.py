@@ -5,24 +5,19 @@ Knows the keys of the file and names the one that is mistaken; loads no model.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mpg.options import Options, check_weights, parse_weights
+from mpg.options import Options, check_weights, hint, parse_pair, parse_weights
 
 FILE = "mpg.yaml"  # what a folder is searched for
 SUFFIXES = (".yaml", ".yml")
-KEYS = (
-    "base", "anchor", "draft", "tokenizer", "attributes", "device_map", "allow_other_base", "merge_adapters", "weights",
-    "presets", "options",
-)  # fmt: skip
 ROLES = ("base", "anchor", "draft")  # names that no attribute has
 
 
@@ -131,10 +126,8 @@ class Recipe:
             is_below = Path(source).is_relative_to(file.parent)
             return Path(source).relative_to(file.parent).as_posix() if is_below else source
 
-        document: dict[str, Any] = {"base": place("base", self.base)}
-        for name in ("anchor", "draft", "tokenizer"):
-            if getattr(self, name) is not None:
-                document[name] = place(name, getattr(self, name))
+        sources = {name: getattr(self, name) for name in ("base", "anchor", "draft", "tokenizer")}
+        document: dict[str, Any] = {name: place(name, at) for name, at in sources.items() if at or name == "base"}
         attributes = self.attributes or {}
         document["attributes"] = {name: place(f"attributes[{name!r}]", at) for name, at in attributes.items()}
         document |= {name: getattr(self, name) for name in ("device_map", "allow_other_base", "merge_adapters")}
@@ -146,15 +139,17 @@ class Recipe:
         file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
 
 
-def parse_value(text: str) -> Any:
-    """A value as a recipe would have it: "0.7" is a number, "true" a truth, "merged" a text, "null" nothing.
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Name and value of an option from "NAME=VALUE", the value as a recipe would have it: "0.7" is a number, "true" a
+    truth, "merged" a text, "null" nothing.
 
-    Raises ValueError for text that is no YAML value.
+    Raises ValueError for text of another form, and for a value that is not one of YAML's.
     """
+    name, value = parse_pair("set", "NAME=VALUE", text)
     try:
-        return yaml.load(text, Loader=_Loader)
+        return name, yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
-        raise ValueError(f"expected a number, true, false or a word, got {text!r}") from None
+        raise ValueError(f"{name}: expected a number, true, false or a word, got {value!r}") from None
 
 
 def _find(source: Any) -> Path | None:
@@ -215,7 +210,7 @@ def _read(file: Path) -> Recipe:
 def _recipe(document: Any, file: Path) -> Recipe:
     if document is None:
         raise ValueError("expected the keys base and attributes, got an empty file")
-    given = _mapping("recipe", document, "key", KEYS)
+    given = _mapping("recipe", document, "key", [key.name for key in fields(Recipe) if key.name != "files"])
     for key in ("base", "attributes"):
         if key not in given:
             raise ValueError(f"{key}: expected in every recipe, got {', '.join(given) or 'none'}")
@@ -229,12 +224,6 @@ def _recipe(document: Any, file: Path) -> Recipe:
         if not name or "=" in name:
             raise ValueError(f"presets: expected a name without '=', got {name!r}")
         presets[name] = _weights(f"presets[{name!r}]", weights, attributes)
-    weights = given.get("weights")
-    if "weights" in given and not isinstance(weights, (dict, list)):
-        if weights not in presets:
-            wanted = f"a mapping or a preset{' among ' + ', '.join(presets) if presets else ''}"
-            raise ValueError(f"weights: expected {wanted}, got {weights!r}")
-        weights = presets[weights]
     options = _mapping("options", given.get("options", {}), "option")
     try:
         Options.of(options)
@@ -246,6 +235,12 @@ def _recipe(document: Any, file: Path) -> Recipe:
     if "device_map" in given:
         own["device_map"] = _places("device_map", given["device_map"], [*attributes, *ROLES])
     if "weights" in given:
+        weights = given["weights"]
+        if not isinstance(weights, (dict, list)):
+            if weights not in presets:
+                wanted = f"a mapping or a preset{' among ' + ', '.join(presets) if presets else ''}"
+                raise ValueError(f"weights: expected {wanted}, got {weights!r}")
+            weights = presets[weights]
         own["weights"] = _weights("weights", weights, attributes)
     return Recipe(**own, attributes=attributes, presets=presets, options=options, files=dict.fromkeys(given, file))
 
@@ -258,9 +253,7 @@ def _mapping(what: str, value: Any, kind: str, known: Sequence[str] | None = Non
         if not isinstance(name, str):
             raise ValueError(f"{what}: expected text as names, got {name!r}; put it in quotes")
         if known is not None and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-            raise ValueError(f"{what}: unknown {kind} {name!r}; {hint}")
+            raise ValueError(f"{what}: unknown {kind} {name!r}; {hint(name, known)}")
     return value
 
 

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 import mpg
 from mpg.app.chat import COMMANDS, Chat, run
 from mpg.app.colours import colours_of, legend, strongest_push
-from mpg.app.settings import parse_setting
 from mpg.demo import MODELS
 
 SHORT = {"max_new_tokens": 6, "seed": 2}
@@ -31,7 +30,7 @@ def chat(model):
     return Chat(model, "E=1,T=0.5", SHORT)
 
 
-def ask(chat, text, on_token=None):
+def ask(chat, text, on_token=lambda token: None):
     return chat.answer(chat.prompt(text)[0], on_token)
 
 
@@ -138,8 +137,8 @@ def test_help_names_every_command_and_quit_ends(chat):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/wieghts E=1", "/wieghts: unknown command; did you mean /weights?"),
-        ("/", "/: unknown command; expected one of weights, sampler"),
+        ("/wieghts E=1", "/wieghts: unknown command; did you mean '/weights'?"),
+        ("/", "/: unknown command; expected one of /weights, /sampler"),
         ("/weights X=1", "weights: expected some of E, S, T, J, got 'X'"),
         ("/weights ESTP", "weights: expected NAME=NUMBER,... or a preset among ESTJ, INFP, got 'ESTP'"),
         ("/weights E=0", "weights: expected at least one that is not 0"),
@@ -237,7 +236,7 @@ def test_the_oldest_turns_are_left_out_where_positions_run_short_and_stay_in_the
         if num_left_out:  # and one more would not have fitted
             more = [messages[0], *chat.history[2 * num_left_out - 2 :], messages[-1]]
             assert len(model.encode(more)) + 60 > 256
-        chat.answer(messages, None)
+        chat.answer(messages, lambda token: None)
         assert len(chat.history) == 2 * (turn + 1)
     assert num_left_out
 
@@ -246,14 +245,6 @@ def test_models_without_a_chat_template_are_refused():
     bare = mpg.load(AutoModelForCausalLM.from_pretrained(MODELS), {"E": MODELS}, dtype="float32", device="cpu")
     with pytest.raises(ValueError, match="models: expected a tokenizer with a chat template"):
         Chat(bare, "E=1")
-
-
-@pytest.mark.parametrize(
-    ("text", "setting"),
-    [("sampler=direct", ("sampler", "direct")), ("tau = 1e-3", ("tau", 1e-3)), ("adaptive=true", ("adaptive", True))],
-)
-def test_settings_are_read_as_a_recipe_reads_them(text, setting):
-    assert parse_setting(text) == setting
 
 
 def test_a_token_takes_the_colour_of_the_attribute_that_pushed_it_most():
@@ -266,7 +257,9 @@ def test_a_token_takes_the_colour_of_the_attribute_that_pushed_it_most():
     assert strongest_push(token, {"A": 1, "B": 1, "C": -1}) == "C"
     assert strongest_push(token, {"A": 0.05, "B": 0, "C": 1}) == ""
     assert strongest_push(mpg.Token(0, 5, "word", None), {"A": 1}) == ""
-    assert legend({"A": "red", "B": "green"}).plain == "A B"
+    shown = legend({"A": "red", "B": "green"})
+    assert shown.plain.endswith(": A B")
+    assert [span.style for span in shown.spans if span.style] == ["red", "green"]
 
 
 # `mpg chat` as the owner of its terminal, on a model so slow that an answer can be stopped
@@ -330,7 +323,7 @@ def test_a_conversation_through_a_terminal():
         terminal.send("Hello?\n")
         assert "mpg: weights: expected a number for some of" in terminal.expect(r"got None.*\n[^\n]*> $")
         terminal.send("/wieghts ESTJ\n")
-        assert "did you mean /weights?" in terminal.expect(r"weights\?.*\n[^\n]*> $")
+        assert "did you mean '/weights'?" in terminal.expect(r"weights'\?.*\n[^\n]*> $")
         terminal.send("/weights E=4\n")
         terminal.expect(r"weights E=4.*\n[^\n]*> $")
         terminal.send(f"{QUESTION}\n")

@@ -304,11 +304,11 @@ def test_an_anchor_makes_the_models_a_specialised_base(tmp_path, run):
     [
         (
             ["--method", "mod", "--sampler", "exact"],
-            "method: expected no sampler and no target beside 'mod', got sampler",
+            "sampler: expected none beside method 'mod', which sets it, got 'exact'",
         ),
         (
             ["--method", "scr", "--target", "geometric"],
-            "method: expected no sampler and no target beside 'scr', got target",
+            "target: expected none beside method 'scr', which sets it, got 'geometric'",
         ),
         (["--method", "moe"], "method: expected one of base,"),
         (["--method", "scr-specialized"], "method: 'scr-specialized' needs a specialised base"),

@@ -8,7 +8,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 
 from fakes import FakeModels, enumerate_sampler, total_variation
 from laws import target_law
-from mpg.frontend.hf_generate import Stops
+from mpg.frontend.hf_generate import end_of_text
 from mpg.results import Transcript
 from test_processors import without_repeated_pairs
 
@@ -24,7 +24,7 @@ class Letters:
 
 
 def stops(*strings, criteria=(), prompt=PROMPT):
-    return Stops(prompt, strings, criteria, Letters(), torch.device("cpu"))
+    return end_of_text(prompt, strings, criteria, Letters(), torch.device("cpu"))
 
 
 def sum_is_three(input_ids, scores):
@@ -50,7 +50,7 @@ def test_text_has_the_law_of_the_target_up_to_the_stop(name, sampler, rounds_ahe
     if sampler == "exact":
         options |= {"chunk_size": 2, "draft": "lookup"} if how == "lookup" else {"chunk_size": 2, "verify": how}
     models = FakeModels(4, eos_token_ids=[EOS], seed=1)
-    law = enumerate_sampler(models, PROMPT, MAX_NEW_TOKENS, WEIGHTS, stops=which.end, **options)
+    law = enumerate_sampler(models, PROMPT, MAX_NEW_TOKENS, WEIGHTS, stops=which, **options)
     expected = target_law(models, PROMPT, MAX_NEW_TOKENS, WEIGHTS, stops=stopped)
     assert any(stopped(text) and len(text) < MAX_NEW_TOKENS for text in law)
     defect = total_variation(law, expected)
@@ -62,7 +62,7 @@ def test_stop_and_processor_together(record_property):
     which, stopped = STOPS["string and criterion"]
     models = FakeModels(4, eos_token_ids=[EOS], seed=1)
     processor = NoRepeatNGramLogitsProcessor(2)
-    law = enumerate_sampler(models, PROMPT, 4, WEIGHTS, stops=which.end, processor=processor, chunk_size=2)
+    law = enumerate_sampler(models, PROMPT, 4, WEIGHTS, stops=which, processor=processor, chunk_size=2)
     expected = target_law(models, PROMPT, 4, WEIGHTS, stops=stopped, process=without_repeated_pairs)
     defect = total_variation(law, expected)
     record_property("defect", defect)
@@ -70,7 +70,7 @@ def test_stop_and_processor_together(record_property):
 
 
 def transcript(which):
-    return Transcript(Letters(), (), 0, len(PROMPT), which.end)
+    return Transcript(Letters(), (), 0, len(PROMPT), which)
 
 
 def test_what_a_round_holds_behind_the_stop_is_cut_off():
@@ -83,7 +83,7 @@ def test_what_a_round_holds_behind_the_stop_is_cut_off():
 
 
 def test_stop_string_is_found_across_rounds_and_bytes_and_not_in_the_prompt():
-    assert not stops("ab", prompt=[0]).end([1])  # the prompt's end does not count
+    assert not stops("ab", prompt=[0])([1])  # the prompt's end does not count
     one = transcript(stops("$\u00e9b"))  # special tokens are spelled out
     for token in (3, 2, 1):
         assert not one.is_stopped
@@ -95,10 +95,10 @@ def test_stop_string_is_found_across_rounds_and_bytes_and_not_in_the_prompt():
 @pytest.mark.parametrize("num_unknown", [1, 2, 3, 50])
 def test_stop_string_is_found_where_ids_that_nothing_stands_for_lie_within(num_unknown):
     unknown = [99] * num_unknown
-    assert stops("ab").end([1, 0, *unknown, 1])
-    assert stops("ba\u00e9b").end([0, 1, *unknown, 0, *unknown, 2, 1])
-    assert not stops("ab").end([1, *unknown, 1])
-    assert not stops("ab").end(unknown)
+    assert stops("ab")([1, 0, *unknown, 1])
+    assert stops("ba\u00e9b")([0, 1, *unknown, 0, *unknown, 2, 1])
+    assert not stops("ab")([1, *unknown, 1])
+    assert not stops("ab")(unknown)
 
 
 def test_parts_of_a_character_do_not_hide_a_stop_string():
@@ -108,9 +108,9 @@ def test_parts_of_a_character_do_not_hide_a_stop_string():
         def decode(self, tokens, *, skip_special_tokens):
             return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
-    which = Stops([], ("x\u20ac",), (), Bytes(), torch.device("cpu"))
+    which = end_of_text([], ("x\u20ac",), (), Bytes(), torch.device("cpu"))
     text = [ord("a"), ord("x"), 300, 300, 300, *"\u20ac".encode()]
-    assert [which.end(text[:length]) for length in range(1, 9)] == [False] * 7 + [True]
+    assert [which(text[:length]) for length in range(1, 9)] == [False] * 7 + [True]
 
 
 @pytest.mark.parametrize("answer", [None, [], [True, False], "yes"])

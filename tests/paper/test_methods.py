@@ -148,8 +148,13 @@ def test_rejection_samplers_return_the_same_alone_and_in_a_batch_and_stream_what
     ("method", "prompts", "options", "message"),
     [
         ("moe", PROMPTS, {}, "method: expected one of base, .*scr-specialized, got 'moe'"),
-        ("mod", PROMPTS, {"sampler": "exact"}, "sampler: expected none beside a method, .* got 'exact'"),
-        ("scr", PROMPTS, {"target": "geometric"}, "target: expected none beside a method"),
+        ("mod", PROMPTS, {"sampler": "exact"}, "sampler: expected none beside method 'mod', .* got 'exact'"),
+        (
+            "scr",
+            PROMPTS,
+            {"target": "geometric"},
+            "target: expected none beside method 'scr', which",
+        ),
         (
             "base-specialized",
             PROMPTS,

@@ -5,7 +5,6 @@ Knows how a line is understood and shown; how an answer comes about is the model
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 from collections.abc import Callable, Mapping
@@ -16,10 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from mpg.app.colours import colours_of, legend, strongest_push
-from mpg.app.settings import check_settings, parse_setting
 from mpg.files import whole_file
-from mpg.model import Model, OnToken, Weights
-from mpg.options import DEFAULT_NEW_TOKENS, OPTIONS, Options, check_weights, has_option
+from mpg.frontend.hf_generate import check_options
+from mpg.model import Model, Weights
+from mpg.options import DEFAULT_NEW_TOKENS, OPTIONS, Options, check_weights, has_option, hint
+from mpg.recipe import parse_setting
 from mpg.results import Result, Token
 
 Message = dict[str, str]
@@ -53,9 +53,8 @@ class Chat:
         """Do what a line "/NAME ..." says. out: what to show"""
         name, _, words = line.removeprefix("/").partition(" ")
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
-            hint = f"did you mean /{near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
-            raise ValueError(f"/{name}: unknown command; {hint}")
+            known = [f"/{command}" for command in COMMANDS]
+            raise ValueError(f"/{name}: unknown command; {hint(f'/{name}', known)}")
         return COMMANDS[name].run(self, words.strip())
 
     def prompt(self, text: str) -> tuple[list[Message], int]:
@@ -66,15 +65,15 @@ class Chat:
         """
         limit = self.model.models.max_positions
         if limit is None:
-            return [*self._system(), *self.history, _message("user", text)], 0
+            return [*self._system(), *self.history, {"role": "user", "content": text}], 0
         room = self._checked().max_new_tokens or min(DEFAULT_NEW_TOKENS, limit // 2)
         for first in range(0, len(self.history) + 1, 2):
-            messages = [*self._system(), *self.history[first:], _message("user", text)]
+            messages = [*self._system(), *self.history[first:], {"role": "user", "content": text}]
             if len(self.model.encode(messages)) + room <= limit:
                 break
         return messages, first // 2
 
-    def answer(self, messages: list[Message], on_token: OnToken) -> Result | None:
+    def answer(self, messages: list[Message], on_token: Callable[[Token], None]) -> Result | None:
         """Answer what `prompt` returned, and add both to the history.
 
         out: the result, or None where Ctrl-C stopped it: the history then has what there is of the text, and nothing
@@ -84,8 +83,7 @@ class Chat:
 
         def listen(token: Token) -> None:
             pieces.append(token.text)
-            if on_token is not None:
-                on_token(token)
+            on_token(token)
 
         weights = None if self._checked().target == "base" else self.weights
         result = None
@@ -93,7 +91,7 @@ class Chat:
             options = {**self.options, "trace": True}
             result = self.model.generate(messages, weights=weights, on_token=listen, **options)
         if text := "".join(pieces):
-            self.history += [messages[-1], _message("assistant", text)]
+            self.history += [messages[-1], {"role": "assistant", "content": text}]
         return result
 
     def set_weights(self, text: str) -> str:
@@ -124,7 +122,7 @@ class Chat:
     def set_system(self, text: str) -> str:
         before, self.system = self.system, text
         try:
-            self.model.encode([*self._system(), _message("user", "Hello")])
+            self.model.encode([*self._system(), {"role": "user", "content": "Hello"}])
         except ValueError:
             self.system = before
             raise
@@ -166,16 +164,16 @@ class Chat:
         """Take weights and options, unless a call would refuse them."""
         if options.get("num_return_sequences", 1) != 1:
             raise ValueError(f"num_return_sequences: expected 1 in a chat, got {options['num_return_sequences']!r}")
-        target = check_settings(options, self.model.recipe.options).target
+        target = check_options(options, self.model.recipe.options).target
         if weights is not None and target != "base":
             check_weights(weights, self.model.models.attribute_names, target)
         self.weights, self.options = weights, options
 
     def _checked(self) -> Options:
-        return check_settings(self.options, self.model.recipe.options)
+        return check_options(self.options, self.model.recipe.options)
 
     def _system(self) -> list[Message]:
-        return [_message("system", self.system)] if self.system else []
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     def _all(self) -> list[Message]:
         return [*self._system(), *self.history]
@@ -209,7 +207,7 @@ def run(chat: Chat, console: Console) -> None:
     with suppress(ImportError):
         importlib.import_module("readline")  # gives input() editing, where there is one
     colours = colours_of(chat.model.models.attribute_names)
-    console.print("Every token takes the colour of the attribute that pushed it most:", legend(colours))
+    console.print(legend(colours))
     _say(console, f"{chat.set_weights('')}\n/help lists the commands.")
     while not chat.is_over:
         try:
@@ -246,7 +244,3 @@ def _answer(chat: Chat, text: str, console: Console, colours: Mapping[str, str])
 def _say(console: Console, text: str) -> None:
     if text:
         console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}

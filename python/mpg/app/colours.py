@@ -26,5 +26,6 @@ def strongest_push(token: Token, weights: Mapping[str, float]) -> str:
 
 
 def legend(colours: Mapping[str, str]) -> Text:
-    """The attributes, each in its colour."""
-    return Text(" ").join(Text(name, style=colour) for name, colour in colours.items())
+    """What the colours mean, each attribute in its own."""
+    names = Text(" ").join(Text(name, style=colour) for name, colour in colours.items())
+    return Text("Every token takes the colour of the attribute that pushed it most: ") + names

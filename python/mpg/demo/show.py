@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -40,17 +40,9 @@ COLUMNS = (
 )
 
 
-@dataclass
-class Cell:
-    """The answer of one column to one question, while it grows and after."""
-
-    text: Text = field(default_factory=Text)
-    result: Result | None = None
-
-
 def show(console: Console, model: Model, questions: Sequence[str], num_held_out: int, seed: int) -> None:
     """Stream the answers to the console, then the mean trait scores over `num_held_out` (>= 2) other questions."""
-    console.print(f"Every token takes the colour of the attribute that pushed it most: {legend(COLOURS)}")
+    console.print(legend(COLOURS))
     for i, question in enumerate(questions):
         _answer(console, model, question, seed + i)
     with console.status(f"Answering {num_held_out} more questions to measure the traits"):
@@ -60,26 +52,26 @@ def show(console: Console, model: Model, questions: Sequence[str], num_held_out:
 
 def _answer(console: Console, model: Model, question: str, seed: int) -> None:
     """Stream the answers of all columns to one question."""
-    cells = [Cell() for _ in COLUMNS]
+    texts = [Text() for _ in COLUMNS]
+    results: list[Result] = []  # of the columns that are done
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for column, cell in zip(COLUMNS, cells, strict=True):
+        for column, text in zip(COLUMNS, texts, strict=True):
 
-            def append(token: Token, column: Column = column, cell: Cell = cell) -> None:
-                cell.text.append(token.text, style=COLOURS.get(strongest_push(token, column.weights or {}), ""))
-                live.update(_answers(question, cells), refresh=console.is_terminal)
+            def append(token: Token, column: Column = column, text: Text = text) -> None:
+                text.append(token.text, style=COLOURS.get(strongest_push(token, column.weights or {}), ""))
+                live.update(_answers(question, texts, results), refresh=console.is_terminal)
 
-            cell.result = model.generate(
-                question, weights=column.weights, seed=seed, trace=True, on_token=append, **column.options
-            )
-    console.print(_answers(question, cells))
+            how = {"seed": seed, "trace": True, "on_token": append, **column.options}
+            results.append(model.generate(question, weights=column.weights, **how))
+    console.print(_answers(question, texts, results))
 
 
-def _answers(question: str, cells: Sequence[Cell]) -> Table:
+def _answers(question: str, texts: Sequence[Text], results: Sequence[Result]) -> Table:
     table = _table(title=question)
-    table.add_row(*(cell.text for cell in cells))
+    table.add_row(*texts)
     table.add_section()
-    table.add_row(*(_traits(score_traits(cell.text.plain)) if cell.result else "" for cell in cells))
-    table.add_row(*(f"{cell.result.stats['tokens_per_second']:.0f} tokens/s" if cell.result else "" for cell in cells))
+    table.add_row(*(_traits(score_traits(result.text)) for result in results))
+    table.add_row(*(f"{result.stats['tokens_per_second']:.0f} tokens/s" for result in results))
     return table
 
 

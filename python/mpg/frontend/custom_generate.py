@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mpg.model import Model, Weights
-from mpg.results import Token
+from mpg.model import Model, Weights, stream_to
 
 # What the caller of generate gave and transformers does not hand on, or only as prepared for its own padded batch.
 _OF_THE_CALL = (
@@ -63,9 +63,7 @@ def custom_generate(
         if streamer is not None:
             if len(input_ids) > 1:
                 raise ValueError(f"streamer: expected one prompt and one sequence, got {len(input_ids)}")
-
-            def on_token(token: Token) -> None:
-                streamer.put(torch.tensor([token.id]))
+            on_token = stream_to(streamer)
 
         config = copy.deepcopy(prepared.pop("generation_config"))
         as_dict, config.return_dict_in_generate = config.return_dict_in_generate, None
@@ -84,10 +82,9 @@ def custom_generate(
         finally:
             if streamer is not None:  # it has had the prompt from transformers
                 streamer.end()
-        longest = max(len(result.tokens) for result in results)
-        pad = _pad_token_id(config)
-        new = [[*result.tokens, *[pad] * (longest - len(result.tokens))] for result in results]
-        sequences = torch.cat([input_ids, torch.tensor(new).to(input_ids)], 1)
+        tokens = [torch.tensor(result.tokens) for result in results]
+        new = pad_sequence(tokens, batch_first=True, padding_value=_pad_token_id(config))
+        sequences = torch.cat([input_ids, new.to(input_ids)], 1)
         return GenerateDecoderOnlyOutput(sequences=sequences) if as_dict else sequences  # type: ignore[arg-type]
 
     return decode

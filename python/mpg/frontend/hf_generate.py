@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from mpg.decode.batch import Processor
-from mpg.options import Options, refuse_unknown
+from mpg.options import OPTIONS, Options, check_truth, hint
 
 Criterion: TypeAlias = Callable[[Tensor, None], Any]
 # Honoured: what each does here it does there. Beside it the value other than None that asks for nothing.
@@ -57,7 +57,6 @@ REASONS = {
 _THEIR_ARGUMENTS = inspect.signature(transformers.GenerationMixin.generate).parameters.keys()
 _THEIRS = {*vars(GenerationConfig()), *_THEIR_ARGUMENTS, *REASONS} - {"self", "inputs", "kwargs"}
 _THEIR_DEFAULTS = GenerationConfig._get_default_generation_params()
-_OPTIONS = tuple(field.name for field in fields(Options))
 _ARGUMENTS = (
     "weights", "raw", "on_token", "on_result", "input_ids", "attention_mask", "generation_config", "logits_processor",
     "stopping_criteria", "streamer", "tokenizer", "continue_final_message", "chat_template_kwargs",
@@ -78,14 +77,6 @@ class _Text:
     max_length: int
     eos_token_ids: list[int]
 
-    @property
-    def device(self) -> Any:
-        return self.prompt.device
-
-    @property
-    def prompt_length(self) -> int:
-        return self.prompt.shape[1]
-
 
 _PROCESSORS: dict[str, Callable[[Any, _Text], Processor]] = {
     "sequence_bias": lambda v, _: transformers.SequenceBiasLogitsProcessor(v),
@@ -94,21 +85,23 @@ _PROCESSORS: dict[str, Callable[[Any, _Text], Processor]] = {
     "no_repeat_ngram_size": lambda v, _: transformers.NoRepeatNGramLogitsProcessor(v),
     "encoder_no_repeat_ngram_size": lambda v, t: transformers.EncoderNoRepeatNGramLogitsProcessor(v, t.prompt),
     "bad_words_ids": lambda v, t: transformers.NoBadWordsLogitsProcessor(v, t.eos_token_ids or None),
-    "min_length": lambda v, t: transformers.MinLengthLogitsProcessor(max(v - t.padding, 0), t.eos_token_ids, t.device),
+    "min_length": lambda v, t: transformers.MinLengthLogitsProcessor(
+        max(v - t.padding, 0), t.eos_token_ids, t.prompt.device
+    ),
     "min_new_tokens": lambda v, t: transformers.MinNewTokensLengthLogitsProcessor(
-        t.prompt_length, v, t.eos_token_ids, t.device
+        t.prompt.shape[1], v, t.eos_token_ids, t.prompt.device
     ),
     "prefix_allowed_tokens_fn": lambda v, t: transformers.PrefixConstrainedLogitsProcessor(
         lambda _, tokens: v(t.index, tokens), 1
     ),
     "forced_bos_token_id": lambda v, _: transformers.ForcedBOSTokenLogitsProcessor(v),
-    "forced_eos_token_id": lambda v, t: transformers.ForcedEOSTokenLogitsProcessor(t.max_length, v, t.device),
+    "forced_eos_token_id": lambda v, t: transformers.ForcedEOSTokenLogitsProcessor(t.max_length, v, t.prompt.device),
     "exponential_decay_length_penalty": lambda v, t: transformers.ExponentialDecayLengthPenalty(
-        v, torch.tensor(t.eos_token_ids, device=t.device), t.prompt_length
+        v, torch.tensor(t.eos_token_ids, device=t.prompt.device), t.prompt.shape[1]
     ),
-    "suppress_tokens": lambda v, t: transformers.SuppressTokensLogitsProcessor(v, t.device),
+    "suppress_tokens": lambda v, t: transformers.SuppressTokensLogitsProcessor(v, t.prompt.device),
     "begin_suppress_tokens": lambda v, t: transformers.SuppressTokensAtBeginLogitsProcessor(
-        v, t.prompt_length, t.device
+        v, t.prompt.shape[1], t.prompt.device
     ),
 }
 # What is looked at before anything runs. What a processor is made from is that class's to judge, when it is made.
@@ -118,6 +111,7 @@ _INTEGERS = (
 )  # fmt: skip
 _TOKEN_IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 _ABOUT_THE_END = ("min_length", "min_new_tokens", "exponential_decay_length_penalty")  # nothing without such a token
+_NEED_TOKENIZER = ("stop_strings", "continue_final_message", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,12 +154,11 @@ class Conventions:
             object.__setattr__(self, "eos_token_ids", _as_tuple(self.fields["eos_token_id"]))
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase | None):
             raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(self.tokenizer).__name__}")
+        got = self.fields.get("stop_strings")
         if self.stop_strings() and self.tokenizer is None:
-            got = self.fields["stop_strings"]
             raise ValueError(f"stop_strings: this model has no tokenizer, expected tokenizer=..., got {got!r}")
         for string in self.stop_strings():
             if not isinstance(string, str) or not string:
-                got = self.fields["stop_strings"]
                 raise ValueError(f"stop_strings: expected a string or a list of them, none empty, got {got!r}")
         if "max_time" in self.fields:  # counted from here
             limit = self.fields["max_time"]
@@ -187,10 +180,10 @@ class Conventions:
         """
         given = _fields_of(generation_config) | {name: value for name, value in keywords.items() if value is not None}
         for name, value in given.items():
-            if name in HONOURED or name in IDLE or name in _OPTIONS:
+            if name in HONOURED or name in IDLE or name in OPTIONS:
                 continue
             if name not in _THEIRS:
-                refuse_unknown(name, (*_OPTIONS, *HONOURED, *_ARGUMENTS))
+                raise ValueError(f"{name}: unknown option; {hint(name, (*OPTIONS, *HONOURED, *_ARGUMENTS))}")
             is_plain, default = isinstance(value, (int, float, str)), _THEIR_DEFAULTS.get(name)
             if value is not False and not (is_plain and value == default):
                 got = repr(value) if is_plain else type(value).__name__  # it may be a whole model
@@ -198,21 +191,22 @@ class Conventions:
                     f"{name}: expected {default!r}, as {REASONS.get(name, 'it is not honoured')}; got {got}"
                 )
         asked = {name: value for name, value in given.items() if name in HONOURED and not _is_neutral(name, value)}
-        options = {name: value for name, value in given.items() if name in _OPTIONS}
+        options = {name: value for name, value in given.items() if name in OPTIONS}
         do_sample = asked.pop("do_sample", True)
-        if not isinstance(do_sample, bool):
-            raise ValueError(f"do_sample: expected True or False, got {do_sample!r}")
+        check_truth("do_sample", do_sample)
         if not do_sample:  # as transformers has it, what warps a draw is ignored where nothing is drawn
             options = {name: value for name, value in options.items() if name not in ("top_k", "top_p", "min_p")}
             options["temperature"] = 0
-        return options, cls(fields={name: asked[name] for name in asked if name not in _OPTIONS}, **own)
+        return options, cls(fields={name: asked[name] for name in asked if name not in OPTIONS}, **own)
 
-    def before(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """What is left of the options that go where a call is silent: max_length says how many tokens are new."""
-        return {name: v for name, v in defaults.items() if name != "max_new_tokens" or "max_length" not in self.fields}
+    def options(self, chosen: Mapping[str, Any], defaults: Mapping[str, Any]) -> Options:
+        """The options of the call: those that `of` found, and defaults where it is silent.
 
-    def check_sampler(self, options: Options) -> None:
-        """Raises ValueError, naming it, for what this sampler cannot honour."""
+        Raises ValueError as `Options.of` does, and for what the sampler cannot honour.
+        """
+        if "max_length" in self.fields:  # it says how many tokens are new
+            defaults = {name: value for name, value in defaults.items() if name != "max_new_tokens"}
+        options = Options.of(chosen, defaults)
         if self.num_return_sequences > 1 and options.temperature == 0:
             got = self.num_return_sequences
             raise ValueError(f"num_return_sequences: expected 1 where nothing is drawn (temperature 0), got {got}")
@@ -222,12 +216,12 @@ class Conventions:
                 f"{names[0]}: acts on the combined row, which sampler {options.sampler!r} never builds (it draws from "
                 "the base and weighs by ratios); expected sampler 'exact', 'direct' or 'auto'"
             )
+        return options
 
     def _processing(self) -> list[str]:
         """Names of what acts on rows."""
-        return [name for name in _PROCESSORS if name in self.fields] + ["logits_processor"] * bool(
-            self.logits_processor
-        )
+        names = [name for name in _PROCESSORS if name in self.fields]
+        return [*names, "logits_processor"] if self.logits_processor else names
 
     @property
     def num_return_sequences(self) -> int:
@@ -275,15 +269,17 @@ class Conventions:
         strings = self.stop_strings()
         if not strings and not self.stopping_criteria:
             return None
-        return Stops(prompt, strings, tuple(self.stopping_criteria), self.tokenizer, device).end
+        return end_of_text(prompt, strings, self.stopping_criteria, self.tokenizer, device)
 
     def stop_strings(self) -> tuple[str, ...]:
         return _as_tuple(self.fields.get("stop_strings", ()))
 
 
-@dataclass(frozen=True)
-class Stops:
-    """What ends one request's text beside its end-of-sequence tokens and its limit, as the host sees it grow.
+def end_of_text(
+    prompt: Sequence[int], strings: Sequence[str], criteria: Sequence[Criterion], tokenizer: Any, device: torch.device
+) -> Callable[[Sequence[int]], bool]:
+    """Whether the last of one request's new tokens ends its text, given that none before it did; beside its
+    end-of-sequence tokens and its limit.
 
     prompt     token ids
     strings    end the text with the token that completes one of them within the new text, special tokens spelled out
@@ -293,38 +289,43 @@ class Stops:
     device     of `input_ids`
     """
 
-    prompt: Sequence[int]
-    strings: tuple[str, ...]
-    criteria: tuple[Criterion, ...]
-    tokenizer: Any
-    device: torch.device
-
-    def end(self, tokens: Sequence[int]) -> bool:
-        """Whether the last of the new tokens ends the text, given that none before it did."""
-        if self.strings and self._has_string(tokens):
+    def ends(tokens: Sequence[int]) -> bool:
+        if strings and _has_string(tokens, strings, tokenizer):
             return True
-        if not self.criteria:
+        if not criteria:
             return False
-        input_ids = torch.tensor([[*self.prompt, *tokens]], device=self.device)
-        answers = [criterion(input_ids, None) for criterion in self.criteria]  # every one is asked, as it may count
+        input_ids = torch.tensor([[*prompt, *tokens]], device=device)
+        answers = [criterion(input_ids, None) for criterion in criteria]  # every one is asked, as it may count
         return any(_is_true(answer) for answer in answers)
 
-    def _has_string(self, tokens: Sequence[int]) -> bool:
-        longest = max(len(string.encode()) for string in self.strings)
-        # Most tokens hold a byte at least, so that as many suffice, and one more, as decoding may strip a space before
-        # the first. An id that the tokenizer does not know holds none: then read on.
-        num_read = longest + 1
-        while True:
-            text = self._decode(tokens[-num_read:])
-            if any(string in text for string in self.strings):
-                return True
-            before = self._decode(tokens[-num_read:-1]).replace("\ufffd", "")  # part of a character counts as nothing
-            if num_read >= len(tokens) or len(before.encode()) >= longest - 1:
-                return False
-            num_read *= 2
+    return ends
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+def _has_string(tokens: Sequence[int], strings: Sequence[str], tokenizer: Any) -> bool:
+    longest = max(len(string.encode()) for string in strings)
+    # Most tokens hold a byte at least, so that as many suffice, and one more, as decoding may strip a space before the
+    # first. An id that the tokenizer does not know holds none: then read on.
+    num_read = longest + 1
+    while True:
+        text, before = (
+            tokenizer.decode(part, skip_special_tokens=False) for part in (tokens[-num_read:], tokens[-num_read:-1])
+        )
+        if any(string in text for string in strings):
+            return True
+        before = before.replace("\ufffd", "")  # part of a character counts as nothing
+        if num_read >= len(tokens) or len(before.encode()) >= longest - 1:
+            return False
+        num_read *= 2
+
+
+def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Options:
+    """The options of a call with these keywords and a recipe's defaults, before there is a model.
+
+    Raises ValueError as `Model.generate` does, but for what needs a tokenizer.
+    """
+    known = {name: value for name, value in options.items() if name not in _NEED_TOKENIZER}
+    chosen, conventions = Conventions.of(None, known)
+    return conventions.options(chosen, defaults)
 
 
 def _is_true(answer: Any) -> bool:

@@ -13,6 +13,8 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from mpg.options import check_truth
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -47,10 +49,9 @@ def encode(
 
     Text that begins with the tokenizer's BOS is templated already: no special tokens are added to it.
     """
-    if not isinstance(raw, bool):
-        raise ValueError(f"raw: expected True or False, got {raw!r}")
-    if not isinstance(continue_final_message, bool | None):
-        raise ValueError(f"continue_final_message: expected True or False, got {continue_final_message!r}")
+    check_truth("raw", raw)
+    if continue_final_message is not None:
+        check_truth("continue_final_message", continue_final_message)
     if not isinstance(chat_template_kwargs, Mapping | None):
         raise ValueError(f"chat_template_kwargs: expected a mapping, got {chat_template_kwargs!r}")
     if not prompt:

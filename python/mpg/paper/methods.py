@@ -89,10 +89,7 @@ def answer(
 
     Raises ValueError, naming the argument, for an unknown method and where a method lacks what it needs.
     """
-    sampler = sampler_of(method)
-    for name in ("sampler", "target"):
-        if options.get(name) is not None:
-            raise ValueError(f"{name}: expected none beside a method, which sets it, got {options[name]!r}")
+    sampler = sampler_of(method, options)
     models = model.models
     if method.endswith("-specialized") and models.is_same("base", "anchor"):
         raise ValueError(f"method: {method!r} needs {_SPECIALISED}; got a base that is the anchor")
@@ -135,10 +132,13 @@ def answer(
     return {"": run(models, **direct, target="base")}  # base, pp and their specialised forms
 
 
-def sampler_of(method: str) -> str:
-    """The sampler that a method runs; ValueError for an unknown one."""
+def sampler_of(method: str, options: Mapping[str, Any]) -> str:
+    """The sampler that a method runs. Raises ValueError for an unknown one, and for options that it sets itself."""
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    for name in ("sampler", "target"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: expected none beside method {method!r}, which sets it, got {options[name]!r}")
     return "scr" if method.startswith("scr") else method if method in ("seq-rs", "token-rs") else "direct"
 
 

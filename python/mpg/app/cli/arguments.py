@@ -59,10 +59,7 @@ OtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base than they get.")
 ]
 MergeAdapters = Annotated[
-    bool,
-    typer.Option(
-        "--merge-adapters", help="Merge an adapter that cannot be stacked (DoRA, ...) into a model of its own."
-    ),
+    bool, typer.Option("--merge-adapters", help="Merge adapters that cannot be stacked (DoRA, ...), each a model more.")
 ]
 
 

@@ -7,42 +7,31 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mpg.app.cli.arguments import (
-    Device,
-    Dtype,
-    Graphs,
-    MergeAdapters,
-    Models,
-    OtherBase,
-    Settings,
-    Weights,
-    clear_errors,
-    load,
-    read_recipe,
-)  # fmt: skip
+from mpg.app.cli import arguments
 
 
-@clear_errors()
+@arguments.clear_errors()
 def chat(
-    weights: Weights = None,
-    models: Models = "demo",
+    weights: arguments.Weights = None,
+    models: arguments.Models = "demo",
     system: Annotated[str, typer.Option(help="A system prompt, where the chat template takes one.")] = "",
-    settings: Settings = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    graphs: Graphs = False,
-    allow_other_base: OtherBase = False,
-    merge_adapters: MergeAdapters = False,
+    settings: arguments.Settings = None,
+    device: arguments.Device = None,
+    dtype: arguments.Dtype = None,
+    graphs: arguments.Graphs = False,
+    allow_other_base: arguments.OtherBase = False,
+    merge_adapters: arguments.MergeAdapters = False,
 ) -> None:
     """Talk with a weighted combination; weights, sampler and options change on the way. /help lists the commands."""
     from mpg.app.chat import Chat, run
-    from mpg.app.settings import check_settings, parse_setting
+    from mpg.frontend.hf_generate import check_options
+    from mpg.recipe import parse_setting
 
     options = dict(map(parse_setting, settings or ()))
-    recipe = read_recipe(models)
+    recipe = arguments.read_recipe(models)
     recipe.weigh(weights)  # before minutes of loading, as the options
-    check_settings(options, recipe.options)
-    model = load(
+    check_options(options, recipe.options)
+    model = arguments.load(
         models, device=device, dtype=dtype, graphs=graphs,
         allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip

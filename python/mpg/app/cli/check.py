@@ -13,20 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from mpg.app.cli.arguments import (
-    Device,
-    Dtype,
-    MergeAdapters,
-    Models,
-    OtherBase,
-    Raw,
-    Weights,
-    clear_errors,
-    err,
-    load,
-    option,
-    read_recipe,
-)  # fmt: skip
+from mpg.app.cli import arguments
 from mpg.app.cli.prompts import read_prompts
 from mpg.options import TARGETS
 
@@ -34,10 +21,10 @@ from mpg.options import TARGETS
 PROMPTS = str(files("mpg.app") / "prompts.txt")
 
 
-@clear_errors()
+@arguments.clear_errors()
 def check(
-    weights: Weights = None,
-    models: Models = "demo",
+    weights: arguments.Weights = None,
+    models: arguments.Models = "demo",
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -46,17 +33,17 @@ def check(
         ),
     ] = None,
     target: Annotated[str, typer.Option(help=" | ".join(TARGETS[:-1]))] = "geometric",
-    max_new_tokens: Annotated[int | None, option("max_new_tokens")] = None,
+    max_new_tokens: Annotated[int | None, arguments.option("max_new_tokens")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Texts per prompt and sampler.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the first text; all others count up.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 32,
     plot: Annotated[Path | None, typer.Option(help="Draw delivered share against depth into this image file.")] = None,
-    raw: Raw = False,
+    raw: arguments.Raw = False,
     draft: Annotated[str | None, typer.Option(help="A model's folder: exact drafts with it too.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    allow_other_base: OtherBase = False,
-    merge_adapters: MergeAdapters = False,
+    device: arguments.Device = None,
+    dtype: arguments.Dtype = None,
+    allow_other_base: arguments.OtherBase = False,
+    merge_adapters: arguments.MergeAdapters = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
     """Measure how much of the intended shift each sampler delivers on these models, and at what cost."""
@@ -67,7 +54,7 @@ def check(
         with line.locate_errors():
             if more := [*line.options, *["weights"] * (line.weights is not None)]:
                 raise ValueError(f"{more[0]}: expected none of a single prompt under mpg check")
-    read_recipe(models).weigh(weights)  # before minutes of loading
+    arguments.read_recipe(models).weigh(weights)  # before minutes of loading
     from mpg.paper import report as reports
 
     if plot is not None:
@@ -80,12 +67,12 @@ def check(
     else:
         chosen = [line.prompt for line in lines or read_prompts(PROMPTS)]
     if lines is None:
-        err.print(f"prompts: {len(chosen)} that come with mpg; --prompts FILE measures on yours", style="dim")
-    model = load(
+        arguments.err.print(f"prompts: {len(chosen)} that come with mpg; --prompts FILE measures on yours", style="dim")
+    model = arguments.load(
         models, device=device, dtype=dtype, draft=draft,
         allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
-    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
+    with Progress(console=arguments.err, disable=not arguments.err.is_terminal, transient=True) as progress:
         tasks: dict[str, TaskID] = {}
 
         def on_progress(label: str, done: int, total: int) -> None:

@@ -7,37 +7,23 @@ import json
 import secrets
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
 
-from mpg.app.cli.arguments import (
-    Device,
-    Dtype,
-    Graphs,
-    MergeAdapters,
-    Models,
-    OtherBase,
-    Raw,
-    Settings,
-    Weights,
-    clear_errors,
-    err,
-    load,
-    option,
-    read_recipe,
-)  # fmt: skip
+from mpg.app.cli import arguments
 from mpg.app.cli.prompts import Line, read_prompts, read_text
-from mpg.options import DRAFTS, Options, check_weights
+from mpg.options import DRAFTS, Options, check_weights, parse_pair
 
 if TYPE_CHECKING:
     from mpg.recipe import Recipe
     from mpg.results import Result, Token
 
 
-@clear_errors()
+@arguments.clear_errors()
 def generate(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A user message, or - for standard input; repeat it for a batch.")
@@ -49,36 +35,36 @@ def generate(
             "seed and any option of their own where they differ."
         ),
     ] = None,
-    weights: Weights = None,
-    models: Models = "demo",
+    weights: arguments.Weights = None,
+    models: arguments.Models = "demo",
     method: Annotated[
         str | None,
         typer.Option(help="A method of the paper's tables instead of sampler and target: mpg info --methods."),
     ] = None,
     describe: Annotated[list[str] | None, typer.Option(help="NAME=TEXT: what method pp says of an attribute.")] = None,
-    sampler: Annotated[str | None, option("sampler")] = None,
-    target: Annotated[str | None, option("target")] = None,
-    max_new_tokens: Annotated[int | None, option("max_new_tokens")] = None,
-    temperature: Annotated[float | None, option("temperature")] = None,
+    sampler: Annotated[str | None, arguments.option("sampler")] = None,
+    target: Annotated[str | None, arguments.option("target")] = None,
+    max_new_tokens: Annotated[int | None, arguments.option("max_new_tokens")] = None,
+    temperature: Annotated[float | None, arguments.option("temperature")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the first prompt; the next ones count up. Default: drawn.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends a text; repeat the option.")] = None,
-    batch_size: Annotated[int | None, option("batch_size")] = None,
-    settings: Settings = None,
-    raw: Raw = False,
-    draft: Annotated[str | None, option("draft", "; or a model's folder, to draft with it.")] = None,
+    batch_size: Annotated[int | None, arguments.option("batch_size")] = None,
+    settings: arguments.Settings = None,
+    raw: arguments.Raw = False,
+    draft: Annotated[str | None, arguments.option("draft", "; or a model's folder, to draft with it.")] = None,
     anchor: Annotated[
         str | None, typer.Option(help="The attributes' own base where it is not --models: a folder.")
     ] = None,
-    device: Device = None,
+    device: arguments.Device = None,
     device_map: Annotated[
         str | None, typer.Option(help="NAME=DEVICE,...: where the model of base, anchor, draft or an attribute goes.")
     ] = None,
-    dtype: Dtype = None,
-    graphs: Graphs = False,
-    allow_other_base: OtherBase = False,
-    merge_adapters: MergeAdapters = False,
+    dtype: arguments.Dtype = None,
+    graphs: arguments.Graphs = False,
+    allow_other_base: arguments.OtherBase = False,
+    merge_adapters: arguments.MergeAdapters = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON Lines on stdout, one a text, and nothing else.")
     ] = False,
@@ -95,15 +81,16 @@ def generate(
         "sampler": sampler, "target": target, "max_new_tokens": max_new_tokens, "temperature": temperature,
         "seed": seed, "stop_strings": stop or None, "batch_size": batch_size, "draft": "model" if own_draft else draft,
     }  # fmt: skip
-    from mpg.app.settings import parse_setting
     from mpg.paper.methods import PROMPTED_METHODS, SINGLE_METHODS, answer
+    from mpg.recipe import parse_setting
 
     options |= dict(map(parse_setting, settings or ()))
     if describe and method not in PROMPTED_METHODS:
         raise ValueError(f"describe: expected a method among {', '.join(PROMPTED_METHODS)}, got {method!r}")
-    descriptions = _parse_pairs("describe", "NAME=TEXT", describe or [])
-    places = None if device_map is None else _parse_pairs("device_map", "NAME=DEVICE", device_map.split(","))
-    recipe, seed = read_recipe(models), options.pop("seed")
+    descriptions = dict(parse_pair("describe", "NAME=TEXT", text) for text in describe or ())
+    named = [] if device_map is None else device_map.split(",")
+    places = dict(parse_pair("device_map", "NAME=DEVICE", text) for text in named) or None
+    recipe, seed = arguments.read_recipe(models), options.pop("seed")
     targets = []
     for line in lines:  # before minutes of loading
         line.options = options | line.options
@@ -112,16 +99,16 @@ def generate(
             recipe.weigh(line.weights)
             targets.append(_check({"seed": seed, **line.options}, recipe, method).target)
     answers = _Answers(lines, seed, as_json, streams=not as_json and method not in SINGLE_METHODS)
-    model = load(
+    model = arguments.load(
         models, device=device, dtype=dtype, draft=own_draft, anchor=anchor, device_map=places, graphs=graphs,
         allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
-    names = model.models.attribute_names
     for line, of_line in zip(lines if method is None else (), targets, strict=False):
         with line.locate_errors():
-            check_weights(model.recipe.weigh(line.weights, of_line), names, of_line)
-    is_hidden = sys.stdout.isatty() or not err.is_terminal  # the texts are progress enough
-    with Progress(console=err, disable=is_hidden, transient=True, redirect_stdout=False) as progress, answers:
+            check_weights(model.recipe.weigh(line.weights, of_line), model.models.attribute_names, of_line)
+    is_hidden = sys.stdout.isatty() or not arguments.err.is_terminal  # the texts are progress enough
+    bar = Progress(console=arguments.err, disable=is_hidden, transient=True, redirect_stdout=False)
+    with bar as progress, closing(answers):
         task = progress.add_task("tokens", total=None)
 
         def on_token(token: Token) -> None:
@@ -141,18 +128,14 @@ def generate(
 
 def _check(options: dict[str, Any], recipe: Recipe, method: str | None) -> Options:
     """The options of a prompt. Refuses what can be refused without the models."""
-    from mpg.app.settings import check_settings
+    from mpg.frontend.hf_generate import check_options
     from mpg.paper.methods import sampler_of
 
     if isinstance(options["seed"], list):
         raise ValueError(f"seed: expected one number, got {options['seed']!r}")
     if method is None:
-        return check_settings(options, recipe.options)
-    for name in ("sampler", "target"):
-        if options.get(name) is not None:
-            got = f"{name} {options[name]!r}"
-            raise ValueError(f"method: expected no sampler and no target beside {method!r}, got {got}")
-    return check_settings({**options, "sampler": sampler_of(method)}, {})
+        return check_options(options, recipe.options)
+    return check_options({**options, "sampler": sampler_of(method, options)}, {})
 
 
 def _alike(lines: list[Line], method: str | None) -> list[list[int]]:
@@ -185,10 +168,7 @@ class _Answers:
         self.waiting: dict[str, dict[int, Result]] = {}  # by attribute under a method for single ones
         self.num_shown: dict[str, int] = {}
 
-    def __enter__(self) -> _Answers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for name, results in self.waiting.items():
             for text in sorted(results):
                 self._show(name, text, results[text])
@@ -218,15 +198,4 @@ class _Answers:
             return
         shown = "" if self.streams else f"> {name and f'[{name}] '}{self.lines[index].words()}\n{result.text}\n"
         print(shown, flush=True)
-        err.print(result.summary(), style="dim")
-
-
-def _parse_pairs(option: str, form: str, items: list[str]) -> dict[str, str]:
-    """What an option's items, of a form like NAME=TEXT, say of each name."""
-    pairs = {}
-    for item in items:
-        name, _, text = (part.strip() for part in item.partition("="))
-        if not name or not text:
-            raise ValueError(f"{option}: expected {form}, got {item!r}")
-        pairs[name] = text
-    return pairs
+        arguments.err.print(result.summary(), style="dim")

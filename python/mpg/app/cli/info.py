@@ -11,18 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 import mpg
-from mpg.app.cli.arguments import Device, MergeAdapters, OtherBase, clear_errors, load
+from mpg.app.cli import arguments
 from mpg.options import OPTIONS, SAMPLERS, TARGETS, describe
 
 
-@clear_errors()
+@arguments.clear_errors()
 def info(
     models: Annotated[str | None, typer.Option("--models", help="Describe these models too.")] = None,
     methods: Annotated[bool, typer.Option("--methods", help="List the methods of the paper's tables instead.")] = False,
     options: Annotated[bool, typer.Option("--options", help="List the options of generation instead.")] = False,
-    device: Device = None,
-    allow_other_base: OtherBase = False,
-    merge_adapters: MergeAdapters = False,
+    device: arguments.Device = None,
+    allow_other_base: arguments.OtherBase = False,
+    merge_adapters: arguments.MergeAdapters = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
     """Show the build, the devices and, if asked, the models; or the methods, or the options."""
@@ -50,7 +50,9 @@ def info(
             "statistics": mpg.STATISTICS,
         }
         if models is not None:
-            model = load(models, device=device, allow_other_base=allow_other_base, merge_adapters=merge_adapters)
+            model = arguments.load(
+                models, device=device, allow_other_base=allow_other_base, merge_adapters=merge_adapters
+            )
             facts["models"] = model.models.describe()
             facts["recipe"] = {name: getattr(model.recipe, name) for name in ("weights", "presets", "options")}
     if as_json:

@@ -60,23 +60,21 @@ def read_prompts(path: str) -> list[Line]:
     text = read_text("prompts", path)
     if text.lstrip().startswith("["):
         try:
-            entries = list(enumerate(json.loads(text), 1))
+            entries = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"prompts: {_name(path)}, line {error.lineno}: expected a JSON list; {error.msg}"
             ) from None
-        return [_read_entry(entry, f"{_name(path)}, entry {number}") for number, entry in entries]
-    numbered = [(number, line.strip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not (path.endswith(".jsonl") or text.lstrip().startswith("{")):
-        return [Line(line, place=f"{_name(path)}, line {number}") for number, line in numbered]
+        return [_read_entry(entry, f"{_name(path)}, entry {number}") for number, entry in enumerate(entries, 1)]
+    is_json = path.endswith(".jsonl") or text.lstrip().startswith("{")
     lines = []
-    for number, line in numbered:
-        place = f"{_name(path)}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"prompts: {place}: expected JSON; {error.msg} at column {error.colno}") from None
-        lines.append(_read_entry(entry, place))
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            place = f"{_name(path)}, line {number}"
+            try:
+                lines.append(_read_entry(json.loads(line), place) if is_json else Line(line.strip("\r"), place=place))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"prompts: {place}: expected JSON; {error.msg} at column {error.colno}") from None
     return lines
 
 
