@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mpg_ext
 import plain
-from mpg_ext import reference
+import reference
 
 N, K, WINDOW = 4, 4, 20
 SCORE = "arithmetic"

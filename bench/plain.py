@@ -1,7 +1,7 @@
 """What a user of plain torch would write for each op, with the op's arguments: what the ops are timed against.
 
-Knows nothing of NaN, signed weights or wrong tokens, which the twins in `mpg_ext.reference` define. Never waits for the
-device, so that a graph can capture it.
+Knows nothing of NaN, signed weights or wrong tokens, which the twins in tests/ops/reference.py define. Never waits for
+the device, so that a graph can capture it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests" / folder) for folder in ("decode", "proof")]
+sys.path[:0] = [str(HERE.parent / "tests" / folder) for folder in ("decode", "ops", "proof")]
 
 from fakes import FakeModels, enumerate_sampler, total_variation  # noqa: E402
 from laws import Law, target_law  # noqa: E402

@@ -1,6 +1,6 @@
 """The compiled ops of mpg on tensors: rows, scores, acceptance, the bound, draws, keyed uniforms.
 
-Knows no model, no tokenizer and no decode loop. `mpg_ext.reference` holds a plain-torch twin of every op.
+Knows no model, no tokenizer and no decode loop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ except ImportError as error:  # from the linker: a module for another torch seld
 if torch.__version__.split(".")[:2] != build_info()["torch"].split(".")[:2]:
     raise ImportError(f"mpg was built for torch {build_info()['torch']}, this is torch {torch.__version__}; {_REBUILD}")
 
-from . import reference  # noqa: E402
 from .ops import (  # noqa: E402
     accept_prefixes,
     combine_rows,
@@ -44,7 +43,6 @@ __all__ = [
     "draw_tokens",
     "draw_uniforms",
     "gather_logprobs",
-    "reference",
     "score_prefixes",
     "update_bound_",
     "verify_block",

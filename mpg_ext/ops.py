@@ -237,8 +237,10 @@ def verify_block(
 ) -> tuple[Tensor, Tensor]:
     """Block verification: how many drafted tokens to keep so that the text follows the target (Sun et al., 2024).
 
-    The longest prefix i with u_i < h_i of `mpg_ext.reference.block_accept_probs`, tested from i = lengths down.
-    Followed by draw_residual. Sums and comparisons are in float64.
+    With p and q the rows of target and draft, k = lengths and C the tokens:
+    P_0 = 1, P_j = min(1, P_j-1 p_j(C_j) / q_j(C_j)); S_i = sum_v (P_i p_i+1(v) - q_i+1(v))_+;
+    h_k = P_k, and h_i = S_i / (S_i + 1 - P_i) for i < k, 1 where that is 0/0, 0 where P_i = 0.
+    Kept is the longest prefix i with u_i < h_i. Followed by draw_residual. Sums and comparisons are in float64.
 
     target_probs: (B, K + 1, V) acc, the row before each drafted token and the one after all of them
     draft_probs: (B, K, V) acc, the rows that the tokens were drawn from; None where each was the only choice

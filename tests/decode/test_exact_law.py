@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 
+import reference
 from fakes import FakeModels, enumerate_sampler, total_variation
 from laws import target_law
-from mpg_ext import reference
 
 EOS = 2
 BOTH = {"E": 0.7, "T": 0.6}

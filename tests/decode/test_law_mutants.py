@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import reference
 from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law
 from mpg.decode.batch import Batch
 from mpg.decode.exact import Exact
 from mpg.options import Options
-from mpg_ext import reference
 from replaying import RecordingComposed
 
 WEIGHTS = {"E": 0.7, "T": 0.6}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import mpg_ext
+import reference
 from covering import cases_of
 from memory import laid_out, nothing_else_written
-from mpg_ext import reference
 from seeds import seeded
 from twins import Range, U, accepted_range, assert_drawn, assert_within, in_float64, ratio_error, score_range
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpg_ext
+import reference
 from covering import cases_of
 from memory import nothing_else_written
-from mpg_ext import reference
 from seeds import seeded
 
 # Counter, key and output of Philox4x32-10 from kat_vectors of Random123.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import mpg_ext
+import reference
 from covering import cases_of
 from memory import laid_out, nothing_else_written
-from mpg_ext import reference
 from seeds import seeded
 from twins import around, assert_within, logprob_error
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import mpg_ext
+import reference
 from calls import OPS, calls, outputs_of
-from mpg_ext import reference
 
 B, K, N, V, W = 2, 3, 2, 7, 4  # as calls() has them
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mpg_ext
+import reference
 from covering import cases_of
 from memory import guarded, nothing_else_written
-from mpg_ext import reference
 from seeds import seeded
 
 LOG_M0, LOG_GAMMA = math.log(2), math.log(1.2)

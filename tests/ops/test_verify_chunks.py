@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import mpg_ext
+import reference
 from covering import cases_of
 from memory import guarded, laid_out, nothing_else_written
-from mpg_ext import reference
 from seeds import seeded
 from twins import U, around, assert_within, in_float64, ratio_error, score_range
 

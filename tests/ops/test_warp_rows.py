@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mpg_ext
+import reference
 from covering import cases_of
 from memory import laid_out, nothing_else_written
-from mpg_ext import reference
 from seeds import seeded
 from twins import U, around, assert_within, softmax_error
 

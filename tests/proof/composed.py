@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import reference
 from mpg.decode.bound import Bound
 from mpg.decode.rng import Decisions, Purpose
-from mpg_ext import reference
+from mpg_ext.ops import Score
 
 
 class Composed(Decisions):
@@ -36,7 +37,7 @@ class Composed(Decisions):
         weights: Tensor,
         bound: Bound,
         *,
-        score: reference.Score,
+        score: Score,
     ) -> tuple[Tensor, Tensor, Tensor]:
         anchor = reference.gather_logprobs(anchor_logits, tokens)
         attributes = torch.stack([reference.gather_logprobs(logits, tokens) for logits in attribute_logits])
@@ -54,7 +55,7 @@ class Composed(Decisions):
         log_bound: Tensor,
         active: Tensor,
         *,
-        score: reference.Score,
+        score: Score,
     ) -> tuple[Tensor, Tensor, Tensor]:
         masses, scores = reference.fallback_masses(
             anchor_logits, attribute_logits, draft_probs, weights, log_bound, score=score

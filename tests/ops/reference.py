@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import Score
+from mpg_ext.ops import Score
 
 
 def gather_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -200,9 +200,7 @@ def block_accept_probs(
 ) -> tuple[Tensor, Tensor]:
     """What `verify_block` decides by: the probabilities of its tests and the running clip of the likelihood ratio.
 
-    Arguments as in `mpg_ext.verify_block`. With p and q the rows of target and draft, k = lengths and C the tokens:
-    P_0 = 1, P_j = min(1, P_j-1 p_j(C_j) / q_j(C_j)); S_i = sum_v (P_i p_i+1(v) - q_i+1(v))_+;
-    h_k = P_k, and h_i = S_i / (S_i + 1 - P_i) for i < k, 1 where that is 0/0, 0 where P_i = 0.
+    Arguments and symbols as in `mpg_ext.verify_block`.
 
     out: accept_probs (B, K) float64, h_1 to h_K, and carry (B, K + 1) float64, P_0 to P_K; both are 0 beyond lengths
     and NaN from where a row is
