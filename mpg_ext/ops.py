@@ -11,7 +11,7 @@ arXiv 2511.01891.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -111,15 +111,7 @@ def verify_chunks(
     out: log_ratios (N, B, K) acc, scores (B, K) acc, both for all K tokens; accepted (B,) int64 as in accept_prefixes
     """
     return torch.ops.mpg.verify_chunks(
-        anchor_logits,
-        attribute_logits,
-        tokens,
-        lengths,
-        weights,
-        uniforms,
-        bound,
-        score=score,
-        constants=constants,
+        anchor_logits, attribute_logits, tokens, lengths, weights, uniforms, bound, score=score, constants=constants
     )
 
 
@@ -281,86 +273,42 @@ def draw_residual(
 # Fake kernels: shapes, dtypes and devices for FakeTensor and device="meta".
 
 
-def _acc_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def _empty_acc(logits: Tensor, *shape: int) -> Tensor:
+    return logits.new_empty(shape, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
-@torch.library.register_fake("mpg::gather_logprobs")
-def _(logits: Tensor, tokens: Tensor, **_options: float) -> Tensor:
-    return logits.new_empty(tokens.shape, dtype=_acc_dtype(logits))
-
-
-@torch.library.register_fake("mpg::score_prefixes")
-def _(attribute_logprobs: Tensor, anchor_logprobs: Tensor, weights: Tensor, **_options: str) -> tuple[Tensor, Tensor]:
-    return attribute_logprobs.new_empty(attribute_logprobs.shape), anchor_logprobs.new_empty(anchor_logprobs.shape)
-
-
-@torch.library.register_fake("mpg::accept_prefixes")
-def _(scores: Tensor, log_bound: Tensor, uniforms: Tensor, lengths: Tensor) -> Tensor:
-    return lengths.new_empty(lengths.shape)
-
-
-@torch.library.register_fake("mpg::update_bound_")
-def _(*_state: object, **_options: object) -> None:
-    return None
-
-
-@torch.library.register_fake("mpg::verify_chunks")
-def _(
-    anchor_logits: Tensor,
-    attribute_logits: Tensor,
-    tokens: Tensor,
-    lengths: Tensor,
-    *_state: object,
-    **_options: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc = _acc_dtype(anchor_logits)
-    return (
-        anchor_logits.new_empty(attribute_logits.shape[:3], dtype=acc),
-        anchor_logits.new_empty(tokens.shape, dtype=acc),
+_FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, ...] | None]] = {
+    "gather_logprobs": lambda logits, tokens, **_options: _empty_acc(logits, *tokens.shape),
+    "score_prefixes": lambda attribute_logprobs, anchor_logprobs, weights, **_options: (
+        attribute_logprobs.new_empty(attribute_logprobs.shape),
+        anchor_logprobs.new_empty(anchor_logprobs.shape),
+    ),
+    "accept_prefixes": lambda scores, log_bound, uniforms, lengths: lengths.new_empty(lengths.shape),
+    "update_bound_": lambda *_state, **_options: None,
+    "verify_chunks": lambda anchor_logits, attribute_logits, tokens, lengths, *_state, **_options: (
+        _empty_acc(anchor_logits, *attribute_logits.shape[:3]),
+        _empty_acc(anchor_logits, *tokens.shape),
         lengths.new_empty(lengths.shape),
-    )
-
-
-@torch.library.register_fake("mpg::draw_fallback")
-def _(anchor_logits: Tensor, *_inputs: Tensor, **_options: str) -> tuple[Tensor, Tensor, Tensor]:
-    B, acc = anchor_logits.shape[0], _acc_dtype(anchor_logits)
-    return (
-        anchor_logits.new_empty(B, dtype=torch.int64),
-        anchor_logits.new_empty(B, dtype=acc),
-        anchor_logits.new_empty(B, dtype=acc),
-    )
-
-
-@torch.library.register_fake("mpg::draw_uniforms")
-def _(seeds: Tensor, rounds: Tensor, *, purpose: int, count: int, first: int = 0) -> Tensor:
-    return seeds.new_empty((seeds.shape[0], count), dtype=torch.float64)
-
-
-@torch.library.register_fake("mpg::combine_rows")
-def _(attribute_logits: Tensor, *_inputs: Tensor | None, **_options: str) -> tuple[Tensor, Tensor]:
-    _, B, P, V = attribute_logits.shape
-    acc = _acc_dtype(attribute_logits)
-    return attribute_logits.new_empty((B, P, V), dtype=acc), attribute_logits.new_empty((B, P), dtype=acc)
-
-
-@torch.library.register_fake("mpg::warp_rows")
-def _(log_rows: Tensor, **_options: float) -> Tensor:
-    return log_rows.new_empty(log_rows.shape)
-
-
-@torch.library.register_fake("mpg::draw_tokens")
-def _(probs: Tensor, uniforms: Tensor) -> Tensor:
-    return uniforms.new_empty(uniforms.shape, dtype=torch.int64)
-
-
-@torch.library.register_fake("mpg::verify_block")
-def _(
-    target_probs: Tensor, draft_probs: Tensor | None, tokens: Tensor, lengths: Tensor, uniforms: Tensor
-) -> tuple[Tensor, Tensor]:
-    return lengths.new_empty(lengths.shape), target_probs.new_empty(lengths.shape)
-
-
-@torch.library.register_fake("mpg::draw_residual")
-def _(target_probs: Tensor, draft_probs: Tensor | None, tokens: Tensor, lengths: Tensor, *_state: Tensor) -> Tensor:
-    return lengths.new_empty(lengths.shape)
+    ),
+    "draw_fallback": lambda anchor_logits, *_inputs, **_options: (
+        anchor_logits.new_empty(anchor_logits.shape[0], dtype=torch.int64),
+        _empty_acc(anchor_logits, anchor_logits.shape[0]),
+        _empty_acc(anchor_logits, anchor_logits.shape[0]),
+    ),
+    "draw_uniforms": lambda seeds, rounds, *, count, **_options: seeds.new_empty(
+        (seeds.shape[0], count), dtype=torch.float64
+    ),
+    "combine_rows": lambda attribute_logits, *_inputs, **_options: (
+        _empty_acc(attribute_logits, *attribute_logits.shape[1:]),
+        _empty_acc(attribute_logits, *attribute_logits.shape[1:3]),
+    ),
+    "warp_rows": lambda log_rows, **_options: log_rows.new_empty(log_rows.shape),
+    "draw_tokens": lambda probs, uniforms: uniforms.new_empty(uniforms.shape, dtype=torch.int64),
+    "verify_block": lambda target_probs, draft_probs, tokens, lengths, uniforms: (
+        lengths.new_empty(lengths.shape),
+        target_probs.new_empty(lengths.shape),
+    ),
+    "draw_residual": lambda target_probs, draft_probs, tokens, lengths, *_state: lengths.new_empty(lengths.shape),
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"mpg::{_name}", _fake)
