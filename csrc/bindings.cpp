@@ -36,40 +36,63 @@ std::string dtype_name(at::ScalarType dtype) {
   return std::string(c10::getDtypeNames(dtype).first);
 }
 
-// `letters` names the sizes, as in "(B, N)".
+// "B, N" as messages have it.
+std::string shape_string(std::string_view letters) {
+  return "(" + std::string(letters) + (letters.find(',') == letters.npos ? ",)" : ")");
+}
+
+// An argument and the sizes it has to have, named by their letters: MPG_ARG(weights, B, N).
+#define MPG_ARG(tensor, ...) \
+  #tensor, tensor, #__VA_ARGS__, { __VA_ARGS__ }
+
 void check(const char* name, const Tensor& tensor, const char* letters, at::IntArrayRef sizes,
            at::ScalarType dtype, at::Device device) {
-  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " must be ", letters, " = ", shape_string(sizes),
-                    ", got ", shape_string(tensor.sizes()));
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " must be ", shape_string(letters), " = ",
+                    shape_string(sizes), ", got ", shape_string(tensor.sizes()));
   TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, name, " must be ", dtype_name(dtype), ", got ",
                     dtype_name(tensor.scalar_type()));
   TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on ", device, ", got ",
                     tensor.device());
 }
 
-// The sizes of the argument from which an op takes the letters.
+// Whether a size is one that its letter can stand for.
+void check_size(const char* name, const Tensor& tensor, char letter, int64_t size) {
+  const bool is_some = size >= 1;
+  TORCH_CHECK_VALUE(is_some || letter != 'N',
+                    "N, the number of attribute models, must be at least 1, got ", size);
+  TORCH_CHECK_VALUE(is_some || letter != 'V', name,
+                    " must have a vocabulary of at least 1 token, got ",
+                    shape_string(tensor.sizes()));
+  TORCH_CHECK_VALUE(is_some || letter != 'W', name, " must hold at least 1 score, got ",
+                    shape_string(tensor.sizes()));
+  if (letter != 'K' && letter != 'P') return;
+  const int64_t most = letter == 'K' ? 32 : 33;  // P: of the draft and the one after it
+  TORCH_CHECK_VALUE(is_some && size <= most, letter, " must be between 1 and ", most, ", got ",
+                    size);
+}
+
+// The values of the letters of an argument, from which an op takes all but those that are `known`.
 template <size_t kDims>
-std::array<int64_t, kDims> check_dims(const char* name, const Tensor& tensor, const char* letters) {
-  TORCH_CHECK_VALUE(tensor.dim() == kDims, name, " must be ", letters, ", got ",
+std::array<int64_t, kDims> check_dims(const char* name, const Tensor& tensor,
+                                      std::string_view letters, char known = 0) {
+  TORCH_CHECK_VALUE(tensor.dim() == kDims, name, " must be ", shape_string(letters), ", got ",
                     shape_string(tensor.sizes()));
 #if !MPG_WITH_CUDA
   TORCH_CHECK_VALUE(!tensor.is_cuda(), "tensors are on ", tensor.device(),
                     ", but mpg was built without CUDA; rebuild with a CUDA torch and nvcc");
 #endif
-  std::array<int64_t, kDims> sizes;
-  std::copy(tensor.sizes().begin(), tensor.sizes().end(), sizes.begin());
-  return sizes;
-}
-
-void check_vocabulary(const char* name, const Tensor& rows) {
-  TORCH_CHECK_VALUE(rows.size(-1) >= 1, name, " must have a vocabulary of at least 1 token, got ",
-                    shape_string(rows.sizes()));
+  std::array<int64_t, kDims> values;
+  for (size_t d = 0, at = 0; d < kDims; ++d, at = letters.find(", ", at) + 2) {
+    values[d] = tensor.size(d) - letters.substr(at + 1).starts_with(" + 1");
+    if (letters[at] != known) check_size(name, tensor, letters[at], values[d]);
+  }
+  return values;
 }
 
 template <size_t kDims>
-std::array<int64_t, kDims> check_logits(const char* name, const Tensor& logits,
-                                        const char* letters) {
-  const auto sizes = check_dims<kDims>(name, logits, letters);
+std::array<int64_t, kDims> check_logits(const char* name, const Tensor& logits, const char* letters,
+                                        char known = 0) {
+  const auto sizes = check_dims<kDims>(name, logits, letters, known);
   const auto dtype = logits.scalar_type();
   const bool has_double = logits.is_cpu();
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ||
@@ -77,7 +100,6 @@ std::array<int64_t, kDims> check_logits(const char* name, const Tensor& logits,
                     name, " must be float32, float16",
                     has_double ? ", bfloat16 or float64" : " or bfloat16", " on ", logits.device(),
                     ", got ", dtype_name(dtype));
-  check_vocabulary(name, logits);
   TORCH_CHECK_VALUE(logits.stride(-1) == 1 || logits.size(-1) == 1, name,
                     " must have unit stride in the vocabulary, got ", logits.stride(-1));
   return sizes;
@@ -92,15 +114,6 @@ std::array<int64_t, kDims> check_accumulated(const char* name, const Tensor& ten
                     " must be float32", tensor.is_cpu() ? " or float64" : "", " on ",
                     tensor.device(), ", got ", dtype_name(dtype));
   return sizes;
-}
-
-void check_positions(const char* letter, int64_t count, int64_t most = 32) {
-  TORCH_CHECK_VALUE(count >= 1 && count <= most, letter, " must be between 1 and ", most, ", got ",
-                    count);
-}
-
-void check_models(int64_t N) {
-  TORCH_CHECK_VALUE(N >= 1, "N, the number of attribute models, must be at least 1, got ", N);
 }
 
 mpg::Score score_of(std::string_view name, const char* argument = "score") {
@@ -155,10 +168,10 @@ class Memory {
         output<uint8_t>(kept_.emplace_back(), {count * int64_t(sizeof(T))}));
   }
 
-  // Null where the CPU side works.
+  // What the CUDA side keeps of the slices of rows; null where the CPU side works.
   template <class T>
-  T* kernel_scratch(int64_t count) {
-    return uses_kernels(device_) ? scratch<T>(count) : nullptr;
+  T* slice_scratch(int64_t num_rows, int64_t V) {
+    return uses_kernels(device_) ? scratch<T>(num_rows * mpg::num_slices(V)) : nullptr;
   }
 
  private:
@@ -206,8 +219,7 @@ mpg::ModelLogits model_logits(const Tensor& anchor, const Tensor& attributes,
 template <size_t kDims>
 int64_t check_attributes(const Tensor& attribute_logits, const char* letters,
                          const Tensor& anchor) {
-  const int64_t N = check_logits<kDims>("attribute_logits", attribute_logits, letters)[0];
-  check_models(N);
+  const int64_t N = check_logits<kDims>("attribute_logits", attribute_logits, letters, 'K')[0];
   at::DimVector sizes(anchor.sizes());
   sizes.insert(sizes.begin(), N);
   check("attribute_logits", attribute_logits, letters, sizes, anchor.scalar_type(),
@@ -223,22 +235,13 @@ mpg::Bound<A> bound_of(Memory& memory, at::TensorList bound, at::ArrayRef<double
                     "num_rounds, log_bound and frozen, got ", bound.size());
   TORCH_CHECK_VALUE(constants.size() == 3, "constants must be the 3 numbers log_initial_bound, ",
                     "log_gamma and tau, got ", constants.size());
-  const int64_t W = check_dims<2>("window", bound[0], "(B, W)")[1];
-  TORCH_CHECK_VALUE(W >= 1, "window must hold at least 1 score, got ",
-                    shape_string(bound[0].sizes()));
-  return mpg::Bound<A>(memory.in_place<A>("window", bound[0], "(B, W)", {B, W}),
-                       memory.in_place<int64_t>("num_scores", bound[1], "(B,)", {B}),
-                       memory.in_place<int64_t>("num_rounds", bound[2], "(B,)", {B}),
-                       memory.in_place<A>("log_bound", bound[3], "(B,)", {B}),
-                       memory.in_place<bool>("frozen", bound[4], "(B,)", {B}), W, A(constants[0]),
+  const int64_t W = check_dims<2>("window", bound[0], "B, W")[1];
+  return mpg::Bound<A>(memory.in_place<A>("window", bound[0], "B, W", {B, W}),
+                       memory.in_place<int64_t>("num_scores", bound[1], "B", {B}),
+                       memory.in_place<int64_t>("num_rounds", bound[2], "B", {B}),
+                       memory.in_place<A>("log_bound", bound[3], "B", {B}),
+                       memory.in_place<bool>("frozen", bound[4], "B", {B}), W, A(constants[0]),
                        A(constants[1]), A(constants[2]));
-}
-
-std::array<int64_t, 3> check_target(const Tensor& target_probs) {
-  const auto [B, rows, V] = check_accumulated<3>("target_probs", target_probs, "(B, K + 1, V)");
-  check_vocabulary("target_probs", target_probs);
-  check_positions("K", rows - 1);
-  return {B, rows - 1, V};
 }
 
 // A drafted block, as verify_block and draw_residual take it.
@@ -247,36 +250,20 @@ mpg::Block<A> block_of(Memory& memory, const Tensor& target_probs,
                        const std::optional<Tensor>& draft_probs, const Tensor& tokens,
                        const Tensor& lengths, int64_t B, int64_t K, int64_t V) {
   return mpg::Block<A>(
-      memory.input<A>("target_probs", target_probs, "(B, K + 1, V)", {B, K + 1, V}),
-      draft_probs ? memory.input<A>("draft_probs", *draft_probs, "(B, K, V)", {B, K, V}) : nullptr,
-      memory.input<int64_t>("tokens", tokens, "(B, K)", {B, K}),
-      memory.input<int64_t>("lengths", lengths, "(B,)", {B}), B, K, V);
+      memory.input<A>(MPG_ARG(target_probs, B, K + 1, V)),
+      draft_probs ? memory.input<A>("draft_probs", *draft_probs, "B, K, V", {B, K, V}) : nullptr,
+      memory.input<int64_t>(MPG_ARG(tokens, B, K)), memory.input<int64_t>(MPG_ARG(lengths, B)), B,
+      K, V);
 }
 
 // ---- Where the work is done.
 
+// The CPU and the CUDA side of an op of ops.h, the latter in a build that has it.
 #if MPG_WITH_CUDA
-#define MPG_CUDA(op) mpg::cuda::op
+#define MPG_SIDES(op) mpg::cpu::op, mpg::cuda::op
 #else
-#define MPG_CUDA(op) nullptr
+#define MPG_SIDES(op) mpg::cpu::op, nullptr
 #endif
-
-// Has the CUDA side do the work if it is its to do; float64 has no launcher. True where nothing is
-// left to do.
-template <class Args, class Launcher>
-bool launch(const Memory& memory, int64_t items, const Args& args, Launcher launcher) {
-  if (items == 0) return true;
-  if constexpr (std::is_invocable_v<Launcher, const Args&, void*>) {
-    const at::Device device = memory.device();
-    if (!uses_kernels(device)) return false;
-    const c10::DeviceGuard guard(device);
-    const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-    const int status = launcher(args, device.is_cuda() ? stream.native_handle() : nullptr);
-    TORCH_CHECK(status == 0, "mpg: CUDA kernel launch failed: ", mpg::cuda::error_string(status));
-    return true;
-  }
-  return false;
-}
 
 // Over threads, each of which is worth waking for about 32,000 elements of work.
 template <class Args>
@@ -286,11 +273,31 @@ void split(int64_t items, int64_t work_per_item, const Args& args,
                    [&](int64_t begin, int64_t end) { op(args, begin, end); });
 }
 
+// Does an op on the side that its tensors are on, on the CPU after `prepare`; float64 has no
+// launcher.
+template <class Args, class Launcher, class F = void (*)()>
+void run(
+    const Memory& memory, int64_t items, int64_t work_per_item, const Args& args,
+    void (*op)(const Args&, int64_t, int64_t), Launcher launcher, F prepare = [] {}) {
+  if (items * work_per_item == 0) return;
+  if constexpr (std::is_invocable_v<Launcher, const Args&, void*>) {
+    if (const at::Device device = memory.device(); uses_kernels(device)) {
+      const c10::DeviceGuard guard(device);
+      const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+      launcher(args, device.is_cuda() ? stream.native_handle() : nullptr);
+      const char* error = mpg::cuda::launch_error();
+      TORCH_CHECK(error == nullptr, "mpg: CUDA kernel launch failed: ", error);
+      return;
+    }
+  }
+  prepare();
+  split(items, work_per_item, args, op);
+}
+
 // ---- The ops.
 
 Tensor gather_logprobs(const Tensor& logits, const Tensor& tokens, double temperature) {
-  const auto [R, K, V] = check_logits<3>("logits", logits, "(R, K, V)");
-  check_positions("K", K);
+  const auto [R, K, V] = check_logits<3>("logits", logits, "R, K, V");
   // Logits are multiplied by its inverse: both have to be normal numbers in float32.
   TORCH_CHECK_VALUE(temperature >= 0x1p-126 && temperature <= 0x1p126,
                     "temperature must be in [2^-126, 2^126], got ", temperature);
@@ -299,11 +306,9 @@ Tensor gather_logprobs(const Tensor& logits, const Tensor& tokens, double temper
   with_accumulation_type(logits, [&]<class A>(Memory& memory) {
     const mpg::GatherLogprobs<A> args(
         {storage_of(logits), rows_of(logits, false, true), {}, 0, R, K, V, nullptr},
-        memory.input<int64_t>("tokens", tokens, "(R, K)", {R, K}), A(temperature),
-        memory.output<A>(logprobs, {R, K}),
-        memory.kernel_scratch<mpg::LogSum<A>>(R * K * mpg::num_slices(V)));
-    if (launch(memory, R, args, MPG_CUDA(gather_logprobs))) return;
-    split(R * K, V, args, mpg::cpu::gather_logprobs<A>);
+        memory.input<int64_t>(MPG_ARG(tokens, R, K)), A(temperature),
+        memory.output<A>(logprobs, {R, K}), memory.slice_scratch<mpg::LogSum<A>>(R * K, V));
+    run(memory, R * K, V, args, MPG_SIDES(gather_logprobs));
   });
   return logprobs;
 }
@@ -311,53 +316,44 @@ Tensor gather_logprobs(const Tensor& logits, const Tensor& tokens, double temper
 std::tuple<Tensor, Tensor> score_prefixes(const Tensor& attribute_logprobs,
                                           const Tensor& anchor_logprobs, const Tensor& weights,
                                           std::string_view score) {
-  const auto [N, B, K] =
-      check_accumulated<3>("attribute_logprobs", attribute_logprobs, "(N, B, K)");
-  check_models(N);
-  check_positions("K", K);
+  const auto [N, B, K] = check_accumulated<3>("attribute_logprobs", attribute_logprobs, "N, B, K");
 
   Tensor log_ratios, scores;
   with_accumulation_type(attribute_logprobs, [&]<class A>(Memory& memory) {
-    const mpg::ScorePrefixes<A> args(
-        memory.input<A>("attribute_logprobs", attribute_logprobs, "(N, B, K)", {N, B, K}),
-        memory.input<A>("anchor_logprobs", anchor_logprobs, "(B, K)", {B, K}),
-        memory.input<A>("weights", weights, "(B, N)", {B, N}), score_of(score), N, B, K,
-        memory.output<A>(log_ratios, {N, B, K}), memory.output<A>(scores, {B, K}));
-    if (launch(memory, B, args, MPG_CUDA(score_prefixes))) return;
-    split(B, N * K * K, args, mpg::cpu::score_prefixes<A>);
+    const mpg::ScorePrefixes<A> args(memory.input<A>(MPG_ARG(attribute_logprobs, N, B, K)),
+                                     memory.input<A>(MPG_ARG(anchor_logprobs, B, K)),
+                                     memory.input<A>(MPG_ARG(weights, B, N)), score_of(score), N, B,
+                                     K, memory.output<A>(log_ratios, {N, B, K}),
+                                     memory.output<A>(scores, {B, K}));
+    run(memory, B, N * K * K, args, MPG_SIDES(score_prefixes));
   });
   return {log_ratios, scores};
 }
 
 Tensor accept_prefixes(const Tensor& scores, const Tensor& log_bound, const Tensor& uniforms,
                        const Tensor& lengths) {
-  const auto [B, K] = check_accumulated<2>("scores", scores, "(B, K)");
-  check_positions("K", K);
+  const auto [B, K] = check_accumulated<2>("scores", scores, "B, K");
 
   Tensor accepted;
   with_accumulation_type(scores, [&]<class A>(Memory& memory) {
-    const mpg::AcceptPrefixes<A> args(memory.input<A>("scores", scores, "(B, K)", {B, K}),
-                                      memory.input<A>("log_bound", log_bound, "(B,)", {B}),
-                                      memory.input<double>("uniforms", uniforms, "(B, K)", {B, K}),
-                                      memory.input<int64_t>("lengths", lengths, "(B,)", {B}), B, K,
-                                      memory.output<int64_t>(accepted, {B}));
-    if (launch(memory, B, args, MPG_CUDA(accept_prefixes))) return;
-    split(B, K, args, mpg::cpu::accept_prefixes<A>);
+    const mpg::AcceptPrefixes<A> args(
+        memory.input<A>(MPG_ARG(scores, B, K)), memory.input<A>(MPG_ARG(log_bound, B)),
+        memory.input<double>(MPG_ARG(uniforms, B, K)), memory.input<int64_t>(MPG_ARG(lengths, B)),
+        B, K, memory.output<int64_t>(accepted, {B}));
+    run(memory, B, K, args, MPG_SIDES(accept_prefixes));
   });
   return accepted;
 }
 
 void update_bound_(at::TensorList bound, const Tensor& scores, const Tensor& active,
                    at::ArrayRef<double> constants) {
-  const auto [B, P] = check_accumulated<2>("scores", scores, "(B, P)");
-  check_positions("P", P, 33);  // a score per prefix and the fallback's
+  const auto [B, P] = check_accumulated<2>("scores", scores, "B, P");
 
   with_accumulation_type(scores, [&]<class A>(Memory& memory) {
     const mpg::UpdateBound<A> args(bound_of<A>(memory, bound, constants, B),
-                                   memory.input<A>("scores", scores, "(B, P)", {B, P}),
-                                   memory.input<bool>("active", active, "(B,)", {B}), B, P);
-    if (launch(memory, B, args, MPG_CUDA(update_bound))) return;
-    split(B, args.bound.W + P, args, mpg::cpu::update_bound<A>);
+                                   memory.input<A>(MPG_ARG(scores, B, P)),
+                                   memory.input<bool>(MPG_ARG(active, B)), B, P);
+    run(memory, B, args.bound.W + P, args, MPG_SIDES(update_bound));
   });
 }
 
@@ -367,31 +363,26 @@ std::tuple<Tensor, Tensor, Tensor> verify_chunks(const Tensor& anchor_logits,
                                                  const Tensor& weights, const Tensor& uniforms,
                                                  at::TensorList bound, std::string_view score,
                                                  at::ArrayRef<double> constants) {
-  const auto [B, K, V] = check_logits<3>("anchor_logits", anchor_logits, "(B, K, V)");
-  const int64_t N = check_attributes<4>(attribute_logits, "(N, B, K, V)", anchor_logits);
-  check_positions("K", K);
+  const auto [B, K, V] = check_logits<3>("anchor_logits", anchor_logits, "B, K, V");
+  const int64_t N = check_attributes<4>(attribute_logits, "N, B, K, V", anchor_logits);
 
   Tensor log_ratios, scores, accepted;
   with_accumulation_type(anchor_logits, [&]<class A>(Memory& memory) {
-    const mpg::GatherLogprobs<A> gather(
-        model_logits(anchor_logits, attribute_logits),
-        memory.input<int64_t>("tokens", tokens, "(B, K)", {B, K}), A(1),
-        memory.scratch<A>((1 + N) * B * K),
-        memory.kernel_scratch<mpg::LogSum<A>>((1 + N) * B * K * mpg::num_slices(V)));
-    const mpg::ScorePrefixes<A> scoring(
-        gather.logprobs + B * K, gather.logprobs,
-        memory.input<A>("weights", weights, "(B, N)", {B, N}), score_of(score), N, B, K,
-        memory.output<A>(log_ratios, {N, B, K}), memory.output<A>(scores, {B, K}));
+    const mpg::GatherLogprobs<A> gather(model_logits(anchor_logits, attribute_logits),
+                                        memory.input<int64_t>(MPG_ARG(tokens, B, K)), A(1),
+                                        memory.scratch<A>((1 + N) * B * K),
+                                        memory.slice_scratch<mpg::LogSum<A>>((1 + N) * B * K, V));
+    const mpg::ScorePrefixes<A> scoring(gather.logprobs + B * K, gather.logprobs,
+                                        memory.input<A>(MPG_ARG(weights, B, N)), score_of(score), N,
+                                        B, K, memory.output<A>(log_ratios, {N, B, K}),
+                                        memory.output<A>(scores, {B, K}));
     const mpg::Bound<A> state = bound_of<A>(memory, bound, constants, B);
     const mpg::AcceptPrefixes<A> acceptance(
-        scoring.scores, state.log_bound,
-        memory.input<double>("uniforms", uniforms, "(B, K)", {B, K}),
-        memory.input<int64_t>("lengths", lengths, "(B,)", {B}), B, K,
-        memory.output<int64_t>(accepted, {B}));
+        scoring.scores, state.log_bound, memory.input<double>(MPG_ARG(uniforms, B, K)),
+        memory.input<int64_t>(MPG_ARG(lengths, B)), B, K, memory.output<int64_t>(accepted, {B}));
     const mpg::VerifyChunks<A> args(gather, scoring, acceptance, state);
-    if (launch(memory, B, args, MPG_CUDA(verify_chunks))) return;
-    split((1 + N) * B * K, V, gather, mpg::cpu::gather_logprobs<A>);
-    split(B, N * K * K, args, mpg::cpu::verify_chunks<A>);
+    run(memory, B, N * K * K, args, MPG_SIDES(verify_chunks),
+        [&] { split((1 + N) * B * K, V, gather, mpg::cpu::gather_logprobs<A>); });
   });
   return {log_ratios, scores, accepted};
 }
@@ -401,32 +392,28 @@ std::tuple<Tensor, Tensor, Tensor> draw_fallback(const Tensor& anchor_logits,
                                                  const Tensor& draft_probs, const Tensor& weights,
                                                  const Tensor& log_bound, const Tensor& uniforms,
                                                  const Tensor& active, std::string_view score) {
-  const auto [B, V] = check_logits<2>("anchor_logits", anchor_logits, "(B, V)");
-  const int64_t N = check_attributes<3>(attribute_logits, "(N, B, V)", anchor_logits);
+  const auto [B, V] = check_logits<2>("anchor_logits", anchor_logits, "B, V");
+  const int64_t N = check_attributes<3>(attribute_logits, "N, B, V", anchor_logits);
 
   Tensor tokens, scores, accept_probs;
   with_accumulation_type(anchor_logits, [&]<class A>(Memory& memory) {
     const mpg::DrawFallback<A> args(
-        {model_logits(anchor_logits, attribute_logits,
-                      memory.input<bool>("active", active, "(B,)", {B})),
+        {model_logits(anchor_logits, attribute_logits, memory.input<bool>(MPG_ARG(active, B))),
          memory.scratch<mpg::Normalizer<A>>((1 + N) * B),
-         memory.kernel_scratch<mpg::LogSum<A>>((1 + N) * B * mpg::num_slices(V))},
-        memory.input<A>("draft_probs", draft_probs, "(B, V)", {B, V}),
-        memory.input<A>("weights", weights, "(B, N)", {B, N}),
-        memory.input<A>("log_bound", log_bound, "(B,)", {B}),
-        memory.input<double>("uniforms", uniforms, "(B,)", {B}), score_of(score),
-        memory.output<int64_t>(tokens, {B}), memory.output<A>(scores, {B}),
-        memory.output<A>(accept_probs, {B}), memory.kernel_scratch<double>(B * mpg::num_slices(V)));
-    if (launch(memory, B, args, MPG_CUDA(draw_fallback))) return;
-    split((1 + N) * B, V, args.rows, mpg::cpu::normalize_rows<A>);
-    split(B, V, args, mpg::cpu::draw_fallback<A>);
+         memory.slice_scratch<mpg::LogSum<A>>((1 + N) * B, V)},
+        memory.input<A>(MPG_ARG(draft_probs, B, V)), memory.input<A>(MPG_ARG(weights, B, N)),
+        memory.input<A>(MPG_ARG(log_bound, B)), memory.input<double>(MPG_ARG(uniforms, B)),
+        score_of(score), memory.output<int64_t>(tokens, {B}), memory.output<A>(scores, {B}),
+        memory.output<A>(accept_probs, {B}), memory.slice_scratch<double>(B, V));
+    run(memory, B, V, args, MPG_SIDES(draw_fallback),
+        [&] { split((1 + N) * B, V, args.rows, mpg::cpu::normalize_rows<A>); });
   });
   return {tokens, scores, accept_probs};
 }
 
 Tensor draw_uniforms(const Tensor& seeds, const Tensor& rounds, int64_t purpose, int64_t count,
                      int64_t first) {
-  const auto [B] = check_dims<1>("seeds", seeds, "(B,)");
+  const auto [B] = check_dims<1>("seeds", seeds, "B");
   constexpr int64_t kWords = int64_t(1) << 32;
   TORCH_CHECK_VALUE(purpose >= 0 && purpose < kWords, "purpose must be in [0, 2^32), got ",
                     purpose);
@@ -436,12 +423,10 @@ Tensor draw_uniforms(const Tensor& seeds, const Tensor& rounds, int64_t purpose,
 
   Tensor uniforms;
   with_accumulation_type(seeds, [&]<class A>(Memory& memory) {
-    const mpg::DrawUniforms args(memory.input<int64_t>("seeds", seeds, "(B,)", {B}),
-                                 memory.input<int64_t>("rounds", rounds, "(B,)", {B}),
-                                 uint32_t(purpose), uint32_t(first), B, count,
-                                 memory.output<double>(uniforms, {B, count}));
-    if (launch(memory, B * count, args, MPG_CUDA(draw_uniforms))) return;
-    split(B, count, args, mpg::cpu::draw_uniforms);
+    const mpg::DrawUniforms args(
+        memory.input<int64_t>(MPG_ARG(seeds, B)), memory.input<int64_t>(MPG_ARG(rounds, B)),
+        uint32_t(purpose), uint32_t(first), B, count, memory.output<double>(uniforms, {B, count}));
+    run(memory, B, count, args, MPG_SIDES(draw_uniforms));
   });
   return uniforms;
 }
@@ -450,9 +435,7 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
                                         const std::optional<Tensor>& base_logits,
                                         const std::optional<Tensor>& anchor_logits,
                                         std::string_view target) {
-  const auto [N, B, P, V] = check_logits<4>("attribute_logits", attribute_logits, "(N, B, P, V)");
-  check_models(N);
-  check_positions("P", P, 33);  // of the draft and the one after it
+  const auto [N, B, P, V] = check_logits<4>("attribute_logits", attribute_logits, "N, B, P, V");
   const mpg::Score kind = score_of(target, "target");
   const bool has_anchor = anchor_logits.has_value();
   TORCH_CHECK_VALUE(base_logits.has_value() == has_anchor,
@@ -462,8 +445,8 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
   for (const auto& [name, logits] :
        {std::pair("base_logits", &base_logits), std::pair("anchor_logits", &anchor_logits)}) {
     if (!logits->has_value()) continue;
-    check_logits<3>(name, **logits, "(B, P, V)");
-    check(name, **logits, "(B, P, V)", {B, P, V}, attribute_logits.scalar_type(),
+    check_logits<3>(name, **logits, "B, P, V", 'P');
+    check(name, **logits, "B, P, V", {B, P, V}, attribute_logits.scalar_type(),
           attribute_logits.device());
   }
 
@@ -479,26 +462,24 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
       logits.has_base = true;
     }
     const int64_t num_rows = logits.num_rows(), num_slices = mpg::num_slices(V);
-    const mpg::CombineRows<A> args({logits, memory.scratch<mpg::Normalizer<A>>(num_rows),
-                                    memory.kernel_scratch<mpg::LogSum<A>>(num_rows * num_slices)},
-                                   has_anchor, N, logits.has_base ? N + 1 : 0,
-                                   memory.input<A>("weights", weights, "(B, P, N)", {B, P, N}),
-                                   kind, memory.output<A>(log_rows, {B, P, V}),
-                                   memory.output<A>(log_totals, {B, P}),
-                                   memory.scratch<mpg::LogSum<A>>(B * P * num_slices));
-    if (launch(memory, B, args, MPG_CUDA(combine_rows))) return;
-    split(num_rows, V, args.rows, mpg::cpu::normalize_rows<A>);
+    const mpg::CombineRows<A> args(
+        {logits, memory.scratch<mpg::Normalizer<A>>(num_rows),
+         memory.slice_scratch<mpg::LogSum<A>>(num_rows, V)},
+        has_anchor, N, logits.has_base ? N + 1 : 0, memory.input<A>(MPG_ARG(weights, B, P, N)),
+        kind, memory.output<A>(log_rows, {B, P, V}), memory.output<A>(log_totals, {B, P}),
+        memory.scratch<mpg::LogSum<A>>(B * P * num_slices));
     const int64_t slices = B * P * num_slices, slice_size = std::min(V, mpg::kSliceSize);
-    split(slices, N * slice_size, args, mpg::cpu::combine_slices<A>);
-    split(slices, slice_size, args, mpg::cpu::combine_rows<A>);
+    run(memory, slices, slice_size, args, MPG_SIDES(combine_rows), [&] {
+      split(num_rows, V, args.rows, mpg::cpu::normalize_rows<A>);
+      split(slices, N * slice_size, args, mpg::cpu::combine_slices<A>);
+    });
   });
   return {log_rows, log_totals};
 }
 
 Tensor warp_rows(const Tensor& log_rows, double temperature, int64_t top_k, double top_p,
                  double min_p) {
-  const auto [R, V] = check_accumulated<2>("log_rows", log_rows, "(R, V)");
-  check_vocabulary("log_rows", log_rows);
+  const auto [R, V] = check_accumulated<2>("log_rows", log_rows, "R, V");
   TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature >= 0,
                     "temperature must be finite and not negative, got ", temperature);
   TORCH_CHECK_VALUE(top_k >= 0, "top_k must not be negative, got ", top_k);
@@ -507,26 +488,23 @@ Tensor warp_rows(const Tensor& log_rows, double temperature, int64_t top_k, doub
 
   Tensor probs;
   with_accumulation_type(log_rows, [&]<class A>(Memory& memory) {
-    const mpg::WarpRows<A> args(memory.input<A>("log_rows", log_rows, "(R, V)", {R, V}), R, V,
-                                temperature, top_k, top_p, min_p, memory.output<A>(probs, {R, V}));
-    if (launch(memory, R, args, MPG_CUDA(warp_rows))) return;
-    split(R, V, args, mpg::cpu::warp_rows<A>);
+    const mpg::WarpRows<A> args(memory.input<A>(MPG_ARG(log_rows, R, V)), R, V, temperature, top_k,
+                                top_p, min_p, memory.output<A>(probs, {R, V}));
+    run(memory, R, V, args, MPG_SIDES(warp_rows));
   });
   return probs;
 }
 
 Tensor draw_tokens(const Tensor& probs, const Tensor& uniforms) {
-  const auto [B, V] = check_accumulated<2>("probs", probs, "(B, V)");
-  check_vocabulary("probs", probs);
+  const auto [B, V] = check_accumulated<2>("probs", probs, "B, V");
 
   Tensor tokens;
   with_accumulation_type(probs, [&]<class A>(Memory& memory) {
-    const mpg::DrawTokens<A> args(memory.input<A>("probs", probs, "(B, V)", {B, V}),
-                                  memory.input<double>("uniforms", uniforms, "(B,)", {B}), B, V,
-                                  memory.output<int64_t>(tokens, {B}),
-                                  memory.kernel_scratch<double>(B * mpg::num_slices(V)));
-    if (launch(memory, B, args, MPG_CUDA(draw_tokens))) return;
-    split(B, V, args, mpg::cpu::draw_tokens<A>);
+    const mpg::DrawResidual<A> args(  // of no drafted tokens: the target's row alone
+        {memory.input<A>(MPG_ARG(probs, B, V)), nullptr, nullptr, nullptr, B, 0, V}, nullptr,
+        nullptr, memory.input<double>(MPG_ARG(uniforms, B)), memory.output<int64_t>(tokens, {B}),
+        memory.slice_scratch<double>(2 * B, V));
+    run(memory, B, V, args, MPG_SIDES(draw_residual));
   });
   return tokens;
 }
@@ -535,17 +513,15 @@ std::tuple<Tensor, Tensor> verify_block(const Tensor& target_probs,
                                         const std::optional<Tensor>& draft_probs,
                                         const Tensor& tokens, const Tensor& lengths,
                                         const Tensor& uniforms) {
-  const auto [B, K, V] = check_target(target_probs);
+  const auto [B, K, V] = check_accumulated<3>("target_probs", target_probs, "B, K + 1, V");
 
   Tensor accepted, carry;
   with_accumulation_type(target_probs, [&]<class A>(Memory& memory) {
     const mpg::VerifyBlock<A> args(
         block_of<A>(memory, target_probs, draft_probs, tokens, lengths, B, K, V),
-        memory.input<double>("uniforms", uniforms, "(B, K)", {B, K}),
-        memory.output<int64_t>(accepted, {B}), memory.output<A>(carry, {B}),
-        memory.kernel_scratch<double>(B * K * mpg::num_slices(V)));
-    if (launch(memory, B, args, MPG_CUDA(verify_block))) return;
-    split(B, K * V, args, mpg::cpu::verify_block<A>);
+        memory.input<double>(MPG_ARG(uniforms, B, K)), memory.output<int64_t>(accepted, {B}),
+        memory.output<A>(carry, {B}), memory.slice_scratch<double>(B * K, V));
+    run(memory, B, K * V, args, MPG_SIDES(verify_block));
   });
   return {accepted, carry};
 }
@@ -553,35 +529,58 @@ std::tuple<Tensor, Tensor> verify_block(const Tensor& target_probs,
 Tensor draw_residual(const Tensor& target_probs, const std::optional<Tensor>& draft_probs,
                      const Tensor& tokens, const Tensor& lengths, const Tensor& accepted,
                      const Tensor& carry, const Tensor& uniforms) {
-  const auto [B, K, V] = check_target(target_probs);
+  const auto [B, K, V] = check_accumulated<3>("target_probs", target_probs, "B, K + 1, V");
 
   Tensor drawn;
   with_accumulation_type(target_probs, [&]<class A>(Memory& memory) {
     const mpg::DrawResidual<A> args(
         block_of<A>(memory, target_probs, draft_probs, tokens, lengths, B, K, V),
-        memory.input<int64_t>("accepted", accepted, "(B,)", {B}),
-        memory.input<A>("carry", carry, "(B,)", {B}),
-        memory.input<double>("uniforms", uniforms, "(B,)", {B}), memory.output<int64_t>(drawn, {B}),
-        memory.kernel_scratch<double>(2 * B * mpg::num_slices(V)));
-    if (launch(memory, B, args, MPG_CUDA(draw_residual))) return;
-    split(B, 2 * V, args, mpg::cpu::draw_residual<A>);
+        memory.input<int64_t>(MPG_ARG(accepted, B)), memory.input<A>(MPG_ARG(carry, B)),
+        memory.input<double>(MPG_ARG(uniforms, B)), memory.output<int64_t>(drawn, {B}),
+        memory.slice_scratch<double>(2 * B, V));
+    run(memory, B, 2 * V, args, MPG_SIDES(draw_residual));
   });
   return drawn;
 }
 
+// Calls f with every op: its name, what does it, and its schema.
+template <class F>
+void for_each_op(F f) {
+  f("gather_logprobs", gather_logprobs,
+    "(Tensor logits, Tensor tokens, *, float temperature=1.0) -> Tensor");
+  f("score_prefixes", score_prefixes,
+    "(Tensor attribute_logprobs, Tensor anchor_logprobs, Tensor weights, *, str score) "
+    "-> (Tensor, Tensor)");
+  f("accept_prefixes", accept_prefixes,
+    "(Tensor scores, Tensor log_bound, Tensor uniforms, Tensor lengths) -> Tensor");
+  f("update_bound_", update_bound_,
+    "(Tensor(a!)[] bound, Tensor scores, Tensor active, *, float[] constants) -> ()");
+  f("verify_chunks", verify_chunks,
+    "(Tensor anchor_logits, Tensor attribute_logits, Tensor tokens, Tensor lengths, "
+    "Tensor weights, Tensor uniforms, Tensor(a!)[] bound, *, str score, float[] constants) "
+    "-> (Tensor, Tensor, Tensor)");
+  f("draw_fallback", draw_fallback,
+    "(Tensor anchor_logits, Tensor attribute_logits, Tensor draft_probs, Tensor weights, "
+    "Tensor log_bound, Tensor uniforms, Tensor active, *, str score) -> (Tensor, Tensor, Tensor)");
+  f("draw_uniforms", draw_uniforms,
+    "(Tensor seeds, Tensor rounds, *, int purpose, int count, int first=0) -> Tensor");
+  f("combine_rows", combine_rows,
+    "(Tensor attribute_logits, Tensor weights, Tensor? base_logits, Tensor? anchor_logits, *, "
+    "str target) -> (Tensor, Tensor)");
+  f("warp_rows", warp_rows,
+    "(Tensor log_rows, *, float temperature, int top_k=0, float top_p=1.0, float min_p=0.0) "
+    "-> Tensor");
+  f("draw_tokens", draw_tokens, "(Tensor probs, Tensor uniforms) -> Tensor");
+  f("verify_block", verify_block,
+    "(Tensor target_probs, Tensor? draft_probs, Tensor tokens, Tensor lengths, Tensor uniforms) "
+    "-> (Tensor, Tensor)");
+  f("draw_residual", draw_residual,
+    "(Tensor target_probs, Tensor? draft_probs, Tensor tokens, Tensor lengths, Tensor accepted, "
+    "Tensor carry, Tensor uniforms) -> Tensor");
+}
+
 void register_ops(torch::Library& library) {
-  library.impl("gather_logprobs", gather_logprobs);
-  library.impl("score_prefixes", score_prefixes);
-  library.impl("accept_prefixes", accept_prefixes);
-  library.impl("update_bound_", update_bound_);
-  library.impl("verify_chunks", verify_chunks);
-  library.impl("draw_fallback", draw_fallback);
-  library.impl("draw_uniforms", draw_uniforms);
-  library.impl("combine_rows", combine_rows);
-  library.impl("warp_rows", warp_rows);
-  library.impl("draw_tokens", draw_tokens);
-  library.impl("verify_block", verify_block);
-  library.impl("draw_residual", draw_residual);
+  for_each_op([&](const char* name, auto op, const char*) { library.impl(name, op); });
 }
 
 }  // namespace
@@ -598,42 +597,9 @@ PYBIND11_MODULE(_C, module) {
 }
 #else
 TORCH_LIBRARY(mpg, library) {
-  library.def("gather_logprobs(Tensor logits, Tensor tokens, *, float temperature=1.0) -> Tensor");
-  library.def(
-      "score_prefixes(Tensor attribute_logprobs, Tensor anchor_logprobs, Tensor weights, *, "
-      "str score) -> (Tensor, Tensor)");
-  library.def(
-      "accept_prefixes(Tensor scores, Tensor log_bound, Tensor uniforms, Tensor lengths) -> "
-      "Tensor");
-  library.def(
-      "update_bound_(Tensor(a!)[] bound, Tensor scores, Tensor active, *, float[] constants) -> "
-      "()");
-  library.def(
-      "verify_chunks(Tensor anchor_logits, Tensor attribute_logits, Tensor tokens, Tensor lengths, "
-      "Tensor weights, Tensor uniforms, Tensor(a!)[] bound, *, str score, float[] constants) "
-      "-> (Tensor, Tensor, Tensor)");
-  library.def(
-      "draw_fallback(Tensor anchor_logits, Tensor attribute_logits, Tensor draft_probs, "
-      "Tensor weights, Tensor log_bound, Tensor uniforms, Tensor active, *, str score) "
-      "-> (Tensor, Tensor, Tensor)");
-  library.def(
-      "draw_uniforms(Tensor seeds, Tensor rounds, *, int purpose, int count, int first=0) "
-      "-> Tensor");
-  library.def(
-      "combine_rows(Tensor attribute_logits, Tensor weights, Tensor? base_logits, "
-      "Tensor? anchor_logits, *, str target) -> (Tensor, Tensor)");
-  library.def(
-      "warp_rows(Tensor log_rows, *, float temperature, int top_k=0, float top_p=1.0, "
-      "float min_p=0.0) -> Tensor");
-  library.def("draw_tokens(Tensor probs, Tensor uniforms) -> Tensor");
-  library.def(
-      "verify_block(Tensor target_probs, Tensor? draft_probs, Tensor tokens, Tensor lengths, "
-      "Tensor uniforms) -> (Tensor, Tensor)");
-  library.def(
-      "draw_residual(Tensor target_probs, Tensor? draft_probs, Tensor tokens, Tensor lengths, "
-      "Tensor accepted, Tensor carry, Tensor uniforms) -> Tensor");
+  for_each_op(
+      [&](std::string name, auto, const char* schema) { library.def((name + schema).c_str()); });
 }
-
 TORCH_LIBRARY_IMPL(mpg, CPU, library) { register_ops(library); }
 // Registered in every build: without CUDA the ops say what to do instead of "no kernel".
 TORCH_LIBRARY_IMPL(mpg, CUDA, library) { register_ops(library); }

@@ -12,7 +12,7 @@ MPG_HOST_DEVICE double positive_part(double x) { return x <= 0 ? 0 : x; }
 
 template <class A>
 MPG_HOST_DEVICE int64_t num_drafted(const Block<A>& block, int64_t b) {
-  const int64_t length = block.lengths[b];
+  const int64_t length = block.K == 0 ? 0 : block.lengths[b];
   return length < 0 ? 0 : (length > block.K ? block.K : length);
 }
 
@@ -53,6 +53,7 @@ MPG_HOST_DEVICE double next_carry(const Block<A>& block, int64_t b, int64_t posi
 // Position of the token to draw after the accepted prefix; negative where there is none.
 template <class A>
 MPG_HOST_DEVICE int64_t next_position(const DrawResidual<A>& args, int64_t b) {
+  if (args.block.K == 0) return 0;
   return args.accepted[b] > args.block.K ? args.block.K : args.accepted[b];
 }
 

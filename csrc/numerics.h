@@ -183,15 +183,6 @@ MPG_HOST_DEVICE void update_bound(const Bound<A>& bound, int64_t b, const A* sco
   bound.frozen[b] = variance < bound.tau;                            // stabilisation
 }
 
-// Probability that one try of the fallback loop proposes this token and accepts it.
-template <class A>
-MPG_HOST_DEVICE A accepted_mass(A draft_prob, A score, A log_bound) {
-  if (draft_prob <= 0) return 0;
-  if (score == -A(INFINITY)) return draft_prob * 0;  // whatever the bound, but NaN stays NaN
-  const A excess = score - log_bound;
-  return excess > 0 ? draft_prob : draft_prob * std::exp(excess);
-}
-
 // The log-probability of token y in a normalised row of logits of type T.
 template <class T, class A>
 MPG_HOST_DEVICE A token_logprob(const NormalizeRows<A>& rows, int64_t model, int64_t b, int64_t k,
@@ -214,6 +205,18 @@ MPG_HOST_DEVICE A token_score(const DrawFallback<A>& args, int64_t b, int64_t y)
     sum.add(weight, sum.term(weight, log_ratio(attribute, anchor)));
   }
   return sum.value();
+}
+
+// Probability that one try of the fallback loop proposes token y and accepts it.
+template <class T, class A>
+MPG_HOST_DEVICE A token_mass(const DrawFallback<A>& args, int64_t b, int64_t y) {
+  const A draft_prob = args.draft_probs[b * args.rows.logits.V + y];
+  // Other tokens need no score, and may not have one where the anchor excludes them.
+  if (draft_prob <= 0) return 0;
+  const A score = token_score<T>(args, b, y);
+  if (score == -A(INFINITY)) return draft_prob * 0;  // whatever the bound, but NaN stays NaN
+  const A excess = score - args.log_bound[b];
+  return excess > 0 ? draft_prob : draft_prob * std::exp(excess);
 }
 
 // log v of token y at position p of sequence b, before the row is normalised.
@@ -239,12 +242,6 @@ MPG_HOST_DEVICE A combined_log_mass(const CombineRows<A>& args, int64_t b, int64
     sum.add(weight, sum.term(weight, ratio));
   }
   return base + sum.value();
-}
-
-// What normalising makes of log v; a row without mass has none to give.
-template <class A>
-MPG_HOST_DEVICE A normalized_log_mass(A log_mass, Normalizer<A> normalizer) {
-  return normalizer.log_sum == -A(INFINITY) ? log_mass : logprob(log_mass, normalizer, A(1));
 }
 
 // Index of the item that lifts the cumulated mass above `target`, or the last item with mass where

@@ -168,16 +168,7 @@ struct WarpRows {
   A* probs;  // (R, V)
 };
 
-template <class A>
-struct DrawTokens {
-  const A* probs;          // (B, V)
-  const double* uniforms;  // (B)
-  int64_t B, V;
-  int64_t* tokens;       // (B)
-  double* slice_masses;  // (B, num_slices) scratch, CUDA only
-};
-
-// A drafted block and the rows around it.
+// A drafted block and the rows around it; a K of 0, without tokens and lengths, is a row alone.
 template <class A>
 struct Block {
   const A* target_probs;   // (B, K + 1, V)
@@ -199,61 +190,51 @@ struct VerifyBlock {
 template <class A>
 struct DrawResidual {
   Block<A> block;
-  const int64_t* accepted;  // (B)
-  const A* carry;           // (B)
+  const int64_t* accepted;  // (B), unless the block is a row alone
+  const A* carry;           // (B), likewise
   const double* uniforms;   // (B)
   int64_t* tokens;          // (B)
   double* slice_masses;     // (2, B, num_slices) scratch, CUDA only
 };
 
-// CPU: each call does the items [begin, end), so that the caller can split them over threads.
+// The two sides of an op. CPU: does the items [begin, end), so that the caller can split them over
+// threads. CUDA: launches on `stream`, a cudaStream_t.
+#define MPG_OP(op, Args)                                    \
+  namespace cpu {                                           \
+  template <class A>                                        \
+  void op(const Args<A>& args, int64_t begin, int64_t end); \
+  }                                                         \
+  namespace cuda {                                          \
+  void op(const Args<float>& args, void* stream);           \
+  }
+MPG_OP(gather_logprobs, GatherLogprobs)  // items are rows
+MPG_OP(score_prefixes, ScorePrefixes)    // sequences
+MPG_OP(accept_prefixes, AcceptPrefixes)  // sequences
+MPG_OP(update_bound, UpdateBound)        // sequences
+MPG_OP(verify_chunks, VerifyChunks)      // sequences, gathered
+MPG_OP(normalize_rows, NormalizeRows)    // rows
+MPG_OP(draw_fallback, DrawFallback)      // sequences, normalized
+MPG_OP(combine_rows, CombineRows)        // slices, combined
+MPG_OP(warp_rows, WarpRows)              // rows
+MPG_OP(verify_block, VerifyBlock)        // sequences
+MPG_OP(draw_residual, DrawResidual)      // sequences
+#undef MPG_OP
+
 namespace cpu {
+// In the file that defines the CPU side of an op.
+#define MPG_INSTANTIATE(op, Args)                         \
+  template void op(const Args<float>&, int64_t, int64_t); \
+  template void op(const Args<double>&, int64_t, int64_t)
+
 const char* capability();  // the level that this process uses; throws std::invalid_argument
 template <class A>
-void gather_logprobs(const GatherLogprobs<A>& args, int64_t begin, int64_t end);  // rows
-template <class A>
-void score_prefixes(const ScorePrefixes<A>& args, int64_t begin, int64_t end);  // sequences
-template <class A>
-void accept_prefixes(const AcceptPrefixes<A>& args, int64_t begin, int64_t end);  // sequences
-template <class A>
-void update_bound(const UpdateBound<A>& args, int64_t begin, int64_t end);  // sequences
-template <class A>
-void verify_chunks(const VerifyChunks<A>& args, int64_t begin, int64_t end);  // sequences, gathered
-template <class A>
-void normalize_rows(const NormalizeRows<A>& args, int64_t begin, int64_t end);  // rows
-template <class A>
-void draw_fallback(const DrawFallback<A>& args, int64_t begin,
-                   int64_t end);                                           // sequences, normalized
-void draw_uniforms(const DrawUniforms& args, int64_t begin, int64_t end);  // sequences
-template <class A>
 void combine_slices(const CombineRows<A>& args, int64_t begin, int64_t end);  // slices, normalized
-template <class A>
-void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end);  // slices, combined
-template <class A>
-void warp_rows(const WarpRows<A>& args, int64_t begin, int64_t end);  // rows
-template <class A>
-void draw_tokens(const DrawTokens<A>& args, int64_t begin, int64_t end);  // sequences
-template <class A>
-void verify_block(const VerifyBlock<A>& args, int64_t begin, int64_t end);  // sequences
-template <class A>
-void draw_residual(const DrawResidual<A>& args, int64_t begin, int64_t end);  // sequences
+void draw_uniforms(const DrawUniforms& args, int64_t begin, int64_t end);     // sequences
 }  // namespace cpu
 
-// CUDA: launches on `stream` (a cudaStream_t) and returns a cudaError_t, 0 for success.
 namespace cuda {
-int gather_logprobs(const GatherLogprobs<float>& args, void* stream);
-int score_prefixes(const ScorePrefixes<float>& args, void* stream);
-int accept_prefixes(const AcceptPrefixes<float>& args, void* stream);
-int update_bound(const UpdateBound<float>& args, void* stream);
-int verify_chunks(const VerifyChunks<float>& args, void* stream);
-int draw_fallback(const DrawFallback<float>& args, void* stream);
-int draw_uniforms(const DrawUniforms& args, void* stream);
-int combine_rows(const CombineRows<float>& args, void* stream);
-int warp_rows(const WarpRows<float>& args, void* stream);
-int draw_tokens(const DrawTokens<float>& args, void* stream);
-int verify_block(const VerifyBlock<float>& args, void* stream);
-int draw_residual(const DrawResidual<float>& args, void* stream);
-const char* error_string(int status);
+void draw_uniforms(const DrawUniforms& args, void* stream);
+const char* launch_error();  // of all launches since the last call; null without one
 }  // namespace cuda
 
 }  // namespace mpg

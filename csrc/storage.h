@@ -41,9 +41,7 @@ MPG_HOST_DEVICE float to_float(Half x) {
   // normalises subnormals; only inf and NaN need their exponent set by hand.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-  const float value = float_from_bits(magnitude) * 0x1p112f;
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t bits = bits_of(float_from_bits(magnitude) * 0x1p112f);
   return float_from_bits(bits | special | uint32_t(x.bits & 0x8000) << 16);
 #endif
 }

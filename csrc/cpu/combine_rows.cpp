@@ -67,8 +67,7 @@ void combine_slices(const CombineRows<A>& args, int64_t begin, int64_t end) {
   const ModelLogits& logits = args.rows.logits;
   for_each_slice(args, begin, end, [&](int64_t row, int64_t slice, int64_t first, int64_t last) {
     A* log_masses = args.log_rows + row * logits.V + first;
-    with_logit_type<A>(logits.dtype, [&](auto type) {
-      using T = decltype(type);
+    with_logit_type<A>(logits.dtype, [&]<class T>(T) {
       combine_tokens<T>(args, row / logits.K, row % logits.K, first, last, log_masses);
     });
     args.row_partials[row * num_slices(logits.V) + slice] =
@@ -91,9 +90,7 @@ void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end) {
   });
 }
 
-template void combine_slices(const CombineRows<float>&, int64_t, int64_t);
-template void combine_slices(const CombineRows<double>&, int64_t, int64_t);
-template void combine_rows(const CombineRows<float>&, int64_t, int64_t);
-template void combine_rows(const CombineRows<double>&, int64_t, int64_t);
+MPG_INSTANTIATE(combine_slices, CombineRows);
+MPG_INSTANTIATE(combine_rows, CombineRows);
 
 }  // namespace mpg::cpu

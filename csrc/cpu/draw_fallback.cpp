@@ -1,35 +1,28 @@
-// The single-token fallback in closed form (lines 17-23 of Algorithm 1): y with mass
-// draft_probs[y] * min(1, exp(S_1(y) - log M)). Where the draft proposes few tokens, as after
-// top-p, they are scored one by one.
+// The single-token fallback in closed form: y with its token_mass. Where the draft proposes few
+// tokens, as after top-p, they are scored one by one.
 #include "inverse_cdf.h"
 #include "scores.h"
 
 namespace mpg::cpu {
 namespace {
 
-// accepted_mass of `size` tokens from `begin` on, one by one.
+// token_mass of `size` tokens from `begin` on, one by one. Inside the code of a level it would take
+// a third longer.
 template <class T, class A>
-void accepted_masses_each(const DrawFallback<A>& args, int64_t b, int64_t begin, int64_t size,
-                          double* masses) {
-  const A* draft_probs = args.draft_probs + b * args.rows.logits.V + begin;
-  for (int64_t y = 0; y < size; ++y) {
-    // Other tokens need no score, and may not have one where the anchor excludes them.
-    masses[y] =
-        draft_probs[y] <= 0
-            ? 0
-            : accepted_mass(draft_probs[y], token_score<T>(args, b, begin + y), args.log_bound[b]);
-  }
+__attribute__((noinline)) void token_masses_each(const DrawFallback<A>& args, int64_t b,
+                                                 int64_t begin, int64_t size, double* masses) {
+  for (int64_t y = 0; y < size; ++y) masses[y] = token_mass<T>(args, b, begin + y);
 }
 
 template <class T>
-MPG_INLINE void accepted_masses_in_lanes(const DrawFallback<float>& args, int64_t b, int64_t begin,
-                                         int64_t size, double* masses) {
+MPG_INLINE void token_masses_in_lanes(const DrawFallback<float>& args, int64_t b, int64_t begin,
+                                      int64_t size, double* masses) {
   const ModelLogits& logits = args.rows.logits;
   const float* draft_probs = args.draft_probs + b * logits.V + begin;
   int64_t num_proposed = 0;
 #pragma omp simd reduction(+ : num_proposed)
   for (int64_t y = 0; y < size; ++y) num_proposed += !(draft_probs[y] <= 0);
-  if (num_proposed < size / 16) return accepted_masses_each<T>(args, b, begin, size, masses);
+  if (num_proposed < size / 16) return token_masses_each<T>(args, b, begin, size, masses);
 
   float anchor[kBlock], scores[kBlock];
   const ModelRows<T> models = {args.rows, b, 0, begin};
@@ -55,8 +48,7 @@ MPG_INLINE void accepted_masses_in_lanes(const DrawFallback<float>& args, int64_
 template <class A>
 void draw_fallback(const DrawFallback<A>& args, int64_t begin, int64_t end) {
   const ModelLogits& logits = args.rows.logits;
-  with_logit_type<A>(logits.dtype, [&](auto type) {
-    using T = decltype(type);
+  with_logit_type<A>(logits.dtype, [&]<class T>(T) {
     for (int64_t b = begin; b < end; ++b) {
       args.tokens[b] = -1;
       args.scores[b] = -A(INFINITY);
@@ -65,9 +57,9 @@ void draw_fallback(const DrawFallback<A>& args, int64_t begin, int64_t end) {
 
       InverseCdf<A> cdf(logits.V, [&, b](int64_t first, int64_t size, double* masses) {
         if constexpr (sizeof(A) == sizeof(float)) {
-          at_level<accepted_masses_in_lanes<T>>(args, b, first, size, masses);
+          at_level<token_masses_in_lanes<T>>(args, b, first, size, masses);
         } else {
-          accepted_masses_each<T>(args, b, first, size, masses);
+          token_masses_each<T>(args, b, first, size, masses);
         }
       });
       args.accept_probs[b] = A(cdf.total());
@@ -82,7 +74,6 @@ void draw_fallback(const DrawFallback<A>& args, int64_t begin, int64_t end) {
   });
 }
 
-template void draw_fallback(const DrawFallback<float>&, int64_t, int64_t);
-template void draw_fallback(const DrawFallback<double>&, int64_t, int64_t);
+MPG_INSTANTIATE(draw_fallback, DrawFallback);
 
 }  // namespace mpg::cpu

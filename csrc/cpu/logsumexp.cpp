@@ -84,8 +84,7 @@ LogSum<double> row_log_sum(const double* row, int64_t V, double inv_temperature)
 template <class A>
 void normalize_rows(const NormalizeRows<A>& args, int64_t begin, int64_t end) {
   const ModelLogits& logits = args.logits;
-  with_logit_type<A>(logits.dtype, [&](auto type) {
-    using T = decltype(type);
+  with_logit_type<A>(logits.dtype, [&]<class T>(T) {
     for (int64_t row = begin; row < end; ++row) {
       if (!is_active(logits, row)) continue;
       args.normalizers[row] = row_log_sum(row_data<T>(logits, row), logits.V, A(1)).normalizer();
@@ -93,8 +92,7 @@ void normalize_rows(const NormalizeRows<A>& args, int64_t begin, int64_t end) {
   });
 }
 
-template void normalize_rows(const NormalizeRows<float>&, int64_t, int64_t);
-template void normalize_rows(const NormalizeRows<double>&, int64_t, int64_t);
+MPG_INSTANTIATE(normalize_rows, NormalizeRows);
 template LogSum<float> row_log_sum(const float*, int64_t, float);
 template LogSum<float> row_log_sum(const Half*, int64_t, float);
 template LogSum<float> row_log_sum(const BFloat16*, int64_t, float);

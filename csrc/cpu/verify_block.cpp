@@ -1,4 +1,4 @@
-// Block verification, the draw that follows it, and the plain draw from a row.
+// Block verification, and the draw that follows it.
 #include "../block.h"
 #include "inverse_cdf.h"
 #include "simd.h"
@@ -18,15 +18,16 @@ MPG_INLINE void subtract(const A* target, const A* draft, double carry, int64_t 
 }
 
 template <class A>
-InverseCdf<A> row_cdf(const A* row, int64_t V) {
-  return {V, [row](int64_t begin, int64_t size, double* masses) {
-            at_level<widen<A>>(row + begin, size, masses);
-          }};
+const A* target_row(const Block<A>& block, int64_t b, int64_t position) {
+  return block.target_probs + (b * (block.K + 1) + position) * block.V;
 }
 
 template <class A>
-const A* target_row(const Block<A>& block, int64_t b, int64_t position) {
-  return block.target_probs + (b * (block.K + 1) + position) * block.V;
+InverseCdf<A> target_cdf(const Block<A>& block, int64_t b, int64_t position) {
+  const A* row = target_row(block, b, position);
+  return {block.V, [row](int64_t begin, int64_t size, double* masses) {
+            at_level<widen<A>>(row + begin, size, masses);
+          }};
 }
 
 // Of (carry p - q)_+, see residual_mass.
@@ -50,13 +51,6 @@ InverseCdf<A> residual_cdf(const Block<A>& block, int64_t b, int64_t position, d
 }
 
 }  // namespace
-
-template <class A>
-void draw_tokens(const DrawTokens<A>& args, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    args.tokens[b] = row_cdf(args.probs + b * args.V, args.V).draw(args.uniforms[b]);
-  }
-}
 
 template <class A>
 void verify_block(const VerifyBlock<A>& args, int64_t begin, int64_t end) {
@@ -99,15 +93,11 @@ void draw_residual(const DrawResidual<A>& args, int64_t begin, int64_t end) {
         continue;
       }
     }
-    args.tokens[b] = row_cdf(target_row(block, b, position), block.V).draw(args.uniforms[b]);
+    args.tokens[b] = target_cdf(block, b, position).draw(args.uniforms[b]);
   }
 }
 
-template void draw_tokens(const DrawTokens<float>&, int64_t, int64_t);
-template void draw_tokens(const DrawTokens<double>&, int64_t, int64_t);
-template void verify_block(const VerifyBlock<float>&, int64_t, int64_t);
-template void verify_block(const VerifyBlock<double>&, int64_t, int64_t);
-template void draw_residual(const DrawResidual<float>&, int64_t, int64_t);
-template void draw_residual(const DrawResidual<double>&, int64_t, int64_t);
+MPG_INSTANTIATE(verify_block, VerifyBlock);
+MPG_INSTANTIATE(draw_residual, DrawResidual);
 
 }  // namespace mpg::cpu

@@ -1,7 +1,26 @@
-// Scores of prefixes, their acceptance, the bound update, and the three in sequence.
-#include "../numerics.h"
+// Log-probabilities of given tokens, with one online log-sum-exp per row and no probability tensor;
+// scores of prefixes, their acceptance, the bound update, and the three in sequence.
+#include "logsumexp.h"
 
 namespace mpg::cpu {
+
+template <class A>
+void gather_logprobs(const GatherLogprobs<A>& args, int64_t begin, int64_t end) {
+  const ModelLogits& logits = args.logits;
+  const A inv_temperature = 1 / args.temperature;
+  with_logit_type<A>(logits.dtype, [&]<class T>(T) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t token = args.tokens[row % (logits.B * logits.K)];
+      if (token < 0 || token >= logits.V) {
+        args.logprobs[row] = -A(INFINITY);
+        continue;
+      }
+      const T* x = row_data<T>(logits, row);
+      const Normalizer<A> normalizer = row_log_sum(x, logits.V, inv_temperature).normalizer();
+      args.logprobs[row] = logprob(A(to_float(x[token])), normalizer, inv_temperature);
+    }
+  });
+}
 
 template <class A>
 void score_prefixes(const ScorePrefixes<A>& args, int64_t begin, int64_t end) {
@@ -45,13 +64,10 @@ void verify_chunks(const VerifyChunks<A>& args, int64_t begin, int64_t end) {
   }
 }
 
-template void score_prefixes(const ScorePrefixes<float>&, int64_t, int64_t);
-template void score_prefixes(const ScorePrefixes<double>&, int64_t, int64_t);
-template void accept_prefixes(const AcceptPrefixes<float>&, int64_t, int64_t);
-template void accept_prefixes(const AcceptPrefixes<double>&, int64_t, int64_t);
-template void update_bound(const UpdateBound<float>&, int64_t, int64_t);
-template void update_bound(const UpdateBound<double>&, int64_t, int64_t);
-template void verify_chunks(const VerifyChunks<float>&, int64_t, int64_t);
-template void verify_chunks(const VerifyChunks<double>&, int64_t, int64_t);
+MPG_INSTANTIATE(gather_logprobs, GatherLogprobs);
+MPG_INSTANTIATE(score_prefixes, ScorePrefixes);
+MPG_INSTANTIATE(accept_prefixes, AcceptPrefixes);
+MPG_INSTANTIATE(update_bound, UpdateBound);
+MPG_INSTANTIATE(verify_chunks, VerifyChunks);
 
 }  // namespace mpg::cpu

@@ -146,7 +146,6 @@ void warp_rows(const WarpRows<A>& args, int64_t begin, int64_t end) {
   }
 }
 
-template void warp_rows(const WarpRows<float>&, int64_t, int64_t);
-template void warp_rows(const WarpRows<double>&, int64_t, int64_t);
+MPG_INSTANTIATE(warp_rows, WarpRows);
 
 }  // namespace mpg::cpu

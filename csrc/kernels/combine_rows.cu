@@ -12,22 +12,18 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kThreads) log_masses_kernel(const CombineRows<float> args) {
   const int64_t P = args.rows.logits.K, V = args.rows.logits.V, row = blockIdx.x;
-  const int64_t begin = blockIdx.y * kSliceSize;
-  const int64_t end = V - begin < kSliceSize ? V : begin + kSliceSize;
   LogSum<float> sum;
-  for (int64_t y = begin + threadIdx.x; y < end; y += kThreads) {
+  for_slice(V, [&](int64_t y) {
     const float log_mass = combined_log_mass<T>(args, row / P, row % P, y);
     args.log_rows[row * V + y] = log_mass;
     sum.add(log_mass, 1.f);
-  }
+  });
   sum = reduce_block(sum, Merge{1.f});
   if (threadIdx.x == 0) args.row_partials[row * num_slices(V) + blockIdx.y] = sum;
 }
 
 __global__ void __launch_bounds__(kThreads) subtract_totals_kernel(const CombineRows<float> args) {
   const int64_t V = args.rows.logits.V, row = blockIdx.x;
-  const int64_t begin = blockIdx.y * kSliceSize;
-  const int64_t end = V - begin < kSliceSize ? V : begin + kSliceSize;
   __shared__ float max, log_sum;
   if (threadIdx.x < kWarp) {
     const Normalizer<float> merged = merge_slices(args.row_partials, row, num_slices(V), 1.f);
@@ -39,15 +35,16 @@ __global__ void __launch_bounds__(kThreads) subtract_totals_kernel(const Combine
   }
   __syncthreads();  // all threads read the normaliser
   const Normalizer<float> normalizer = {max, log_sum};
-  for (int64_t y = begin + threadIdx.x; y < end; y += kThreads) {
+  if (normalizer.log_sum == -INFINITY) return;  // a row without mass is -inf as it is
+  for_slice(V, [&](int64_t y) {
     float& log_mass = args.log_rows[row * V + y];
-    log_mass = normalized_log_mass(log_mass, normalizer);
-  }
+    log_mass = logprob(log_mass, normalizer, 1.f);
+  });
 }
 
 }  // namespace
 
-int combine_rows(const CombineRows<float>& args, void* stream) {
+void combine_rows(const CombineRows<float>& args, void* stream) {
   const ModelLogits& logits = args.rows.logits;
   normalize_rows(args.rows, stream);
   const dim3 grid(unsigned(logits.B * logits.K), unsigned(num_slices(logits.V)));
@@ -56,7 +53,6 @@ int combine_rows(const CombineRows<float>& args, void* stream) {
     MPG_LAUNCH(log_masses_kernel<T>, grid, kThreads, 0, stream, args);
   });
   MPG_LAUNCH(subtract_totals_kernel, grid, kThreads, 0, stream, args);
-  return launch_status();
 }
 
 }  // namespace mpg::cuda

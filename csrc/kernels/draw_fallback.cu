@@ -11,20 +11,10 @@ namespace mpg::cuda {
 namespace {
 
 template <class T>
-__device__ __forceinline__ double token_mass(const DrawFallback<float>& args, int64_t b,
-                                             int64_t y) {
-  const float draft_prob = args.draft_probs[b * args.rows.logits.V + y];
-  // Other tokens need no score, and may not have one where the anchor excludes them.
-  if (draft_prob <= 0) return 0;
-  return accepted_mass(draft_prob, token_score<T>(args, b, y), args.log_bound[b]);
-}
-
-template <class T>
 __global__ void __launch_bounds__(kThreads) slice_masses_kernel(const DrawFallback<float> args) {
   const int64_t b = blockIdx.x, V = args.rows.logits.V;
   if (!args.rows.logits.active[b]) return;
-  const double mass =
-      slice_mass(V, blockIdx.y, [&](int64_t y) { return token_mass<T>(args, b, y); });
+  const double mass = slice_mass(V, [&](int64_t y) { return token_mass<T>(args, b, y); });
   if (threadIdx.x == 0) args.slice_masses[b * num_slices(V) + blockIdx.y] = mass;
 }
 
@@ -50,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) draw_fallback_kernel(const DrawFallb
 
 }  // namespace
 
-int draw_fallback(const DrawFallback<float>& args, void* stream) {
+void draw_fallback(const DrawFallback<float>& args, void* stream) {
   const ModelLogits& logits = args.rows.logits;
   normalize_rows(args.rows, stream);
   const dim3 slices(unsigned(logits.B), unsigned(num_slices(logits.V)));
@@ -59,7 +49,6 @@ int draw_fallback(const DrawFallback<float>& args, void* stream) {
     MPG_LAUNCH(slice_masses_kernel<T>, slices, kThreads, 0, stream, args);
     MPG_LAUNCH(draw_fallback_kernel<T>, dim3(unsigned(logits.B)), kThreads, 0, stream, args);
   });
-  return launch_status();
 }
 
 }  // namespace mpg::cuda

@@ -15,10 +15,9 @@ __global__ void __launch_bounds__(kThreads) draw_uniforms_kernel(const DrawUnifo
 
 }  // namespace
 
-int draw_uniforms(const DrawUniforms& args, void* stream) {
+void draw_uniforms(const DrawUniforms& args, void* stream) {
   const dim3 grid(blocks_for(args.B * args.count, kThreads));
   MPG_LAUNCH(draw_uniforms_kernel, grid, kThreads, 0, stream, args);
-  return launch_status();
 }
 
 }  // namespace mpg::cuda

@@ -10,11 +10,9 @@ namespace mpg::cuda {
 
 // First half, by a block of kThreads; the result is every thread's.
 template <class F>
-__device__ __forceinline__ double slice_mass(int64_t V, int64_t slice, F mass_of) {
-  const int64_t begin = slice * kSliceSize;
-  const int64_t end = V - begin < kSliceSize ? V : begin + kSliceSize;
+__device__ __forceinline__ double slice_mass(int64_t V, F mass_of) {
   double mass = 0;
-  for (int64_t y = begin + threadIdx.x; y < end; y += kThreads) mass += mass_of(y);
+  for_slice(V, [&](int64_t y) { mass += mass_of(y); });
   return sum_block(mass);
 }
 

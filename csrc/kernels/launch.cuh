@@ -16,9 +16,6 @@
 
 namespace mpg::cuda {
 
-// Of all launches since the last call: an error stays until it is read.
-inline int launch_status() { return int(cudaGetLastError()); }
-
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kWarp = 32;
 // Eight warps: enough to hide latency, few enough that a block's registers never limit residency.
@@ -27,6 +24,14 @@ constexpr int kWarps = kThreads / kWarp;
 
 inline unsigned blocks_for(int64_t items, int64_t items_per_block) {
   return unsigned((items + items_per_block - 1) / items_per_block);
+}
+
+// Calls f, by one thread of a block each, for the elements of the slice blockIdx.y of V.
+template <class F>
+__device__ __forceinline__ void for_slice(int64_t V, F f) {
+  const int64_t begin = blockIdx.y * kSliceSize;
+  const int64_t end = V - begin < kSliceSize ? V : begin + kSliceSize;
+  for (int64_t y = begin + threadIdx.x; y < end; y += kThreads) f(y);
 }
 
 // Bits of at most 8 bytes, as they travel between threads: shuffles know no structs, and shared

@@ -83,6 +83,9 @@ void normalize_rows(const NormalizeRows<float>& args, void* stream) {
   MPG_LAUNCH(normalize_rows_kernel, grid, kThreads, 0, stream, args);
 }
 
-const char* error_string(int status) { return cudaGetErrorString(cudaError_t(status)); }
+const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 }  // namespace mpg::cuda

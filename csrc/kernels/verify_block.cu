@@ -1,6 +1,5 @@
-// Block verification, the draw that follows it, and the plain draw from a row: two launches each,
-// grid (rows, slices) for sums over slices of the vocabulary, then one warp (verification) or block
-// (draws) per sequence.
+// Block verification, and the draw that follows it: two launches each, grid (rows, slices) for sums
+// over slices of the vocabulary, then one warp (verification) or block (draws) per sequence.
 #include "../block.h"
 #include "inverse_cdf.cuh"
 
@@ -16,8 +15,8 @@ __global__ void __launch_bounds__(kThreads) slice_sums_kernel(const VerifyBlock<
   double carry = 1;
   for (int64_t j = 0; j < i; ++j) carry = next_carry(block, b, j, carry);
   if (carry == 0) return;  // the rows after it may hold anything
-  const double sum = slice_mass(block.V, blockIdx.y,
-                                [&](int64_t y) { return residual_mass(block, b, i, carry, y); });
+  const double sum =
+      slice_mass(block.V, [&](int64_t y) { return residual_mass(block, b, i, carry, y); });
   if (threadIdx.x == 0) {
     args.slice_sums[int64_t(blockIdx.x) * num_slices(block.V) + blockIdx.y] = sum;
   }
@@ -53,11 +52,11 @@ __global__ void __launch_bounds__(kThreads) residual_masses_kernel(const DrawRes
   double residual = 0;
   if (position < num_drafted(block, b)) {
     const double carry = args.carry[b];
-    residual = slice_mass(block.V, blockIdx.y,
-                          [&](int64_t y) { return residual_mass(block, b, position, carry, y); });
+    residual =
+        slice_mass(block.V, [&](int64_t y) { return residual_mass(block, b, position, carry, y); });
   }
-  const double target = slice_mass(block.V, blockIdx.y,
-                                   [&](int64_t y) { return target_prob(block, b, position, y); });
+  const double target =
+      slice_mass(block.V, [&](int64_t y) { return target_prob(block, b, position, y); });
   if (threadIdx.x != 0) return;
   double* slice_masses = args.slice_masses + b * num_slices(block.V) + blockIdx.y;
   slice_masses[0] = residual;
@@ -70,9 +69,9 @@ __global__ void __launch_bounds__(kThreads) draw_residual_kernel(const DrawResid
   if (threadIdx.x == 0) args.tokens[b] = 0;
   if (position < 0) return;
   const double* slice_masses = args.slice_masses + b * num_slices(V);
-  const double carry = args.carry[b];
   double total = total_mass(V, slice_masses);
   const bool has_residual = total != 0;
+  const double carry = has_residual ? args.carry[b] : 0;
   if (!has_residual) {
     slice_masses += block.B * num_slices(V);
     total = total_mass(V, slice_masses);
@@ -85,49 +84,20 @@ __global__ void __launch_bounds__(kThreads) draw_residual_kernel(const DrawResid
   if (threadIdx.x == 0) args.tokens[b] = y;
 }
 
-__global__ void __launch_bounds__(kThreads) slice_masses_kernel(const DrawTokens<float> args) {
-  const float* probs = args.probs + blockIdx.x * args.V;
-  const double mass = slice_mass(args.V, blockIdx.y, [&](int64_t y) { return double(probs[y]); });
-  if (threadIdx.x == 0) {
-    args.slice_masses[blockIdx.x * num_slices(args.V) + blockIdx.y] = mass;
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) draw_tokens_kernel(const DrawTokens<float> args) {
-  const int64_t b = blockIdx.x;
-  const float* probs = args.probs + b * args.V;
-  const double* slice_masses = args.slice_masses + b * num_slices(args.V);
-  if (threadIdx.x == 0) args.tokens[b] = 0;
-  const double total = total_mass(args.V, slice_masses);
-  if (!(total > 0)) return;
-  const int64_t y = draw(args.V, slice_masses, args.uniforms[b] * total,
-                         [&](int64_t y) { return double(probs[y]); });
-  if (threadIdx.x == 0) args.tokens[b] = y;
-}
-
 }  // namespace
 
-int draw_tokens(const DrawTokens<float>& args, void* stream) {
-  const dim3 slices(unsigned(args.B), unsigned(num_slices(args.V)));
-  MPG_LAUNCH(slice_masses_kernel, slices, kThreads, 0, stream, args);
-  MPG_LAUNCH(draw_tokens_kernel, dim3(unsigned(args.B)), kThreads, 0, stream, args);
-  return launch_status();
-}
-
-int verify_block(const VerifyBlock<float>& args, void* stream) {
+void verify_block(const VerifyBlock<float>& args, void* stream) {
   const Block<float>& block = args.block;
   const dim3 slices(unsigned(block.B * block.K), unsigned(num_slices(block.V)));
   MPG_LAUNCH(slice_sums_kernel, slices, kThreads, 0, stream, args);
   MPG_LAUNCH(verify_block_kernel, dim3(unsigned(block.B)), kWarp, 0, stream, args);
-  return launch_status();
 }
 
-int draw_residual(const DrawResidual<float>& args, void* stream) {
+void draw_residual(const DrawResidual<float>& args, void* stream) {
   const Block<float>& block = args.block;
   const dim3 slices(unsigned(block.B), unsigned(num_slices(block.V)));
   MPG_LAUNCH(residual_masses_kernel, slices, kThreads, 0, stream, args);
   MPG_LAUNCH(draw_residual_kernel, dim3(unsigned(block.B)), kThreads, 0, stream, args);
-  return launch_status();
 }
 
 }  // namespace mpg::cuda

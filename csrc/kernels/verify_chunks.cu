@@ -1,5 +1,6 @@
-// Scores of prefixes (Eq. 13-16, 18-19), their acceptance (Eq. 14, 17, 20), the bound update (3.3),
-// and all of it from logits in two launches: reduce_slices, then one block per sequence.
+// Log-probabilities of given tokens, the scores of their prefixes (Eq. 13-16, 18-19), acceptance
+// (Eq. 14, 17, 20), the bound update (3.3), and all of it from logits in two launches:
+// reduce_slices, then one block per sequence (for log-probabilities alone one warp per row).
 //
 // One warp handles one sequence, one lane one prefix: K <= 32. The work is a few hundred additions;
 // what matters is that nothing of it costs a launch or a trip to the host.
@@ -7,6 +8,21 @@
 
 namespace mpg::cuda {
 namespace {
+
+// The log-probability of a row's token, by a whole warp, from the row's partials.
+template <class T>
+__device__ __forceinline__ void gather_row(const GatherLogprobs<float>& args, int64_t row) {
+  const ModelLogits& logits = args.logits;
+  const float inv_temperature = 1 / args.temperature;
+  const Normalizer<float> normalizer =
+      merge_slices(args.partials, row, num_slices(logits.V), inv_temperature);
+  if (threadIdx.x % kWarp != 0) return;
+  const int64_t token = args.tokens[row % (logits.B * logits.K)];
+  const bool is_token = token >= 0 && token < logits.V;
+  args.logprobs[row] =
+      is_token ? logprob(to_float(row_data<T>(logits, row)[token]), normalizer, inv_temperature)
+               : -INFINITY;
+}
 
 // By a whole warp; all lanes return the result. A lane reads only the score that it wrote itself.
 __device__ __forceinline__ int64_t accept_sequence(const AcceptPrefixes<float>& args, int64_t b) {
@@ -20,6 +36,13 @@ __device__ __forceinline__ int64_t accept_sequence(const AcceptPrefixes<float>& 
   const int64_t accepted = invalid != 0 ? -1 : kWarp - __clz(int(accepting));
   if (lane == 0) args.accepted[b] = accepted;
   return accepted;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    gather_logprobs_kernel(const GatherLogprobs<float> args) {
+  const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (row < args.logits.num_rows()) gather_row<T>(args, row);
 }
 
 __global__ void score_prefixes_kernel(const ScorePrefixes<float> args) {
@@ -58,29 +81,35 @@ __global__ void __launch_bounds__(kThreads) verify_chunks_kernel(const VerifyChu
 
 }  // namespace
 
-int score_prefixes(const ScorePrefixes<float>& args, void* stream) {
+void gather_logprobs(const GatherLogprobs<float>& args, void* stream) {
+  const ModelLogits& logits = args.logits;
+  reduce_slices(logits, 1 / args.temperature, args.partials, stream);
+  const dim3 grid(blocks_for(logits.num_rows(), kWarps));
+  with_logit_type<float>(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    MPG_LAUNCH(gather_logprobs_kernel<T>, grid, kThreads, 0, stream, args);
+  });
+}
+
+void score_prefixes(const ScorePrefixes<float>& args, void* stream) {
   MPG_LAUNCH(score_prefixes_kernel, dim3(unsigned(args.B)), kWarp, 0, stream, args);
-  return launch_status();
 }
 
-int accept_prefixes(const AcceptPrefixes<float>& args, void* stream) {
+void accept_prefixes(const AcceptPrefixes<float>& args, void* stream) {
   MPG_LAUNCH(accept_prefixes_kernel, dim3(unsigned(args.B)), kWarp, 0, stream, args);
-  return launch_status();
 }
 
-int update_bound(const UpdateBound<float>& args, void* stream) {
+void update_bound(const UpdateBound<float>& args, void* stream) {
   MPG_LAUNCH(update_bound_kernel, dim3(blocks_for(args.B, kThreads)), kThreads, 0, stream, args);
-  return launch_status();
 }
 
-int verify_chunks(const VerifyChunks<float>& args, void* stream) {
+void verify_chunks(const VerifyChunks<float>& args, void* stream) {
   const ModelLogits& logits = args.gather.logits;
   reduce_slices(logits, 1.f, args.gather.partials, stream);
   with_logit_type<float>(logits.dtype, [&](auto type) {
     using T = decltype(type);
     MPG_LAUNCH(verify_chunks_kernel<T>, dim3(unsigned(logits.B)), kThreads, 0, stream, args);
   });
-  return launch_status();
 }
 
 }  // namespace mpg::cuda

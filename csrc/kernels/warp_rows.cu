@@ -4,7 +4,6 @@
 // of the preference code, each waiting for the sum before, and the row stays in the second-level
 // cache throughout; split over blocks every pass would be a launch. Sums are made by shuffles in a
 // fixed order: floating-point atomics would let equal calls keep different tokens.
-#include "../preference.h"
 #include "launch.cuh"
 
 namespace mpg::cuda {
@@ -12,6 +11,30 @@ namespace {
 
 // As many as a block may have: the passes wait for memory.
 constexpr int kRowThreads = 1024;
+
+// Bits that order as the numbers do; adding 0 makes -0 and 0 equal.
+__device__ __forceinline__ uint32_t ordered_bits(float x) {
+  const uint32_t bits = bits_of(x + 0.f);
+  return bits >> 31 ? ~bits : bits | uint32_t(1) << 31;
+}
+
+// The tokens of one row as numbers: a greater code is preferred, by larger value and among equals
+// by lower token, and no two are equal. So a cut between kept and dropped tokens is a number too,
+// found digit by digit without sorting.
+struct Preference {
+  const float* row;
+  int64_t V;
+  int token_bits;  // enough for V - 1
+
+  __device__ __forceinline__ Preference(const float* row, int64_t V)
+      : row(row), V(V), token_bits(0) {
+    while ((V - 1) >> token_bits != 0) ++token_bits;
+  }
+  __device__ __forceinline__ int num_bits() const { return 32 + token_bits; }
+  __device__ __forceinline__ uint64_t operator()(int64_t y) const {
+    return uint64_t(ordered_bits(row[y])) << token_bits | uint64_t(V - 1 - y);
+  }
+};
 
 // The greatest code from which up the tokens weigh at least `budget`; 0 if all together do not. So
 // a token is kept, code >= cut, if those preferred to it weigh less than the budget. Two bits a
@@ -91,9 +114,8 @@ __global__ void __launch_bounds__(kRowThreads) warp_rows_kernel(const WarpRows<f
 
 }  // namespace
 
-int warp_rows(const WarpRows<float>& args, void* stream) {
+void warp_rows(const WarpRows<float>& args, void* stream) {
   MPG_LAUNCH(warp_rows_kernel, dim3(unsigned(args.R)), kRowThreads, 0, stream, args);
-  return launch_status();
 }
 
 }  // namespace mpg::cuda

@@ -90,7 +90,7 @@ MUTANTS = {
         "ops/test_verify_block.py by_hand",
     ),
     "unchecked token": Mutant(
-        "csrc/kernels/logsumexp.cuh",
+        "csrc/kernels/verify_chunks.cu",
         "is_token = token >= 0 && token < logits.V",
         "is_token = true",
         "ops/test_gather_logprobs.py outside_the_vocabulary",

@@ -366,6 +366,7 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate, SIMT_SITE_PARAMETER
 }
 // A failed launch throws, so none is left to report.
 using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(cudaError_t) { return "simulated"; }
 
