@@ -17,17 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 MIN_WEIGHTS = 2**16  # of a layer that is worth a look: a smaller one is read in the time that a call takes of its own
-TIMED_ROWS = (
-    1,
-    3,
-    8,
-    40,
-)  # of a base's step, of one with two adapters, of a small batch, of a chunk for several models
+TIMED_ROWS = (1, 3, 8, 40)  # a base's step, one with two adapters, a small batch, a chunk for several models
 TIMED_WEIGHTS = 2**20  # of a layer at once: parts of a large one stand for it
 TIMED_BYTES = 2**26  # of all parts that take turns: more than caches hold, as when a token is decoded
 TIMED_SECONDS, MAX_TURNS = 0.4, 10  # for a model
-# What a candidate must save, as a share of plain's time, for the memory it takes: its own weight, or a second one.
-PACKED_MARGIN, BOTH_MARGIN = 0.1, 0.15
+GAIN = 0.9  # of plain's time, that packed must stay below to be worth its weight
 MAX_SHARE = 0.25  # of the machine's memory, for second weights
 
 Kind = tuple[int, int, torch.dtype, int]  # sizes out and in, type and threads: what the time of a layer depends on
@@ -110,13 +104,13 @@ def choose(times: Sequence[Sequence[float]], may_keep_both: bool = True) -> int 
 
     times: at each of TIMED_ROWS the seconds plain and packed
     """
-    found, least = None, 1.0
-    for index, rows in enumerate(TIMED_ROWS if may_keep_both else TIMED_ROWS[:1]):
-        shares = [1.0] * index + [packed / plain for plain, packed in times[index:]]
-        share = sum(shares) / len(shares) + (BOTH_MARGIN if index else PACKED_MARGIN)
-        if share < least:
-            found, least = rows, share
-    return found
+    shares = [packed / plain for plain, packed in times]
+    if not may_keep_both:
+        return 1 if sum(shares) < GAIN * len(shares) else None
+    for index, rows in enumerate(TIMED_ROWS):
+        if shares[index] < GAIN and max(shares[index:]) < 1 / GAIN:  # it gains here, and loses nowhere from here on
+            return rows
+    return None
 
 
 def _can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
