@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mpg_ext
 from mpg.decode.batch import Batch
-from mpg.decode.targets import TARGETS, is_one_model
+from mpg.decode.targets import TARGETS, is_one_model, references
 from mpg.options import Options
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ class TargetRows:
     """
 
     def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
-        self.options, self.target = options, TARGETS[options.target]
+        self.options, self.combine = options, TARGETS[options.target]
         self.anchor_is_base = models.is_same("base", "anchor")
         if options.span != 1 and not self.anchor_is_base:
             raise ValueError(
                 "mixture_span: expected 'token' where the anchor is not the base, the mixture being of ratios; "
                 f"got {options.mixture_span!r}"
             )
-        self.references = self.target.references(self.anchor_is_base)
+        self.references = references(options.target, self.anchor_is_base)
         self.roles = (*self.references, *attributes)
 
     def start(self, batch: Batch) -> None:
@@ -58,7 +58,7 @@ class TargetRows:
         """
         base, anchor, attributes = self._split(logits)
         self.chunk_weights = self._weights_along(attributes, chunk)
-        log_rows, log_totals = self.target.combine(base, anchor, attributes, self.chunk_weights)
+        log_rows, log_totals = self.combine(base, anchor, attributes, self.chunk_weights)
         if self.batch.processors is not None:
             num_rows = num_usable + (num_usable < self.batch.ends_at(chunk))
             scores = self._scores(base, attributes, log_rows)
@@ -85,7 +85,7 @@ class TargetRows:
         ratios = self._gather(attributes, tokens)
         if anchor is not None:
             return ratios - self._gather(anchor[None], tokens)
-        log_rows, _ = self.target.combine(base, anchor, attributes, self.chunk_weights)
+        log_rows, _ = self.combine(base, anchor, attributes, self.chunk_weights)
         return ratios - log_rows.gather(2, tokens[..., None])[..., 0]
 
     def _scores(self, base: Tensor | None, attributes: Tensor, log_rows: Tensor) -> Tensor:
