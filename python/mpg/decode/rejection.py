@@ -31,29 +31,48 @@ STATISTICS = {
 }
 
 
-class TokenRS:
+class _Rejection:
+    """What both share: the base draws; the anchor (unless it is the base) and the attributes score; M is a bound.
+
+    Tries and rejections are counted as float64: they may be expected numbers.
+    """
+
+    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+        anchor = () if models.is_same("base", "anchor") else ("anchor",)
+        self.options, self.roles = options, ("base", *anchor, *attributes)
+
+    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
+        self.session, self.batch, self.decide = session, batch, decide
+        self.weights = normalise_weights(batch.weights)
+        self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
+        counts = torch.zeros(3, len(batch), dtype=torch.float64, device=self.weights.device)
+        self.num_tries, self.num_rejected, self.num_capped = counts
+
+    def reset(self, rows: Tensor) -> None:
+        self.weights[rows] = normalise_weights(self.batch.weights[rows])
+        self.bound.reset(rows)
+        self.num_tries[rows] = self.num_rejected[rows] = self.num_capped[rows] = 0
+
+    def passes(self, num_drafts: int) -> list[Pass]:
+        return [(self.roles, 1)]
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The entries of `STATISTICS`, each (B,)."""
+        return {
+            "reject_rate": self.num_rejected / self.num_tries,
+            "capped_rate": self.num_capped / self.batch.num_new_tokens(),
+            "num_tries": self.num_tries,
+            "log_bound": self.bound.log_bound,
+        }
+
+
+class TokenRS(_Rejection):
     """Token-level rejection sampling. See `Sampler` for the interface.
 
     Every candidate of one position comes from the same row and meets the same M, so the loop is drawn in closed form:
     with a = sum_y q(y) min(1, S(y) / M), some try succeeds with probability 1 - (1 - a)^tries, and what is taken then
     has the law of an accepted candidate, else that of a rejected one.
     """
-
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
-        self.options, self.roles = options, _roles(models, attributes)
-
-    def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
-        self.session, self.batch, self.decide = session, batch, decide
-        self.weights = normalise_weights(batch.weights)
-        self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
-        self.num_tries, self.num_rejected, self.num_capped = (
-            torch.zeros(len(batch), dtype=torch.float64, device=self.weights.device) for _ in range(3)
-        )
-
-    def reset(self, rows: Tensor) -> None:
-        self.weights[rows] = normalise_weights(self.batch.weights[rows])
-        self.bound.reset(rows)
-        self.num_tries[rows] = self.num_rejected[rows] = self.num_capped[rows] = 0
 
     def round(self) -> None:
         batch, bound = self.batch, self.bound
@@ -90,20 +109,8 @@ class TokenRS:
             log_ratios = logprobs[1:] - logprobs[:1]
         batch.commit(token[:, None], torch.ones_like(token), log_ratios)
 
-    def passes(self, num_drafts: int) -> list[Pass]:
-        return [(self.roles, 1)]
 
-    def statistics(self) -> dict[str, Tensor]:
-        """The entries of `STATISTICS`, each (B,)."""
-        return {
-            "reject_rate": self.num_rejected / self.num_tries,
-            "capped_rate": self.num_capped / self.batch.num_new_tokens(),
-            "num_tries": self.num_tries,
-            "log_bound": self.bound.log_bound,
-        }
-
-
-class SeqRS:
+class SeqRS(_Rejection):
     """Sequence-level rejection sampling. See `Sampler` for the interface.
 
     A round draws one token of every sequence's candidate text while all attributes read along; a text that ends is
@@ -111,14 +118,8 @@ class SeqRS:
     has one accepted text at most, so accepted scores alone could not estimate anything.
     """
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
-        self.options, self.roles = options, _roles(models, attributes)
-
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
-        self.session, self.batch, self.decide = session, batch, decide
-        self.weights = normalise_weights(batch.weights)
-        self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
-        self.num_tries, self.num_rejected, self.num_capped = (torch.zeros_like(batch.lengths) for _ in range(3))
+        super().start(session, batch, decide)
         # the candidate texts: their tokens, sizes and last tokens, and log-probabilities under anchor and attributes
         self.texts, self.sizes, self.last = (
             torch.zeros_like(batch.tokens),
@@ -129,9 +130,8 @@ class SeqRS:
         self.num_rounds = 0  # no candidate is longer
 
     def reset(self, rows: Tensor) -> None:
-        self.weights[rows] = normalise_weights(self.batch.weights[rows])
-        self.bound.reset(rows)
-        self.num_tries[rows] = self.num_rejected[rows] = self.num_capped[rows] = self.sizes[rows] = 0
+        super().reset(rows)
+        self.sizes[rows] = 0
         self.last[rows] = self.batch.last_tokens[rows]
         self.logprobs[:, rows] = 0
 
@@ -173,22 +173,8 @@ class SeqRS:
         batch.commit(self.texts, counts, self.logprobs[1:] - self.logprobs[:1] if self.options.trace else None)
         self.logprobs.masked_fill_(is_whole[:, None], 0)
 
-    def passes(self, num_drafts: int) -> list[Pass]:
-        return [(self.roles, 1)]
-
     def statistics(self) -> dict[str, Tensor]:
-        """The entries of `STATISTICS`, each (B,)."""
-        return {
-            "reject_rate": self.num_rejected / self.num_tries,
-            "capped_rate": self.num_capped.double(),
-            "num_tries": self.num_tries,
-            "log_bound": self.bound.log_bound,
-        }
-
-
-def _roles(models: Ensemble, attributes: tuple[str, ...]) -> tuple[str, ...]:
-    """The base, which draws; the anchor (unless it is the base) and the attributes, which score."""
-    return ("base", *attributes) if models.is_same("base", "anchor") else ("base", "anchor", *attributes)
+        return super().statistics() | {"capped_rate": self.num_capped}  # of one text
 
 
 def _scored(logits: Tensor, weights: Tensor) -> Tensor:
