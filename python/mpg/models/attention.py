@@ -146,7 +146,8 @@ def ragged_attention(
     # a mask on CUDA too; the fallback there would repeat keys and values G times.
     query = query.reshape(rows, key.shape[1], groups * num_queries, head_dim)
     mask = attention_mask.to(query.dtype)
-    mask = mask if groups == 1 else mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    if groups > 1 and num_queries > 1:  # of one query it is the same for all
+        mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
     if softcap is None and s_aux is None:
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     else:
