@@ -85,7 +85,7 @@ def custom_generate(
         tokens = [torch.tensor(result.tokens) for result in results]
         new = pad_sequence(tokens, batch_first=True, padding_value=_pad_token_id(config))
         sequences = torch.cat([input_ids, new.to(input_ids)], 1)
-        return GenerateDecoderOnlyOutput(sequences=sequences) if as_dict else sequences  # type: ignore[arg-type]
+        return GenerateDecoderOnlyOutput(sequences=sequences) if as_dict else sequences
 
     return decode
 

@@ -261,7 +261,7 @@ class Conventions:
                     raise ValueError(f"{name}: {error}; got {self.fields[name]!r}") from None
                 chain.append(own.get(type(made), made))
         chain += [processor for processor in self.logits_processor if not any(processor is other for other in chain)]
-        return LogitsProcessorList(chain) if chain else None  # type: ignore[return-value]  # it declares more arguments
+        return LogitsProcessorList(chain) if chain else None
 
     def ends(self, prompt: Sequence[int], device: torch.device) -> Callable[[Sequence[int]], bool] | None:
         """Whether the last new token of the request with this prompt ends its text, beside eos_token_ids and its limit;

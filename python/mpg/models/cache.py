@@ -74,7 +74,7 @@ class RaggedCache(Cache):
         written = [layer for layer in self.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
         return [buffer for layer in written for buffer in (layer.keys, layer.values)]
 
-    def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override]  # one per row
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # one per row
         return self.start
 
 
@@ -84,7 +84,7 @@ class _RaggedLayer(CacheLayerMixin):
 
     def __init__(self, cache: RaggedCache) -> None:
         super().__init__()
-        self.cache: RaggedCache = proxy(cache)  # a cycle would keep the memory until the garbage collector comes by
+        self.cache = proxy(cache)  # a cycle would keep the memory until the garbage collector comes by
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: a masked NaN would still poison the weighted sum of the values.

@@ -128,7 +128,7 @@ class _Loader:
                 self.slots[key] = self._add_model(argument, source)
             elif isinstance(self.host, PeftModel) and source in self.host.peft_config:
                 try:
-                    self.slots[key] = self._add_adapter(adapter_in_memory(argument, self.host, source))
+                    self.slots[key] = self._add_adapter(adapter_in_memory(argument, self.host, str(source)))
                 except UnstackableError as error:
                     remedy = "save it and load its folder with merge_adapters=True"
                     raise ValueError(f"{error}; {remedy}") from error
@@ -244,7 +244,7 @@ class _Loader:
         if is_split or getattr(model.config, "quantization_config", None):
             wanted = f"a {'split' if is_split else 'quantised'} model of {dtype} on {device}, as it cannot be changed"
             raise ValueError(f"{argument}: expected {wanted}, got {model.dtype} on {model.device}")
-        model.to(device, dtype)  # type: ignore[arg-type]  # its annotation lost the arguments
+        model.to(device, dtype)
 
 
 def _allow_captures(models: Sequence[LoadedModel]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import file_exists, try_to_load_from_cache
@@ -30,7 +30,7 @@ CONFIG = "config.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
 
-Source = str | Path | PreTrainedModel | PeftModel
+Source: TypeAlias = str | Path | PreTrainedModel | PeftModel
 Place = torch.device | str | dict[str, Any]  # a device, or what transformers' device_map takes to split a model
 
 
