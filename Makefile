@@ -10,6 +10,8 @@ OLD_VENV := .venv-old
 SEED ?= $(shell date +%s)
 
 BIN := $(VENV)/bin
+# of all that is installed only a part is ever imported, and compiled then
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 # another torch or transformers, another stamp: the environment is then set up again
 INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum | cut -d' ' -f1)
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
@@ -83,9 +85,9 @@ gpu:
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet "$(TRANSFORMERS)" cmake ninja "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(PIP) $(TORCH)
+	$(PIP) "$(TRANSFORMERS)" cmake ninja "setuptools>=77" wheel
+	$(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@
 
 $(BIN)/.built: $(INSTALLED) $(NATIVE)
