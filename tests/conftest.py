@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -11,6 +12,10 @@ import mpg
 from mpg.demo import MODELS
 
 torch.set_num_threads(1)  # the models here are small: more threads only wait for one another
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what the imports have made stays: every collection would look through it again
 
 
 @pytest.fixture(scope="session")

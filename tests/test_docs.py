@@ -33,6 +33,7 @@ def test_table_of_other_targets_says_what_the_samplers_do():
 def test_chained_rounds_have_the_law_of_the_whole_loop(name, monkeypatch):
     monkeypatch.setattr(page, "NUM_TOKENS", 3)
     monkeypatch.setattr(page, "CHUNK_SIZE", 2)
+    monkeypatch.setattr(page, "VOCAB_SIZE", 3)
     models, options = page.example(), {**dict(page.samplers())[name], "target": "arithmetic"}
     law, rounds = page.enumerate_law(models, **options)
     unwarped = {"temperature": 1.0, "top_p": 1.0, "chunk_size": 2}

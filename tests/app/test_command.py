@@ -65,7 +65,7 @@ def test_the_shell_completes_commands_and_options(start):
     assert out.split() == ["--max-new-tokens"]
 
 
-@pytest.mark.parametrize("module", ["typer", "rich.progress", "torch", "peft", "mpg.paper.methods"])
+@pytest.mark.parametrize("module", ["typer", "torch", "mpg.paper.methods"])
 def test_ctrl_c_during_imports_is_silent_and_130(module, start):
     """It comes as the module is looked for."""
     code = f"""

@@ -20,7 +20,7 @@ block_accept_probs, residual_rows = reference.block_accept_probs, reference.resi
 
 def law_defect() -> float:
     """Of `exact` with a dense draft and k = 2, as the twins stand."""
-    models = FakeModels(4, others={"draft": 1.0}, eos_token_ids=[2], seed=1)
+    models = FakeModels(3, others={"draft": 1.0}, eos_token_ids=[2], seed=1)
     sampler = {"sampler": "exact", "draft": "model", "chunk_size": 2, "target": "geometric"}
     law = enumerate_sampler(models, PROMPT, MAX_NEW_TOKENS, WEIGHTS, **sampler)
     return total_variation(law, target_law(models, PROMPT, MAX_NEW_TOKENS, WEIGHTS, target="geometric"))

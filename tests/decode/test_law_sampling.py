@@ -12,7 +12,7 @@ from mpg.decode.batch import Batch
 from mpg.decode.rng import Decisions
 from mpg.options import Options
 
-NUM_TEXTS = 20_000
+NUM_TEXTS = 6_000
 FALSE_ALARM = 1e-4  # of each test below; the seeds are fixed, so that an alarm stays one
 PROMPT, MAX_NEW_TOKENS, WEIGHTS = [1, 0], 3, {"E": 0.5, "T": 0.5}
 
@@ -40,7 +40,7 @@ def g_test(models, options: Options, **target) -> float:
 
 
 def models() -> FakeModels:
-    return FakeModels(4, others={"draft": 0.7}, eos_token_ids=[2], spread=0.5, seed=2)
+    return FakeModels(3, others={"draft": 0.7}, eos_token_ids=[2], spread=0.5, seed=2)
 
 
 @pytest.mark.parametrize("target", ["arithmetic", "geometric"])

@@ -46,10 +46,16 @@ def test_candidates_are_ranked_by_the_stated_model_and_the_first_is_picked(model
     assert "rather than direct (1e+03 ms a token)" in str(plan)
 
 
+@pytest.fixture(scope="module")
+def drafting():
+    return mpg.load(MODELS, draft="J", device="cpu")
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}, {"target": "arithmetic"}], ids=str)
 @pytest.mark.parametrize("draft", ["reference", "merged", "model"])
-def test_measured_acceptance_is_that_of_the_sampler(draft, options):
-    model = mpg.load(MODELS, draft="J", device="cpu")
+def test_measured_acceptance_is_that_of_the_sampler(draft, options, drafting, monkeypatch):
+    model = drafting
+    monkeypatch.setattr(planning, "_time_round", lambda *_: 1.0)
     weights = {"E": 4, "T": 1.5}  # drafts that are often wrong
     texts = model.generate(
         QUESTIONS * 2, weights=weights, seed=0, sampler="exact", draft=draft, chunk_size=1, max_new_tokens=48, **options

@@ -29,10 +29,8 @@ def _no_code_yet():
 @pytest.fixture
 def quick(monkeypatch):
     """What is traced runs as it is, without the seconds that machine code takes to be made."""
-    compile = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, *, dynamic, options: compile(f, dynamic=dynamic, backend="aot_eager")
-    )
+    compile, backend = torch.compile, "aot_eager" if "MPG_LONG" in os.environ else "eager"
+    monkeypatch.setattr(torch, "compile", lambda f, *, dynamic, options: compile(f, dynamic=dynamic, backend=backend))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Of the logits or rows of a case. Smaller where a sanitizer watches every access.
-MAX_ELEMENTS = int(os.environ.get("MPG_MAX_ELEMENTS", 2**24))
+MAX_ELEMENTS = int(os.environ.get("MPG_MAX_ELEMENTS", 2**23))
 
 V = (1, 2, 31, 32, 33, 111, 4096, 32_000, 128_256)
 K = (1, 3, 4, 31, 32)

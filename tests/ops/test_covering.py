@@ -31,8 +31,8 @@ def test_cases_hold_every_admitted_pair_of_values(op):
 
 
 def test_all_but_the_largest_pairs_are_within_the_limit():
-    """2**24 elements leave out 99 sequences over the largest vocabulary where there is more than one row for each."""
-    if MAX_ELEMENTS < 2**24:
+    """2**23 elements leave out 99 sequences over the largest vocabulary where there is more than one row for each."""
+    if MAX_ELEMENTS < 2**23:
         pytest.skip("made smaller")
     sizes = {name: FACTORS["verify_chunks"][name] for name in "VKNB"}
     smallest = {"V": 1, "K": 1, "N": 1, "B": 1}
