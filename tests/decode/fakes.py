@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class FakeModels:
             noise = torch.randn(NUM_ROWS, vocab_size, generator=rng, dtype=torch.float64)
             self.logits.setdefault(role, base + deviation * noise)
         self.logits.setdefault("draft", base)
+        self._log_rows: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def is_same(self, role: str, other: str) -> bool:
         return self.logits[role] is self.logits[other]
@@ -65,7 +66,10 @@ class FakeModels:
 
     def log_row(self, role: str, prefix: Sequence[int]) -> Tensor:
         """log pi_role(. | prefix), (V,), for the tests' own enumeration."""
-        return self.logits[role][row_numbers(torch.tensor([prefix]))[0, -1]].log_softmax(-1)
+        key = role, tuple(prefix)
+        if key not in self._log_rows:
+            self._log_rows[key] = self.logits[role][row_numbers(torch.tensor([prefix]))[0, -1]].log_softmax(-1)
+        return self._log_rows[key]
 
 
 class FakeSession:
@@ -77,9 +81,11 @@ class FakeSession:
         self.replace(range(len(prompts)), prompts)
 
     def replace(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        for read in self.read.values():
-            for row, prompt in zip(rows, prompts, strict=True):
-                read[row, : len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.int64)
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in zip(rows, prompts, strict=True):
+            rows_of.setdefault(tuple(prompt[:-1]), []).append(row)
+        for read, (prompt, own) in product(self.read.values(), rows_of.items()):
+            read[own, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
 
     def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         self.passes.append((tuple(roles), tokens.shape[1]))

@@ -53,7 +53,7 @@ def cases():
             yield target, draft, verify, lengths
 
 
-@pytest.mark.parametrize(("target", "draft", "verify", "lengths"), cases())
+@pytest.mark.parametrize(("target", "draft", "verify", "lengths"), [*cases()])
 def test_exact_samples_its_target(target, draft, verify, lengths, record_property):
     weights, same, options = TARGETS[target]
     others, name = DRAFTS[draft]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from itertools import product
+
 import pytest
 import torch
 from transformers import NoRepeatNGramLogitsProcessor
@@ -40,9 +43,15 @@ STOPS = {  # and the same in plain Python, of the new tokens
 }
 
 
-@pytest.mark.parametrize("rounds_ahead", [0, 1])
-@pytest.mark.parametrize("sampler", ["exact, block", "exact, token", "exact, lookup", "direct"])
-@pytest.mark.parametrize("name", STOPS)
+def cases():
+    """Of stops, samplers and rounds ahead every two meet; in the long form all."""
+    samplers = ("exact, block", "exact, token", "exact, lookup", "direct")
+    for (i, name), (j, sampler), rounds_ahead in product(enumerate(STOPS), enumerate(samplers), (0, 1)):
+        if "MPG_LONG" in os.environ or (i + j + rounds_ahead) % 2 == 0:
+            yield name, sampler, rounds_ahead
+
+
+@pytest.mark.parametrize(("name", "sampler", "rounds_ahead"), [*cases()])
 def test_text_has_the_law_of_the_target_up_to_the_stop(name, sampler, rounds_ahead, record_property):
     which, stopped = STOPS[name]
     sampler, _, how = sampler.partition(", ")

@@ -121,15 +121,16 @@ class Batch:
         device = self.tokens.device
         index = torch.tensor(list(rows), device=device)
         lengths = [len(prompt) for prompt in prompts]
-        padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
-        self.tokens[index, : max(lengths)] = torch.tensor(padded, device=device)
+        longest = max(lengths)
+        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        self.tokens[index, :longest] = torch.tensor(padded, device=device)
         self.prompt_lengths[index] = self.lengths[index] = torch.tensor(lengths, device=device)
         self.last_tokens[index] = torch.tensor([prompt[-1] for prompt in prompts], device=device)
         self.limits[index] = self.lengths[index] + torch.tensor(list(max_new_tokens), device=device)
         self.weights[index], self.seeds[index], self.rounds[index] = weights, seeds, 0
         self.active[index] = self.lengths[index] < self.limits[index]
         self.unusable[index] = self.empty[index] = False
-        self.longest = max(self.longest, *lengths)
+        self.longest = max(self.longest, longest)
         for row in rows:
             self.errors.pop(row, None)
 
