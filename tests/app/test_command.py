@@ -107,7 +107,8 @@ def test_output_that_cannot_be_written_is_one_line_on_every_command(where, start
     os.close(reader)
     descriptor = os.open("/dev/full", os.O_WRONLY) if where == "full" else writer
     code = IN_PROCESS.format(commands=commands, descriptor=descriptor)
-    _, err = start(code=f"exec({code!r})", pass_fds=[descriptor]).communicate()
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # no shell may have started it
+    _, err = start(code=f"exec({code!r})", pass_fds=[descriptor], env=environment).communicate()
     why = "No space left on device" if where == "full" else "Broken pipe"
     notes = [line for line in err.splitlines() if not line.startswith(("status", "mpg: "))]
     assert not any("Traceback" in note or "Exception" in note for note in notes), err

@@ -84,7 +84,7 @@ def test_other_keys_and_roles_are_the_templates_to_judge(patched):
 
 
 def test_final_message_is_continued_or_answered_as_the_caller_says(tokenizer):
-    for messages in ([USER, BEGUN], [USER], [USER, BEGUN, USER]):
+    for messages in ([USER, BEGUN], [USER], [USER, BEGUN, {**USER}]):  # 5.17 would mark both where they are one
         for continues in (True, False):
             there = {"add_generation_prompt": not continues, "continue_final_message": continues, "return_dict": False}
             expected = tokenizer.apply_chat_template(messages, **there)
