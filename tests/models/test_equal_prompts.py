@@ -104,3 +104,29 @@ def test_late_sequences_of_one_prompt_read_nothing(model, fed):
     assert sum(shape[2] > 1 for shape in fed) == 1
     expected = model.generate(prompt, num_return_sequences=5, batch_size=5, **options)
     assert [result.tokens for result in results] == [result.tokens for result in expected]
+
+
+@pytest.mark.parametrize("prefill_tokens", [512, 2], ids=["in one part", "in parts of two tokens"])
+def test_prompts_of_one_length_that_fill_all_rows_are_read_with_their_last_tokens(
+    models, fed, prefill_tokens, monkeypatch
+):
+    """The first forward of each role is then over, of some roles at once or of each alone; the next is one again."""
+    monkeypatch.setattr(ensemble, "PREFILL_TOKENS", prefill_tokens)
+    prompts = [LONG, LONG[::-1]]
+    session = models.open(prompts, ROLES, 16)
+    num_read = len(fed)
+    assert sum(width for groups, _, width in fed if groups == 3) == len(LONG)
+    first = torch.cat([_last(session, roles, prompts) for roles in (["T"], ["base", "E"], ["full"])])
+    assert len(fed) == num_read
+    alone = [models.open([prompt], ROLES, 16) for prompt in prompts]
+    fed_whole = torch.tensor([[7, 8]])  # more than a last token: read anew
+    for row, (session_alone, prompt) in enumerate(zip(alone, prompts, strict=True)):
+        tokens, start = torch.tensor([[prompt[-1], *fed_whole[0]]]), torch.tensor([len(prompt) - 1])
+        expected = session_alone.forward(["T", "base", "E", "full"], tokens, start, kv_length=16)
+        torch.testing.assert_close(first[:, row, 0], expected[:, 0, 0], atol=1e-5, rtol=1e-5)
+        start = torch.full((2,), len(prompt))
+        following = session.forward(["T", "base", "E", "full"], fed_whole.expand(2, 2), start, kv_length=16)
+        torch.testing.assert_close(following[:, row], expected[:, 0, 1:], atol=1e-5, rtol=1e-5)
+    session.replace([0], [SHORT])
+    assert _last(session, ["E"], [SHORT, prompts[1]]).shape[:2] == (1, 2)
+    assert fed[-1] == (1, 2, 1)

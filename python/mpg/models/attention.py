@@ -26,7 +26,7 @@ MAX_DEVIATION = {64: 0.01, 32: 0.01, 16: 0.15}  # by the bits of the dtype
 
 def own_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Keeps a caller's torch.autocast out: what is cached, packed and stacked has the model's own type."""
-    usable = torch.amp.is_autocast_available(device.type)
+    usable = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if usable else nullcontext()
 
 

@@ -58,17 +58,16 @@ class RaggedCache(Cache):
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_positions: int) -> None:
         """Let the first positions of some rows be those of others."""
         for buffer in self._buffers() if num_positions else ():
-            rows = buffer.unflatten(0, (self.num_rows, self.capacity))[:, :num_positions]
-            rows[list(targets)] = rows[list(sources)]
+            buffer[list(targets), :num_positions] = buffer[list(sources), :num_positions]
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what some rows hold: a NaN would reach their later forwards, though the mask hides it."""
         for buffer in self._buffers() if rows else ():
-            buffer.unflatten(0, (self.num_rows, self.capacity))[list(rows)] = 0
+            buffer[list(rows)] = 0
 
     def bytes_per_position(self) -> int:
         """What one position of one row takes in all layers that have been written to."""
-        return sum(buffer[0].numel() * buffer.element_size() for buffer in self._buffers())
+        return sum(buffer[0, 0].numel() * buffer.element_size() for buffer in self._buffers())
 
     def _buffers(self) -> list[Tensor]:
         written = [layer for layer in self.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
@@ -88,9 +87,9 @@ class _RaggedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: a masked NaN would still poison the weighted sum of the values.
-        positions = self.cache.num_rows * self.cache.capacity
-        self.keys: Tensor = key_states.new_zeros(positions, key_states.shape[1], key_states.shape[3])
-        self.values: Tensor = value_states.new_zeros(positions, value_states.shape[1], value_states.shape[3])
+        room = self.cache.num_rows, self.cache.capacity
+        self.keys: Tensor = key_states.new_zeros(*room, key_states.shape[1], key_states.shape[3])
+        self.values: Tensor = value_states.new_zeros(*room, value_states.shape[1], value_states.shape[3])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -99,12 +98,17 @@ class _RaggedLayer(CacheLayerMixin):
         return self._write_and_read(self.keys, key_states), self._write_and_read(self.values, value_states)
 
     def _write_and_read(self, buffer: Tensor, states: Tensor) -> Tensor:
+        cache, device = self.cache, buffer.device
         # A model that is split over devices has some of its layers elsewhere than its input.
-        buffer.index_copy_(0, self.cache.slots.to(buffer.device), states.transpose(1, 2).flatten(0, 1))
-        buffer = buffer.unflatten(0, (self.cache.num_rows, self.cache.capacity))
-        first, rows = self.cache.first_row, self.cache.rows
-        chosen = slice(first, first + states.shape[0]) if rows is None else rows.to(buffer.device)
-        return buffer[chosen, : self.cache.kv_length].transpose(1, 2)  # (R, H, kv, D)
+        slots = cache.slots if cache.slots.device == device else cache.slots.to(device)
+        buffer.view(-1, *buffer.shape[2:]).index_copy_(0, slots, states.transpose(1, 2).flatten(0, 1))
+        if cache.rows is not None:
+            return buffer[cache.rows.to(device), : cache.kv_length].transpose(1, 2)
+        (num_rows, num_heads, _, size), (row, position, head, _) = states.shape, buffer.stride()
+        # buffer[first_row :][:num_rows, :kv_length].transpose(1, 2), (R, H, kv, D), in one call: there are two a layer
+        return buffer.as_strided(
+            (num_rows, num_heads, cache.kv_length, size), (row, head, position, 1), cache.first_row * row
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.kv_length, 0

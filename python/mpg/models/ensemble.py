@@ -239,7 +239,8 @@ class Session:
     """The caches of B sequences for some roles. Made by Ensemble.open.
 
     Positions before a forward's start must have been fed before; feeding a position again replaces what was there, so
-    rejecting tokens is starting earlier. No forward starts before the last token of a row's prompt.
+    rejecting tokens is starting earlier. No forward starts before the last token of a row's prompt, which every role's
+    first forward feeds: where prompts of one length fill all rows, it has been read with them.
     """
 
     def __init__(
@@ -250,6 +251,7 @@ class Session:
         self._capacity = capacity
         self._prompts: list[tuple[int, ...]] = [()] * len(prompts)  # that rows hold; () where none is sure to be whole
         self._spoiled: set[int] = set()  # rows whose caches may hold NaN
+        self._first: dict[Slot, Tensor] = {}  # logits (B, 1, V) behind the prompts, until a slot's first forward
         self._observe = ensemble.observer
         self._runners = ensemble._open_runners(roles, len(prompts), capacity)
         self.replace(range(len(prompts)), prompts)
@@ -271,23 +273,28 @@ class Session:
         copied = [row for row, prompt in wanted.items() if holder[prompt] != row]
         sources = [holder[wanted[row]] for row in copied]
         num_copied = max((len(wanted[row]) - 1 for row in copied), default=0)
-        for (slot, *_), runner in self._runners.items():
+        self._first = {}
+        is_whole = unread == list(range(len(self._prompts))) and len({len(prompt) for prompt in prompts}) == 1
+        for view, runner in self._runners.items():
             runner.clear(list(self._spoiled & wanted.keys()))
+            slot = view[0]
             if slot.merge is not None:
                 runner.merge(slot.merge.weights)
             if slot.merge is not None and len(slot.merge.weights) > 1:
-                self._read(runner, list(rows))
+                logits = self._read(runner, list(rows), is_whole)
             else:
-                self._read(runner, unread)
+                logits = self._read(runner, unread, is_whole)
                 runner.copy(sources, copied, num_copied)
+            if is_whole:
+                self._first |= zip(view, logits, strict=True)
         self._spoiled -= wanted.keys()
 
-    def _read(self, runner: ModelRunner, rows: list[int]) -> None:
-        """Feed the prompts of some rows, but for their last tokens, to a model."""
-        prompts = [self._prompts[row] for row in rows]
-        width = max((len(prompt) for prompt in prompts), default=1) - 1
+    def _read(self, runner: ModelRunner, rows: list[int], is_whole: bool) -> Any:
+        """Feed the prompts of some rows to a model, but for their last tokens unless `is_whole`; the last logits."""
+        prompts, logits = [self._prompts[row] for row in rows], None
+        width = max((len(prompt) for prompt in prompts), default=1) - (not is_whole)
         # right-padded: what a short row writes behind its end is written again before it is seen
-        padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
+        padded = [[*prompt, *[0] * (width - len(prompt))][:width] for prompt in prompts]
         tokens = torch.tensor(padded, dtype=torch.int64, device=self._device)
         index = torch.tensor(rows, device=self._device)
         of_rows = None if rows == list(range(runner.num_rows)) else index
@@ -296,7 +303,8 @@ class Session:
             kv_length = first + part.shape[1]
             start = torch.full_like(index, first)
             with self._observe(True):
-                runner.forward(range(runner.num_groups), part, start, kv_length, of_rows, logits_to_keep=1)
+                logits = runner.forward(range(runner.num_groups), part, start, kv_length, of_rows, logits_to_keep=1)
+        return logits
 
     def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         """Feed tokens[b] at positions start[b], start[b] + 1, ... to every role; the logits behind each of them.
@@ -309,10 +317,13 @@ class Session:
         out: (len(roles), B, q, V) in the models' dtype, in the order of `roles`; roles of one slot are run once
         """
         wanted = [self._slots[role] for role in roles]
-        outputs: list[Tensor] = []
-        order: list[Slot] = []
+        if tokens.shape[1] > 1:  # the last tokens of prompts, and more
+            self._first = {}
+        order = [slot for slot in self._first if slot in wanted]
+        outputs = [self._first.pop(slot)[None] for slot in order]
+        unknown = [slot for slot in wanted if slot not in order]
         for view, runner in self._runners.items():
-            for places in _runs(view, wanted):
+            for places in _runs(view, unknown):
                 with self._observe(False):
                     outputs.append(runner.forward(places, tokens, start, kv_length))
                 order += view[places.start : places.stop]

@@ -20,6 +20,7 @@ MIN_WEIGHTS = 2**16  # of a layer that is worth a look: a smaller one is read in
 TIMED_ROWS = (1, 3, 8, 40)  # a base's step, one with two adapters, a small batch, a chunk for several models
 TIMED_WEIGHTS = 2**20  # of a layer at once: parts of a large one stand for it
 TIMED_BYTES = 2**26  # of all parts that take turns: more than caches hold, as when a token is decoded
+BETWEEN = 2**18  # numbers that are read before each call: in a forward neither code nor weights are at hand either
 TIMED_SECONDS, MAX_TURNS = 0.4, 10  # for a model
 GAIN = 0.9  # of plain's time, that packed must stay below to be worth its weight
 MAX_SHARE = 0.25  # of the machine's memory, for second weights
@@ -132,6 +133,7 @@ def _time(weights: Mapping[Kind, Sequence[Tensor]]) -> dict[Kind, list[list[floa
     packed = {kind: [torch.ops.mkldnn._reorder_linear_weight(part) for part in plain[kind]] for kind in plain}
     inputs = {kind: [torch.randn(rows, kind[1], dtype=kind[2]) for rows in TIMED_ROWS] for kind in plain}
     times = {kind: [[math.inf, math.inf] for _ in TIMED_ROWS] for kind in plain}
+    between = torch.ones(BETWEEN)
     ends_at = time.perf_counter() + TIMED_SECONDS
     for turn in range(MAX_TURNS):  # the first one warms up
         if turn > 1 and time.perf_counter() > ends_at:
@@ -139,10 +141,13 @@ def _time(weights: Mapping[Kind, Sequence[Tensor]]) -> dict[Kind, list[list[floa
         for place, kind in product(range(len(TIMED_ROWS)), plain):
             x, found = inputs[kind][place], times[kind][place]
             for candidate, (multiply, parts) in enumerate(((linear, plain[kind]), (_multiply_packed, packed[kind]))):
-                started = time.thread_time()
+                seconds = 0.0
                 for part in parts if turn else parts[:1]:
+                    between.sum()
+                    started = time.thread_time()
                     multiply(x, part)
-                found[candidate] = min(found[candidate], time.thread_time() - started if turn else math.inf)
+                    seconds += time.thread_time() - started
+                found[candidate] = min(found[candidate], seconds if turn else math.inf)
     return times
 
 

@@ -360,15 +360,16 @@ class LoraLinear(nn.Module):
         # All rows in order, by row (its last token under logits_to_keep, cached ones in DeepSeek's latent attention) or
         # with all tokens flattened. Not e.g. an expert that sees some of the tokens: groups would mix.
         # Their number as a product: torch.compile then sees at once that the groups divide it.
-        num_rows, num_tokens = down.shape[0] * self.stack.rows_of_group, self.stack.num_tokens
-        shape = tuple(x.shape[:-1])
-        if not (len(shape) > 1 and shape[0] == num_rows) and shape != (num_rows * num_tokens,):
-            raise ValueError(f"adapted layer {self.name}: expected tokens {(num_rows, num_tokens)}, got {shape}")
-        hidden = self.stack.shrink(x, down, self.ranks)[self.place]
-        if self.stack.merge_weights is not None:
-            num_rows, num_merged = self.stack.merge_weights.shape
+        stack, shape = self.stack, x.shape
+        num_rows, num_tokens = down.shape[0] * stack.rows_of_group, stack.num_tokens
+        if not (len(shape) > 2 and shape[0] == num_rows) and shape[:-1] != (num_rows * num_tokens,):
+            got = tuple(shape[:-1])
+            raise ValueError(f"adapted layer {self.name}: expected tokens {(num_rows, num_tokens)}, got {got}")
+        hidden = stack.shrink(x, down, self.ranks)[self.place]
+        if stack.merge_weights is not None:
+            num_rows, num_merged = stack.merge_weights.shape
             parts = hidden.reshape(num_rows, -1, num_merged, self.ranks[self.place])
-            hidden = (parts * self.stack.merge_weights.to(parts.device)[:, None, :, None]).view_as(hidden)
+            hidden = (parts * stack.merge_weights.to(parts.device)[:, None, :, None]).view_as(hidden)
         out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(hidden, up)
         return out
 

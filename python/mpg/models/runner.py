@@ -202,19 +202,21 @@ class ModelRunner:
             rows = torch.arange(len(tokens), device=device) if rows is None else rows.to(device)
             fed = (torch.arange(places.start, places.stop, device=device)[:, None] * self.num_rows + rows).flatten()
         with self.loaded.lock, own_precision(device):
-            positions = self.cache.place(fed, start.repeat(count), tokens.shape[1], kv_length)
+            if count > 1:
+                start, tokens = start.repeat(count), tokens.repeat(count, 1)
+            positions = self.cache.place(fed, start, tokens.shape[1], kv_length)
             if stack is not None:
                 merge_weights = None if self.merge_weights is None else self.merge_weights[fed]
                 num_rows, num_tokens = positions.shape
                 stack.set_active(self._factors_of(places), num_rows, num_tokens, merge_weights)
             output = self.loaded.model(
-                input_ids=tokens.repeat(count, 1),
+                input_ids=tokens,
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
                 **kwargs,
             )
-        return output.logits.unflatten(0, (count, tokens.shape[0]))
+        return output.logits.unflatten(0, (count, -1))
 
     def merge(self, weights: Tensor) -> None:
         """Let the sum that a merged runner runs have these weights, (B, N) or (1, N), from now on."""
