@@ -324,14 +324,12 @@ class LoraStack:
         self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
 
     def shrink(self, x: Tensor, down: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
-        """x times the factor that some layers share: each one's product, (G, tokens, r).
-
-        It is kept, so that only the first of them computes it.
-        """
+        """x times the factor that some layers share: each one's product, (G, tokens, r). The first of them computes it."""
         if self.latest is None or self.latest[0] is not x or self.latest[1] is not down:
             products = torch.bmm(x.reshape(down.shape[0], -1, x.shape[-1]), down.transpose(1, 2))
             num_merged = 1 if self.merge_weights is None else self.merge_weights.shape[1]
-            self.latest = x, down, products.split([num_merged * rank for rank in ranks], -1)
+            sizes = [num_merged * rank for rank in ranks]  # Tensor.split is Python, which takes longer than this call
+            self.latest = x, down, tuple(products.split_with_sizes(sizes, -1)) if len(sizes) > 1 else (products,)
         return self.latest[2]
 
 
@@ -363,8 +361,8 @@ class LoraLinear(nn.Module):
         stack, shape = self.stack, x.shape
         num_rows, num_tokens = down.shape[0] * stack.rows_of_group, stack.num_tokens
         if not (len(shape) > 2 and shape[0] == num_rows) and shape[:-1] != (num_rows * num_tokens,):
-            got = tuple(shape[:-1])
-            raise ValueError(f"adapted layer {self.name}: expected tokens {(num_rows, num_tokens)}, got {got}")
+            wanted = num_rows, num_tokens
+            raise ValueError(f"adapted layer {self.name}: expected tokens {wanted}, got {tuple(shape[:-1])}")
         hidden = stack.shrink(x, down, self.ranks)[self.place]
         if stack.merge_weights is not None:
             num_rows, num_merged = stack.merge_weights.shape
