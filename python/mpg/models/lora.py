@@ -324,7 +324,7 @@ class LoraStack:
         self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
 
     def shrink(self, x: Tensor, down: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
-        """x times the factor that some layers share: each one's product, (G, tokens, r). The first of them computes it."""
+        """x times the factor that some layers share: each one's product, (G, tokens, r); the first computes it."""
         if self.latest is None or self.latest[0] is not x or self.latest[1] is not down:
             products = torch.bmm(x.reshape(down.shape[0], -1, x.shape[-1]), down.transpose(1, 2))
             num_merged = 1 if self.merge_weights is None else self.merge_weights.shape[1]
