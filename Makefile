@@ -17,7 +17,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode docs gpu clean
+.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode docs adapters gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -69,6 +69,16 @@ docs: $(BIN)/.built
 	$(BIN)/python docs/tabulate_laws.py
 	$(BIN)/python docs/tabulate_architectures.py
 
+# An adapter for each pole of the shipped pairs, on one thread, for a folder of SmolLM2-135M-Instruct. What is finished is
+# left, what is begun goes on.  make adapters BASE=folder
+ADAPTERS ?= python/mpg/demo/smollm2/adapters
+TRAINING ?= --preset small --rank 2 --alpha 4 --learning-rate 1e-3
+adapters: $(BIN)/.built
+	for pole in E I S N T F J P; do \
+	  nice $(BIN)/mpg train --base $(BASE) --base-name HuggingFaceTB/SmolLM2-135M-Instruct --data traits --pole $$pole \
+	    --out $(ADAPTERS)/$$pole $(TRAINING) --threads 1 || exit 1; \
+	done
+
 # Op times beside plain torch and the bandwidth floor; the last line is JSON.  make bench BENCH="-k verify_chunks"
 BENCH ?= --save
 bench: $(BIN)/.built
@@ -87,7 +97,7 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) "$(TRANSFORMERS)" cmake ninja "setuptools>=77" wheel
-	$(PIP) --no-build-isolation --editable ".[dev]"
+	$(PIP) --no-build-isolation --editable ".[dev,train]"
 	touch $@
 
 $(BIN)/.built: $(INSTALLED) $(NATIVE)

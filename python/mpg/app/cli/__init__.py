@@ -1,4 +1,5 @@
-"""The `mpg` command: demo, generate, chat, check, info, one file each. Knows how to read arguments and print, no more.
+"""The `mpg` command: demo, generate, chat, check, train, info, one file each.
 
-What takes long to import is imported inside the commands, after the arguments are read.
+Knows how to read arguments and print, no more. What takes long to import is imported inside the commands, after the
+arguments are read.
 """

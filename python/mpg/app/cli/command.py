@@ -16,13 +16,14 @@ from mpg.app.cli.check import check
 from mpg.app.cli.demo import demo
 from mpg.app.cli.generate import generate
 from mpg.app.cli.info import info
+from mpg.app.cli.train import train
 
 app = typer.Typer(
     help="Text from several aligned language models at once, combined while decoding.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, chat, check, info):
+for command in (demo, generate, chat, check, train, info):
     app.command()(command)
 
 

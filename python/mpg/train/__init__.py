@@ -1,0 +1,1 @@
+"""Preference training of one attribute: pairs of answers, the recipe, and the adapter that comes of both."""

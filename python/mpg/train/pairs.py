@@ -1,0 +1,205 @@
+"""Preference pairs: read from what they are kept in, checked one by one, split by question.
+
+Knows the layouts of data; nothing of models and tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RELEASE = Path("mbti", "preferences")  # where the paper's data release keeps its pairs
+PREAMBLE = re.compile(r"(.*?you are the '(\w)' .*?Please answer the questions: *)(.*)", re.DOTALL)
+POLES = re.compile(r"\((\w)\) - \w+ ?\((\w)\)")  # as the preamble names them: Extraversion (E) - Introversion (I)
+SAVED = ("dataset_info.json", "dataset_dict.json")  # what `datasets` saves beside its files
+COLUMNS = ("prompt", "chosen", "rejected")
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and two answers.
+
+    prompt    text that is taken verbatim, or the messages of a conversation
+    question  what decides on which side of the split a pair is
+    place     where it was read, for messages
+    """
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    question: str
+    place: str
+
+    def columns(self) -> dict[str, Any]:
+        """The pair as trl takes it."""
+        answers = {"chosen": self.chosen, "rejected": self.rejected}
+        if isinstance(self.prompt, str):
+            return {"prompt": self.prompt, **answers}
+        said = {name: [{"role": "assistant", "content": answer}] for name, answer in answers.items()}
+        return {"prompt": self.prompt, **said}
+
+
+def read_pairs(
+    data: str | Path, pole: str | None = None, *, keep_preamble: bool = False, drop_identical: bool = False
+) -> list[Pair]:
+    """The pairs that teach one attribute.
+
+    data            a file of JSON Lines or a JSON list, a folder of such files, the paper's data release, a dataset
+                    that `datasets` saved, or the name of one on the hub, of which the part `train` is taken. A row has
+                    prompt, chosen and rejected, text or messages, as trl has them; or question and an answer per pole
+    pole            which answers are chosen, where the data has poles
+    keep_preamble   of the release: leave the persona before the question, that of the pole. Else the question is alone
+    drop_identical  leave out pairs of equal answers, which else are refused
+
+    Raises ValueError that names the argument, or the place of the first pair that cannot be trained on.
+    """
+    pairs: list[Pair] = []
+    poles: set[str] = set()
+    rows = list(_rows(data))
+    matches = {place: PREAMBLE.fullmatch(row["prompt"]) for place, row in rows if isinstance(row.get("prompt"), str)}
+    preambles = {match[2]: match[1] for match in matches.values() if match}
+    for place, row in rows:
+        if "question" in row and not {"chosen", "rejected"} & row.keys():
+            if len(row) != 3:
+                raise ValueError(f"{place}: expected question and an answer for each of two poles, got {_keys(row)}")
+            answers = {name: text for name, text in row.items() if name != "question"}
+            prompt = question = row["question"]
+        else:
+            if missing := [name for name in COLUMNS if name not in row]:
+                wanted = "prompt, chosen and rejected (or question and an answer per pole)"
+                raise ValueError(f"{place}: expected {wanted}, got no {missing[0]} among {_keys(row)}")
+            prompt = question = row["prompt"]
+            answers = {name: _last_answer(place, name, row[name], prompt) for name in COLUMNS[1:]}
+            if match := matches.get(place):
+                own, question = match[2], match[3]
+                other = next((b if a == own else a for a, b in POLES.findall(match[1]) if own in (a, b)), "")
+                answers = {own: answers["chosen"], other: answers["rejected"]}
+                prompt = preambles.get(pole or "", "") + question if keep_preamble else question
+        if "chosen" in answers:
+            chosen, rejected = answers["chosen"], answers["rejected"]
+        else:
+            poles |= answers.keys()
+            if pole not in answers:
+                continue
+            chosen, rejected = answers[pole], next(text for name, text in answers.items() if name != pole)
+            prompt = [{"role": "user", "content": prompt}]
+        pair = Pair(prompt, chosen, rejected, question if isinstance(question, str) else json.dumps(question), place)
+        if pairs and isinstance(pair.prompt, str) != isinstance(pairs[0].prompt, str):
+            raise ValueError(f"{place}: expected text or messages as in {pairs[0].place}, got the other")
+        if _is_sound(pair, drop_identical):
+            pairs.append(pair)
+    if poles and pole not in poles:
+        raise ValueError(f"pole: expected one of {', '.join(sorted(poles))} (an adapter learns one), got {pole!r}")
+    if pole is not None and not poles and rows:
+        raise ValueError(f"pole: expected none, since {data} has chosen and rejected answers alone, got {pole!r}")
+    if not pairs:
+        raise ValueError(f"data: expected pairs to train on, got none in {data}")
+    return pairs
+
+
+def split(pairs: Sequence[Pair], held_out: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and those of `held_out` questions, which the questions' hashes choose: a question stays on its
+    side when the order changes or others come, for every pole of its dimension."""
+    hashes = {pair.question: _hash(" ".join(pair.question.split()).casefold()) for pair in pairs}
+    chosen = sorted(set(hashes.values()))[:held_out]
+    if held_out >= len(set(hashes.values())):
+        raise ValueError(f"held_out: expected fewer than the {len(hashes)} questions that there are, got {held_out}")
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
+    for pair in pairs:
+        sides[hashes[pair.question] in chosen].append(pair)
+    return sides
+
+
+def data_hash(pairs: Iterable[Pair]) -> str:
+    """The hash of what pairs teach, in their order."""
+    return _hash(json.dumps([pair.columns() for pair in pairs], sort_keys=True))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rows(data: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows, and the place of each. Of all files: a line that does not parse is found before any training."""
+    path = Path(data)
+    if path.is_dir() and not any((path / name).is_file() for name in SAVED):
+        folder = path / RELEASE if (path / RELEASE).is_dir() else path
+        files = sorted(file for suffix in ("*.jsonl", "*.json") for file in folder.glob(suffix))
+        if not files:
+            raise ValueError(f"data: expected files of pairs (.jsonl, .json) in {folder}, got none")
+    elif path.is_file():
+        files = [path]
+    else:
+        yield from _dataset_rows(path)
+        return
+    for file in files:
+        for place, row in _file_rows(file):
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: expected a JSON object, got {row!r:.60}")
+            yield place, row
+
+
+def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data: expected text in UTF-8, got {file}: {error}") from error
+    try:
+        if text.lstrip().startswith("["):
+            yield from ((f"{file}, entry {number}", row) for number, row in enumerate(json.loads(text), 1))
+            return
+        number = 0
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{file}, line {number}", json.loads(line)
+    except json.JSONDecodeError as error:
+        line_number = error.lineno if text.lstrip().startswith("[") else number
+        raise ValueError(f"{file}, line {line_number}: expected JSON; {error.msg} at column {error.colno}") from None
+
+
+def _dataset_rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        is_saved = source.is_dir()
+        found = datasets.load_from_disk(str(source)) if is_saved else datasets.load_dataset(str(source), split="train")
+    except Exception as error:  # its types are those of a file system and of an HTTP client
+        wanted = "a file, a folder or a dataset of the hub"
+        raise ValueError(f"data: expected {wanted}, got {source}: {type(error).__name__}: {error}") from error
+    if isinstance(found, dict):
+        if "train" not in found:
+            raise ValueError(f"data: expected a part 'train' in {source}, got {', '.join(found)}")
+        found = found["train"]
+    yield from ((f"{source}, row {number}", row) for number, row in enumerate(found))
+
+
+def _last_answer(place: str, name: str, answer: Any, prompt: Any) -> Any:
+    """The text of an answer, of messages that of the one which follows the prompt, itself repeated there or not."""
+    if not isinstance(answer, list):
+        return answer
+    roles = [message.get("role") if isinstance(message, dict) else None for message in answer]
+    if roles.count("assistant") != 1 or roles[-1] != "assistant":
+        raise ValueError(f"{place}: expected {name} to end in its one message of the assistant, got {roles}")
+    return answer[-1].get("content")
+
+
+def _is_sound(pair: Pair, drop_identical: bool) -> bool:
+    """Whether a pair is to be trained on. Raises ValueError with its place where it cannot be."""
+    for name, text in (("prompt", pair.question), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{pair.place}: expected text for {name}, got {text!r}")
+    is_identical = pair.chosen.strip() == pair.rejected.strip()
+    if is_identical and not drop_identical:
+        raise ValueError(f"{pair.place}: expected two different answers, got equal ones; drop_identical drops them")
+    return not is_identical
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return ", ".join(map(str, row)) or "nothing"
