@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 RELEASE = Path("mbti", "preferences")  # where the paper's data release keeps its pairs
-PREAMBLE = re.compile(r"(.*?you are the '(\w)' .*?Please answer the questions: *)(.*)", re.DOTALL)
+PREAMBLE = re.compile(
+    r"(?P<preamble>.*?you are the '(?P<pole>\w)' .*?Please answer the questions: *)(?P<question>.*)", re.DOTALL
+)
 POLES = re.compile(r"\((\w)\) - \w+ ?\((\w)\)")  # as the preamble names them: Extraversion (E) - Introversion (I)
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what `datasets` saves beside its files
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -60,37 +62,21 @@ def read_pairs(
 
     Raises ValueError that names the argument, or the place of the first pair that cannot be trained on.
     """
+    rows = list(_rows(data))
+    personas = [match for _, row in rows if (match := _persona(row))]
+    preambles = {match["pole"]: match["preamble"] for match in personas}
     pairs: list[Pair] = []
     poles: set[str] = set()
-    rows = list(_rows(data))
-    matches = {place: PREAMBLE.fullmatch(row["prompt"]) for place, row in rows if isinstance(row.get("prompt"), str)}
-    preambles = {match[2]: match[1] for match in matches.values() if match}
     for place, row in rows:
-        if "question" in row and not {"chosen", "rejected"} & row.keys():
-            if len(row) != 3:
-                raise ValueError(f"{place}: expected question and an answer for each of two poles, got {_keys(row)}")
-            answers = {name: text for name, text in row.items() if name != "question"}
-            prompt = question = row["question"]
-        else:
-            if missing := [name for name in COLUMNS if name not in row]:
-                wanted = "prompt, chosen and rejected (or question and an answer per pole)"
-                raise ValueError(f"{place}: expected {wanted}, got no {missing[0]} among {_keys(row)}")
-            prompt = question = row["prompt"]
-            answers = {name: _last_answer(place, name, row[name], prompt) for name in COLUMNS[1:]}
-            if match := matches.get(place):
-                own, question = match[2], match[3]
-                other = next((b if a == own else a for a, b in POLES.findall(match[1]) if own in (a, b)), "")
-                answers = {own: answers["chosen"], other: answers["rejected"]}
-                prompt = preambles.get(pole or "", "") + question if keep_preamble else question
-        if "chosen" in answers:
-            chosen, rejected = answers["chosen"], answers["rejected"]
-        else:
-            poles |= answers.keys()
-            if pole not in answers:
-                continue
-            chosen, rejected = answers[pole], next(text for name, text in answers.items() if name != pole)
-            prompt = [{"role": "user", "content": prompt}]
-        pair = Pair(prompt, chosen, rejected, question if isinstance(question, str) else json.dumps(question), place)
+        question, prompt, answers = _sides(place, row)
+        poles |= answers.keys() - set(COLUMNS)
+        if keep_preamble and _persona(row) and pole in answers:
+            prompt = [{"role": "user", "content": preambles[pole] + question}]
+        side = "chosen" if "chosen" in answers else pole
+        if side not in answers:
+            continue
+        other = next(text for name, text in answers.items() if name != side)
+        pair = Pair(prompt, answers[side], other, question, place)
         if pairs and isinstance(pair.prompt, str) != isinstance(pairs[0].prompt, str):
             raise ValueError(f"{place}: expected text or messages as in {pairs[0].place}, got the other")
         if _is_sound(pair, drop_identical):
@@ -180,8 +166,36 @@ def _dataset_rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((f"{source}, row {number}", row) for number, row in enumerate(found))
 
 
-def _last_answer(place: str, name: str, answer: Any, prompt: Any) -> Any:
-    """The text of an answer, of messages that of the one which follows the prompt, itself repeated there or not."""
+def _persona(row: dict[str, Any]) -> re.Match[str] | None:
+    """The parts of a prompt of the paper's release, which opens with a persona."""
+    return PREAMBLE.fullmatch(row["prompt"]) if isinstance(row.get("prompt"), str) else None
+
+
+def _sides(place: str, row: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """A row's question, its prompt and its two answers by pole, or by `chosen` and `rejected` where it has no poles."""
+    if "question" in row and not row.keys() & set(COLUMNS):
+        if len(row) != 3:
+            raise ValueError(f"{place}: expected question and an answer for each of two poles, got {_keys(row)}")
+        answers = {name: text for name, text in row.items() if name != "question"}
+        return row["question"], [{"role": "user", "content": row["question"]}], answers
+    if missing := [name for name in COLUMNS if name not in row]:
+        wanted = "prompt, chosen and rejected (or question and an answer per pole)"
+        raise ValueError(f"{place}: expected {wanted}, got no {missing[0]} among {_keys(row)}")
+    prompt = row["prompt"]
+    question = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    if isinstance(row["chosen"], list) and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    answers = {name: _last_answer(place, name, row[name]) for name in COLUMNS[1:]}
+    if match := _persona(row):
+        question, own = match["question"], match["pole"]
+        prompt = [{"role": "user", "content": question}]
+        one, other = next((poles for poles in POLES.findall(match["preamble"]) if own in poles), (own, f"not {own}"))
+        answers = {own: answers["chosen"], other if own == one else one: answers["rejected"]}
+    return question, prompt, answers
+
+
+def _last_answer(place: str, name: str, answer: Any) -> Any:
+    """The text of an answer; of messages that of the last, after the prompt, which may be repeated before it."""
     if not isinstance(answer, list):
         return answer
     roles = [message.get("role") if isinstance(message, dict) else None for message in answer]

@@ -27,10 +27,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 import mpg
-from mpg.files import whole_file
 from mpg.models import sources
+from mpg.options import _one_of
 from mpg.train.pairs import Pair, data_hash, split
-from mpg.train.settings import Settings
+from mpg.train.settings import PRESETS, Settings
 
 CARD = "training.json"  # in the finished adapter's folder
 PARTIAL = ".partial"  # the end of the name of the folder beside it that holds checkpoints until then
@@ -74,6 +74,8 @@ def train(
     """
     trained, held_out = split(pairs, settings.held_out)
     device = _check_device(device)
+    if dtype is not None:
+        _one_of("float32", "bfloat16", "float16")("dtype", dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     name = base_name or (str(Path(base).resolve()) if Path(base).is_dir() else str(base))
@@ -95,7 +97,6 @@ def train(
         warnings.simplefilter("ignore", FutureWarning)  # transformers about names that trl gives it
         start = time.perf_counter()
         trainer = _trainer(base, trained, held_out, settings, work, device, dtype)
-        trainer.model.peft_config["default"].base_model_name_or_path = name
         steps_per_epoch = -(-len(trained) // (settings.batch_size * settings.accumulation))
         total = steps_per_epoch * settings.epochs
         if settings.warmup_steps >= total:
@@ -103,7 +104,8 @@ def train(
             on_note(
                 f"warmup_steps: {settings.warmup_steps} at {settings.batch_size} x {settings.accumulation} pairs are "
                 f"{of_warmup:,} pairs, but {len(trained):,} pairs in {settings.epochs} epochs make {total} steps: the "
-                f"learning rate never reaches {settings.learning_rate:g}; preset 'small' is for data like these"
+                f"learning rate never reaches {settings.learning_rate:g}; so few pairs want fewer (preset 'small' has "
+                f"{PRESETS['small']['warmup_steps']})"
             )
         reports = _Reports(steps_per_epoch, settings.checkpoint_steps, on_step, on_epoch)
         trainer.add_callback(reports)
@@ -121,7 +123,8 @@ def train(
         card["seconds"] = round(time.perf_counter() - start)
         for weight in weights:
             weight.data = weight.data.to(saved_as)
-        trainer.model.save_pretrained(work / "adapter")
+        trainer.model.peft_config["default"].base_model_name_or_path = name
+        trainer.model.save_pretrained(work / "adapter", save_embedding_layers=False)  # else it looks for that base
         (work / "adapter" / "README.md").unlink()  # PEFT's empty model card
         (work / "adapter" / CARD).write_text(json.dumps(card, indent=1) + "\n")
         os.replace(work / "adapter", place)
@@ -164,13 +167,12 @@ def _difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _folder_of(place: Path, card: Mapping[str, Any]) -> Iterator[Path]:
-    """The folder of checkpoints beside the adapter's. Refuses that of another training, and one that is not ours."""
+    """The folder of checkpoints beside the adapter's, which stays if it has any. Refuses that of another training."""
     work = place.with_name(place.name + PARTIAL)
     try:
         work.mkdir(parents=True, exist_ok=True)
-        if not (work / STARTED).exists():
-            with whole_file("out", work / STARTED) as beside:
-                beside.write_text(json.dumps(card))
+        if _last_checkpoint(work) is None:
+            (work / STARTED).write_text(json.dumps(card))
         differs = _difference(_made_of(json.loads((work / STARTED).read_text())), _made_of(card))
     except OSError as error:
         raise ValueError(f"out: expected a folder that can be written, got {work}: {error.strerror}") from error
@@ -179,10 +181,11 @@ def _folder_of(place: Path, card: Mapping[str, Any]) -> Iterator[Path]:
     try:
         yield work
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"out: expected room to write in {work}, got {error}; the last checkpoint there is whole, and the same "
-            "call goes on from it"
-        ) from error
+        stays = "the checkpoints there are whole, and the same call goes on from the last"
+        raise ValueError(f"out: expected room to write in {work}, got {error}; {stays}") from error
+    finally:
+        if work.exists() and _last_checkpoint(work) is None:
+            shutil.rmtree(work)
 
 
 def _trainer(

@@ -3,79 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.progress import Progress
 
-from mpg.app.cli.arguments import Device, clear_errors, err
+from mpg.app.cli.arguments import clear_errors, err
 from mpg.train.settings import PRESETS, SETTINGS, Settings, describe
-
-
-@clear_errors()
-def train(
-    base: Annotated[str, typer.Option(help="A model's folder or its name on the hub; 'demo' is the shipped one.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="'traits' (shipped); JSON Lines of prompt, chosen and rejected, or of question and an answer per "
-            "pole; the folder of the paper's data release; or a dataset, saved or on the hub."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="The adapter's folder. Checkpoints are in OUT.partial until it is done.")],
-    pole: Annotated[str | None, typer.Option(help="Which answers are chosen, where the data has poles: E.")] = None,
-    preset: Annotated[str, typer.Option(help=" | ".join(PRESETS) + ": the other options' defaults.")] = "paper",
-    keep_preamble: Annotated[
-        bool, typer.Option("--keep-preamble", help="Of the release: leave the persona before each question.")
-    ] = False,
-    drop_identical: Annotated[
-        bool, typer.Option("--drop-identical", help="Leave out pairs of equal answers, which else are refused.")
-    ] = False,
-    base_name: Annotated[
-        str | None, typer.Option(help="What the adapter is to say that its base is. Default: the base as given.")
-    ] = None,
-    device: Device = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the base: float32, bfloat16, float16. Default: float32 on cpu.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. Default: its own choice.")] = None,
-    **settings: Any,
-) -> None:
-    """Train an adapter of one attribute by direct preference optimisation; the same command resumes after a kill."""
-    chosen = Settings.of(preset, settings)
-    if preset != "paper":
-        changes = ", ".join(f"{name} {value} for {SETTINGS[name].default}" for name, value in PRESETS[preset].items())
-        err.print(f"preset {preset}: {changes}", style="dim", highlight=False)
-    from mpg.demo import MODELS
-    from mpg.train.pairs import read_pairs
-
-    place = MODELS.parent / "traits" if data == "traits" else data
-    pairs = read_pairs(place, pole, keep_preamble=keep_preamble, drop_identical=drop_identical)
-    try:
-        from mpg.train.run import train
-    except ModuleNotFoundError as error:
-        raise ImportError(f"expected mpg[train], got no {error.name}: pip install 'mpg[train]'") from None
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
-        task = progress.add_task("steps", total=None)
-
-        def on_epoch(epoch: int, scores: dict[str, float]) -> None:
-            err.print(f"epoch {epoch}: held out, {_words(scores)}", highlight=False)
-
-        card = train(
-            MODELS if base == "demo" else base, pairs, out, chosen, base_name=base_name, device=device, dtype=dtype,
-            threads=threads, about={"source": data, "pole": pole, "preamble": keep_preamble},
-            on_note=lambda note: err.print(note, style="yellow", highlight=False), on_epoch=on_epoch,
-            on_step=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
-    print(f"{out}: {card['pairs']} pairs, {card['held_out']} held out: {_words(card['scores'])}")
-
-
-def _words(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
 def _with_settings(command: Any) -> Any:
@@ -99,4 +35,72 @@ def _with_settings(command: Any) -> Any:
     return command
 
 
-train = _with_settings(train)
+@_with_settings
+@clear_errors()
+def train(
+    base: Annotated[str, typer.Option(help="A model's folder or its name on the hub; 'demo' is the shipped one.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="'traits' (shipped); JSON Lines of prompt, chosen and rejected, or of question and an answer per "
+            "pole; the folder of the paper's data release; or a dataset, saved or on the hub."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The adapter's folder. Checkpoints are in OUT.partial until it is done.")],
+    pole: Annotated[
+        list[str] | None, typer.Option(help="Which answers are chosen, where the data has poles: E.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help=" | ".join(PRESETS) + ": the other options' defaults.")] = "paper",
+    keep_preamble: Annotated[
+        bool, typer.Option("--keep-preamble", help="Of the release: leave the persona before each question.")
+    ] = False,
+    drop_identical: Annotated[
+        bool, typer.Option("--drop-identical", help="Leave out pairs of equal answers, which else are refused.")
+    ] = False,
+    base_name: Annotated[
+        str | None, typer.Option(help="What the adapter is to say that its base is. Default: the base as given.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the base: float32, bfloat16, float16. Default: float32 on cpu.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. Default: its own choice.")] = None,
+    **settings: Any,
+) -> None:
+    """Train an adapter of one attribute by direct preference optimisation; the same command resumes after a kill."""
+    chosen = Settings.of(preset, settings)
+    if pole is not None and len(pole) > 1:
+        raise ValueError(f"pole: expected one, got {', '.join(map(repr, pole))}")
+    own_pole = pole[0] if pole else None
+    if preset != "paper":
+        changes = ", ".join(f"{name} {value} for {SETTINGS[name].default}" for name, value in PRESETS[preset].items())
+        err.print(f"preset {preset}: {changes}", style="dim", highlight=False, soft_wrap=True)
+    from mpg.demo import MODELS
+    from mpg.train.pairs import read_pairs
+
+    place = MODELS.parent / "traits" if data == "traits" else data
+    pairs = read_pairs(place, own_pole, keep_preamble=keep_preamble, drop_identical=drop_identical)
+    try:
+        from mpg.train.run import train
+    except ModuleNotFoundError as error:
+        raise ImportError(f"expected mpg[train], got no {error.name}: pip install 'mpg[train]'") from None
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
+        task = progress.add_task("steps", total=None)
+
+        def on_epoch(epoch: int, scores: dict[str, float]) -> None:
+            err.print(f"epoch {epoch}: held out, {_words(scores)}", highlight=False, soft_wrap=True)
+
+        card = train(
+            MODELS if base == "demo" else base, pairs, out, chosen, base_name=base_name, device=device, dtype=dtype,
+            threads=threads, about={"source": data, "pole": own_pole, "preamble": keep_preamble},
+            on_note=partial(err.print, style="yellow", markup=False, highlight=False, soft_wrap=True),
+            on_epoch=on_epoch, on_step=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    print(f"{out}: {card['pairs']} pairs, {card['held_out']} held out: {_words(card['scores'])}")
+
+
+def _words(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
