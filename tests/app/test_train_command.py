@@ -47,10 +47,6 @@ def test_a_training_prints_its_scores_and_says_what_the_preset_changes(run, few,
         (("--pole", "T", "--pole", "F"), "pole: expected one, got 'T', 'F'"),
         (("--pole", "T", "--rank", "0"), "rank: expected an integer >= 1, got 0"),
         (("--pole", "T", "--preset", "huge"), "preset: expected one of paper, small, got 'huge'"),
-        (
-            ("--pole", "T", "--held-out", 4, "--dtype", "int8"),
-            "dtype: expected one of float32, bfloat16, float16, got 'int8'",
-        ),
     ],
 )
 def test_what_is_wrong_is_said_on_one_line(arguments, message, run, few, tmp_path):
