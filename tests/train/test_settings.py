@@ -55,7 +55,7 @@ def test_a_setting_out_of_range_is_refused_by_name(name, value):
 
 
 def test_an_unknown_setting_and_preset_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"^learning_rat: unknown option; did you mean 'learning_rate'\?"):
+    with pytest.raises(ValueError, match=r"^learning_rat: unknown setting; did you mean 'learning_rate'\?"):
         Settings.of("paper", {"learning_rat": 1})
     with pytest.raises(ValueError, match=r"^preset: expected one of paper, small, got 'big'"):
         Settings.of("big", {})

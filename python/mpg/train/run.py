@@ -68,8 +68,8 @@ def train(
     The same call goes on from the last checkpoint of one that was killed, and returns what one that was finished wrote.
     One seed, machine and number of threads give the same weights.
 
-    out: what `training.json` says: data, recipe, versions, the held-out scores of every pass and of the adapter as it is
-    saved, the loss of every step, and the seconds since the last start
+    out: what `training.json` says: data, recipe, versions, the held-out scores of every pass and of the adapter as it
+    is saved, the loss of every step, and the seconds since the last start
 
     Raises ValueError, before the first step, for what cannot be trained, and where a checkpoint cannot be written.
     """

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpg.options import Check, _integer, _number, _one_of, _truth, refuse_unknown
+from mpg.options import Check, _integer, _number, _one_of, check_truth, hint
 
 
 def _setting(default: Any, meaning: str, check: Check) -> Any:
@@ -47,7 +47,7 @@ class Settings:
     max_answer: int | None = _setting(None, "tokens that an answer is cut after", _integer(1))
     held_out: int = _setting(40, "questions of no training, on which every pass is measured", _integer(1))
     checkpoint_steps: int = _setting(20, "steps between two checkpoints, of which each epoch ends in one", _integer(1))
-    gradient_checkpointing: bool = _setting(False, "compute activations twice, for less memory", _truth)
+    gradient_checkpointing: bool = _setting(False, "compute activations twice, for less memory", check_truth)
     adapter_dtype: str = _setting("bfloat16", "of the finished adapter", _one_of("bfloat16", "float16", "float32"))
     seed: int = _setting(0, "of weights, order and dropout", _integer(0, 2**32 - 1))
 
@@ -63,7 +63,7 @@ class Settings:
         _one_of(*PRESETS)("preset", preset)
         for name in given:
             if name not in SETTINGS:
-                refuse_unknown(name, list(SETTINGS))
+                raise ValueError(f"{name}: unknown setting; {hint(name, SETTINGS)}")
         return cls(**{**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}})
 
 
