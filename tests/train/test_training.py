@@ -182,14 +182,17 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_a_training_that_was_killed_after_its_last_step_is_finished(train, whole, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(run._Trainer, "_load_best_model", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train()
+@pytest.mark.parametrize("where", ["before a pass is scored", "after the last"])
+def test_a_training_that_was_killed_at_the_end_of_a_pass_goes_on(where, train, whole, tmp_path, monkeypatch):
+    is_last = where == "after the last"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if is_last:
+            patch.setattr(run._Trainer, "_load_best_model", interrupt)
+        train(on_epoch=(lambda *_: None) if is_last else interrupt)
     steps = []
-    card = train(on_step=lambda *step: steps.append(step))
-    assert not steps and len(card["losses"]) == 10 and len(card["epochs"]) == 2
+    card = train(on_step=lambda step, total: steps.append(step))
+    assert steps == ([] if is_last else [5, 6, 7, 8, 9, 10])
+    assert (card["losses"], card["epochs"]) == (whole[1]["losses"], whole[1]["epochs"])
     assert weights(tmp_path / "adapter") == weights(whole[0])
 
 
@@ -213,6 +216,15 @@ def test_a_folder_that_holds_something_else_is_refused(train, tmp_path):
     shutil.copy(tmp_path / "adapter" / "training.json", tmp_path / "begun.partial" / "started.json")
     with pytest.raises(ValueError, match=r"^out: .*begun.partial holds another training, begun: epochs is 1, asked"):
         train("begun")
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_and_left_to_it(train):
+    def again(step, total):
+        if step == 1:
+            with pytest.raises(ValueError, match=r"^out: .*adapter.partial is being trained in now$"):
+                train()
+
+    assert len(train(on_step=again, settings=SETTINGS)["losses"]) == 10
 
 
 def test_pairs_longer_than_the_model_are_refused_and_so_are_answers_that_are_equal_where_they_are_cut(train, tmp_path):

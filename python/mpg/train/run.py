@@ -6,13 +6,14 @@ Knows trl, checkpoints and folders; nothing of where pairs come from. Needs the 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -170,23 +171,28 @@ def _difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 def _folder_of(place: Path, card: Mapping[str, Any]) -> Iterator[Path]:
     """The folder of checkpoints beside the adapter's, which stays if it has any. Refuses that of another training."""
     work = place.with_name(place.name + PARTIAL)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        if _last_checkpoint(work) is None:
-            (work / STARTED).write_text(json.dumps(card))
-        differs = _difference(_made_of(json.loads((work / STARTED).read_text())), _made_of(card))
-    except OSError as error:
-        raise ValueError(f"out: expected a folder that can be written, got {work}: {error.strerror}") from error
-    if differs:
-        raise ValueError(f"out: expected a folder of its own, but {work} holds another training, begun: {differs}")
-    try:
-        yield work
-    except (OSError, SafetensorError) as error:
-        stays = "the checkpoints there are whole, and the same call goes on from the last"
-        raise ValueError(f"out: expected room to write in {work}, got {error}; {stays}") from error
-    finally:
-        if work.exists() and _last_checkpoint(work) is None:
-            shutil.rmtree(work)
+    with ExitStack() as stack:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((work / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _last_checkpoint(work) is None:
+                (work / STARTED).write_text(json.dumps(card))
+            differs = _difference(_made_of(json.loads((work / STARTED).read_text())), _made_of(card))
+        except BlockingIOError:
+            raise ValueError(f"out: expected a folder of its own, but {work} is being trained in now") from None
+        except OSError as error:
+            raise ValueError(f"out: expected a folder that can be written, got {work}: {error.strerror}") from error
+        if differs:
+            raise ValueError(f"out: expected a folder of its own, but {work} holds another training, begun: {differs}")
+        try:
+            yield work
+        except (OSError, SafetensorError) as error:
+            stays = "the checkpoints there are whole, and the same call goes on from the last"
+            raise ValueError(f"out: expected room to write in {work}, got {error}; {stays}") from error
+        finally:
+            if work.exists() and _last_checkpoint(work) is None:
+                shutil.rmtree(work)
 
 
 def _trainer(
