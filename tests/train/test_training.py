@@ -178,17 +178,17 @@ def test_a_finished_training_is_not_done_again(whole):
     assert again == card and weights(folder) == before
 
 
-def interrupt(*_):
+def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("where", ["before a pass is scored", "after the last"])
 def test_a_training_that_was_killed_at_the_end_of_a_pass_goes_on(where, train, whole, tmp_path, monkeypatch):
     is_last = where == "after the last"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        if is_last:
-            patch.setattr(run._Trainer, "_load_best_model", interrupt)
-        train(on_epoch=(lambda *_: None) if is_last else interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Trainer, "_load_best_model" if is_last else "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train()
     steps = []
     card = train(on_step=lambda step, total: steps.append(step))
     assert steps == ([] if is_last else [5, 6, 7, 8, 9, 10])
