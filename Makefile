@@ -74,6 +74,7 @@ docs: $(BIN)/.built
 ADAPTERS ?= python/mpg/demo/smollm2/adapters
 TRAINING ?= --preset small --rank 2 --alpha 4 --learning-rate 1e-3 --epochs 1 --dtype bfloat16
 adapters: $(BIN)/.built
+	@test -n "$(BASE)" || { echo "make adapters BASE=folder, of SmolLM2-135M-Instruct"; exit 2; }
 	for pole in E I S N T F J P; do \
 	  nice $(BIN)/mpg train --base $(BASE) --base-name HuggingFaceTB/SmolLM2-135M-Instruct --data traits --pole $$pole \
 	    --out $(ADAPTERS)/$$pole $(TRAINING) --threads 1 || exit 1; \
