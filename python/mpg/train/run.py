@@ -113,7 +113,8 @@ def train(
         trainer.add_callback(reports)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
         trainer.remove_callback(reports)
-        weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        model: Any = trainer.model
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         saved_as = getattr(torch, settings.adapter_dtype)
         for weight in weights:  # what is measured is what is saved
             weight.data = weight.data.to(saved_as).to(weight.dtype)
@@ -125,8 +126,8 @@ def train(
         card["seconds"] = round(time.perf_counter() - start)
         for weight in weights:
             weight.data = weight.data.to(saved_as)
-        trainer.model.peft_config["default"].base_model_name_or_path = name
-        trainer.model.save_pretrained(work / "adapter", save_embedding_layers=False)  # else it looks for that base
+        model.peft_config["default"].base_model_name_or_path = name
+        model.save_pretrained(work / "adapter", save_embedding_layers=False)  # else it looks for that base
         (work / "adapter" / "README.md").unlink()  # PEFT's empty model card
         (work / "adapter" / CARD).write_text(json.dumps(card, indent=1) + "\n")
         os.replace(work / "adapter", place)
