@@ -72,7 +72,7 @@ docs: $(BIN)/.built
 # An adapter for each pole of the shipped pairs, on one thread, for a folder of SmolLM2-135M-Instruct. What is finished is
 # left, what is begun goes on.  make adapters BASE=folder
 ADAPTERS ?= python/mpg/demo/smollm2/adapters
-TRAINING ?= --preset small --rank 2 --alpha 4 --learning-rate 1e-3 --epochs 1 --dtype bfloat16
+TRAINING ?= --preset small --rank 2 --alpha 4 --learning-rate 1e-3 --epochs 1 --max-answer 40 --dtype bfloat16
 adapters: $(BIN)/.built
 	@test -n "$(BASE)" || { echo "make adapters BASE=folder, of SmolLM2-135M-Instruct"; exit 2; }
 	for pole in E I S N T F J P; do \
