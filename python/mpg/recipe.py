@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from mpg.demo import SETS
 from mpg.options import Options, check_weights, hint, parse_pair, parse_weights
 
 FILE = "mpg.yaml"  # what a folder is searched for
@@ -153,10 +154,11 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def _find(source: Any) -> Path | None:
-    """The recipe's file that a source is or holds."""
+    """The recipe's file that a source is or holds, or that of a set that ships."""
     if not isinstance(source, str | Path):
         return None
     path = Path(source)
+    path = path if path.exists() else SETS.get(str(source), path)
     if path.suffix in SUFFIXES:
         return path
     return path / FILE if (path / FILE).is_file() else None

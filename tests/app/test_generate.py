@@ -220,7 +220,10 @@ def test_set_takes_every_option_and_what_transformers_has(model, run):
         (["--weights", "E=1", "--set", "num_beams=4"], "num_beams: expected"),
         (["--weights", "E=1", "--temperature", "0", "--sampler", "scr"], "temperature: scr"),
         (["--weights", "E=1", "--draft", "no/such"], "draft: expected a model's folder, got 'no/such'"),
-        (["--weights", "E=1", "--models", "no/such"], "models: expected 'demo', a folder or a recipe, got 'no/such'"),
+        (
+            ["--weights", "E=1", "--models", "no/such"],
+            "models: expected 'demo', 'smollm2', a folder or a recipe, got 'no/such'",
+        ),
         (["--weights", "E=1", "--models", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
         (["--weights", "E=1", "--anchor", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
         (["--weights", "E=1", "--draft", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),

@@ -16,14 +16,16 @@ NAMES = re.compile(r"\b(mbti|intro|extra|extro)vert|\b(intuiti(ve|on)|sensing|pe
 
 
 def read(file):
-    """The pairs of a file, and the letters of its poles."""
-    return [json.loads(line) for line in file.read_text().splitlines()], tuple(file.stem.upper())
+    """The pairs of a dimension, those of the judge last, and the letters of its poles."""
+    lines = file.read_text().splitlines() + (FOLDER / "judge" / file.name).read_text().splitlines()
+    return [json.loads(line) for line in lines], tuple(file.stem.upper())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_pairs_are_as_many_as_long_and_as_different_as_training_needs(file):
     pairs, poles = read(file)
-    assert len(pairs) >= 200
+    assert len(file.read_text().splitlines()) >= 200
+    assert len(pairs) >= 300
     assert all(tuple(pair) == ("question", *poles) for pair in pairs)
     for field in ("question", *poles):
         assert len({pair[field] for pair in pairs}) == len(pairs)

@@ -1,25 +1,31 @@
-"""The demo: the same questions answered by the base, by single attributes and by both at once, side by side."""
+"""The demo: the same questions answered by the base, by single attributes and by both at once, side by side.
+
+Knows columns, cells and intervals; which models, questions and judge there are is a stage's business.
+"""
 
 from __future__ import annotations
 
-import random
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from mpg.app.colours import colours_of, legend, strongest_push
-from mpg.demo.corpus import HELD_OUT_QUESTIONS, TRAITS
-from mpg.demo.judge import score_traits
 from mpg.model import Model
+from mpg.paper.scoring import token_logprobs
+from mpg.paper.statistics import Bootstrap, Estimate
 from mpg.results import Result, Token
 
-COLOURS = colours_of(TRAITS)
+BATCH = 8  # held-out questions that are answered at once: what the sizes of processors' caches like
+
+Judge = Callable[[Sequence[str]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -31,74 +37,124 @@ class Column:
     options: dict[str, Any]
 
 
-COLUMNS = (
-    Column("base", None, {"sampler": "direct", "target": "base"}),
-    Column("E", {"E": 1}, {"sampler": "direct", "target": "geometric"}),
-    Column("T", {"T": 1}, {"sampler": "direct", "target": "geometric"}),
-    Column("E+T scr arithmetic", {"E": 1, "T": 1}, {"sampler": "scr", "target": "arithmetic"}),
-    Column("E+T direct geometric", {"E": 1, "T": 1}, {"sampler": "direct", "target": "geometric"}),
-)
+@dataclass(frozen=True)
+class Stage:
+    """What a demo needs beside models.
+
+    questions, held_out  those that are answered one by one, and those that the table is over
+    judge                from texts to a score of each trait for each text, higher for more of it
+    verdict              what the scores are, for the table's caption
+    """
+
+    columns: Sequence[Column]
+    questions: Sequence[str]
+    held_out: Sequence[str]
+    judge: Judge
+    verdict: str
+    max_new_tokens: int
 
 
-def show(console: Console, model: Model, questions: Sequence[str], num_held_out: int, seed: int) -> None:
-    """Stream the answers to the console, then the mean trait scores over `num_held_out` (>= 2) other questions."""
-    console.print(legend(COLOURS))
-    for i, question in enumerate(questions):
-        _answer(console, model, question, seed + i)
+def show(console: Console, model: Model, stage: Stage, num_questions: int, num_held_out: int, seed: int) -> None:
+    """Stream the answers to the console, then what was measured over `num_held_out` (>= 2) other questions."""
+    colours = colours_of(dict.fromkeys(name for column in stage.columns for name in column.weights or {}))
+    console.print(legend(colours))
+    answers = [
+        _answer(console, model, stage, colours, question, seed + index)
+        for index, question in enumerate(stage.questions[:num_questions])
+    ]
+    speeds = [
+        statistics.median(r.stats["tokens_per_second"] for r in of_column) for of_column in zip(*answers, strict=True)
+    ]
     with console.status(f"Answering {num_held_out} more questions to measure the traits"):
-        means = _means(model, num_held_out, seed)
-    console.print(means)
+        table = _measure(model, stage, colours, speeds, num_held_out, seed)
+    console.print(table)
 
 
-def _answer(console: Console, model: Model, question: str, seed: int) -> None:
+def _answer(
+    console: Console, model: Model, stage: Stage, colours: Mapping[str, str], question: str, seed: int
+) -> list[Result]:
     """Stream the answers of all columns to one question."""
-    texts = [Text() for _ in COLUMNS]
+    texts = [Text() for _ in stage.columns]
     results: list[Result] = []  # of the columns that are done
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for column, text in zip(COLUMNS, texts, strict=True):
+        for column, text in zip(stage.columns, texts, strict=True):
 
             def append(token: Token, column: Column = column, text: Text = text) -> None:
-                text.append(token.text, style=COLOURS.get(strongest_push(token, column.weights or {}), ""))
-                live.update(_answers(question, texts, results), refresh=console.is_terminal)
+                text.append(token.text, style=colours.get(strongest_push(token, column.weights or {}), ""))
+                live.update(_answers(stage, question, texts, results), refresh=console.is_terminal)
 
-            how = {"seed": seed, "trace": True, "on_token": append, **column.options}
-            results.append(model.generate(question, weights=column.weights, **how))
-    console.print(_answers(question, texts, results))
+            how = {"seed": seed, "trace": True, "on_token": append, "max_new_tokens": stage.max_new_tokens}
+            results.append(model.generate(question, weights=column.weights, **how, **column.options))
+    console.print(_answers(stage, question, texts, results))
+    return results
 
 
-def _answers(question: str, texts: Sequence[Text], results: Sequence[Result]) -> Table:
-    table = _table(title=question)
+def _answers(stage: Stage, question: str, texts: Sequence[Text], results: Sequence[Result]) -> Table:
+    table = _table(stage, question)
     table.add_row(*texts)
     table.add_section()
-    table.add_row(*(_traits(score_traits(result.text)) for result in results))
     table.add_row(*(f"{result.stats['tokens_per_second']:.0f} tokens/s" for result in results))
     return table
 
 
-def _means(model: Model, num_questions: int, seed: int) -> Table:
-    """Trait scores of every column over held-out questions, which single answers are too few to show."""
-    questions = [question.text for question in random.Random(seed).sample(HELD_OUT_QUESTIONS, num_questions)]
-    table = _table(f"Mean trait scores over {num_questions} held-out questions, with their standard errors")
-    scores = []
-    for column in COLUMNS:
-        results = model.generate(questions, weights=column.weights, seed=seed, **column.options)
-        scores.append([score_traits(result.text) for result in results])
-    table.caption = (
-        "Arithmetic means 'or': a token follows one trait. Geometric means 'and'. scr delivers part of either."
-    )
-    for trait, colour in COLOURS.items():
-        values = [[score[trait] for score in column] for column in scores]
-        means = [f"{trait}{statistics.mean(v):+.2f} ± {statistics.stdev(v) / len(v) ** 0.5:.2f}" for v in values]
-        table.add_row(*(Text(mean, style=colour) for mean in means))
+def _measure(
+    model: Model, stage: Stage, colours: Mapping[str, str], speeds: Sequence[float], num: int, seed: int
+) -> Table:
+    """Scores of every column as differences to the base, question by question, which single answers are too few for."""
+    questions = stage.held_out[:num]
+    columns = [_Sample.draw(model, stage, column, questions, seed) for column in stage.columns]
+    base, bootstrap = columns[0], Bootstrap(len(questions), seed)
+    table = _table(stage, f"Over {len(questions)} held-out questions, with 95 % intervals")
+    table.caption = f"{stage.verdict} Perplexity is the base's. Tokens/s: medians of the answers above, one at a time."
+    one = np.ones(len(questions))
+    for trait in colours:
+        row = [Text(f"{trait} {base.scores[trait].mean():.2f}", style=colours[trait])]
+        for sample in columns[1:]:
+            gain = bootstrap.estimate(bootstrap.ratios(sample.scores[trait] - base.scores[trait], one))
+            row.append(Text(f"{trait} {_interval(gain, '+.2f')}", style=colours[trait]))
+        table.add_row(*row)
+    surprises = [bootstrap.estimate(bootstrap.ratios(sample.surprise, sample.num_tokens)) for sample in columns]
+    bounds = [Estimate(*(math.exp(part) for part in (s.value, s.low, s.high))) for s in surprises]
+    table.add_row(*(f"perplexity {_interval(perplexity, '.1f')}" for perplexity in bounds))
+    table.add_row(*(f"{speed:.0f} tokens/s" for speed in speeds))
     return table
 
 
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", expand=True)
-    for column in COLUMNS:
+@dataclass(frozen=True)
+class _Sample:
+    """What a column answered to P questions.
+
+    scores      (P,) by trait
+    surprise    (P,) nats under the base, summed over the tokens of a text
+    num_tokens  (P,)
+    """
+
+    scores: Mapping[str, np.ndarray]
+    surprise: np.ndarray
+    num_tokens: np.ndarray
+
+    @staticmethod
+    def draw(model: Model, stage: Stage, column: Column, questions: Sequence[str], seed: int) -> _Sample:
+        results, surprise = [], []
+        for first in range(0, len(questions), BATCH):
+            prompts = [model.encode(question) for question in questions[first : first + BATCH]]
+            batch = model.generate(
+                prompts, weights=column.weights, seed=seed + first, max_new_tokens=stage.max_new_tokens,
+                **column.options,
+            )  # fmt: skip
+            logprobs = token_logprobs(model.models, ("base",), prompts, [result.tokens for result in batch])
+            surprise.append(-logprobs[0].sum(-1).cpu().numpy())
+            results += batch
+        lengths = np.array([len(result.tokens) for result in results], dtype=float)
+        return _Sample(stage.judge([result.text for result in results]), np.concatenate(surprise), lengths)
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def _table(stage: Stage, title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", expand=True)
+    for column in stage.columns:
         table.add_column(column.title, ratio=1, vertical="top", overflow="fold")
     return table
-
-
-def _traits(scores: dict[str, float]) -> Text:
-    return Text(" ").join(Text(f"{name}{scores[name]:+.1f}", style=colour) for name, colour in COLOURS.items())

@@ -9,6 +9,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import mpg_ext
-from mpg.models import sources
+from mpg.models import gguf, sources
 from mpg.models.attention import use_ragged_attention, verify_ragged_attention
 from mpg.models.compiled import compile_layers
 from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Slot
@@ -62,6 +63,9 @@ def load(
         if not isinstance(source, Source):
             wanted = "a folder, a hub name or a loaded model"
             raise ValueError(f"{argument}: expected {wanted}, got {type(source).__name__}")
+        asked[argument] = gguf.resolve(argument, source)
+    given = {name: asked[_argument(name)] for name in given}
+    recipe = replace(recipe, **{role: asked[role] for role in (BASE, *roles) if role in asked})
     tokenizer = sources.own_tokenizer(recipe.tokenizer)
     peft_models = [source for source in (*given.values(), recipe.draft) if isinstance(source, PeftModel)]
     base, anchor = _with_adapters(recipe.base, peft_models), _with_adapters(recipe.anchor, peft_models)

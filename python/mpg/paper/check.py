@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import mpg_ext
 from mpg.model import Model, Weights
 from mpg.models.ensemble import Ensemble
-from mpg.options import MAX_CHUNK, MAX_WEIGHT, MIN_WEIGHT, TARGETS, check_weights
+from mpg.options import MAX_WEIGHT, MIN_WEIGHT, TARGETS, check_weights
 from mpg.paper.report import Report, Row, Section
+from mpg.paper.scoring import token_logprobs
 from mpg.paper.statistics import FEW_PROMPTS, Bootstrap
 from mpg.results import Result
 
@@ -194,7 +194,6 @@ class _Sampling:
         return _Texts(of_prompts, num_tokens.reshape(by_prompt).sum(0), costs)
 
 
-@torch.inference_mode()
 def score_texts(
     models: Ensemble, attributes: Sequence[str], prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> torch.Tensor:
@@ -204,27 +203,10 @@ def score_texts(
 
     out: (B, N) float64 on the CPU, in the order of `attributes`; a token adds at most 80 either way
     """
-    longest_prompt, longest = max(map(len, prompts)), max(map(len, texts))
-    capacity = max(len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True))
-    roles = ("anchor", *attributes)
-    session = models.open(prompts, roles, capacity)
-    start = torch.tensor([len(prompt) - 1 for prompt in prompts], device=models.device)
-    padded = [[prompt[-1], *text, *[0] * (longest - len(text))] for prompt, text in zip(prompts, texts, strict=True)]
-    tokens = torch.tensor(padded, device=models.device)
-    lengths = torch.tensor([len(text) for text in texts], device=models.device)
-    sums = torch.zeros(len(texts), len(attributes), dtype=torch.float64, device=models.device)
-    for first in range(0, longest, MAX_CHUNK):  # slice by slice, so that the logits of a long text need not fit at once
-        scored = tokens[:, first + 1 : first + 1 + MAX_CHUNK]
-        width = scored.shape[1]
-        kv_length = min(longest_prompt - 1 + first + width, capacity)
-        logits = session.forward(roles, tokens[:, first : first + width], start + first, kv_length=kv_length)
-        logprobs = mpg_ext.gather_logprobs(logits.flatten(0, 1), scored.repeat(len(roles), 1))
-        anchor, *of_attributes = logprobs.view(len(roles), *scored.shape).double()
-        for column, logprob in enumerate(of_attributes):
-            ratios = torch.where(logprob == anchor, 0, logprob - anchor)  # neither allows the token: ratio 1
-            is_text = first + torch.arange(width, device=models.device) < lengths[:, None]
-            sums[:, column] += torch.where(is_text, ratios.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO), 0).sum(1)
-    return sums.cpu()
+    anchor, *of_attributes = token_logprobs(models, ("anchor", *attributes), prompts, texts)
+    # where neither allows the token, the ratio is 1
+    ratios = [torch.where(logprobs == anchor, 0, logprobs - anchor) for logprobs in of_attributes]
+    return torch.stack([part.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).sum(1) for part in ratios], 1).cpu()
 
 
 def _compare(plan: _Plan, texts: Mapping[str, _Texts | str], bootstrap: Bootstrap) -> Section:

@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 import mpg
-from mpg.models import sources
+from mpg.models import gguf, sources
 from mpg.options import _one_of
 from mpg.train.pairs import Pair, data_hash, split
 from mpg.train.settings import PRESETS, Settings
@@ -57,7 +57,8 @@ def train(
 ) -> dict[str, Any]:
     """Train an adapter of `base` on pairs, except those of the held-out questions, and write it to the folder `out`.
 
-    base_name  what the adapter says that its base is. Default: `base`, of a folder its absolute path
+    base       a model's folder or hub name, a GGUF file, or "smollm2"
+    base_name  what the adapter says that its base is. Default: `base`, its absolute path or the name on the hub
     about      what else `training.json` is to say of the data
     device     cpu or cuda. Default: cuda where there is one
     dtype      of the base. Default: float32 on cpu, else the checkpoint's
@@ -80,7 +81,11 @@ def train(
         _one_of("float32", "bfloat16", "float16")("dtype", dtype)
     if threads is not None:
         torch.set_num_threads(threads)
-    name = base_name or (str(Path(base).resolve()) if Path(base).is_dir() else str(base))
+    own_name = (
+        gguf.SMOLLM2_ON_HUB if base == gguf.SMOLLM2 else str(Path(base).resolve() if Path(base).exists() else base)
+    )
+    name = base_name or own_name
+    base = gguf.resolve("base", base)
     card = {
         "base": name,
         "data": {**(about or {}), "sha256": data_hash([*trained, *held_out])},

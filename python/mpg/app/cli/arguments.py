@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 import mpg
+from mpg.demo import SETS
 from mpg.options import describe
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ Models = Annotated[
     str,
     typer.Option(
         "--models",
-        help="'demo'; a recipe (.yaml) or a folder that holds mpg.yaml; or a base with adapters/NAME inside it.",
+        help="'demo' or 'smollm2'; a recipe (.yaml) or a folder that holds mpg.yaml; or a base with adapters/NAME "
+        "inside it.",
     ),
 ]
 Weights = Annotated[
@@ -85,12 +87,10 @@ def load(models: str, **how: Any) -> mpg.Model:
     return model
 
 
-def _place(models: str) -> Path:
-    if models != "demo" and not Path(models).exists():
-        raise ValueError(f"models: expected 'demo', a folder or a recipe, got {models!r}")
-    from mpg.demo import MODELS
-
-    return MODELS if models == "demo" else Path(models)
+def _place(models: str) -> str:
+    if models not in SETS and not Path(models).exists():
+        raise ValueError(f"models: expected {', '.join(map(repr, SETS))}, a folder or a recipe, got {models!r}")
+    return models
 
 
 @contextmanager

@@ -8,20 +8,30 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mpg.app.cli import arguments
+from mpg.app.cli.arguments import Device, clear_errors, err, load
 
 
-@arguments.clear_errors()
+@clear_errors()
 def demo(
+    models: Annotated[
+        str, typer.Option(help="'smollm2', or 'demo' for the tiny set, which needs nothing.")
+    ] = "smollm2",
     questions: Annotated[int, typer.Option(min=1, help="How many questions, at most as many as there are.")] = 3,
-    held_out: Annotated[int, typer.Option(min=2, max=100, help="How many more to measure the traits over.")] = 100,
+    held_out: Annotated[int, typer.Option(min=2, help="How many more to measure the traits over.")] = 24,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: arguments.Device = None,
+    device: Device = None,
 ) -> None:
-    """Answer a few questions as the base, as E, as T, and as both: the shipped demo models, offline."""
-    from mpg.demo.corpus import DEMO_QUESTIONS
+    """Answer a few questions as the base, as one trait, as another, and as both."""
     from mpg.demo.show import show
+    from mpg.demo.stages import stage
 
+    try:
+        model, scene = load(models, device=device), stage(models)
+    except (ValueError, ImportError) as error:
+        if models != "smollm2":
+            raise
+        err.print(f"mpg: {error}\nThe tiny set answers instead.", style="yellow", markup=False, soft_wrap=True)
+        model, scene = load("demo", device=device), stage("demo")
     # without a terminal five columns need more than the usual 80 characters
     console = Console(width=None if sys.stdout.isatty() else 160)
-    show(console, arguments.load("demo", device=device), DEMO_QUESTIONS[:questions], held_out, seed)
+    show(console, model, scene, questions, held_out, seed)

@@ -38,7 +38,9 @@ def _with_settings(command: Any) -> Any:
 @_with_settings
 @clear_errors()
 def train(
-    base: Annotated[str, typer.Option(help="A model's folder or its name on the hub; 'demo' is the shipped one.")],
+    base: Annotated[
+        str, typer.Option(help="A model's folder or its name on the hub, a GGUF file, 'smollm2' or 'demo'.")
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -75,11 +77,12 @@ def train(
     if preset != "paper":
         changes = ", ".join(f"{name} {value} for {SETTINGS[name].default}" for name, value in PRESETS[preset].items())
         err.print(f"preset {preset}: {changes}", style="dim", highlight=False, soft_wrap=True)
-    from mpg.demo import MODELS
+    from mpg.demo import MODELS, TRAITS
     from mpg.train.pairs import read_pairs
 
-    place = MODELS.parent / "traits" if data == "traits" else data
-    pairs = read_pairs(place, own_pole, keep_preamble=keep_preamble, drop_identical=drop_identical)
+    pairs = read_pairs(
+        TRAITS if data == "traits" else data, own_pole, keep_preamble=keep_preamble, drop_identical=drop_identical
+    )
     try:
         from mpg.train.run import train
     except ModuleNotFoundError as error:
