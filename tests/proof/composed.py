@@ -11,7 +11,6 @@ from torch import Tensor
 import reference
 from mpg.decode.bound import Bound
 from mpg.decode.rng import Decisions, Purpose
-from mpg_ext.ops import Score
 
 
 class Composed(Decisions):
@@ -29,36 +28,20 @@ class Composed(Decisions):
         return accepted.where(~is_bad, -1)
 
     def verify_chunks(
-        self,
-        anchor_logits: Tensor,
-        attribute_logits: Tensor,
-        tokens: Tensor,
-        lengths: Tensor,
-        weights: Tensor,
-        bound: Bound,
-        *,
-        score: Score,
+        self, anchor_logits: Tensor, attribute_logits: Tensor, tokens: Tensor, lengths: Tensor, bound: Bound
     ) -> tuple[Tensor, Tensor, Tensor]:
         anchor = reference.gather_logprobs(anchor_logits, tokens)
         attributes = torch.stack([reference.gather_logprobs(logits, tokens) for logits in attribute_logits])
-        log_ratios, scores = reference.score_prefixes(attributes, anchor, weights, score=score)
+        log_ratios, scores = reference.score_prefixes(attributes, anchor, bound.weights, score=bound.score)
         accepted = self.accept_prefixes(scores, bound.log_bound, lengths)
         bound.update(scores.gather(1, (accepted - 1).clamp_min(0)[:, None]), accepted > 0)
         return log_ratios, scores, accepted
 
     def draw_fallback(
-        self,
-        anchor_logits: Tensor,
-        attribute_logits: Tensor,
-        draft_probs: Tensor,
-        weights: Tensor,
-        log_bound: Tensor,
-        active: Tensor,
-        *,
-        score: Score,
+        self, anchor_logits: Tensor, attribute_logits: Tensor, draft_probs: Tensor, bound: Bound, active: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         masses, scores = reference.fallback_masses(
-            anchor_logits, attribute_logits, draft_probs, weights, log_bound, score=score
+            anchor_logits, attribute_logits, draft_probs, bound.weights, bound.log_bound, score=bound.score
         )
         accept_prob = masses.sum(1).where(active, 0)
         token = self.categorical(masses, Purpose.FALLBACK, 0, lambda: accept_prob > 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,10 +13,8 @@ from mpg.decode.exact import Exact
 from mpg.decode.rejection import SeqRS, TokenRS
 from mpg.decode.rng import Decisions
 from mpg.decode.scr import SCR
+from mpg.models.ensemble import Ensemble, Pass, Session
 from mpg.options import Options
-
-if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Pass, Session
 
 
 class Sampler(Protocol):
@@ -47,7 +45,7 @@ class Sampler(Protocol):
         Those of the round itself may be more and longer, where others draft more."""
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the sampler counted, per row (B,)."""
+        """What the sampler counted: the entries of its file's `STATISTICS`, each (B,)."""
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

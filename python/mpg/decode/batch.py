@@ -43,9 +43,9 @@ class Snapshot:
     def read(self) -> Round:
         if self._arrived is not None:
             self._arrived.synchronize()
-        *flags, tokens = self._state.split([1, 1, 1, 1, 1, self._state.shape[1] - 5], 1)
+        flags, tokens = self._state.tensor_split([5], 1)
         log_ratios = None if self._log_ratios is None else self._log_ratios.tolist()
-        counts, active, unusable, empty, drafts = (flag[:, 0].tolist() for flag in flags)
+        counts, active, unusable, empty, drafts = flags.T.tolist()
         return Round(counts, active, unusable, empty, drafts, tokens.tolist(), log_ratios)
 
 

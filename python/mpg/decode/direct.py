@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from mpg.decode.batch import Batch
 from mpg.decode.rng import Decisions, Purpose
 from mpg.decode.rows import TargetRows
+from mpg.models.ensemble import Ensemble, Pass, Session
 from mpg.options import Options
-
-if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Pass, Session
 
 
 class Direct:

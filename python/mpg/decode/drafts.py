@@ -6,7 +6,7 @@ Knows how to draft and from which rows; nothing of targets or of what is accepte
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,8 @@ from mpg.decode.batch import Batch
 from mpg.decode.rng import Decisions, Purpose
 from mpg.decode.rows import process_rows
 from mpg.decode.targets import is_one_model
+from mpg.models.ensemble import Ensemble, Pass, Session
 from mpg.options import Options
-
-if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Pass, Session
-
 
 ROLES = {"reference": "base", "model": "draft", "merged": "merged"}  # the model behind each draft that has one
 

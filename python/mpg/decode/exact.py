@@ -6,8 +6,6 @@ Leviathan et al. (2023). No bound and no loop; one to K + 1 tokens a round.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,8 @@ from mpg.decode.batch import Batch
 from mpg.decode.drafts import make_draft
 from mpg.decode.rng import Decisions
 from mpg.decode.rows import TargetRows
+from mpg.models.ensemble import Ensemble, Pass, Session
 from mpg.options import Options
-
-if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Pass, Session
 
 MAX_ADAPTED_CHUNK = 16
 # Every statistic with its denominator.
@@ -98,7 +94,6 @@ class Exact:
         return [*self.draft.passes(num_drafts), (self.target.roles, num_drafts + 1)]
 
     def statistics(self) -> dict[str, Tensor]:
-        """The entries of `STATISTICS`, each (B,)."""
         return {
             "accepted_per_round": self.num_accepted / self.batch.rounds,
             "accept_rate": self.num_accepted / self.num_offered.clamp_min(1),

@@ -7,20 +7,16 @@ small.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
 import torch
 from torch import Tensor
 
 import mpg_ext
 from mpg.decode.batch import Batch
-from mpg.decode.bound import Bound, normalise_weights
+from mpg.decode.bound import Bound
 from mpg.decode.rng import Decisions, Purpose
+from mpg.decode.rows import logprobs_of
+from mpg.models.ensemble import Ensemble, Pass, Session
 from mpg.options import Options
-from mpg_ext.ops import Score
-
-if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Pass, Session
 
 # Every statistic with its denominator.
 STATISTICS = {
@@ -43,21 +39,18 @@ class _Rejection:
 
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.session, self.batch, self.decide = session, batch, decide
-        self.weights = normalise_weights(batch.weights)
-        self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
-        counts = torch.zeros(3, len(batch), dtype=torch.float64, device=self.weights.device)
+        self.bound = Bound(self.options, batch.weights)
+        counts = torch.zeros(3, len(batch), dtype=torch.float64, device=batch.weights.device)
         self.num_tries, self.num_rejected, self.num_capped = counts
 
     def reset(self, rows: Tensor) -> None:
-        self.weights[rows] = normalise_weights(self.batch.weights[rows])
-        self.bound.reset(rows)
+        self.bound.reset(rows, self.batch.weights[rows])
         self.num_tries[rows] = self.num_rejected[rows] = self.num_capped[rows] = 0
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return [(self.roles, 1)]
 
     def statistics(self) -> dict[str, Tensor]:
-        """The entries of `STATISTICS`, each (B,)."""
         return {
             "reject_rate": self.num_rejected / self.num_tries,
             "capped_rate": self.num_capped / self.batch.num_new_tokens(),
@@ -80,11 +73,11 @@ class TokenRS(_Rejection):
         # One pass of every model over the last token
         fed = batch.last_tokens[:, None]
         logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))[:, :, 0]
-        scored = _scored(logits, self.weights)
-        draft_row = mpg_ext.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
+        scored = _scored(logits, self.bound.weights)
+        draft_row = mpg_ext.warp_rows(logits[0].to(self.bound.weights.dtype), **self.options.warp())
 
         # Accept one of the candidates, or take the last
-        scores = _token_scores(scored, self.weights, cast(Score, self.options.target))
+        scores = _token_scores(scored, bound)
         draft_row = draft_row.double()
         masses = torch.where(draft_row == 0, 0, draft_row * (scores - bound.log_bound[:, None]).clamp_max(0).exp())
         accept_prob = (masses.sum(1) / draft_row.sum(1)).clamp_max(1)  # a: of one try
@@ -105,7 +98,7 @@ class TokenRS(_Rejection):
         self.num_capped += batch.active & ~is_accepted
         log_ratios = None
         if self.options.trace:
-            logprobs = _gather(scored, token)
+            logprobs = logprobs_of(scored[:, :, None], token[:, None])
             log_ratios = logprobs[1:] - logprobs[:1]
         batch.commit(token[:, None], torch.ones_like(token), log_ratios)
 
@@ -121,12 +114,9 @@ class SeqRS(_Rejection):
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         super().start(session, batch, decide)
         # the candidate texts: their tokens, sizes and last tokens, and log-probabilities under anchor and attributes
-        self.texts, self.sizes, self.last = (
-            torch.zeros_like(batch.tokens),
-            torch.zeros_like(batch.lengths),
-            batch.last_tokens.clone(),
-        )
-        self.logprobs = self.weights.new_zeros(1 + self.weights.shape[1], *batch.tokens.shape)
+        self.texts, self.sizes = torch.zeros_like(batch.tokens), torch.zeros_like(batch.lengths)
+        self.last = batch.last_tokens.clone()
+        self.logprobs = self.bound.weights.new_zeros(1 + self.bound.weights.shape[1], *batch.tokens.shape)
         self.num_rounds = 0  # no candidate is longer
 
     def reset(self, rows: Tensor) -> None:
@@ -142,19 +132,17 @@ class SeqRS(_Rejection):
         # The candidate's next token, from the warped base
         start, kv_length = batch.lengths - 1 + self.sizes, batch.kv_length(self.num_rounds)
         logits = self.session.forward(self.roles, self.last[:, None], start, kv_length=kv_length)[:, :, 0]
-        draft_row = mpg_ext.warp_rows(logits[0].to(self.weights.dtype), **self.options.warp())
+        draft_row = mpg_ext.warp_rows(logits[0].to(self.bound.weights.dtype), **self.options.warp())
         token = self.decide.categorical(draft_row, Purpose.DRAFT, 0, lambda: batch.active)
         where = self.sizes.clamp_max(batch.capacity - 1)[:, None]
-        logprobs = _gather(_scored(logits, self.weights), token)
+        logprobs = logprobs_of(_scored(logits, bound.weights)[:, :, None], token[:, None])
         self.texts.scatter_(1, where, token[:, None])
         self.logprobs.scatter_(2, where.expand(len(logprobs), -1, -1), logprobs)
         self.sizes += 1
 
         # Accept a whole text with probability min(1, S / M), or take the last one allowed
         of_text = self.logprobs.sum(2, keepdim=True)
-        score = mpg_ext.score_prefixes(of_text[1:], of_text[0], self.weights, score=cast(Score, self.options.target))[
-            1
-        ][:, 0]
+        score = mpg_ext.score_prefixes(of_text[1:], of_text[0], bound.weights, score=bound.score)[1][:, 0]
         has_token = draft_row.gather(1, token[:, None])[:, 0] > 0
         batch.fail(unusable=~has_token | score.isnan())
         is_whole = batch.active & (batch.is_eos(token) | (batch.lengths + self.sizes >= batch.limits))
@@ -182,14 +170,9 @@ def _scored(logits: Tensor, weights: Tensor) -> Tensor:
     return logits[-1 - weights.shape[1] :]
 
 
-def _token_scores(logits: Tensor, weights: Tensor, score: Score) -> Tensor:
+def _token_scores(logits: Tensor, bound: Bound) -> Tensor:
     """log S of every token, by the anchor's and the attributes' logits (1 + N, B, V). out: (B, V)"""
-    anchor, *attributes = logits.to(weights.dtype).log_softmax(-1).flatten(1)[..., None]  # B V prefixes of one token
-    of_token = weights.repeat_interleave(logits.shape[2], 0)
-    return mpg_ext.score_prefixes(torch.stack(attributes), anchor, of_token, score=score)[1].view(logits.shape[1:])
-
-
-def _gather(logits: Tensor, token: Tensor) -> Tensor:
-    """Log-probabilities of a token (B,) by every model's logits (1 + N, B, V). out: (1 + N, B, 1)"""
-    tokens = token[:, None].repeat(len(logits), 1)
-    return mpg_ext.gather_logprobs(logits.flatten(0, 1)[:, None], tokens).view(*logits.shape[:2], 1)
+    logprobs = logits.to(bound.weights.dtype).log_softmax(-1).flatten(1)[..., None]  # of B V prefixes of one token
+    of_token = bound.weights.repeat_interleave(logits.shape[2], 0)
+    _, scores = mpg_ext.score_prefixes(logprobs[1:], logprobs[0], of_token, score=bound.score)
+    return scores.view(logits.shape[1:])

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import mpg_ext
 from mpg.decode.bound import Bound
-from mpg_ext.ops import Score
 
 
 class Purpose(enum.IntEnum):
@@ -33,7 +32,7 @@ class Decisions:
     seeds   (B,) int64, one per request
     rounds  (B,) int64, each request's round; the batch advances it
 
-    A method that is named as an op of `mpg_ext` takes what that takes but for uniforms, and a bound whole.
+    A method that is named as an op of `mpg_ext` takes what that takes but for uniforms, and a bound for what it holds.
     `active`, where it is a callable, says whose decision counts, (B,) bool: the others' is garbage. Only what
     proves something of a sampler (tests/proof) calls it; here it costs nothing.
     """
@@ -67,37 +66,22 @@ class Decisions:
         return mpg_ext.accept_prefixes(scores, log_bound, uniforms, lengths)
 
     def verify_chunks(
-        self,
-        anchor_logits: Tensor,
-        attribute_logits: Tensor,
-        tokens: Tensor,
-        lengths: Tensor,
-        weights: Tensor,
-        bound: Bound,
-        *,
-        score: Score,
+        self, anchor_logits: Tensor, attribute_logits: Tensor, tokens: Tensor, lengths: Tensor, bound: Bound
     ) -> tuple[Tensor, Tensor, Tensor]:
         uniforms = self.uniforms(Purpose.ACCEPT, tokens.shape[1], lambda: lengths > 0)
         return mpg_ext.verify_chunks(
-            anchor_logits, attribute_logits, tokens, lengths, weights, uniforms, bound.tensors(),
-            score=score, constants=bound.constants(),
+            anchor_logits, attribute_logits, tokens, lengths, bound.weights, uniforms, bound.tensors(),
+            score=bound.score, constants=bound.constants,
         )  # fmt: skip
 
     def draw_fallback(
-        self,
-        anchor_logits: Tensor,
-        attribute_logits: Tensor,
-        draft_probs: Tensor,
-        weights: Tensor,
-        log_bound: Tensor,
-        active: Tensor,
-        *,
-        score: Score,
+        self, anchor_logits: Tensor, attribute_logits: Tensor, draft_probs: Tensor, bound: Bound, active: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         uniforms = self.uniforms(Purpose.FALLBACK, 1, lambda: active)[:, 0]
         return mpg_ext.draw_fallback(
-            anchor_logits, attribute_logits, draft_probs, weights, log_bound, uniforms, active, score=score
-        )
+            anchor_logits, attribute_logits, draft_probs, bound.weights, bound.log_bound, uniforms, active,
+            score=bound.score,
+        )  # fmt: skip
 
     def verify_block(
         self, target_probs: Tensor, draft_probs: Tensor | None, tokens: Tensor, lengths: Tensor

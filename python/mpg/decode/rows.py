@@ -5,18 +5,14 @@ Shared by the samplers that draw from the target itself. Knows no draft and no a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.targets import TARGETS, is_one_model, references
+from mpg.models.ensemble import Ensemble
 from mpg.options import Options
-
-if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble
 
 
 class TargetRows:
@@ -73,7 +69,7 @@ class TargetRows:
             return
         _, _, attributes = self._split(logits)
         row = accepted.view(1, -1, 1, 1).expand(len(attributes), -1, 1, attributes.shape[3])
-        logprobs = self._gather(attributes.gather(2, row), token[:, None])[:, :, 0]
+        logprobs = logprobs_of(attributes.gather(2, row), token[:, None])[:, :, 0]
         index = accepted.view(-1, 1, 1).expand(-1, 1, self.chunk_weights.shape[2])
         weights = self.chunk_weights.gather(1, index)[:, 0]
         self.weights.copy_(self._advance(weights, logprobs, self.batch.num_new_tokens() + accepted + 1))
@@ -82,9 +78,9 @@ class TargetRows:
         """log pi_i - log anchor of the tokens (B, K + 1) that `logits` came before; against the target's row as it
         was combined where the target runs no anchor. out: (N, B, K + 1)"""
         base, anchor, attributes = self._split(logits)
-        ratios = self._gather(attributes, tokens)
+        ratios = logprobs_of(attributes, tokens)
         if anchor is not None:
-            return ratios - self._gather(anchor[None], tokens)
+            return ratios - logprobs_of(anchor[None], tokens)
         log_rows, _ = self.combine(base, anchor, attributes, self.chunk_weights)
         return ratios - log_rows.gather(2, tokens[..., None])[..., 0]
 
@@ -112,7 +108,7 @@ class TargetRows:
         """The weights (B, K + 1, N) at the next token and after each drafted one."""
         if self.options.span == 1:
             return self.weights[:, None].expand(-1, chunk.shape[1] + 1, -1)
-        logprobs = self._gather(attributes, torch.nn.functional.pad(chunk, (0, 1)))  # of no token after the last row
+        logprobs = logprobs_of(attributes, torch.nn.functional.pad(chunk, (0, 1)))  # of no token after the last row
         along = [self.weights]
         for index in range(chunk.shape[1]):
             num_tokens = self.batch.num_new_tokens() + index + 1
@@ -128,10 +124,11 @@ class TargetRows:
             return carried
         return torch.where((num_tokens % self.options.span == 0)[:, None], self.batch.weights, carried)
 
-    def _gather(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Unwarped log-probabilities (N, B, P) of tokens (B, P), each after its row of logits (N, B, P, V)."""
-        every = tokens.flatten().repeat(len(logits))
-        return mpg_ext.gather_logprobs(logits.flatten(0, 2)[:, None], every[:, None]).view(logits.shape[:3])
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Unwarped log-probabilities (N, B, P) of tokens (B, P), each after its row of logits (N, B, P, V)."""
+    every = tokens.flatten().repeat(len(logits))
+    return mpg_ext.gather_logprobs(logits.flatten(0, 2)[:, None], every[:, None]).view(logits.shape[:3])
 
 
 def process_rows(batch: Batch, log_rows: Tensor, drafted: Tensor, num_wanted: Tensor) -> Tensor:

@@ -6,21 +6,16 @@ more of it the more it accepts. What its bound M is estimated from is in `mpg.de
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
 import torch
 from torch import Tensor
 
 import mpg_ext
 from mpg.decode.batch import Batch
-from mpg.decode.bound import Bound, normalise_weights
+from mpg.decode.bound import Bound
 from mpg.decode.drafts import ModelDraft
 from mpg.decode.rng import Decisions, Purpose
+from mpg.models.ensemble import Ensemble, Pass, Session
 from mpg.options import Options
-from mpg_ext.ops import Score
-
-if TYPE_CHECKING:
-    from mpg.models.ensemble import Ensemble, Pass, Session
 
 # Every statistic with its denominator.
 STATISTICS = {
@@ -42,7 +37,7 @@ class SCR:
     """
 
     def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
-        self.options, self.rule = options, cast(Score, options.target)
+        self.options = options
         # where anchor and base are one model, the anchor's rows are those that the chunk was drafted from
         self.anchor_is_base = models.is_same("base", "anchor")
         self.scored = attributes if self.anchor_is_base else ("anchor", *attributes)
@@ -52,13 +47,11 @@ class SCR:
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.session, self.batch, self.decide = session, batch, decide
         self.draft.start(session, batch, decide)
-        self.weights = normalise_weights(batch.weights)
-        self.bound = Bound.initial(self.options, len(batch), self.weights.dtype, self.weights.device)
-        self.sums = torch.zeros(len(_SUMS), len(batch), dtype=torch.float64, device=self.weights.device)
+        self.bound = Bound(self.options, batch.weights)
+        self.sums = torch.zeros(9, len(batch), dtype=torch.float64, device=batch.weights.device)
 
     def reset(self, rows: Tensor) -> None:
-        self.weights[rows] = normalise_weights(self.batch.weights[rows])
-        self.bound.reset(rows)
+        self.bound.reset(rows, self.batch.weights[rows])
         self.sums[:, rows] = 0
 
     def round(self) -> None:
@@ -79,9 +72,8 @@ class SCR:
         # (RS-1 fallback) one token where no prefix passed
         is_fallback = batch.active & (accepted == 0)
         token, score, accept_prob = self.decide.draw_fallback(
-            anchor_logits[:, 0], attribute_logits[:, :, 0], first_row, self.weights, bound.log_bound, is_fallback,
-            score=self.rule,
-        )  # fmt: skip
+            anchor_logits[:, 0], attribute_logits[:, :, 0], first_row, bound, is_fallback
+        )
         is_empty, is_unusable = is_fallback & (accept_prob == 0), (accepted < 0) | accept_prob.isnan()
         if self.options.empty == "base":
             token = torch.where(is_empty, self.decide.categorical(first_row, Purpose.EMPTY, 0, lambda: is_empty), token)
@@ -112,11 +104,8 @@ class SCR:
             is_frozen & (num_clipped > 0),
         ])  # fmt: skip
         if self.options.trace:
-            first = (
-                anchor_logits[:, :1],
-                attribute_logits[:, :, :1],
-                chunk[:, :1],
-            )  # the token may be the fallback's now
+            # the first token may be the fallback's now
+            first = anchor_logits[:, :1], attribute_logits[:, :, :1], chunk[:, :1]
             log_ratios = torch.cat([self._score(*first)[0], log_ratios[:, :, 1:]], 2)
         batch.commit(chunk, counts, log_ratios)
 
@@ -124,16 +113,17 @@ class SCR:
         return [*self.draft.passes(num_drafts), (self.scored, num_drafts)]
 
     def statistics(self) -> dict[str, Tensor]:
-        """The entries of `STATISTICS`, each (B,)."""
-        sums, rounds = dict(zip(_SUMS, self.sums, strict=True)), self.batch.rounds
+        rounds = self.batch.rounds
+        # over the rounds of a request, in the order in which `round` adds them
+        rejected, salvaged, fallbacks, drawn, rs1_tries, tested, clipped, warmup_tokens, frozen_exceeded = self.sums
         return {
-            "reject_rate": sums["rejected"] / rounds,
-            "salvage_rate": sums["salvaged"] / rounds,
-            "fallback_rate": sums["fallbacks"] / rounds,
-            "clip_rate": sums["clipped"] / sums["tested"],
-            "warmup_share": sums["warmup_tokens"] / self.batch.num_new_tokens(),
-            "frozen_exceeded_rounds": sums["frozen_exceeded"],
-            "expected_rs1_tries": sums["rs1_tries"] / sums["drawn"].clamp_min(1),
+            "reject_rate": rejected / rounds,
+            "salvage_rate": salvaged / rounds,
+            "fallback_rate": fallbacks / rounds,
+            "clip_rate": clipped / tested,
+            "warmup_share": warmup_tokens / self.batch.num_new_tokens(),
+            "frozen_exceeded_rounds": frozen_exceeded,
+            "expected_rs1_tries": rs1_tries / drawn.clamp_min(1),
             "log_bound": self.bound.log_bound,
         }
 
@@ -144,9 +134,7 @@ class SCR:
 
         Updates the bound where a prefix was accepted, by its score, or by the scores of all tests if observed."""
         if not self.options.observed:
-            return self.decide.verify_chunks(
-                anchor_logits, attribute_logits, chunk, num_usable, self.weights, self.bound, score=self.rule
-            )
+            return self.decide.verify_chunks(anchor_logits, attribute_logits, chunk, num_usable, self.bound)
         log_ratios, scores = self._score(anchor_logits, attribute_logits, chunk)
         accepted = self.decide.accept_prefixes(scores, self.bound.log_bound, num_usable)
         self.bound.update(_observed(scores, _is_tested(accepted, num_usable, chunk.shape[1])), accepted > 0)
@@ -156,20 +144,7 @@ class SCR:
         """Log-ratios (N, B, K) and prefix scores (B, K) of a chunk, from logits."""
         anchor = mpg_ext.gather_logprobs(anchor_logits, chunk)
         attributes = torch.stack([mpg_ext.gather_logprobs(logits, chunk) for logits in attribute_logits])
-        return mpg_ext.score_prefixes(attributes, anchor, self.weights, score=self.rule)
-
-
-_SUMS = (  # over the rounds of a request, in the order in which `round` adds them
-    "rejected",
-    "salvaged",
-    "fallbacks",
-    "drawn",
-    "rs1_tries",
-    "tested",
-    "clipped",
-    "warmup_tokens",
-    "frozen_exceeded",
-)
+        return mpg_ext.score_prefixes(attributes, anchor, self.bound.weights, score=self.bound.score)
 
 
 def _is_tested(accepted: Tensor, num_usable: Tensor, chunk_size: int) -> Tensor:
