@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -18,9 +19,11 @@ SHORT = ["--weights", "E=1", "--max-new-tokens", "2"]
 COMMANDS = [
     ["--version"], ["--help"], ["generate", "--help"], ["--show-completion", "bash"], ["info"], ["info", "--json"],
     ["info", "--methods"], ["generate", *SHORT, "--prompt", "a"], ["generate", *SHORT, "--prompt", "a", "--json"],
-    ["generate", *SHORT, "--prompt", "a", "--prompt", "b"], ["demo", "--questions", "1", "--held-out", "2"],
+    ["generate", *SHORT, "--prompt", "a", "--prompt", "b"],
+    ["demo", "--models", "demo", "--questions", "1", "--held-out", "2"],
     ["check", *SHORT, "--seeds", "1", "--prompts", "PROMPTS"],
     ["check", *SHORT, "--seeds", "1", "--prompts", "PROMPTS", "--json"], ["chat"],
+    ["train", "--base", "demo", "--data", "PAIRS", "--out", "ADAPTER", "--epochs", "1", "--held-out", "2"],
 ]  # fmt: skip
 IN_PROCESS = """
 import os, sys
@@ -104,9 +107,15 @@ def test_ctrl_c_leaves_the_answers_that_were_done(start):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("where", ["full", "closed pipe"])
 def test_output_that_cannot_be_written_is_one_line_on_every_command(where, start, tmp_path):
-    (tmp_path / "prompts").write_text("One?\nTwo?\n")
-    chosen = COMMANDS if where == "full" else COMMANDS[:8]
-    commands = [[word.replace("PROMPTS", str(tmp_path / "prompts")) for word in command] for command in chosen]
+    (tmp_path / "PROMPTS").write_text("One?\nTwo?\n")
+    pair = {"chosen": "Yes.", "rejected": "No."}
+    (tmp_path / "PAIRS").write_text("\n".join(json.dumps(pair | {"prompt": f"{n}?"}) for n in range(4)))
+    chosen = [command for command in COMMANDS if command[0] != "train" or find_spec("trl")]
+    chosen = chosen if where == "full" else chosen[:8]
+    commands = [
+        [str(tmp_path / word) if word in ("PROMPTS", "PAIRS", "ADAPTER") else word for word in command]
+        for command in chosen
+    ]
     reader, writer = os.pipe()
     os.close(reader)
     descriptor = os.open("/dev/full", os.O_WRONLY) if where == "full" else writer
@@ -145,5 +154,5 @@ def test_every_command_takes_what_loading_is_asked_for(option, command, run, mon
     monkeypatch.setattr(mpg, "load", load)
     needed = {"generate": ["--prompt", "a", "--weights", "E=1"], "check": ["--weights", "E=1"]}.get(command, [])
     assert run(command, "--models", MODELS, f"--{option.replace('_', '-')}", *needed).exit_code == 2
-    assert (seen.pop(option), seen.pop("place")) == (True, MODELS)
+    assert (seen.pop(option), seen.pop("place")) == (True, str(MODELS))
     assert not seen.keys() - {"device"}
