@@ -1,0 +1,55 @@
+"""Where things are: imports between the parts of the package go one way, and no file grows long."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mpg
+
+HOUSE = Path(mpg.__file__).parent
+FILES = {file.relative_to(HOUSE.parent).with_suffix(""): file for file in sorted(HOUSE.rglob("*.py"))}
+MODULES = {".".join(path.parts).removesuffix(".__init__"): file for path, file in FILES.items()}
+MAX_LINES = 400
+# From the top down: a module imports from its own floor and those below. The longest name that fits counts.
+FLOORS = [
+    ["mpg.__main__"],
+    ["mpg.app", "mpg.demo."],
+    ["mpg.paper", "mpg.train", "mpg.frontend.custom_generate"],  # the last is handed a loaded model
+    ["mpg.model"],
+    ["mpg.frontend"],
+    ["mpg.decode", "mpg.results"],
+    ["mpg.models"],
+    ["mpg.recipe"],
+    ["mpg.options", "mpg.files", "mpg.demo"],  # of the demo where its files are
+]
+
+
+def floor(module: str) -> int:
+    found = [(len(part), number) for number, parts in enumerate(FLOORS) for part in parts if is_of(module, part)]
+    return max(found)[1]
+
+
+def is_of(module: str, part: str) -> bool:
+    return module == part or module.startswith(f"{part.rstrip('.')}.")
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The package's modules that a file imports, in functions and for types too."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else node.module for name in named if node.module.startswith("mpg."))
+            yield from (name for name in named if node.module == "mpg" and name in MODULES)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "mpg"])
+def test_imports_go_one_way(module):
+    assert [name for name in imports(MODULES[module]) if floor(name) < floor(module)] == []
+
+
+def test_no_file_is_long():
+    assert {name: lines for name, file in MODULES.items() if (lines := file.read_text().count("\n")) > MAX_LINES} == {}
