@@ -39,7 +39,7 @@ def _real_scores(texts: Sequence[str]) -> Mapping[str, np.ndarray]:
 
 @cache
 def stage(models: str) -> Stage:
-    """Of "smollm2" or "demo"."""
+    """The stage of the set "smollm2" or "demo"."""
     if models == "demo":
         held_out = [question.text for question in random.Random(0).sample(HELD_OUT_QUESTIONS, 100)]
         verdict = "Scores are log odds of marker phrases: 0 is balance, a sentence some 1.7."

@@ -1,4 +1,4 @@
-"""From what a caller gives to token ids: text, conversations, ids, and the padded tensors that a tokenizer returns.
+"""Token ids of what a caller gives: text, conversations, ids, and the padded tensors that a tokenizer returns.
 
 Knows a tokenizer and nothing of models.
 """

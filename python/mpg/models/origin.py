@@ -64,7 +64,7 @@ class Origin:
             stack.fill(adapters)
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        """By the names that they have without PEFT's layers; quantised ones are the caller's own and do not change."""
+        """Weights by their names without PEFT's layers; quantised ones are the caller's own and do not change."""
         named = self._base.named_parameters(remove_duplicate=False)
         plain = {name.replace(".base_layer.", "."): weight for name, weight in named if type(weight) is nn.Parameter}
         return {name: weight for name, weight in plain.items() if ".lora_" not in name}

@@ -82,7 +82,7 @@ class LoadedModel:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Of the generation config, else of the config, else of the tokenizer."""
+        """Those of the generation config, else of the config, else of the tokenizer."""
         generation = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
         config = getattr(self.model.config.get_text_config(), "eos_token_id", None)
         for ids in (generation, config, self.tokenizer.eos_token_id if self.tokenizer is not None else None):
