@@ -87,6 +87,8 @@ def _read_entry(entry: Any, place: str) -> Line:
     given = [options.pop(name) for name in ("prompt", "messages") if name in options]
     if len(given) != 1 or not given[0]:
         raise ValueError(f"prompts: {place}: expected one of prompt and messages, got {', '.join(entry) or 'neither'}")
+    if not isinstance(given[0], (str, list)):
+        raise ValueError(f"prompts: {place}: expected text or a list, got {given[0]!r}")
     return Line(given[0], options.pop("weights", None), options, place)
 
 
