@@ -234,7 +234,7 @@ Those of scr, token-rs and seq-rs are from section 4.1.
 def hint(name: str, known: Collection[str]) -> str:
     """What to say of a name that is not among the known ones: the nearest of them, or all."""
     near = [other for other in known if other.startswith(f"{name}_")] or difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    return f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(dict.fromkeys(known))}"
 
 
 def has_option(sampler: str, name: str) -> bool:

@@ -164,6 +164,8 @@ def test_a_line_of_a_file_has_weights_a_seed_and_options_of_its_own(model, tmp_p
         ('{"prompt": "a"}\n3', "line 2: expected a JSON object or string, got 3"),
         ('{"text": "a"}', "line 1: expected one of prompt and messages, got text"),
         ('{"prompt": "a", "messages": []}', "line 1: expected one of prompt and messages, got prompt, messages"),
+        ('{"prompt": 3}', "line 1: expected text or a list, got 3"),
+        ('{"prompt": "a", "raw": true}', "line 1: raw: expected an option, got an argument of Model.generate"),
         ('{"prompt": "a"}\n{"prompt": "b", "temprature": 1}', "line 2: temprature: unknown option; did you mean"),
         ('{"prompt": "a", "window": 3}', "line 1: window: not an option of sampler 'exact', got 3"),
         ('{"prompt": "a", "seed": [1]}', "line 1: seed: expected one number, got [1]"),

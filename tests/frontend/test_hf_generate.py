@@ -128,6 +128,7 @@ class TestFields:
         [
             ({"repetition_penaltyy": 2}, "repetition_penaltyy: unknown option; did you mean 'repetition_penalty'"),
             ({"wieghts": 1}, "wieghts: unknown option; did you mean 'weights'"),
+            ({"zzz": 1}, "zzz: unknown option; expected one of (?!.*, temperature,.*, temperature,)"),
             ({"stop": ["."]}, "stop: unknown option; did you mean 'stop_strings'"),
             ({"generation_config": {"top_k": 3}}, "generation_config: expected a GenerationConfig, got dict"),
             ({"do_sample": 1}, "do_sample: expected True or False, got 1"),

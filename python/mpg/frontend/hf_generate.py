@@ -182,6 +182,8 @@ class Conventions:
         for name, value in given.items():
             if name in HONOURED or name in IDLE or name in OPTIONS:
                 continue
+            if name in _ARGUMENTS:
+                raise ValueError(f"{name}: expected an option, got an argument of Model.generate")
             if name not in _THEIRS:
                 raise ValueError(f"{name}: unknown option; {hint(name, (*OPTIONS, *HONOURED, *_ARGUMENTS))}")
             is_plain, default = isinstance(value, (int, float, str)), _THEIR_DEFAULTS.get(name)
