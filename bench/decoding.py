@@ -20,7 +20,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import peers
+import smollm2
 from mpg.demo import MODELS as DEMO_MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.files import check_writable, whole_file
@@ -38,27 +39,11 @@ from mpg.paper.methods import METHODS, answer
 from mpg.paper.report import check_plot
 from mpg.results import Token
 from peers import Shape
+from turns import Row, Say, shares, take_turns
 
 KL = 0.1  # nats a token between each attribute and the base of the random models
 PROMPT_TOKENS = 32
 ALL_LINEARS, QUERY_VALUE = "all-linear", ("q_proj", "v_proj")
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured number. `value` is None where it was not measured; `is_limit` says that the goal is a maximum."""
-
-    name: str
-    value: float | None
-    goal: float | None = None
-    is_limit: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        passed = None
-        if self.value is not None and self.goal is not None:
-            passed = self.value <= self.goal if self.is_limit else self.value >= self.goal
-        return {"name": self.name, "value": self.value, "goal": self.goal, "pass": passed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +89,7 @@ class Report:
 class Part(StrEnum):
     """What can be run by itself."""
 
-    BASE, PEERS, GPU, METHODS, GROWTH = "base", "peers", "gpu", "methods", "growth"
+    BASE, SMOLLM2, PEERS, GPU, METHODS, GROWTH = "base", "smollm2", "peers", "gpu", "methods", "growth"
 
 
 def run(
@@ -130,6 +115,9 @@ def run(
         report = Report(describe_hardware(device, threads), asdict(plan))
         if Part.BASE in parts:
             report.rows += measure_base(peers.SMOLLM2_135M, plan, device, say)
+        if Part.SMOLLM2 in parts and device == "cpu":
+            for dtype in (torch.float32, torch.bfloat16):
+                report.rows += smollm2.measure(dtype, plan.peer_tokens, plan.runs, say)
         if Part.GPU in parts:
             gpu = device if device != "cpu" else None
             report.rows += measure_gpu_goals(peers.LLAMA_8B, peers.LLAMA_1B, plan, gpu, say)
@@ -343,40 +331,6 @@ def judge_peers(comparisons: Sequence[dict[str, Any]], *, on_cpu: bool) -> list[
             rows.append(Row(f"direct_vs_{peer}_b{batch}", ratios[peer], goal))
         rows.append(Row("loop_overhead" + f"_b{batch}" * (batch > 1), found["loop_overhead"], 0.10, is_limit=True))
     return rows
-
-
-class Seconds(NamedTuple):
-    """What a call took, by the clock on the wall, and of the processor, which other programs do not add to."""
-
-    wall: float
-    processor: float
-
-
-def take_turns(calls: dict[str, Callable[[], Any]], runs: int, device: str) -> dict[str, list[Seconds]]:
-    """Seconds of every call in each run, after one that does not count."""
-    seconds: dict[str, list[Seconds]] = {name: [] for name in calls}
-    for index in range(-1, runs):
-        for name, call in calls.items():
-            elapsed = time_once(call, device)
-            if index >= 0:
-                seconds[name].append(elapsed)
-    return seconds
-
-
-def time_once(call: Callable[[], Any], device: str) -> Seconds:
-    """Seconds of one call, all of its work on the device included."""
-    synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    synchronise()
-    started = time.perf_counter(), time.process_time()
-    call()
-    synchronise()
-    return Seconds(time.perf_counter() - started[0], time.process_time() - started[1])
-
-
-def shares(others: Sequence[Seconds], own: Sequence[Seconds]) -> Seconds:
-    """How many times as fast the second of two calls is that took turns, the median of the runs, by either clock."""
-    pairs = list(zip(others, own, strict=True))
-    return Seconds(median(o.wall / s.wall for o, s in pairs), median(o.processor / s.processor for o, s in pairs))
 
 
 def random_prompts(batch: int, length: int, vocab_size: int) -> Tensor:
