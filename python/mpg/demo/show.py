@@ -41,7 +41,8 @@ class Column:
 class Stage:
     """What a demo needs beside models.
 
-    questions, held_out  those that are answered one by one, and those that the table is over
+    questions, held_out  those that are answered one by one, and those that the table may be over
+    num_held_out         of these, unless the caller says otherwise
     judge                from texts to a score of each trait for each text, higher for more of it
     verdict              what the scores are, for the table's caption
     """
@@ -49,6 +50,7 @@ class Stage:
     columns: Sequence[Column]
     questions: Sequence[str]
     held_out: Sequence[str]
+    num_held_out: int
     judge: Judge
     verdict: str
     max_new_tokens: int

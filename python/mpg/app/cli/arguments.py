@@ -78,7 +78,7 @@ def load(models: str, **how: Any) -> mpg.Model:
         if how.get(name) is not None and not Path(how[name]).is_dir():
             raise ValueError(f"{name}: expected a model's folder, got {how[name]!r}")
     # transformers' bar over the shipped models is gone before it can be read
-    with redirect_stderr(io.StringIO()) if models == "demo" else nullcontext():
+    with redirect_stderr(io.StringIO()) if models in SETS else nullcontext():
         model = mpg.load(_place(models), **{name: value for name, value in how.items() if value not in (None, False)})
     if all(role["parameters"] < FEW_PARAMETERS for role in model.models.describe().values()):
         import torch

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mpg.app.cli.arguments import Device, clear_errors, err, load
+from mpg.app.cli.arguments import Device, Dtype, clear_errors, err, load
 
 
 @clear_errors()
@@ -17,21 +17,24 @@ def demo(
         str, typer.Option(help="'smollm2', or 'demo' for the tiny set, which needs nothing.")
     ] = "smollm2",
     questions: Annotated[int, typer.Option(min=1, help="How many questions, at most as many as there are.")] = 3,
-    held_out: Annotated[int, typer.Option(min=2, help="How many more to measure the traits over.")] = 24,
+    held_out: Annotated[
+        int | None, typer.Option(min=2, help="How many more to measure the traits over. Default: 12, or 100 of 'demo'.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Answer a few questions as the base, as one trait, as another, and as both."""
     from mpg.demo.show import show
     from mpg.demo.stages import stage
 
     try:
-        model, scene = load(models, device=device), stage(models)
+        model, scene = load(models, device=device, dtype=dtype), stage(models)
     except (ValueError, ImportError) as error:
         if models != "smollm2":
             raise
-        err.print(f"mpg: {error}\nThe tiny set answers instead.", style="yellow", markup=False, soft_wrap=True)
-        model, scene = load("demo", device=device), stage("demo")
+        err.print(f"mpg: {error}; the tiny set answers instead", style="yellow", markup=False, soft_wrap=True)
+        model, scene = load("demo", device=device, dtype=dtype), stage("demo")
     # without a terminal five columns need more than the usual 80 characters
     console = Console(width=None if sys.stdout.isatty() else 160)
-    show(console, model, scene, questions, held_out, seed)
+    show(console, model, scene, questions, held_out or scene.num_held_out, seed)
