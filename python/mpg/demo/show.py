@@ -23,7 +23,7 @@ from mpg.paper.scoring import token_logprobs
 from mpg.paper.statistics import Bootstrap, Estimate
 from mpg.results import Result, Token
 
-BATCH = 8  # held-out questions that are answered at once: what the sizes of processors' caches like
+BATCH = 16  # held-out questions that are answered at once
 
 Judge = Callable[[Sequence[str]], Mapping[str, np.ndarray]]
 

@@ -42,7 +42,7 @@ def _columns(weight: float) -> tuple[Column, ...]:
         Column("base", None, {"sampler": "direct", "target": "base"}),
         *(Column(f"{name}={weight:g}", {name: weight}, {"sampler": "direct"}) for name in both),
         Column("both, scr as published", both, {"sampler": "scr", "target": "arithmetic"}),
-        Column("both, exact", both, {"sampler": "exact", "target": "geometric"}),
+        Column("both, exact", both, {"sampler": "exact", "draft": "merged", "target": "geometric"}),
     )
 
 
