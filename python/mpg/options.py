@@ -52,7 +52,7 @@ def _option(meaning: str, check: Check, *, off: Any = None, **defaults: Any) -> 
     return field(default=None, metadata={"meaning": meaning, "check": check, "defaults": own, "off": off})
 
 
-def _one_of(*allowed: str) -> Check:
+def one_of(*allowed: str) -> Check:
     def check(name: str, value: Any) -> None:
         if value not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
@@ -60,7 +60,7 @@ def _one_of(*allowed: str) -> Check:
     return check
 
 
-def _integer(low: int, high: int | None = None, *, otherwise: str = "") -> Check:
+def an_integer(low: int, high: int | None = None, *, otherwise: str = "") -> Check:
     def check(name: str, value: Any) -> None:
         wanted = f"{low}..{high}" if high is not None else f">= {low}"
         is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -70,7 +70,7 @@ def _integer(low: int, high: int | None = None, *, otherwise: str = "") -> Check
     return check
 
 
-def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Check:
+def a_number(low: float, high: float = math.inf, *, open_low: bool = False) -> Check:
     def check(name: str, value: Any) -> None:
         wanted = f"in {'(' if open_low else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -88,12 +88,12 @@ def check_truth(name: str, value: Any) -> None:
 
 def _span(name: str, value: Any) -> None:
     if value not in ("token", "sequence"):
-        _integer(1, MAX_COUNT, otherwise="'token', 'sequence' or ")(name, value)
+        an_integer(1, MAX_COUNT, otherwise="'token', 'sequence' or ")(name, value)
 
 
 def _seeds(name: str, value: Any) -> None:
     for seed in value if isinstance(value, (list, tuple)) else [value]:
-        _integer(0, 2**63 - 1)(name, seed)
+        an_integer(0, 2**63 - 1)(name, seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,23 +102,25 @@ class Options:
         "'exact' (speculative, lossless), 'direct' (one draw a token), or 'auto': one of the two, with the draft and "
         "chunk_size that a short trial found to be the fastest (so its choice, and the text of a seed, may differ from "
         "call to call, their law does not); or, approximate, 'scr' (Algorithm 1) and the rejection baselines "
-        "'token-rs' and 'seq-rs' (section 4.5)", _one_of(*SAMPLERS), all="exact",
+        "'token-rs' and 'seq-rs' (section 4.5)", one_of(*SAMPLERS), all="exact",
     )  # fmt: skip
     target: Own[str] = _option(
         "'arithmetic' (Eq. 10-13), 'anchored' (arithmetic around the base), 'geometric' (Eq. 7 for the reverse KL), or "
         "'base' (no attribute). Of scr, token-rs and seq-rs the score (arithmetic as published, or geometric as Eq. 7 "
         "has it), whose weights they divide by their sum where that is positive",
-        _one_of(*TARGETS), rows="geometric", scores="arithmetic",
+        one_of(*TARGETS), rows="geometric", scores="arithmetic",
     )  # fmt: skip
     max_new_tokens: int | None = _option(
-        f"tokens to add at most; None: {DEFAULT_NEW_TOKENS} or what the model's positions leave", _integer(1), all=None
+        f"tokens to add at most; None: {DEFAULT_NEW_TOKENS} or what the model's positions leave",
+        an_integer(1),
+        all=None,
     )
     temperature: Own[float] = _option(
-        "of the target's row (0 is its argmax) or, under scr, token-rs and seq-rs, of the draft (> 0)", _number(0),
+        "of the target's row (0 is its argmax) or, under scr, token-rs and seq-rs, of the draft (> 0)", a_number(0),
         rows=1.0, scores=0.7,
     )  # fmt: skip
     top_p: Own[float] = _option(
-        "nucleus mass in (0, 1], of the same row", _number(0, 1, open_low=True), rows=1.0, scores=0.9
+        "nucleus mass in (0, 1], of the same row", a_number(0, 1, open_low=True), rows=1.0, scores=0.9
     )
     seed: int | Sequence[int] | None = _option(
         "of the first prompt, prompt i of a list takes seed + i; or a list of one per prompt; None: drawn anew, and "
@@ -126,41 +128,43 @@ class Options:
     )  # fmt: skip
     trace: Own[bool] = _option("also return every token's log-ratio under every attribute", check_truth, all=False)
     batch_size: Own[int] = _option(
-        "requests decoded at once, at most; the others wait until one has ended", _integer(1), all=32
+        "requests decoded at once, at most; the others wait until one has ended", an_integer(1), all=32
     )
     top_k: Own[int] = _option(
         "tokens that a row keeps at most, 0 for all; of equal ones those of lower id, not all as transformers",
-        _integer(0, MAX_COUNT), rows=0, off=0,
+        an_integer(0, MAX_COUNT), rows=0, off=0,
     )  # fmt: skip
     min_p: Own[float] = _option(
-        "share of the row's largest probability that a token needs, in [0, 1]", _number(0, 1), rows=0.0, off=0
+        "share of the row's largest probability that a token needs, in [0, 1]", a_number(0, 1), rows=0.0, off=0
     )
     mixture_span: Own[int | str] = _option(
         "arithmetic: how far one draw of the mixture reaches: 'token', a number of tokens, or 'sequence'", _span,
         rows="token",
     )  # fmt: skip
-    chunk_size: Own[int] = _option(f"k, tokens drafted a round, 1..{MAX_CHUNK}", _integer(1, MAX_CHUNK), exact=4, scr=4)
+    chunk_size: Own[int] = _option(
+        f"k, tokens drafted a round, 1..{MAX_CHUNK}", an_integer(1, MAX_CHUNK), exact=4, scr=4
+    )
     draft: Own[str] = _option(
         "'model' (the draft given to `mpg.load`, else the base), 'reference' (the base), 'lookup' (what followed the "
-        "last words before) or 'merged' (the adapters' weighted average)", _one_of(*DRAFTS), exact="model",
+        "last words before) or 'merged' (the adapters' weighted average)", one_of(*DRAFTS), exact="model",
     )  # fmt: skip
-    verify: Own[str] = _option("'block', or 'token' by token", _one_of("block", "token"), exact="block")
+    verify: Own[str] = _option("'block', or 'token' by token", one_of("block", "token"), exact="block")
     adaptive: Own[bool] = _option(
         "let every request's k grow by 2 after a round that accepted all, up to 16 or the k that it began with, and "
         "else shrink by 1", check_truth, exact=False,
     )  # fmt: skip
-    window: Own[int] = _option("W, scores the bound looks back on", _integer(1, MAX_WINDOW), scores=20)
-    gamma: Own[float] = _option("safety margin of the bound, >= 1", _number(1), scores=1.2)
-    tau: Own[float] = _option("variance of the window below which the bound freezes", _number(0), scores=0.01)
+    window: Own[int] = _option("W, scores the bound looks back on", an_integer(1, MAX_WINDOW), scores=20)
+    gamma: Own[float] = _option("safety margin of the bound, >= 1", a_number(1), scores=1.2)
+    tau: Own[float] = _option("variance of the window below which the bound freezes", a_number(0), scores=0.01)
     initial_bound: Own[float] = _option(
-        "M_0, the bound of the warm-up, which the paper leaves open", _number(MIN_BOUND, MAX_BOUND), scores=2.0
+        "M_0, the bound of the warm-up, which the paper leaves open", a_number(MIN_BOUND, MAX_BOUND), scores=2.0
     )
     tries: Own[int] = _option(
-        "candidates that one token or text may take; the last is taken whatever its score", _integer(1, MAX_COUNT),
+        "candidates that one token or text may take; the last is taken whatever its score", an_integer(1, MAX_COUNT),
         token_rs=64, seq_rs=64,
     )  # fmt: skip
     empty: Own[str] = _option(
-        "when no token at all can be accepted: 'raise', or draw from the 'base'", _one_of("raise", "base"), scr="raise"
+        "when no token at all can be accepted: 'raise', or draw from the 'base'", one_of("raise", "base"), scr="raise"
     )
     observed: Own[bool] = _option(
         "push every tested score into the window, not only the accepted one", check_truth, scr=False
@@ -200,7 +204,7 @@ class Options:
             elif value != option.metadata["off"]:
                 raise ValueError(f"{name}: not an option of sampler {sampler!r}, got {value!r}")
         if sampler in SCORE_SAMPLERS:
-            _one_of("arithmetic", "geometric")("target", self.target)
+            one_of("arithmetic", "geometric")("target", self.target)
             if self.temperature == 0:
                 wanted = f"{sampler} needs a draft that can vary, expected > 0"
                 raise ValueError(f"temperature: {wanted}, got 0; use sampler 'direct'")

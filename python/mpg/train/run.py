@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer
 
 import mpg
 from mpg.models import gguf, sources
-from mpg.options import _one_of
+from mpg.options import one_of
 from mpg.train.pairs import Pair, data_hash, split
 from mpg.train.settings import PRESETS, Settings
 
@@ -78,7 +78,7 @@ def train(
     trained, held_out = split(pairs, settings.held_out)
     device = _check_device(device)
     if dtype is not None:
-        _one_of("float32", "bfloat16", "float16")("dtype", dtype)
+        one_of("float32", "bfloat16", "float16")("dtype", dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     own_name = (

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpg.options import Check, _integer, _number, _one_of, check_truth, hint
+from mpg.options import Check, a_number, an_integer, check_truth, hint, one_of
 
 
 def _setting(default: Any, meaning: str, check: Check) -> Any:
@@ -27,29 +27,31 @@ def _modules(name: str, value: Any) -> None:
 class Settings:
     """Settings of one training; `describe` says what each means. Raises ValueError for one that is out of range."""
 
-    rank: int = _setting(8, "rank of the adapter", _integer(1))
-    alpha: int = _setting(16, "the adapter is scaled by alpha / rank", _integer(1))
-    dropout: float = _setting(0.05, "dropout of the adapter's input", _number(0, 0.99))
+    rank: int = _setting(8, "rank of the adapter", an_integer(1))
+    alpha: int = _setting(16, "the adapter is scaled by alpha / rank", an_integer(1))
+    dropout: float = _setting(0.05, "dropout of the adapter's input", a_number(0, 0.99))
     modules: str = _setting("all-linear", "'all-linear', or the names of layers, with commas", _modules)
-    learning_rate: float = _setting(5e-5, "of AdamW, at its highest", _number(0, open_low=True))
-    weight_decay: float = _setting(0.01, "of AdamW", _number(0))
+    learning_rate: float = _setting(5e-5, "of AdamW, at its highest", a_number(0, open_low=True))
+    weight_decay: float = _setting(0.01, "of AdamW", a_number(0))
     schedule: str = _setting(
-        "cosine", "of the learning rate after its warm-up", _one_of("cosine", "linear", "constant_with_warmup")
+        "cosine", "of the learning rate after its warm-up", one_of("cosine", "linear", "constant_with_warmup")
     )
-    warmup_steps: int = _setting(100, "steps until the learning rate is at its highest", _integer(0))
-    batch_size: int = _setting(16, "pairs of one forward", _integer(1))
-    accumulation: int = _setting(8, "forwards of one step", _integer(1))
-    epochs: int = _setting(3, "passes over the pairs; that of the lowest held-out loss is kept", _integer(1))
-    beta: float = _setting(0.1, "DPO's, how much a distance from the base costs", _number(0, open_low=True))
+    warmup_steps: int = _setting(100, "steps until the learning rate is at its highest", an_integer(0))
+    batch_size: int = _setting(16, "pairs of one forward", an_integer(1))
+    accumulation: int = _setting(8, "forwards of one step", an_integer(1))
+    epochs: int = _setting(3, "passes over the pairs; that of the lowest held-out loss is kept", an_integer(1))
+    beta: float = _setting(0.1, "DPO's, how much a distance from the base costs", a_number(0, open_low=True))
     likelihood: float = _setting(
-        0.0, "weight of the chosen answer's own likelihood beside DPO's loss, which keeps sentences whole", _number(0)
+        0.0, "weight of the chosen answer's own likelihood beside DPO's loss, which keeps sentences whole", a_number(0)
     )
-    max_answer: int | None = _setting(None, "tokens that an answer is cut after", _integer(1))
-    held_out: int = _setting(40, "questions of no training, on which every pass is measured", _integer(1))
-    checkpoint_steps: int = _setting(20, "steps between two checkpoints, of which each epoch ends in one", _integer(1))
+    max_answer: int | None = _setting(None, "tokens that an answer is cut after", an_integer(1))
+    held_out: int = _setting(40, "questions of no training, on which every pass is measured", an_integer(1))
+    checkpoint_steps: int = _setting(
+        20, "steps between two checkpoints, of which each epoch ends in one", an_integer(1)
+    )
     gradient_checkpointing: bool = _setting(False, "compute activations twice, for less memory", check_truth)
-    adapter_dtype: str = _setting("bfloat16", "of the finished adapter", _one_of("bfloat16", "float16", "float32"))
-    seed: int = _setting(0, "of weights, order and dropout", _integer(0, 2**32 - 1))
+    adapter_dtype: str = _setting("bfloat16", "of the finished adapter", one_of("bfloat16", "float16", "float32"))
+    seed: int = _setting(0, "of weights, order and dropout", an_integer(0, 2**32 - 1))
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
@@ -60,7 +62,7 @@ class Settings:
     @classmethod
     def of(cls, preset: str, given: Mapping[str, Any]) -> Settings:
         """Settings from a preset and what is given beside it, None being none. Raises ValueError for an unknown one."""
-        _one_of(*PRESETS)("preset", preset)
+        one_of(*PRESETS)("preset", preset)
         for name in given:
             if name not in SETTINGS:
                 raise ValueError(f"{name}: unknown setting; {hint(name, SETTINGS)}")
