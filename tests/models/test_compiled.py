@@ -34,6 +34,12 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
+def quick_but_in_the_long_form(request):
+    if "MPG_LONG" not in os.environ:
+        request.getfixturevalue("quick")
+
+
+@pytest.fixture
 def load_both(tiny_model):
     """The same models twice: as they are, and compiled."""
 
@@ -92,7 +98,7 @@ def test_one_code_for_all_layers_and_rounds_gives_the_same_logits(quick, load_bo
     assert not counters["graph_break"]
 
 
-def test_a_merged_model_with_weights_of_every_row_is_compiled(load_both):
+def test_a_merged_model_with_weights_of_every_row_is_compiled(quick_but_in_the_long_form, load_both):
     shares = torch.tensor([[1.0, 0.0], [0.3, -0.5], [2.0, 1.0]])
     sessions = [ensemble.merge(["E", "T"], shares).open(PROMPTS, ["merged"], 20) for ensemble in load_both()]
     eager, compiled = _forward(sessions, ["merged"], [6, 0, 2], 1, 10)
