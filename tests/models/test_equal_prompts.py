@@ -38,9 +38,9 @@ def _alone(models, roles, rows):
     return torch.cat([_last(models.open([row], roles, 16), roles, [row]) for row in rows], 1)
 
 
-def _last(session, roles, rows):
+def _last(session, roles, rows, kv_length=16):
     tokens, start = torch.tensor([[row[-1]] for row in rows]), torch.tensor([len(row) - 1 for row in rows])
-    return session.forward(roles, tokens, start, kv_length=16)
+    return session.forward(roles, tokens, start, kv_length=kv_length)
 
 
 @pytest.mark.parametrize("prefill_tokens", [512, 2], ids=["in one part", "in parts of two tokens"])
@@ -116,8 +116,11 @@ def test_prompts_of_one_length_that_fill_all_rows_are_read_with_their_last_token
     session = models.open(prompts, ROLES, 16)
     num_read = len(fed)
     assert sum(width for groups, _, width in fed if groups == 3) == len(LONG)
-    first = torch.cat([_last(session, roles, prompts) for roles in (["T"], ["base", "E"], ["full"])])
+    by_roles = [_last(session, roles, prompts, len(LONG)) for roles in (["T"], ["base", "E"], ["full"])]
+    first = torch.cat(by_roles)
     assert len(fed) == num_read
+    torch.testing.assert_close(_last(session, ["T"], prompts, len(LONG)), by_roles[0], atol=1e-5, rtol=1e-5)
+    assert len(fed) == num_read + 1  # once each
     alone = [models.open([prompt], ROLES, 16) for prompt in prompts]
     fed_whole = torch.tensor([[7, 8]])  # more than a last token: read anew
     for row, (session_alone, prompt) in enumerate(zip(alone, prompts, strict=True)):
@@ -130,3 +133,13 @@ def test_prompts_of_one_length_that_fill_all_rows_are_read_with_their_last_token
     session.replace([0], [SHORT])
     assert _last(session, ["E"], [SHORT, prompts[1]]).shape[:2] == (1, 2)
     assert fed[-1] == (1, 2, 1)
+
+
+def test_what_was_read_with_prompts_is_never_taken_for_a_later_token(models):
+    """A role that sat out the first round is fed where it begins, behind the prompt, which it has read to the end."""
+    session, whole = models.open([LONG], ROLES, 16), models.open([LONG], ROLES, 16)
+    start = torch.tensor([len(LONG) - 1])
+    _last(session, ["T"], [LONG], len(LONG))
+    later = session.forward(["E"], torch.tensor([[7]]), start + 1, kv_length=len(LONG) + 1)
+    expected = whole.forward(["E"], torch.tensor([[LONG[-1], 7]]), start, kv_length=len(LONG) + 1)
+    torch.testing.assert_close(later[:, :, 0], expected[:, :, 1], atol=1e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mpg
@@ -78,9 +79,12 @@ def test_conversion_that_lost_its_end_is_made_again(written: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["save", "rename"])
-def test_conversion_that_fails_leaves_nothing(written: Path, cache: Path, monkeypatch, failing: str) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_conversion_that_fails_leaves_nothing(
+    written: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: Exception
+) -> None:
     def fail(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(*((LlamaForCausalLM, "save_pretrained") if failing == "save" else (Path, "rename")), fail)
     with pytest.raises(ValueError, match=r"base: expected a cache directory that can be written.*No space left"):

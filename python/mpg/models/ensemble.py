@@ -290,7 +290,10 @@ class Session:
         self._spoiled -= wanted.keys()
 
     def _read(self, runner: ModelRunner, rows: list[int], is_whole: bool) -> Any:
-        """Feed the prompts of some rows to a model, but for their last tokens unless `is_whole`; the last logits."""
+        """Feed the prompts of some rows to a model, but for their last tokens unless `is_whole`.
+
+        out: the logits (G, len(rows), 1, V) behind what was fed last, None where that is nothing
+        """
         prompts, logits = [self._prompts[row] for row in rows], None
         width = max((len(prompt) for prompt in prompts), default=1) - (not is_whole)
         # right-padded: what a short row writes behind its end is written again before it is seen
@@ -317,7 +320,7 @@ class Session:
         out: (len(roles), B, q, V) in the models' dtype, in the order of `roles`; roles of one slot are run once
         """
         wanted = [self._slots[role] for role in roles]
-        if tokens.shape[1] > 1:  # the last tokens of prompts, and more
+        if self._first and kv_length > len(self._prompts[0]):  # a row goes beyond its prompt
             self._first = {}
         order = [slot for slot in self._first if slot in wanted]
         outputs = [self._first.pop(slot)[None] for slot in order]

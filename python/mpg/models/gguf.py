@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mpg.models.sources import CONFIG, has_file, nothing_in
@@ -80,9 +81,9 @@ def _converted(argument: str, file: Path, name: str) -> Path:
         with FileLock(folder.with_suffix(".lock")):  # another process may be at it
             if not _is_whole(folder):
                 _convert(argument, file, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second is how the weights' writer reports a full disk
         wanted = "a cache directory that can be written (MPG_CACHE names another)"
-        reason = error.strerror or error
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{argument}: expected {wanted}, got {str(folder.parent)!r}: {reason}") from error
     return folder
 
