@@ -272,7 +272,8 @@ def load(
     begins, and followed; a merged adapter or other layers are refused. A change of a few values through `.data` may be
     overlooked: `refresh()` reads all again. torch.autocast does not reach the models: each runs in its own type.
 
-    base:       a folder or hub name, a loaded model, or a PeftModel (its adapters are then off for the base itself)
+    base:       a folder or hub name, a GGUF file (converted once into the user's cache; other models may be one too),
+                "smollm2", a loaded model, or a PeftModel (its adapters are then off for the base itself)
     attributes: {name: adapter folder, name of an adapter in the PeftModel, model folder, or loaded model}; a PeftModel
                 around the base stands for its one active adapter; the default is every adapter of the PeftModel, or
                 the folders in base/adapters by name
@@ -318,10 +319,10 @@ def load(
     ragged cache, for members whose dtypes or vocabularies differ, for graphs=True where no model can have them, and for
     compile=True where a model's layers are not found.
 
-    Instead of the base and its attributes, a recipe: a .yaml file, or a folder that holds mpg.yaml. Its keys: base and
-    attributes (required), anchor, draft, tokenizer (paths are relative to the file), device_map, allow_other_base,
-    merge_adapters, weights, presets (weights by name) and options (of `mpg.Options`). What is given beside it goes
-    before it, a device before its map.
+    Instead of the base and its attributes, a recipe: a .yaml file, a folder that holds mpg.yaml, or a set that ships
+    ("demo", "smollm2"). Its keys: base and attributes (required), anchor, draft, tokenizer (paths are relative to the
+    file), device_map, allow_other_base, merge_adapters, weights, presets (weights by name) and options (of
+    `mpg.Options`). What is given beside it goes before it, a device before its map.
     """
     if device is not None and device_map is None:
         device_map = {}  # this device for every model, whatever a recipe says
