@@ -164,7 +164,7 @@ def test_an_adapted_layer_that_sees_only_some_tokens_is_refused(peft_model):
     ensemble = load(peft_model())
     session = ensemble.open(PROMPTS, ["plain"], 16)
     session.forward(["plain"], torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), kv_length=16)
-    with pytest.raises(ValueError, match=r"q_proj: expected tokens \(3, 2\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"v_proj: expected tokens \(3, 2\), got \(5,\)"):
         ensemble._models[0].model.model.layers[0].self_attn.q_proj(torch.zeros(5, 32))
 
 

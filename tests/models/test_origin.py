@@ -18,7 +18,7 @@ TOKENS = [3, 4, 5, 6]
 @pytest.fixture
 def adapted(tiny_model):
     settings = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
-    return get_peft_model(tiny_model(tie_word_embeddings=True), settings, adapter_name="E").eval()
+    return get_peft_model(tiny_model(tie_word_embeddings=True, attention_bias=True), settings, adapter_name="E").eval()
 
 
 def run(ensemble):

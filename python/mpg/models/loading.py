@@ -25,6 +25,7 @@ from mpg.models.attention import use_ragged_attention, verify_ragged_attention
 from mpg.models.compiled import compile_layers
 from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Slot
 from mpg.models.graphs import CAPTURES
+from mpg.models.joined import join_linears
 from mpg.models.linear import pack_linears
 from mpg.models.lora import Adapter, LoraStack, UnstackableError, adapter_in_memory, read_adapter, share
 from mpg.models.merging import merge_adapter
@@ -166,6 +167,9 @@ class _Loader:
             got = f"{next(iter(self.places))}, an adapter or a model that has another name"
             raise ValueError(f"device_map: expected names that bring a model of their own, got {got}")
         for loaded in self.models:
+            # a model of the caller's keeps its weights: beside it a GPU may have no room for copies
+            if id(loaded) not in self.given or loaded.model.device.type == "cpu":
+                join_linears(loaded.model)
             if loaded.adapters:
                 loaded.stack = LoraStack(loaded.model, loaded.adapters)
             pack_linears(loaded.model)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mpg.models.joined import JoinedLinear, JoinedPart
 from mpg.models.sources import is_equal, refuse_unreadable
 
 PREFIX = "base_model.model."  # of every key that PEFT saves
@@ -48,8 +49,6 @@ UNSUPPORTED_SETTINGS = (
 )
 # Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ, ...) also changes the base weights.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Layers of one module that read one input, by the names that transformers gives them.
-READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class UnstackableError(ValueError):
@@ -248,44 +247,38 @@ class LoraStack:
     """The factors of all adapters of one model, layer by layer, in the model's dtype.
 
     Group 0 is the pure base (zeros), group g the g-th adapter; smaller ranks and skipped layers are padded with zeros.
-    Layers that read one input share the factor that it is multiplied by, and the first of them multiplies for all.
+    Layers that are joined are one, with their factors on the diagonal of its own.
 
     `set_active` tells the layers what the next forward holds; the rows of a group are neighbours (model-major).
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
         """Replace every adapted linear layer of `model`."""
-        self.factors: list[tuple[Tensor, Tensor]] = []  # per layer down (G, R, in) of all that share it, up (G, r, out)
+        self.factors: list[tuple[Tensor, Tensor]] = []  # per layer down (G, r, in) and up (G, r, out)
         self.layers: list[LoraLinear] = []
         self.active: list[tuple[Tensor, Tensor]] | None = []  # of every layer, which holds its own; [] at first
         self._parents: list[tuple[nn.Module, str]] = []  # of every layer, and what it is called there
         self.merge_weights: Tensor | None = None
         self.dtype = model.dtype
         self.rows_of_group = self.num_tokens = 0
-        self.latest: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None  # see shrink
-        adapted = {module: down.shape[0] for adapter in adapters for module, (down, _) in adapter.factors.items()}
-        for modules in _group_readers({m: adapted[m] for m, _ in model.named_modules() if m in adapted}):
-            ranks = [
-                max(adapter.factors[module][0].shape[1] for adapter in adapters if module in adapter.factors)
-                for module in modules
-            ]
-            for place, module in enumerate(modules):
-                layer = LoraLinear(model.get_submodule(module), self, module, place, ranks)
-                model.set_submodule(module, layer)
-                self.layers.append(layer)
+        sizes = {module: up.shape[1] for adapter in adapters for module, (_, up) in adapter.factors.items()}
+        for module, part in list(model.named_modules()):
+            if isinstance(part, JoinedLinear) and not sizes.keys().isdisjoint(part.names):
+                self._replace(part, "linear", dict(zip(part.names, part.sizes, strict=True)))
+            elif module in sizes and not isinstance(part, JoinedPart):
                 parent, _, attribute = module.rpartition(".")
-                self._parents.append((model.get_submodule(parent), attribute))
+                self._replace(model.get_submodule(parent), attribute, {module: sizes[module]})
         self.fill(adapters)
+
+    def _replace(self, parent: nn.Module, attribute: str, sizes: Mapping[str, int]) -> None:
+        layer = LoraLinear(parent.get_submodule(attribute), self, sizes)
+        setattr(parent, attribute, layer)
+        self.layers.append(layer)
+        self._parents.append((parent, attribute))
 
     def fill(self, adapters: Sequence[Adapter]) -> None:
         """Take the factors of adapters, as many as at first and of the same layers and ranks."""
-        factors: list[tuple[Tensor, Tensor]] = []
-        for first in [place for place, layer in enumerate(self.layers) if layer.place == 0]:
-            readers = self.layers[first : first + len(self.layers[first].ranks)]
-            pairs = [_stack([a.factors.get(layer.name) for a in adapters], layer.base, self.dtype) for layer in readers]
-            down = torch.cat([down for down, _ in pairs], 1)
-            factors += [(down, up) for _, up in pairs]
-        self.factors = factors
+        self.factors = [_stack(adapters, layer, self.dtype) for layer in self.layers]
 
     def select(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The factors of some groups (ascending): views where the groups are neighbours, else copies."""
@@ -294,15 +287,9 @@ class LoraStack:
         return [(down[list(groups)], up[list(groups)]) for down, up in self.factors]
 
     def merge(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """The factors of some groups side by side, (1, N R, in) and (1, N r, out): of one group that is their sum."""
+        """The factors of some groups side by side, (1, N r, in) and (1, N r, out): of one group that is their sum."""
         index = list(groups)
-        return [
-            (
-                torch.cat([part.flatten(0, 1) for part in down[index].split(layer.ranks, 1)])[None],
-                up[index].flatten(0, 1)[None],
-            )
-            for layer, (down, up) in zip(self.layers, self.factors, strict=True)
-        ]
+        return [(down[index].flatten(0, 1)[None], up[index].flatten(0, 1)[None]) for down, up in self.factors]
 
     def set_active(
         self,
@@ -317,38 +304,27 @@ class LoraStack:
         """
         if factors is not self.active:
             for index, (layer, (parent, attribute)) in enumerate(zip(self.layers, self._parents, strict=True)):
-                own = factors and (factors[index - layer.place][0], factors[index][1])
+                own = factors and factors[index]
                 vars(layer)["factors"] = own  # past nn.Module, which would look for a parameter in it
                 parent._modules[attribute] = layer.base if own is None else layer  # a small one takes less than a call
-        self.active, self.merge_weights, self.latest = factors, merge_weights, None
+        self.active, self.merge_weights = factors, merge_weights
         self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
-
-    def shrink(self, x: Tensor, down: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
-        """x times the factor that some layers share: each one's product, (G, tokens, r); the first computes it."""
-        if self.latest is None or self.latest[0] is not x or self.latest[1] is not down:
-            products = torch.bmm(x.reshape(down.shape[0], -1, x.shape[-1]), down.transpose(1, 2))
-            num_merged = 1 if self.merge_weights is None else self.merge_weights.shape[1]
-            sizes = [num_merged * rank for rank in ranks]  # Tensor.split is Python, which takes longer than this call
-            self.latest = x, down, tuple(products.split_with_sizes(sizes, -1)) if len(sizes) > 1 else (products,)
-        return self.latest[2]
 
 
 class LoraLinear(nn.Module):
     """A linear layer with one low-rank update per group: a base product for all rows and two batched small ones.
 
-    place:   its place among the layers that share a factor, whose ranks are `ranks`
+    sizes:   of the outputs, by the name in the model: of one layer, or of those that are joined
     factors: that the next forward uses, if any; the stack sets them
     """
 
     factors: tuple[Tensor, Tensor] | None
 
-    def __init__(self, base: nn.Module, stack: LoraStack, name: str, place: int, ranks: Sequence[int]) -> None:
+    def __init__(self, base: nn.Module, stack: LoraStack, sizes: Mapping[str, int]) -> None:
         super().__init__()
         self.base = base
         self.stack = stack
-        self.name = name
-        self.place = place
-        self.ranks = ranks
+        self.sizes = sizes
         self.factors = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -362,37 +338,31 @@ class LoraLinear(nn.Module):
         num_rows, num_tokens = down.shape[0] * stack.rows_of_group, stack.num_tokens
         if not (len(shape) > 2 and shape[0] == num_rows) and shape[:-1] != (num_rows * num_tokens,):
             wanted = num_rows, num_tokens
-            raise ValueError(f"adapted layer {self.name}: expected tokens {wanted}, got {tuple(shape[:-1])}")
-        hidden = stack.shrink(x, down, self.ranks)[self.place]
+            names = ", ".join(self.sizes)
+            raise ValueError(f"adapted layer {names}: expected tokens {wanted}, got {tuple(shape[:-1])}")
+        hidden = torch.bmm(x.reshape(down.shape[0], -1, shape[-1]), down.transpose(1, 2))  # (G, tokens, r)
         if stack.merge_weights is not None:
             num_rows, num_merged = stack.merge_weights.shape
-            parts = hidden.reshape(num_rows, -1, num_merged, self.ranks[self.place])
+            parts = hidden.reshape(num_rows, -1, num_merged, hidden.shape[-1] // num_merged)
             hidden = (parts * stack.merge_weights.to(parts.device)[:, None, :, None]).view_as(hidden)
         out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(hidden, up)
         return out
 
 
-def _group_readers(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Modules (name: size of its input) that read one input, together; every other one alone."""
-    readers: dict[tuple[object, ...], list[str]] = {}
-    for module, size in sizes.items():
-        parent, _, name = module.rpartition(".")
-        together = next((names for names in READ_TOGETHER if name in names), name)
-        readers.setdefault((parent, together, size), []).append(module)
-    return list(readers.values())
-
-
-def _stack(
-    factors: Sequence[tuple[Tensor, Tensor] | None], layer: nn.Module, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    device = layer.get_parameter("weight").device
-    fitting = [pair for pair in factors if pair is not None]
-    rank = max(down.shape[1] for down, _ in fitting)
-    size_in, size_out = fitting[0][0].shape[0], fitting[0][1].shape[1]
-    downs = torch.zeros(len(factors) + 1, rank, size_in, dtype=dtype, device=device)
-    ups = torch.zeros(len(factors) + 1, rank, size_out, dtype=dtype, device=device)
-    for group, pair in enumerate(factors, start=1):
-        if pair is not None:
-            downs[group, : pair[0].shape[1]] = pair[0].T
-            ups[group, : pair[1].shape[0]] = pair[1]
+def _stack(adapters: Sequence[Adapter], layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors of one layer, (G, r, in) and (G, r, out); those of joined layers in rows and columns of their own."""
+    pairs = [[adapter.factors.get(module) for adapter in adapters] for module in layer.sizes]
+    ranks = [max((pair[0].shape[1] for pair in of_module if pair is not None), default=0) for of_module in pairs]
+    size_in = next(pair[0].shape[0] for of_module in pairs for pair in of_module if pair is not None)
+    device = layer.base.get_parameter("weight").device
+    downs = torch.zeros(len(adapters) + 1, sum(ranks), size_in, dtype=dtype, device=device)
+    ups = torch.zeros(len(adapters) + 1, sum(ranks), sum(layer.sizes.values()), dtype=dtype, device=device)
+    row = column = 0
+    for of_module, rank, size in zip(pairs, ranks, layer.sizes.values(), strict=True):
+        for group, pair in enumerate(of_module, start=1):
+            if pair is not None:
+                down, up = pair
+                downs[group, row : row + down.shape[1]] = down.T
+                ups[group, row : row + up.shape[0], column : column + size] = up
+        row, column = row + rank, column + size
     return downs, ups

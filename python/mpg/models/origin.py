@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mpg.models.joined import JoinedLinear
 from mpg.models.linear import PackedLinear
 from mpg.models.lora import Adapter, LoraLinear, LoraStack, adapter_in_memory, own_layers
 
@@ -47,7 +48,13 @@ class Origin:
     @torch.no_grad()
     def read(self, model: PreTrainedModel, adapters: list[Adapter], stack: LoraStack | None) -> None:
         """Let a loaded model and its adapters have the weights that the caller's have now."""
-        for name, weight in self._weights().items():
+        weights: dict[str, Tensor] = dict(self._weights())
+        for module, part in model.named_modules():
+            for attribute in ("weight", "bias") if isinstance(part, JoinedLinear) else ():
+                names = [f"{name}.{attribute}" for name in part.names if f"{name}.{attribute}" in weights]
+                if names:
+                    weights[f"{module}.linear.{attribute}"] = torch.cat([weights.pop(name) for name in names])
+        for name, weight in weights.items():
             module, _, attribute = name.rpartition(".")
             layer: Any = model.get_submodule(module)
             layer = layer.base if isinstance(layer, LoraLinear) else layer
