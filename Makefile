@@ -89,9 +89,10 @@ bench-decode: $(BIN)/.built
 	$(BIN)/python bench/decoding.py
 
 # On a machine with a GPU, with the torch that is there: no network, no virtual environment.
-#   make gpu PART=sanitize    # or tests, ops, decode; without PART all of them
+#   make gpu PART=light       # or ops, decode, tests, sanitize; without PART all of them
+#   make gpu PART=light PYTHON=.venv/bin/python REHEARSE=1    # the same on the CPU, on stand-ins: that it runs through
 gpu:
-	$(PYTHON) bench/gpu.py $(PART)
+	$(PYTHON) bench/gpu.py $(PART) $(if $(REHEARSE),--rehearse)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

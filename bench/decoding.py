@@ -14,10 +14,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
@@ -119,8 +120,10 @@ def run(
             for dtype in (torch.float32, torch.bfloat16):
                 report.rows += smollm2.measure(dtype, plan.peer_tokens, plan.runs, say)
         if Part.GPU in parts:
-            gpu = device if device != "cpu" else None
-            report.rows += measure_gpu_goals(peers.LLAMA_8B, peers.LLAMA_1B, plan, gpu, say)
+            if device == "cpu":
+                report.rows += [Row(name, None, goal) for name, goal in GPU_GOALS.items()]
+            else:
+                report.rows += measure_gpu(peers.LLAMA_8B, peers.LLAMA_1B, plan, device, say)
         if Part.PEERS in parts or Part.METHODS in parts:
             say("random Llama, hidden 512")
             adapted = peers.add_adapters(peers.random_llama(peers.SMALL, device, torch.float32), 4, KL, ALL_LINEARS)
@@ -543,52 +546,80 @@ GPU_GOALS = {
 }
 
 
-def measure_gpu_goals(large: Shape, small: Shape, plan: Plan, device: str | None, say: Say) -> list[Row]:
-    """The rows of `GPU_GOALS`, with no value where `device` is None.
+# What is measured of every batch and context, beside the goals; a round of `exact`, as its acceptance is not to be had
+GPU_CALLS: dict[str, dict[str, Any]] = {
+    "base": {"target": "base"},
+    "direct_n2": {"num_models": 2},
+    "direct_n4": {"num_models": 4},
+    "exact_n4": {"num_models": 4, "sampler": "exact", "draft": "model"},
+    "scr_n4": {"num_models": 4, "sampler": "scr"},
+}
+
+
+def measure_gpu(
+    large: Shape,
+    small: Shape,
+    plan: Plan,
+    device: str,
+    say: Say,
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    contexts: Sequence[int] = (512, 4096),
+) -> Iterator[Row]:
+    """The rows of `GPU_GOALS`, and then those of `GPU_CALLS` at every batch and context, each as soon as it is there.
 
     The bound of the first is the copy bandwidth over the weights that a token reads. The round of the synthetic row is
-    measured, with `small` for a draft; how many tokens it commits is not, its weights being random.
+    measured, with `small` for a draft; how many tokens it commits is not, the weights being random. A row that does
+    not fit into the GPU's memory has no value.
     """
-    values: dict[str, float] = {}
-    if device is not None:
-        say(f"goals of a GPU, {large.name}")
-        count, context = plan.peer_tokens, PROMPT_TOKENS
-        base = peers.random_llama(large, device, torch.bfloat16)
-        prompts = random_prompts(1, context, large.vocab).to(device)
-        eager, compiled = (
-            count / median(seconds.wall for seconds in take_turns({"": call}, plan.runs, device)[""])
-            for call in (
-                lambda: peers.generate_eagerly(base, prompts, count),
-                lambda: peers.generate_eagerly(base, prompts, count, "static"),
-            )
+    say(f"goals of a GPU, {large.name}")
+
+    def row(name: str, value: float) -> Row:
+        return Row(name, value, GPU_GOALS[name])
+
+    count = plan.peer_tokens
+    base = peers.random_llama(large, device, torch.bfloat16)
+    prompts = random_prompts(1, PROMPT_TOKENS, large.vocab).to(device)
+    eager, compiled = (
+        count / median(seconds.wall for seconds in take_turns({"": call}, plan.runs, device)[""])
+        for call in (
+            lambda: peers.generate_eagerly(base, prompts, count),
+            lambda: peers.generate_eagerly(base, prompts, count, "static"),
         )
-        bound = copy_bandwidth(device) / peers.num_bytes(base)
-        few = peers.add_adapters(base, 4, KL, QUERY_VALUE)
-        model = load(few, {name: name for name in few.peft_config}, graphs=plan.graphs)
-        values["gpu_direct_vs_base_qv"] = _speed(model, plan) / _speed(model, plan, target="base")
-        all_adapted = peers.add_adapters(few.unload(), 4, KL, ALL_LINEARS)
-        draft = peers.random_llama(small, device, torch.bfloat16)
-        model = load(all_adapted, {name: name for name in all_adapted.peft_config}, draft=draft, graphs=plan.graphs)
-        own = _speed(model, plan, target="base")
-        values["gpu_base_vs_bandwidth"] = own / bound
-        values["gpu_base_vs_eager"], values["gpu_base_vs_compiled"] = own / eager, own / compiled
-        values["gpu_direct_vs_base_all_linears"] = _speed(model, plan) / own
-        values["gpu_direct_b32_vs_b1"] = _speed(model, plan, batch=32, context=512) / _speed(model, plan, context=512)
-        free, held = Watch(None), Watch(device)
-        weights = dict.fromkeys(model.models.attribute_names, 0.25)
-        for watch in (free, held):
-            with watch.watching(model):
-                model.generate(
-                    prompts.tolist(), weights=weights, sampler="scr", max_new_tokens=count, seed=0, on_token=watch.see
-                )
-        ideal = sum(forward for _, forward in held.gaps)
-        values["gpu_scr_vs_ideal"] = ideal / sum(seconds for seconds, _ in free.gaps)
-        rounds = Watch(None)
-        with rounds.watching(model):
-            model.generate(prompts.tolist(), weights=weights, max_new_tokens=count, seed=0, on_token=rounds.see)
-        rounds_per_second = len(rounds.gaps) / sum(seconds for seconds, _ in rounds.gaps)
-        values["gpu_exact_synthetic_vs_base"] = TOKENS_A_ROUND * rounds_per_second / own
-    return [Row(name, values.get(name), goal) for name, goal in GPU_GOALS.items()]
+    )
+    bound = copy_bandwidth(device) / peers.num_bytes(base)
+    few = peers.add_adapters(base, 4, KL, QUERY_VALUE)
+    model = load(few, {name: name for name in few.peft_config}, graphs=plan.graphs)
+    yield row("gpu_direct_vs_base_qv", _speed(model, plan) / _speed(model, plan, target="base"))
+    all_adapted = peers.add_adapters(few.unload(), 4, KL, ALL_LINEARS)
+    draft = peers.random_llama(small, device, torch.bfloat16)
+    model = load(all_adapted, {name: name for name in all_adapted.peft_config}, draft=draft, graphs=plan.graphs)
+    own = _speed(model, plan, target="base")
+    yield row("gpu_base_vs_bandwidth", own / bound)
+    yield row("gpu_base_vs_eager", own / eager)
+    yield row("gpu_base_vs_compiled", own / compiled)
+    yield row("gpu_direct_vs_base_all_linears", _speed(model, plan) / own)
+    free, held, rounds = Watch(None), Watch(device), Watch(None)
+    weights = dict.fromkeys(model.models.attribute_names, 0.25)
+    settings: dict[str, Any] = {"weights": weights, "max_new_tokens": count, "seed": 0}
+    for watch in (free, held):
+        with watch.watching(model):
+            model.generate(prompts.tolist(), sampler="scr", on_token=watch.see, **settings)
+    ideal = sum(forward for _, forward in held.gaps)
+    yield row("gpu_scr_vs_ideal", ideal / sum(seconds for seconds, _ in free.gaps))
+    with rounds.watching(model):
+        model.generate(prompts.tolist(), on_token=rounds.see, **settings)
+    rounds_per_second = len(rounds.gaps) / sum(seconds for seconds, _ in rounds.gaps)
+    yield row("gpu_exact_synthetic_vs_base", TOKENS_A_ROUND * rounds_per_second / own)
+    short = min(contexts)
+    many = _speed(model, plan, batch=32, context=short)
+    yield row("gpu_direct_b32_vs_b1", many / _speed(model, plan, context=short))
+    for context, batch, (name, options) in product(contexts, batches, GPU_CALLS.items()):
+        say(f"{name}, batch {batch}, context {context}")
+        speed = None
+        with suppress(MemoryError):
+            speed = _speed(model, plan, batch=batch, context=context, **options)
+        yield Row(f"gpu_{name}_b{batch}_c{context}_tokens_per_second", speed)
 
 
 def _speed(model: Model, plan: Plan, **settings: Any) -> float:

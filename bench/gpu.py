@@ -1,7 +1,9 @@
-"""What a machine with a GPU can show, part by part: suite on CUDA, sanitizers, op times, a short decode.
+"""What a machine with a GPU can show, part by part: first light, op times, large models, suite, sanitizers.
 
 Needs no network and no installation: it uses the torch that is there and builds in place. Arguments name the parts,
-none means all; after the build each ends inside 6 minutes and leaves one JSON file under bench/results/.
+none means all; after the build each ends inside 6 minutes and leaves one JSON file under bench/results/, which holds
+what a part has found so far from its first step on. With --rehearse the same parts run on the CPU, on small stand-ins,
+and write to build/: that they run to their ends is all that this shows.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,73 +30,89 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_LIMIT_S, PART_LIMIT_S = 180, 350
 TOTAL_LIMIT_S = 560  # of all parts: one command on a shared machine seldom gets more than 10 minutes
-DEVICE = "cuda"
-ENVIRONMENT = os.environ | {
-    "MPG_CUDA": "ON",
-    "MPG_DEVICE": DEVICE,
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
-}
+
+Found = dict[str, Any]  # by a part so far; "passed" says whether all is well
 
 
-def main(parts: list[str]) -> None:
-    if parts[:1] == ["--run"]:  # this file again, where the packages of this tree are found
-        print(json.dumps(PARTS[parts[1]](float(parts[2]))))
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--run"]:  # this file again, in a process of its own
+        part, device, limit_s, path = arguments[1:]
+        keep(PARTS[part](device, float(limit_s)), Path(path), {"part": part, **describe(device)})
         return
+    rehearses = "--rehearse" in arguments
+    parts, device = [part for part in arguments if part != "--rehearse"], "cpu" if rehearses else "cuda"
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         sys.exit(f"make gpu: PART must be one of {', '.join(PARTS)}, got {unknown[0]!r}. Nothing was run.")
-    if not torch.cuda.is_available():
+    if not rehearses and not torch.cuda.is_available():
         sys.exit(f"make gpu: torch {torch.__version__} sees no CUDA device here. Nothing was run.")
     started = time.perf_counter()
-    build()
+    build(device)
     failed = []
     for part in parts or PARTS:
         left_s = TOTAL_LIMIT_S - (time.perf_counter() - started)
         if left_s < 60 and not parts:
             print(f"make gpu: no time is left for PART={part}; run it by itself", file=sys.stderr)
             failed.append(f"{part} (not run)")
-        elif not run_part(part, min(PART_LIMIT_S, left_s)):
+        elif not run_part(part, device, min(PART_LIMIT_S, left_s)):
             failed.append(part)
     if failed:
         sys.exit(f"make gpu: not passed on this device: {', '.join(failed)}")
 
 
-def build() -> None:
+def environment(device: str) -> dict[str, str]:
+    """Where this tree is found, its twins and stand-ins too, for a device."""
+    folders = [str(ROOT / folder) for folder in ("python", "", "tests", "tests/ops")]
+    path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
+    own = {"MPG_CUDA": "ON"} if device == "cuda" else {"OMP_NUM_THREADS": "1"}
+    return os.environ | {"MPG_DEVICE": device, "PYTHONPATH": path} | own
+
+
+def describe(device: str) -> Found:
+    name = torch.cuda.get_device_name() if device == "cuda" else "rehearsal on a CPU"
+    time_now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"device": name, "torch": torch.__version__, "time": time_now}
+
+
+def build(device: str) -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     try:
-        subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=BUILD_LIMIT_S)
+        subprocess.run(command, cwd=ROOT, env=environment(device), check=True, timeout=BUILD_LIMIT_S, stdout=sys.stderr)
     except subprocess.TimeoutExpired:
         sys.exit(f"make gpu: the build was stopped after {BUILD_LIMIT_S} s; run it again to go on from there")
 
 
-def run_part(part: str, limit_s: float) -> bool:
-    """Runs a part in a process of its own and writes what it found; whether it passed."""
-    started = time.perf_counter()
-    status, output = run([sys.executable, __file__, "--run", part, str(limit_s - 10)], limit_s, ENVIRONMENT)
-    found = json.loads(output.splitlines()[-1]) if status == 0 else {"passed": False, "exit_status": status}
-    device = torch.cuda.get_device_name()
-    report = {
-        "part": part,
-        "device": device,
-        "torch": torch.__version__,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - started, 1),
-    } | found
-    name = re.sub(r"\W+", "-", device.lower())
-    path = ROOT / "bench" / "results" / f"gpu-{part}-{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+def run_part(part: str, device: str, limit_s: float) -> bool:
+    """Runs a part in a process of its own, which writes what it finds; whether all of it passed."""
+    name = re.sub(r"\W+", "-", describe(device)["device"].lower())
+    path = ROOT / ("bench/results" if device == "cuda" else "build") / f"gpu-{part}-{name}.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--run", part, device, str(limit_s - 10), str(path)]
+    status, _ = run(command, limit_s, environment(device))
+    report = json.loads(path.read_text()) if path.exists() else {"part": part, **describe(device), "passed": False}
+    if status != 0:
+        report |= {"passed": False, "ended": "at its time limit" if status == STOPPED else f"with status {status}"}
+        path.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
     print(f"written to {path.relative_to(ROOT)}", file=sys.stderr)
-    return bool(found["passed"])
+    return bool(report["passed"])
+
+
+def keep(findings: Iterator[Found], path: Path, header: Found) -> None:
+    """Write what a part has found whenever there is more of it."""
+    started = time.perf_counter()
+    for found in findings:
+        report = header | {"seconds": round(time.perf_counter() - started, 1)} | found
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 STOPPED = 124  # the exit status that timeout(1) gives
 
 
-def run(command: list[str], limit_s: float, environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
+def run(command: list[str], limit_s: float, variables: Mapping[str, str] = os.environ) -> tuple[int, str]:
     """Exit status and standard output of a command. At the limit it is stopped with all that it has started."""
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             output, _ = process.communicate(timeout=limit_s)
@@ -111,29 +130,30 @@ def run_pytest(limit_s: float, *arguments: str) -> tuple[bool, str]:
     return status == 0, (output.strip().splitlines() or [""])[-1]
 
 
-def run_suite(limit_s: float) -> dict[str, Any]:
-    elsewhere = ["--ignore=tests/test_build.py", "--ignore=tests/simt"]
-    passed, summary = run_pytest(limit_s, "-k", "not simt and not cpu", *elsewhere)
-    return {"passed": passed, "summary": summary}
+def run_suite(device: str, limit_s: float) -> Iterator[Found]:
+    """What the suite has for a device; a rehearsal runs the demo's tests alone."""
+    chosen = ["--ignore=tests/test_build.py", "--ignore=tests/simt", "-k", "not simt and not cpu"]
+    passed, summary = run_pytest(limit_s, *(chosen if device == "cuda" else ["tests/demo"]))
+    yield {"passed": passed, "summary": summary}
 
 
 SANITIZER = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
-def run_sanitizers(limit_s: float) -> dict[str, Any]:
+def run_sanitizers(_device: str, limit_s: float) -> Iterator[Found]:
     """The op tests on small inputs under each tool of compute-sanitizer. Passed: each is clean, or unavailable here."""
     verdicts: dict[str, dict[str, str]] = {}
     deadline = time.perf_counter() + limit_s
     for number, tool in enumerate(TOOLS):
         tool_limit_s = (deadline - time.perf_counter()) / (len(TOOLS) - number)
         verdicts[tool] = run_sanitizer(tool, tool_limit_s)
-        print(f"{tool}: {verdicts[tool]}", file=sys.stderr)
-    passed = all(verdict["verdict"] in ("clean", "unavailable") for verdict in verdicts.values())
-    return {"passed": passed, "tools": verdicts}
+        passed = all(verdict["verdict"] in ("clean", "unavailable") for verdict in verdicts.values())
+        yield {"passed": passed, "tools": verdicts}
 
 
-def run_sanitizer(tool: str, limit_s: float) -> dict[str, str]:
+def run_sanitizer(tool: str, limit_s: float, of_ops: str = "") -> dict[str, str]:
+    """What a tool says of the op tests, or of those whose names agree with an expression of pytest's -k."""
     found = shutil.which(SANITIZER, path=os.environ["PATH"] + os.pathsep + "/usr/local/cuda/bin")
     if found is None:
         return {"verdict": "unavailable", "detail": f"{SANITIZER} is not installed"}
@@ -141,10 +161,10 @@ def run_sanitizer(tool: str, limit_s: float) -> dict[str, str]:
     if tool != "initcheck":  # which has to see the kernels of torch write what ours read
         command += ["--kernel-name", "kernel_substring=mpg"]
     command += [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/ops", "--confcutdir=tests/ops"]
-    command += ["-m", "not hypothesis", "-k", "cuda and not law and not opcheck and not beyond_32_bits"]
+    command += ["-m", "not hypothesis", "-k", "cuda and not law and not opcheck and not beyond_32_bits" + of_ops]
     # Small inputs, each in an allocation of its own: in one of torch's large blocks an overrun would stay inside.
-    environment = os.environ | {"MPG_MAX_ELEMENTS": str(2**12), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    status, output = run(command, limit_s, environment)
+    variables = os.environ | {"MPG_MAX_ELEMENTS": str(2**12), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    status, output = run(command, limit_s, variables)
     return {"verdict": "unfinished", "detail": output} if status == STOPPED else judge(status, output)
 
 
@@ -178,39 +198,50 @@ def judge(exit_status: int, output: str) -> dict[str, str]:
     return {"verdict": "clean", "detail": summary}
 
 
-def run_op_bench(limit_s: float) -> dict[str, Any]:
+def run_op_bench(device: str, limit_s: float) -> Iterator[Found]:
     """bench/test_ops.py, whose last line is its report. Passed: every answer was right; a goal may be missed."""
-    passed, last_line = run_pytest(limit_s, "bench/test_ops.py", "--device", DEVICE)
-    return {"passed": True} | json.loads(last_line) if passed else {"passed": False, "summary": last_line}
+    few = [] if device == "cuda" else ["-k", "draw_tokens"]
+    passed, last_line = run_pytest(limit_s, "bench/test_ops.py", "--device", device, *few)
+    yield {"passed": True} | json.loads(last_line) if passed else {"passed": False, "summary": last_line}
 
 
-def time_decode(_limit_s: float) -> dict[str, Any]:
-    """The demo models, far too small to fill a GPU: that decoding runs, and what a round costs beside the kernels,
-    forwards launched one by one and replayed from graphs. Passed: both give the same texts."""
-    import mpg
-    from mpg.demo import MODELS
-    from mpg.demo.corpus import DEMO_QUESTIONS
+def run_first_light(device: str, limit_s: float) -> Iterator[Found]:
+    """The steps of bench/light.py, and a look for races. A rehearsal captures graphs by the tests' stand-in."""
+    deadline = time.perf_counter() + limit_s
+    from light import first_light
 
-    models = {graphs: mpg.load(MODELS, device=DEVICE, dtype="float32", graphs=graphs) for graphs in (False, True)}
-    rows = []
-    for options in (
-        {"sampler": "direct", "target": "geometric"},
-        {"sampler": "exact", "target": "geometric"},
-        {"sampler": "scr", "target": "arithmetic"},
-    ):
-        for graphs, model in models.items():
-            model.generate(DEMO_QUESTIONS[0], weights={"E": 1, "T": 1}, seed=0, **options)
-            result = model.generate(DEMO_QUESTIONS[0], weights={"E": 1, "T": 1}, seed=0, **options)
-            rows.append(options | {"graphs": graphs, "text": result.text, **result.stats})
-    passed = all(plain["text"] == replayed["text"] for plain, replayed in zip(rows[::2], rows[1::2], strict=True))
-    return {"passed": passed, "graph_bytes": models[True].models.graph_bytes(), "rows": rows}
+    if device == "cpu":
+        from mpg.models.graphs import CAPTURES
+        from tape import Tape
+
+        CAPTURES["cpu"] = Tape
+    for found in first_light(device):
+        yield found
+    races = run_sanitizer("racecheck", deadline - time.perf_counter(), " and (warp_rows or draw_tokens)")
+    yield found | {"racecheck": races, "passed": found["passed"] and races["verdict"] in ("clean", "unavailable")}
 
 
-PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
+def time_large_models(device: str, _limit_s: float) -> Iterator[Found]:
+    """The GPU's rows of bench/decoding.py, one after another. Passed: they ran; a goal may be missed."""
+    import peers
+    from decoding import Plan, measure_gpu
+
+    large, small, plan, sizes = peers.LLAMA_8B, peers.LLAMA_1B, Plan(graphs=True), {}
+    if device == "cpu":
+        large = small = peers.Shape("stand-in", 64, 128, 2, 4, 2, 500)
+        plan, sizes = Plan(runs=1, peer_tokens=6), {"batches": (1, 2), "contexts": (8,)}
+    rows: list[Found] = []
+    for row in measure_gpu(large, small, plan, device, partial(print, file=sys.stderr), **sizes):
+        rows.append(row.as_json())
+        yield {"passed": True, "rows": rows}
+
+
+PARTS: dict[str, Callable[[str, float], Iterator[Found]]] = {
+    "light": run_first_light,
+    "ops": run_op_bench,
+    "decode": time_large_models,
     "tests": run_suite,
     "sanitize": run_sanitizers,
-    "ops": run_op_bench,
-    "decode": time_decode,
 }
 
 if __name__ == "__main__":

@@ -125,6 +125,27 @@ def test_one_part_is_run_by_itself(monkeypatch, capsys):
 
 def test_the_goals_of_a_gpu_are_measured_where_there_is_a_device(monkeypatch):
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
-    rows = bench.measure_gpu_goals(TINY, replace(TINY, hidden=32), PLAN, "cpu", lambda stage: None)
-    assert {row.name: row.goal for row in rows} == bench.GPU_GOALS
+    rows = list(
+        bench.measure_gpu(
+            TINY, replace(TINY, hidden=32), PLAN, "cpu", lambda stage: None, batches=(1, 2), contexts=(8,)
+        )
+    )
+    assert {row.name: row.goal for row in rows if row.goal is not None} == bench.GPU_GOALS
+    assert len(rows) == len(bench.GPU_GOALS) + 2 * len(bench.GPU_CALLS)
     assert all(row.value > 0 for row in rows)
+
+
+def test_what_does_not_fit_into_a_gpu_has_no_number(monkeypatch):
+    def speed(model, plan, batch=1, **options):
+        if batch == 2:
+            raise MemoryError
+        return 1.0
+
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(bench, "_speed", speed)
+    rows = bench.measure_gpu(
+        TINY, replace(TINY, hidden=32), PLAN, "cpu", lambda stage: None, batches=(1, 2), contexts=(8,)
+    )
+    values = {row.name: row.value for row in rows}
+    assert values["gpu_base_b1_c8_tokens_per_second"] == 1
+    assert values["gpu_base_b2_c8_tokens_per_second"] is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -99,7 +100,7 @@ def test_each_tool_is_run_and_judged_by_itself(fake_sanitizer):
         f"  *) printf '%s' '{BANNER + PASSED}========= ERROR SUMMARY: 0 errors';;\n"
         "esac"
     )
-    found = gpu.run_sanitizers(60)
+    *_, found = gpu.run_sanitizers("cuda", 60)
     verdicts = {tool: judged["verdict"] for tool, judged in found["tools"].items()}
     assert verdicts == {"memcheck": "clean", "racecheck": "errors", "initcheck": "clean", "synccheck": "unavailable"}
     assert not found["passed"]
@@ -108,12 +109,13 @@ def test_each_tool_is_run_and_judged_by_itself(fake_sanitizer):
 def test_a_tool_that_does_not_end_is_not_clean(fake_sanitizer):
     fake_sanitizer("exec sleep 60")
     assert gpu.run_sanitizer("memcheck", 0.2)["verdict"] == "unfinished"
-    assert not gpu.run_sanitizers(0.8)["passed"]
+    *_, found = gpu.run_sanitizers("cuda", 0.8)
+    assert not found["passed"]
 
 
 def test_a_machine_without_the_tool_is_not_clean(monkeypatch):
     monkeypatch.setattr(gpu, "SANITIZER", "compute-sanitizer-that-is-not-there")
-    found = gpu.run_sanitizers(60)
+    *_, found = gpu.run_sanitizers("cuda", 60)
     assert {judged["verdict"] for judged in found["tools"].values()} == {"unavailable"}
 
 
@@ -126,9 +128,9 @@ def test_op_bench_is_its_last_line(tmp_path, monkeypatch):
     )
     suite = tmp_path / "bench" / "test_ops.py"
     suite.write_text("def test_op(pytestconfig): assert pytestconfig.getoption('--device') == 'cuda'\n")
-    assert gpu.run_op_bench(60) == {"passed": True, "goals": []}
+    assert list(gpu.run_op_bench("cuda", 60)) == [{"passed": True, "goals": []}]
     suite.write_text("def test_op(): assert False\n")
-    assert not gpu.run_op_bench(60)["passed"]
+    assert not next(gpu.run_op_bench("cuda", 60))["passed"]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -152,4 +154,30 @@ def test_make_gpu_without_torch_says_so_and_fails():
 def test_unknown_part_is_named():
     finished = run(sys.executable, "bench/gpu.py", "everything")
     assert finished.returncode == 1
-    assert "PART must be one of tests, sanitize, ops, decode, got 'everything'" in finished.stderr
+    assert "PART must be one of light, ops, decode, tests, sanitize, got 'everything'" in finished.stderr
+
+
+def test_what_was_found_before_a_part_was_stopped_is_kept(tmp_path):
+    def findings():
+        yield {"passed": True, "first": 1}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gpu.keep(findings(), tmp_path / "part.json", {"part": "light"})
+    report = json.loads((tmp_path / "part.json").read_text())
+    assert (report["part"], report["first"]) == ("light", 1)
+
+
+@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes; make check sets MPG_LONG")
+def test_every_part_but_sanitizers_can_be_rehearsed(tmp_path):
+    """From the command to the file, each on the CPU's stand-ins."""
+    finished = run(sys.executable, "bench/gpu.py", "--rehearse", "light", "decode", "ops", "tests")
+    assert finished.returncode == 0, finished.stderr
+    reports = {report["part"]: report for report in map(json.loads, finished.stdout.splitlines())}
+    assert all(report["passed"] for report in reports.values())
+    light = reports["light"]
+    assert light["ops"]["ops"] == 15 and not light["ops"]["wrong"]
+    assert {row["graphs"] for row in light["rounds"]["rows"]} == {True, False}
+    assert light["rounds"]["graph_bytes"] > 0
+    assert all(light["attention"]["kernels"].values())
+    assert all(row["value"] > 0 for row in reports["decode"]["rows"])

@@ -1,0 +1,126 @@
+"""The first things to ask of a GPU that mpg has never run on, each a step of `make gpu PART=light`.
+
+On the device "cpu" the same steps run on stand-ins that are small: a rehearsal, whose numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import mpg
+import mpg_ext
+from cases import Cases
+from mpg.demo import MODELS
+from mpg.demo.corpus import DEMO_QUESTIONS
+from mpg.models.attention import ragged_attention
+from mpg.models.graphs import CAPTURES
+from test_ops import ON_LOGITS, ON_ROWS, ON_SCORES
+
+ROUNDS: tuple[dict[str, Any], ...] = (
+    {"sampler": "direct", "target": "geometric"},
+    {"sampler": "exact", "target": "geometric"},
+    {"sampler": "exact", "target": "geometric", "draft": "merged"},
+    {"sampler": "exact", "target": "arithmetic", "draft": "lookup"},
+    {"sampler": "scr", "target": "arithmetic"},
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the ops' vocabulary and of attention: heads, key/value heads, and positions of the cache."""
+
+    vocab: int = 128_256
+    heads: int = 32
+    kv_heads: int = 8
+    contexts: tuple[int, ...] = (512, 4096)
+
+
+def first_light(device: str) -> Iterator[dict[str, Any]]:
+    """What was found so far, after every step; `passed` says that all of them did. A step that raises is no end."""
+    sizes = Sizes() if device == "cuda" else Sizes(999, 4, 2, (32,))
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
+        "loads": lambda: {"passed": True, **mpg_ext.build_info()},
+        "ops": partial(check_ops, device, sizes),
+        "rounds": partial(compare_rounds, device),
+        "attention": partial(name_attention_kernels, device, sizes),
+    }
+    found: dict[str, Any] = {"passed": True}
+    for name, step in steps.items():
+        started = time.perf_counter()
+        try:
+            result = step()
+        except Exception:  # whatever a kernel that never ran may raise
+            result = {"passed": False, "error": traceback.format_exc(limit=-3)}
+        found[name] = result | {"seconds": round(time.perf_counter() - started, 2)}
+        found["passed"] = found["passed"] and result["passed"]
+        yield found
+
+
+def check_ops(device: str, sizes: Sizes) -> dict[str, Any]:
+    """Every op once against its twin, one sequence of logits in bfloat16, from a stream that is not the default."""
+    wrong = {}
+    for name in ON_SCORES + ON_LOGITS + ON_ROWS:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else torch.no_grad():
+                getattr(Cases(1, sizes.vocab, torch.bfloat16, device), name)().check()
+        except Exception as error:
+            wrong[name] = f"{type(error).__name__}: {error}"
+    return {"passed": not wrong, "ops": len(ON_SCORES + ON_LOGITS + ON_ROWS), "wrong": wrong}
+
+
+def compare_rounds(device: str) -> dict[str, Any]:
+    """The demo models, far too small to fill a GPU: that decoding runs, what a round costs beside the kernels, and that
+    forwards replayed from graphs give the texts that forwards launched one by one give."""
+    can_capture = device in CAPTURES
+    models = {
+        graphs: mpg.load(MODELS, device=device, dtype="float32", graphs=graphs)
+        for graphs in (False, *[True] * can_capture)
+    }
+    rows, differing = [], []
+    for options in ROUNDS:
+        texts = {}
+        settings = {"weights": {"E": 1, "T": 1}, "seed": 0, "max_new_tokens": 24} | options
+        for graphs, model in models.items():
+            model.generate(DEMO_QUESTIONS[0], **settings)  # captures
+            result = model.generate(DEMO_QUESTIONS[0], **settings)
+            texts[graphs] = result.text
+            rows.append(options | {"graphs": graphs, "text": result.text, **result.stats})
+        if len(set(texts.values())) > 1:
+            differing.append(options)
+    graph_bytes = models[True].models.graph_bytes() if can_capture else None
+    return {"passed": not differing, "differing": differing, "graph_bytes": graph_bytes, "rows": rows}
+
+
+def name_attention_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
+    """The kernels that attention of a chunk of one and of five tokens runs, by time, and microseconds of a call."""
+    activity = torch.profiler.ProfilerActivity
+    activities = [activity.CUDA] if device == "cuda" else [activity.CPU]
+    kernels = {}
+    for context in sizes.contexts:
+        for num_tokens in (1, 5):
+            query = torch.randn(1, sizes.heads, num_tokens, 128, device=device, dtype=torch.bfloat16)
+            key, value = (
+                torch.randn(1, context, sizes.kv_heads, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
+                for _ in range(2)
+            )
+            mask = torch.zeros(1, 1, num_tokens, context, device=device, dtype=torch.bfloat16)
+            attend = partial(ragged_attention, torch.nn.Identity(), query, key, value, mask)
+            attend()
+            with torch.profiler.profile(activities=activities) as profile:
+                attend()
+            events = sorted(profile.key_averages(), key=_microseconds, reverse=True)
+            kernels[f"context {context}, tokens {num_tokens}"] = {
+                event.key: round(_microseconds(event), 1) for event in events[:5]
+            }
+    return {"passed": True, "kernels": kernels}
+
+
+def _microseconds(event: Any) -> float:
+    return float(event.self_device_time_total or event.self_cpu_time_total)
