@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -47,6 +48,10 @@ def test_result_holds_the_text_its_tokens_and_what_it_cost(model, way):
         assert stats["model_calls_per_token"] == stats["positions_per_token"] == num_models
         assert stats["depth_per_token"] == 1
         return
+    # counts and their ratios are as exact as doubles are
+    inexact = {"tokens_per_second", "time_to_first_token", "expected_rs1_tries", "log_bound"}
+    for name in stats.keys() - inexact:
+        assert float(Fraction(stats[name]).limit_denominator(10_000)) == stats[name], name
     # a round drafts 4 tokens one by one, then feeds each model of the target once
     assert stats["depth_per_token"] == pytest.approx(stats["rounds"] * 5 / num_tokens)
     if way["sampler"] == "exact":
@@ -166,9 +171,10 @@ def test_temperature_zero_is_the_argmax_of_the_target(model):
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ("", {}, "prompt: expected at least one token, got ''"),
+        ("", {}, "prompt: expected text, messages or token ids, not empty, got ''"),
         ([], {}, r"prompt: expected text, .*, got \[\]"),
-        (["fine", ""], {}, r"prompt\[1\]: expected at least one token, got ''"),
+        (["fine", ""], {}, r"prompt\[1\]: expected text, messages or token ids, not empty, got ''"),
+        ([[]], {}, r"prompt\[0\]: expected text, messages or token ids, not empty, got \[\]"),
         ([[5], [5, 100_000]], {}, r"prompt\[1\]: expected token ids in 0\.\.\d+, got 100000"),
         ([{"role": "user", "content": ""}], {}, "prompt: message 0: expected some text, got ''"),
         ([{"content": "hi"}], {}, "prompt: message 0: expected a role, got None"),

@@ -162,7 +162,7 @@ def test_attributes_not_named_weigh_nothing():
         ({"E": True}, "geometric", "weights: expected 0, or a number .* for 'E', got True"),
         ({"E": 1, "T": -1}, "arithmetic", "weights: .* positive sum, got 0 .* 'geometric' .or 'anchored'"),
         ({"E": 1, "T": -2}, "arithmetic", "weights: .* positive sum, got -1"),
-        ({"E": 1}, "base", "weights: target 'base' takes none but 0, got {'E': 1}"),
+        ({"E": 1}, "base", "weights: expected none, or 0 for each, as target 'base' is the base alone, got {'E': 1}"),
         ({"X": 0}, "base", "weights: expected some of E, S, T, J, got 'X'"),
         ({}, "geometric", "got {}; target='base' is the base alone"),
         ({"E": 0}, "geometric", "got {'E': 0}; target='base' is the base alone"),

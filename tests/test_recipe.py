@@ -78,8 +78,10 @@ def test_weights_are_a_mapping_or_text_or_a_preset_for_all_or_each_of_the_prompt
     assert cooked.generate("Hello?", weights="F", sampler="direct", **SHORT).weights == {"T": -1}
     with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,... or a preset among ET, F, got 'EF'"):
         cooked.generate("Hello?", weights="EF")
-    with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,..., got 'ET'"):
+    with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,..., there is no preset, got 'ET'"):
         mpg.Model(cooked.models).generate("Hello?", weights="ET")
+    with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,... of E, T, there is no preset, got 'ET'"):
+        mpg.Model(cooked.models, Recipe("base", {"E": "e", "T": "t"})).generate("Hello?", weights="ET")
 
 
 def test_the_target_base_needs_no_weights_of_the_recipe(cooked):
@@ -273,16 +275,28 @@ def test_a_mistake_is_refused_with_file_and_key(old, new, message, tmp_path):
         ("base: gpt2", ": attributes: expected in every recipe, got base"),
         ("base: gpt2\nattributes: {}", ": attributes: expected at least one, got none"),
         ("base: \0", ": expected YAML: "),
-        (b"\xff\xfe\x00", ": expected a recipe in UTF-8, got"),
-        (None, ": expected a recipe in UTF-8, got"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
     file = tmp_path / "mine.yaml"
-    if text is not None:
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    file.write_text(text)
     with pytest.raises(ValueError, match=f"^{re.escape(f'{file}{message}')}"):
         Recipe.of(file)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (None, "expected a file that can be read, got {}: No such file or directory"),
+        (b"\xff\xfe\x00", "expected text in UTF-8, got {}: "),
+    ],
+)
+def test_a_file_that_is_not_there_or_no_text_is_named(written, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    if written is not None:
+        file.write_bytes(written)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'recipe: {message.format(file)}')}"):
+        mpg.load(file)
 
 
 def test_a_model_that_cannot_be_loaded_is_refused_with_its_recipe(tmp_path):

@@ -1,4 +1,5 @@
-"""Files that are written whole or not at all, and whether one can be, before the work that fills it."""
+"""Files that are written whole or not at all, and whether one can be, before the work that fills it; and what to say of
+one that cannot be read."""
 
 from __future__ import annotations
 
@@ -8,6 +9,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PROBE_BYTES = 2**18  # more than a picture or a table takes
+
+
+@contextmanager
+def refuse_unreadable_text(argument: str, name: str | Path) -> Iterator[None]:
+    """Turn what reading a text raises into a ValueError that names the argument and the file."""
+    try:
+        yield
+    except OSError as error:
+        wanted = "a file that can be read"
+        raise ValueError(f"{argument}: expected {wanted}, got {name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{argument}: expected text in UTF-8, got {name}: {error}") from error
 
 
 @contextmanager

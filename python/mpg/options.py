@@ -294,7 +294,8 @@ def check_weights(weights: Mapping[str, float] | None, attributes: Sequence[str]
             raise ValueError(f"weights: expected {wanted} for {name!r}, got {value!r}")
     ordered = tuple(float(weights.get(name, 0)) for name in attributes)
     if target == "base" and any(ordered):
-        raise ValueError(f"weights: target 'base' takes none but 0, got {dict(weights)!r}")
+        wanted = "none, or 0 for each, as target 'base' is the base alone"
+        raise ValueError(f"weights: expected {wanted}, got {dict(weights)!r}")
     if target != "base" and not any(ordered):
         got = f"{dict(weights)!r}; target='base' is the base alone"
         raise ValueError(f"weights: expected at least one that is not 0, got {got}")

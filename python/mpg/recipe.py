@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from mpg.demo import SETS
+from mpg.files import refuse_unreadable_text
 from mpg.options import Options, check_weights, hint, parse_pair, parse_weights
 
 FILE = "mpg.yaml"  # what a folder is searched for
@@ -76,8 +77,9 @@ class Recipe:
         if weights in self.presets:
             return self.presets[weights]
         if "=" not in weights:
-            presets = f" or a preset among {', '.join(self.presets)}" if self.presets else ""
-            raise ValueError(f"weights: expected NAME=NUMBER,...{presets}, got {weights!r}")
+            names = f" of {', '.join(self.attributes)}" if self.attributes else ""
+            others = f" or a preset among {', '.join(self.presets)}" if self.presets else f"{names}, there is no preset"
+            raise ValueError(f"weights: expected NAME=NUMBER,...{others}, got {weights!r}")
         return parse_weights(weights)
 
     @contextmanager
@@ -196,10 +198,10 @@ _Loader.add_implicit_resolver(
 
 
 def _read(file: Path) -> Recipe:
+    with refuse_unreadable_text("recipe", file):
+        text = file.read_text(encoding="utf-8-sig")
     try:
-        document = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: expected a recipe in UTF-8, got {error}") from error
+        document = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError for a date that there is not
         what = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
         raise ValueError(f"{file}: expected YAML: {what}") from error

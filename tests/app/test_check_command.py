@@ -51,7 +51,7 @@ def test_models_without_questions_of_their_own_are_asked_neutral_ones(run, monke
             "line 2: seed: expected none of a single prompt under mpg check",
         ),
         ('{"prompt": "a", "weights": {"E": 1}}\n{"prompt": "b"}', "line 1: weights: expected none of a single prompt"),
-        (None, "expected text in UTF-8, got"),
+        (None, "expected a file that can be read, got"),
     ],
 )
 def test_prompts_that_cannot_be_taken_are_refused_by_their_line(written, message, tmp_path, run):

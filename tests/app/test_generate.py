@@ -164,7 +164,10 @@ def test_a_line_of_a_file_has_weights_a_seed_and_options_of_its_own(model, tmp_p
         ('{"prompt": "a"}\n3', "line 2: expected a JSON object or string, got 3"),
         ('{"text": "a"}', "line 1: expected one of prompt and messages, got text"),
         ('{"prompt": "a", "messages": []}', "line 1: expected one of prompt and messages, got prompt, messages"),
-        ('{"prompt": 3}', "line 1: expected text or a list, got 3"),
+        ('{"prompt": 3}', "line 1: prompt: expected text or a list, not empty, got 3"),
+        ('{"messages": []}', "line 1: messages: expected text or a list, not empty, got []"),
+        ('[{"prompt": "a"}, {"prompt": ""}]', "entry 2: prompt: expected text or a list, not empty, got ''"),
+        ('{"prompt": "a"}\n\n{"messages": [{"content": "b"}]}', "line 3: prompt[1]: message 0: expected a role, got None"),
         ('{"prompt": "a", "raw": true}', "line 1: raw: expected an option, got an argument of Model.generate"),
         ('{"prompt": "a"}\n{"prompt": "b", "temprature": 1}', "line 2: temprature: unknown option; did you mean"),
         ('{"prompt": "a", "window": 3}', "line 1: window: not an option of sampler 'exact', got 3"),
@@ -186,6 +189,12 @@ def test_a_line_that_cannot_be_asked_is_named_by_its_number(written, message, tm
     assert done.stderr.startswith("mpg: prompts: ")
     assert message in " ".join(done.stderr.split())
     assert done.stdout == ""
+
+
+def test_prompts_that_are_not_there_are_refused(run):
+    done = run("generate", "--prompts", "nosuch.txt", "--weights", "E=1")
+    expected = "mpg: prompts: expected a file that can be read, got nosuch.txt: No such file or directory\n"
+    assert (done.exit_code, done.stderr) == (2, expected)
 
 
 def test_neither_prompt_nor_prompts_is_refused(run):

@@ -1,4 +1,4 @@
-"""A valid call of every op, its values drawn from a seed. Knows no result."""
+"""A valid call of every op, its values drawn from a number and the seed of the run. Knows no result."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from seeds import seeded
+
 CONSTANTS = [math.log(2), math.log(1.2), 0.1]  # of the bound: log M_0, log gamma, tau
 
 
@@ -16,7 +18,7 @@ def calls(
     device: str | torch.device = "cpu", seed: int = 0, *, B: int = 2, K: int = 3, N: int = 2, V: int = 7, W: int = 4
 ) -> dict[str, dict[str, Any]]:
     """Arguments by name, by op. Attributes are near their anchor, so that much of what is drafted is accepted."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)

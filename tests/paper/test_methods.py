@@ -174,7 +174,7 @@ def test_rejection_samplers_return_the_same_alone_and_in_a_batch_and_stream_what
         ("dpo-single", PROMPTS, {"weights": None}, "weights: expected a number for some of E, S, T, J .*, got None"),
         ("pp", PROMPTS, {"weights": {"X": 1}}, "weights: expected some of E, S, T, J, got 'X'"),
         ("pp", [[5, 6]], {}, r"prompts: preference prompting expected text or a conversation .* got \[5, 6\]"),
-        ("pp", [""], {}, r"prompt\[0\]: expected at least one token, got ''"),
+        ("pp", [""], {}, r"prompt\[0\]: expected text, messages or token ids, not empty, got ''"),
         ("base", "hello", {}, "prompts: expected a list of prompts, got 'hello'"),
         ("base", [{"role": "user", "content": "hello"}], {}, "prompts: expected a list of prompts"),
         ("scr", PROMPTS, {"tries": 3}, "tries: not an option of sampler 'scr', got 3"),

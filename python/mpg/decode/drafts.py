@@ -14,7 +14,7 @@ from torch import Tensor
 import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.rng import Decisions, Purpose
-from mpg.decode.rows import process_rows
+from mpg.decode.rows import has_processor, process_rows
 from mpg.decode.targets import is_one_model
 from mpg.models.ensemble import Ensemble, Pass, Session
 from mpg.options import Options
@@ -93,13 +93,15 @@ class ModelDraft:
         return [(self.roles, 2 if index == 0 and not self.is_verified else 1) for index in range(num_drafts)]
 
     def _process(self, log_row: Tensor, tokens: list[Tensor], rows: list[Tensor]) -> Tensor:
-        """The row (B, V) behind the tokens drafted so far, processed; as it was where nothing would be left."""
+        """The row (B, V) behind the tokens drafted so far, processed; as it was without a processor, and where nothing
+        would be left."""
         drafted, is_wanted = self.batch.tokens[:, :0], self.batch.is_open(tokens)
         if tokens:
             drafted = torch.stack(tokens, 1)
             is_wanted &= _count_drawn(torch.stack(rows, 1), drafted) == len(tokens)
-        is_one = is_one_model(self.batch.weights, self.options.target)  # then the target's are logits too
-        log_row = torch.where(is_one[:, None], log_row, log_row.log_softmax(-1))
+        # the target's rows are logits too where they are one model's
+        is_combined = has_processor(self.batch) & ~is_one_model(self.batch.weights, self.options.target)
+        log_row = torch.where(is_combined[:, None], log_row.log_softmax(-1), log_row)
         processed = process_rows(self.batch, log_row[:, None], drafted, is_wanted.long())[:, 0]
         return torch.where(processed.amax(-1, keepdim=True) == -torch.inf, log_row, processed)
 

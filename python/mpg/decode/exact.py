@@ -95,8 +95,8 @@ class Exact:
 
     def statistics(self) -> dict[str, Tensor]:
         return {
-            "accepted_per_round": self.num_accepted / self.batch.rounds,
-            "accept_rate": self.num_accepted / self.num_offered.clamp_min(1),
+            "accepted_per_round": self.num_accepted.double() / self.batch.rounds,
+            "accept_rate": self.num_accepted.double() / self.num_offered.clamp_min(1),
         }
 
 

@@ -89,11 +89,9 @@ class TargetRows:
         transformers has it."""
         if not self.anchor_is_base and self.options.target != "base":
             return log_rows
-        weights, device = self.batch.weights, log_rows.device
-        assert self.batch.processors is not None
-        is_own = torch.tensor([processor is not None for processor in self.batch.processors], device=device)
-        is_own &= is_one_model(weights, self.options.target)
-        rows = torch.arange(len(weights), device=device)
+        weights = self.batch.weights
+        is_own = has_processor(self.batch) & is_one_model(weights, self.options.target)
+        rows = torch.arange(len(weights), device=log_rows.device)
         own = base if self.options.target == "base" else attributes[weights.argmax(1), rows]
         assert own is not None
         return torch.where(is_own[:, None, None] & ~log_rows.isnan(), own.to(log_rows.dtype), log_rows)
@@ -129,6 +127,12 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """Unwarped log-probabilities (N, B, P) of tokens (B, P), each after its row of logits (N, B, P, V)."""
     every = tokens.flatten().repeat(len(logits))
     return mpg_ext.gather_logprobs(logits.flatten(0, 2)[:, None], every[:, None]).view(logits.shape[:3])
+
+
+def has_processor(batch: Batch) -> Tensor:
+    """Whether each request has a logits processor, where one of the batch has. out: (B,) bool"""
+    assert batch.processors is not None
+    return torch.tensor([processor is not None for processor in batch.processors], device=batch.weights.device)
 
 
 def process_rows(batch: Batch, log_rows: Tensor, drafted: Tensor, num_wanted: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def encode(
     if not isinstance(chat_template_kwargs, Mapping | None):
         raise ValueError(f"chat_template_kwargs: expected a mapping, got {chat_template_kwargs!r}")
     if not prompt:
-        raise ValueError(f"{name}: expected at least one token, got {prompt!r}")
+        raise ValueError(f"{name}: expected text, messages or token ids, not empty, got {prompt!r}")
     is_text, is_ids = isinstance(prompt, str), isinstance(prompt[0], numbers.Integral)
     if continue_final_message and (is_text or is_ids):
         raise ValueError(f"continue_final_message: expected messages to go on with, got {name} {prompt!r}")

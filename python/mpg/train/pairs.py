@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpg.files import refuse_unreadable_text
+
 RELEASE = Path("mbti", "preferences")  # where the paper's data release keeps its pairs
 PREAMBLE = re.compile(
     r"(?P<preamble>.*?you are the '(?P<pole>\w)' .*?Please answer the questions: *)(?P<question>.*)", re.DOTALL
@@ -133,10 +135,8 @@ def _rows(data: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
+    with refuse_unreadable_text("data", file):
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data: expected text in UTF-8, got {file}: {error}") from error
     try:
         if text.lstrip().startswith("["):
             yield from ((f"{file}, entry {number}", row) for number, row in enumerate(json.loads(text), 1))

@@ -31,8 +31,8 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="A file, or - for standard input: a prompt a line; or JSON Lines of prompt or messages, with weights, "
-            "seed and any option of their own where they differ."
+            help="A file, or - for standard input: a prompt a line; or JSON, an object a line or one list of them, with "
+            "prompt or messages, and weights, seed and any option where they differ."
         ),
     ] = None,
     weights: arguments.Weights = None,
@@ -103,9 +103,10 @@ def generate(
         models, device=device, dtype=dtype, draft=own_draft, anchor=anchor, device_map=places, graphs=graphs,
         allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
-    for line, of_line in zip(lines if method is None else (), targets, strict=False):
+    for index, (line, of_line) in enumerate(zip(lines if method is None else (), targets, strict=False)):
         with line.locate_errors():
             check_weights(model.recipe.weigh(line.weights, of_line), model.models.attribute_names, of_line)
+            model.encode(line.prompt, raw=raw, name=f"prompt[{index}]")
     is_hidden = sys.stdout.isatty() or not arguments.err.is_terminal  # the texts are progress enough
     bar = Progress(console=arguments.err, disable=is_hidden, transient=True, redirect_stdout=False)
     with bar as progress, closing(answers):

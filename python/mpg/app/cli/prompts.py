@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mpg.files import refuse_unreadable_text
+
 
 @dataclass
 class Line:
@@ -41,11 +43,9 @@ class Line:
 
 def read_text(argument: str, path: str) -> str:
     """The text of a file, or of standard input where the path is "-". Raises ValueError naming the argument."""
-    try:
+    with refuse_unreadable_text(argument, _name(path)):
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{argument}: expected text in UTF-8, got {_name(path)}: {error}") from error
     if not text.strip():
         raise ValueError(f"{argument}: expected text, got nothing in {_name(path)}")
     return text
@@ -84,12 +84,13 @@ def _read_entry(entry: Any, place: str) -> Line:
     if not isinstance(entry, dict):
         raise ValueError(f"prompts: {place}: expected a JSON object or string, got {entry!r}")
     options = dict(entry)
-    given = [options.pop(name) for name in ("prompt", "messages") if name in options]
-    if len(given) != 1 or not given[0]:
+    given = {name: options.pop(name) for name in ("prompt", "messages") if name in options}
+    if len(given) != 1:
         raise ValueError(f"prompts: {place}: expected one of prompt and messages, got {', '.join(entry) or 'neither'}")
-    if not isinstance(given[0], (str, list)):
-        raise ValueError(f"prompts: {place}: expected text or a list, got {given[0]!r}")
-    return Line(given[0], options.pop("weights", None), options, place)
+    [(name, prompt)] = given.items()
+    if not isinstance(prompt, (str, list)) or not prompt:
+        raise ValueError(f"prompts: {place}: {name}: expected text or a list, not empty, got {prompt!r}")
+    return Line(prompt, options.pop("weights", None), options, place)
 
 
 def _name(path: str) -> str:
