@@ -1,4 +1,5 @@
-"""That the cases of every op hold every pair of values that the limit on elements admits, and stay few."""
+"""That the cases of every op hold every pair of values that the limit on elements admits, and stay few; and that random
+inputs follow the seed of the run."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import itertools
 import pytest
 
 import mpg_ext
+import seeds
+from calls import calls
 from covering import FACTORS, MAX_ELEMENTS, covering_array, num_elements
 
 
@@ -43,3 +46,13 @@ def test_all_but_the_largest_pairs_are_within_the_limit():
         if num_elements(smallest | {first: v, second: w}) > MAX_ELEMENTS
     ]
     assert left_out == [{"V": 128_256, "B": 99}]
+
+
+def test_calls_follow_the_seed_of_the_run(monkeypatch):
+    def drawn():
+        return calls()["warp_rows"]["log_rows"]
+
+    before = drawn()
+    assert before.equal(drawn())
+    monkeypatch.setattr(seeds, "SEED", seeds.SEED + 1)
+    assert not before.equal(drawn())
