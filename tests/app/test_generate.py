@@ -167,7 +167,10 @@ def test_a_line_of_a_file_has_weights_a_seed_and_options_of_its_own(model, tmp_p
         ('{"prompt": 3}', "line 1: prompt: expected text or a list, not empty, got 3"),
         ('{"messages": []}', "line 1: messages: expected text or a list, not empty, got []"),
         ('[{"prompt": "a"}, {"prompt": ""}]', "entry 2: prompt: expected text or a list, not empty, got ''"),
-        ('{"prompt": "a"}\n\n{"messages": [{"content": "b"}]}', "line 3: prompt[1]: message 0: expected a role, got None"),
+        (
+            '{"prompt": "a"}\n\n{"messages": [{"content": "b"}]}',
+            "line 3: prompt[1]: message 0: expected a role, got None",
+        ),
         ('{"prompt": "a", "raw": true}', "line 1: raw: expected an option, got an argument of Model.generate"),
         ('{"prompt": "a"}\n{"prompt": "b", "temprature": 1}', "line 2: temprature: unknown option; did you mean"),
         ('{"prompt": "a", "window": 3}', "line 1: window: not an option of sampler 'exact', got 3"),

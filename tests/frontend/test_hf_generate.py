@@ -391,7 +391,10 @@ class TestPrompts:
             ({"attention_mask": [[1]]}, "input_ids: expected a tensor or lists of token ids, got None"),
             ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, r"attention_mask: expected 2 entries .* got \[1\]"),
             ({"input_ids": [[5, 6]], "attention_mask": [1, 1]}, "attention_mask: expected 1 rows as in input_ids"),
-            ({"input_ids": torch.tensor([[5], [0]])}, r"prompt\[1\]: expected text, messages or token ids, not empty, got \[\]"),
+            (
+                {"input_ids": torch.tensor([[5], [0]])},
+                r"prompt\[1\]: expected text, messages or token ids, not empty, got \[\]",
+            ),
             ({}, "prompt: expected text, .*, got None"),
         ],
     )
