@@ -78,9 +78,11 @@ def test_weights_are_a_mapping_or_text_or_a_preset_for_all_or_each_of_the_prompt
     assert cooked.generate("Hello?", weights="F", sampler="direct", **SHORT).weights == {"T": -1}
     with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,... or a preset among ET, F, got 'EF'"):
         cooked.generate("Hello?", weights="EF")
-    with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,..., there is no preset, got 'ET'"):
+    with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,... \(there are no presets\), got 'ET'"):
         mpg.Model(cooked.models).generate("Hello?", weights="ET")
-    with pytest.raises(ValueError, match=r"weights: expected NAME=NUMBER,... of E, T, there is no preset, got 'ET'"):
+    with pytest.raises(
+        ValueError, match=r"weights: expected NAME=NUMBER,... of E, T \(there are no presets\), got 'ET'"
+    ):
         mpg.Model(cooked.models, Recipe("base", {"E": "e", "T": "t"})).generate("Hello?", weights="ET")
 
 

@@ -78,7 +78,9 @@ class Recipe:
             return self.presets[weights]
         if "=" not in weights:
             names = f" of {', '.join(self.attributes)}" if self.attributes else ""
-            others = f" or a preset among {', '.join(self.presets)}" if self.presets else f"{names}, there is no preset"
+            others = (
+                f" or a preset among {', '.join(self.presets)}" if self.presets else f"{names} (there are no presets)"
+            )
             raise ValueError(f"weights: expected NAME=NUMBER,...{others}, got {weights!r}")
         return parse_weights(weights)
 

@@ -188,6 +188,12 @@ def test_a_folder_without_files_and_bytes_that_are_no_text_are_refused(tmp_path)
         read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["none.jsonl", "none.json"])
+def test_a_file_that_is_not_there_is_refused_without_asking_the_hub(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"^data: expected a file that can be read, got .*{name}: No such file"):
+        read(tmp_path / name)
+
+
 @pytest.mark.parametrize("pole", ["X", "EI", "E,I", "e", None])
 def test_a_pole_that_is_not_there_is_refused_and_so_are_two(pole, release):
     for data, poles in ((TRAITS, "E, F, I, J, N, P, S, T"), (release, "E, I, J, P")):

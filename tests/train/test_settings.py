@@ -21,7 +21,7 @@ def test_a_preset_gives_way_to_what_is_given_and_every_setting_says_its_defaults
     for name, setting in SETTINGS.items():
         assert describe(name).startswith(setting.metadata["meaning"])
         assert "Default: " in describe(name)
-    assert "96 (preset small)" in describe("max_answer")
+    assert "none (small: 96)" in describe("max_answer")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 
 from mpg.files import refuse_unreadable_text
 
+SUFFIXES = (".jsonl", ".json")
 RELEASE = Path("mbti", "preferences")  # where the paper's data release keeps its pairs
 PREAMBLE = re.compile(
     r"(?P<preamble>.*?you are the '(?P<pole>\w)' .*?Please answer the questions: *)(?P<question>.*)", re.DOTALL
@@ -119,10 +120,10 @@ def _rows(data: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(data)
     if path.is_dir() and not any((path / name).is_file() for name in SAVED):
         folder = path / RELEASE if (path / RELEASE).is_dir() else path
-        files = sorted(file for suffix in ("*.jsonl", "*.json") for file in folder.glob(suffix))
+        files = sorted(file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}"))
         if not files:
-            raise ValueError(f"data: expected files of pairs (.jsonl, .json) in {folder}, got none")
-    elif path.is_file():
+            raise ValueError(f"data: expected files of pairs ({', '.join(SUFFIXES)}) in {folder}, got none")
+    elif path.is_file() or path.suffix in SUFFIXES:  # no dataset of the hub is called so
         files = [path]
     else:
         yield from _dataset_rows(path)

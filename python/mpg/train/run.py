@@ -31,7 +31,7 @@ import mpg
 from mpg.models import gguf, sources
 from mpg.options import one_of
 from mpg.train.pairs import Pair, data_hash, split
-from mpg.train.settings import PRESETS, Settings
+from mpg.train.settings import DTYPES, PRESETS, Settings
 
 CARD = "training.json"  # in the finished adapter's folder
 PARTIAL = ".partial"  # the end of the name of the folder beside it that holds checkpoints until then
@@ -78,7 +78,7 @@ def train(
     trained, held_out = split(pairs, settings.held_out)
     device = _check_device(device)
     if dtype is not None:
-        one_of("float32", "bfloat16", "float16")("dtype", dtype)
+        one_of(*DTYPES)("dtype", dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     own_name = (

@@ -33,14 +33,15 @@ Models = Annotated[
     str,
     typer.Option(
         "--models",
-        help="'demo' or 'smollm2'; a recipe (.yaml) or a folder that holds mpg.yaml; or a base with adapters/NAME "
-        "inside it.",
+        help="'demo' (a tiny set) or 'smollm2' (a real model); a recipe (.yaml) or a folder that holds mpg.yaml; or a "
+        "base model's folder with adapters/NAME inside it.",
     ),
 ]
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="NAME=NUMBER,..., where attributes not named weigh 0, or a recipe's preset. Default: the recipe's."
+        help="NAME=NUMBER,... such as E=1,T=-0.5, where attributes not named weigh 0; or a preset of the recipe. "
+        "Default: the recipe's own weights."
     ),
 ]
 Settings = Annotated[
@@ -57,11 +58,12 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, ... Default: the checkpoint's on cuda, else float32.")
 ]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA graphs; not yet run on a GPU.")]
-OtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base than they get.")
-]
+OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base.")]
 MergeAdapters = Annotated[
-    bool, typer.Option("--merge-adapters", help="Merge adapters that cannot be stacked (DoRA, ...), each a model more.")
+    bool,
+    typer.Option(
+        "--merge-adapters", help="Merge adapters that cannot be stacked (DoRA, ...), each into one more model."
+    ),
 ]
 
 

@@ -22,7 +22,7 @@ def chat(
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
 ) -> None:
-    """Talk with a weighted combination; weights, sampler and options change on the way. /help lists the commands."""
+    """Talk with a weighted combination of attributes; weights and options change on the way, /help says how."""
     from mpg.app.chat import Chat, run
     from mpg.frontend.hf_generate import check_options
     from mpg.recipe import parse_setting

@@ -28,8 +28,8 @@ def check(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="A file, or - for standard input: a prompt a line; or JSON, an object a line or one list of them, with "
-            "prompt or messages. Default: the demo's held-out questions, else neutral ones."
+            help="A file, or - for standard input: a prompt a line; or JSON, an object a line or a list of them, each "
+            "with prompt or messages. Default: the demo's held-out questions, else neutral ones."
         ),
     ] = None,
     target: Annotated[str, typer.Option(help=" | ".join(TARGETS[:-1]))] = "geometric",

@@ -31,8 +31,8 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="A file, or - for standard input: a prompt a line; or JSON, an object a line or one list of them, with "
-            "prompt or messages, and weights, seed and any option where they differ."
+            help="A file, or - for standard input: a prompt a line; or JSON, an object a line or a list of them, each "
+            "with prompt or messages, and with weights, seed and any option where they differ."
         ),
     ] = None,
     weights: arguments.Weights = None,
@@ -41,7 +41,9 @@ def generate(
         str | None,
         typer.Option(help="A method of the paper's tables instead of sampler and target: mpg info --methods."),
     ] = None,
-    describe: Annotated[list[str] | None, typer.Option(help="NAME=TEXT: what method pp says of an attribute.")] = None,
+    describe: Annotated[
+        list[str] | None, typer.Option(help="NAME=TEXT: what the methods that prompt (pp, ...) say of an attribute.")
+    ] = None,
     sampler: Annotated[str | None, arguments.option("sampler")] = None,
     target: Annotated[str | None, arguments.option("target")] = None,
     max_new_tokens: Annotated[int | None, arguments.option("max_new_tokens")] = None,
@@ -55,7 +57,7 @@ def generate(
     raw: arguments.Raw = False,
     draft: Annotated[str | None, arguments.option("draft", "; or a model's folder, to draft with it.")] = None,
     anchor: Annotated[
-        str | None, typer.Option(help="The attributes' own base where it is not --models: a folder.")
+        str | None, typer.Option(help="What the attributes were trained on where it is not the base: a model's folder.")
     ] = None,
     device: arguments.Device = None,
     device_map: Annotated[
@@ -69,7 +71,7 @@ def generate(
         bool, typer.Option("--json", help="Print JSON Lines on stdout, one a text, and nothing else.")
     ] = False,
 ) -> None:
-    """Continue prompts as a weighted combination of attributes."""
+    """Answer prompts as a weighted combination of attributes."""
     lines = [Line(read_text("prompt", text).rstrip("\r\n") if text == "-" else text) for text in prompt or ()]
     lines += read_prompts(prompts) if prompts is not None else []
     if not lines:

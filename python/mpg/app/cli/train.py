@@ -44,32 +44,38 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="'traits' (shipped); JSON Lines of prompt, chosen and rejected, or of question and an answer per "
-            "pole; the folder of the paper's data release; or a dataset, saved or on the hub."
+            help="A file of JSON, an object a line or a list of them, each with prompt, chosen and rejected, or with "
+            "question and an answer per pole; a folder of such files; 'traits', which ships with mpg; the paper's data "
+            "release; or a dataset, saved or on the hub."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The adapter's folder. Checkpoints are in OUT.partial until it is done.")],
+    out: Annotated[
+        Path, typer.Option(help="The adapter's folder, to be made. Checkpoints are in OUT.partial until then.")
+    ],
     pole: Annotated[
-        list[str] | None, typer.Option(help="Which answers are chosen, where the data has poles: E.")
+        list[str] | None, typer.Option(help="Whose answers are to be preferred, where the data has poles: E, for one.")
     ] = None,
-    preset: Annotated[str, typer.Option(help=" | ".join(PRESETS) + ": the other options' defaults.")] = "paper",
+    preset: Annotated[
+        str, typer.Option(help=" | ".join(PRESETS) + " (small models, few pairs): the defaults below.")
+    ] = "paper",
     keep_preamble: Annotated[
-        bool, typer.Option("--keep-preamble", help="Of the release: leave the persona before each question.")
+        bool, typer.Option("--keep-preamble", help="Of the paper's release: leave the persona before each question.")
     ] = False,
     drop_identical: Annotated[
         bool, typer.Option("--drop-identical", help="Leave out pairs of equal answers, which else are refused.")
     ] = False,
     base_name: Annotated[
-        str | None, typer.Option(help="What the adapter is to say that its base is. Default: the base as given.")
+        str | None, typer.Option(help="The name of its base that the adapter records. Default: the base as given.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the base: float32, bfloat16, float16. Default: float32 on cpu.")
+        str | None,
+        typer.Option(help="Of the base: float32, bfloat16 or float16. Default: float32 on cpu, else its own."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. Default: its own choice.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="How many torch takes. Default: its own choice.")] = None,
     **settings: Any,
 ) -> None:
-    """Train an adapter of one attribute by direct preference optimisation; the same command resumes after a kill."""
+    """Train an adapter of one attribute by direct preference optimisation; after a kill the same command goes on."""
     chosen = Settings.of(preset, settings)
     if pole is not None and len(pole) > 1:
         raise ValueError(f"pole: expected one, got {', '.join(map(repr, pole))}")
