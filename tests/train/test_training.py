@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mpg
@@ -218,6 +218,30 @@ def test_a_folder_that_holds_something_else_is_refused(train, tmp_path):
         train("begun")
 
 
+def test_another_base_of_the_same_name_is_refused_by_what_is_begun_and_what_is_finished(train, tmp_path):
+    base = shutil.copytree(MODELS, tmp_path / "base", ignore=shutil.ignore_patterns("adapters"))
+    weights, once = load_file(base / "model.safetensors"), changed(epochs=1)
+
+    def stop(step, total):
+        if step == 3:
+            interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(base=base, settings=once, on_step=stop)
+    for other in (tmp_path / "adapter.partial", tmp_path / "adapter"):
+        name = max(weights, key=lambda name: weights[name].dim())
+        save_file({**weights, name: weights[name] * 1.5}, base / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"^out: .*{other.name} holds another training.*: base_sha256 is "):
+            train(base=base, settings=once)
+        save_file(
+            {name: weight.float() for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"}
+        )
+        card = train(base=base, settings=once)  # the same, written otherwise
+    file = tmp_path / "adapter" / "training.json"
+    file.write_text(json.dumps({name: value for name, value in card.items() if name != "base_sha256"}))
+    assert train(base=base, settings=once) == json.loads(file.read_text())  # as cards were that did not say it
+
+
 def test_a_folder_in_which_another_process_trains_is_refused_and_left_to_it(train):
     def again(step, total):
         if step == 1:
@@ -309,5 +333,7 @@ def test_held_out_scores_are_means_over_pairs_though_trl_averages_over_batches(
 ):
     trained, other = split(read_pairs(file, "E"), held_out)
     settings = changed(held_out=held_out, batch_size=batch_size)
-    trainer = run._trainer(MODELS, trained, other, settings, tmp_path, "cpu", None)
+    trainer = run._trainer(
+        *run._read_base(MODELS, trained, settings, "cpu", None), trained, other, settings, tmp_path, "cpu"
+    )
     assert trainer.args.per_device_eval_batch_size == expected

@@ -23,7 +23,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
@@ -86,8 +86,11 @@ def train(
     )
     name = base_name or own_name
     base = gguf.resolve("base", base)
+    start = time.perf_counter()
+    model, tokenizer = _read_base(base, trained, settings, device, dtype)
     card = {
         "base": name,
+        "base_sha256": sources.weights_hash(model),
         "data": {**(about or {}), "sha256": data_hash([*trained, *held_out])},
         "pairs": len(trained),
         "held_out": len(held_out),
@@ -102,8 +105,7 @@ def train(
         return finished
     with _folder_of(place, card) as work, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers about names that trl gives it
-        start = time.perf_counter()
-        trainer = _trainer(base, trained, held_out, settings, work, device, dtype)
+        trainer = _trainer(model, tokenizer, trained, held_out, settings, work, device)
         steps_per_epoch = -(-len(trained) // (settings.batch_size * settings.accumulation))
         total = steps_per_epoch * settings.epochs
         if settings.warmup_steps >= total:
@@ -118,8 +120,8 @@ def train(
         trainer.add_callback(reports)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
         trainer.remove_callback(reports)
-        model: Any = trainer.model
-        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        adapted: Any = trainer.model
+        weights = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         saved_as = getattr(torch, settings.adapter_dtype)
         for weight in weights:  # what is measured is what is saved
             weight.data = weight.data.to(saved_as).to(weight.dtype)
@@ -131,8 +133,8 @@ def train(
         card["seconds"] = round(time.perf_counter() - start)
         for weight in weights:
             weight.data = weight.data.to(saved_as)
-        model.peft_config["default"].base_model_name_or_path = name
-        model.save_pretrained(work / "adapter", save_embedding_layers=False)  # else it looks for that base
+        adapted.peft_config["default"].base_model_name_or_path = name
+        adapted.save_pretrained(work / "adapter", save_embedding_layers=False)  # else it looks for that base
         (work / "adapter" / "README.md").unlink()  # PEFT's empty model card
         (work / "adapter" / CARD).write_text(json.dumps(card, indent=1) + "\n")
         os.replace(work / "adapter", place)
@@ -150,7 +152,7 @@ def _check_device(device: str | None) -> str:
 
 def _made_of(card: Mapping[str, Any]) -> dict[str, Any]:
     """What decides upon an adapter's weights, flat. Versions may differ between a start and its end."""
-    names = ("base", "pairs", "held_out", "device", "dtype", "threads")
+    names = ("base", "base_sha256", "pairs", "held_out", "device", "dtype", "threads")
     return {**{name: card.get(name) for name in names}, "data": card["data"]["sha256"], **card["recipe"]}
 
 
@@ -160,7 +162,7 @@ def _read_finished(place: Path, card: Mapping[str, Any]) -> dict[str, Any] | Non
         return None
     try:
         found = json.loads((place / CARD).read_text())
-        differs = _difference(_made_of(found), _made_of(card))
+        differs = _difference(found, card)
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"out: expected a folder that is not there yet, or empty, got {place}") from None
     if differs:
@@ -168,7 +170,9 @@ def _read_finished(place: Path, card: Mapping[str, Any]) -> dict[str, Any] | Non
     return found
 
 
-def _difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def _difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What another training is made of that this one is not; cards that do not say what the base held agree in that."""
+    found, asked = _made_of({"base_sha256": other["base_sha256"], **card}), _made_of(other)
     differs = (f"{name} is {found.get(name)!r}, asked is {asked[name]!r}" for name in asked)
     return next((text for name, text in zip(asked, differs, strict=True) if found.get(name) != asked[name]), "")
 
@@ -184,7 +188,7 @@ def _folder_of(place: Path, card: Mapping[str, Any]) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _last_checkpoint(work) is None:
                 (work / STARTED).write_text(json.dumps(card))
-            differs = _difference(_made_of(json.loads((work / STARTED).read_text())), _made_of(card))
+            differs = _difference(json.loads((work / STARTED).read_text()), card)
         except BlockingIOError:
             raise ValueError(f"out: expected a folder of its own, but {work} is being trained in now") from None
         except OSError as error:
@@ -201,16 +205,10 @@ def _folder_of(place: Path, card: Mapping[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(work)
 
 
-def _trainer(
-    base: str | Path,
-    trained: Sequence[Pair],
-    held_out: Sequence[Pair],
-    settings: Settings,
-    work: Path,
-    device: str,
-    dtype: str | None,
-) -> DPOTrainer:
-    """trl's trainer, with every pair tokenised, cut and checked against the model's positions."""
+def _read_base(
+    base: str | Path, trained: Sequence[Pair], settings: Settings, device: str, dtype: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, which these pairs can be trained on."""
     sources.check_found("base", base, base)
     tokenizer = sources.read_tokenizer("base", base)
     if tokenizer is None:
@@ -219,6 +217,19 @@ def _trainer(
         raise ValueError(f"base: expected a chat template in {base}, since the pairs are messages, got none")
     model = sources.read_model("base", base, getattr(torch, dtype) if dtype else None, torch.device(device))
     _check_trainable(base, model, settings)
+    return model, tokenizer
+
+
+def _trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Sequence[Pair],
+    held_out: Sequence[Pair],
+    settings: Settings,
+    work: Path,
+    device: str,
+) -> DPOTrainer:
+    """trl's trainer, with every pair tokenised, cut and checked against the model's positions."""
     config = DPOConfig(
         str(work),
         num_train_epochs=settings.epochs,

@@ -12,7 +12,6 @@ from typing import Any
 
 from mpg.options import Check, a_number, an_integer, check_truth, hint, one_of
 
-
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 DTYPES = ("bfloat16", "float16", "float32")
 
