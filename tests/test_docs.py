@@ -1,11 +1,24 @@
-"""What the documents tabulate is what the code does now."""
+"""What the documents tabulate is what the code does now, and what they tell one to run can be run."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import mpg_ext
+from mpg.app.cli.command import app
+from mpg.demo import MODELS
+from mpg.train.pairs import read_pairs
 
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
@@ -14,6 +27,9 @@ import tabulate_architectures as architectures  # noqa: E402
 import tabulate_laws as page  # noqa: E402
 
 from fakes import enumerate_sampler, total_variation  # noqa: E402
+
+PAGES = {page.name: page for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))}
+COMMANDS = re.compile(r"^```sh\n(.*?)^```|(?<![`\w])`((?:mpg|make|python) [^`]+)`", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -44,3 +60,98 @@ def test_chained_rounds_have_the_law_of_the_whole_loop(name, monkeypatch):
 
 def test_table_of_architectures_is_the_tested_list():
     assert architectures.table() in (DOCS / "architectures.md").read_text()
+
+
+def blocks(page, language):
+    """The blocks of a page that are in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page].read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(page):
+    """The words of every command that a page shows, in a block or in a line, without what is piped into it or out."""
+    found = []
+    for block, inline in COMMANDS.findall(PAGES[page].read_text()):
+        for line in re.sub(r"\\\n", "", block).splitlines() or [inline]:
+            words = shlex.shlex(line, posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            for is_word, part in itertools.groupby(words, lambda word: word not in ("|", "&&", ">", ";")):
+                found += [list(part)] if is_word else []
+    return found
+
+
+SHOWN = [(page, command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), SHOWN, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_commands_that_the_pages_show_are_there_and_take_the_options_that_are_shown(page, command):
+    program, *arguments = command
+    if program == "mpg":
+        name, *arguments = arguments
+        own = get_command(app)
+        assert name in own.commands or any(name in option.opts for option in own.params)
+        if name in own.commands and "--help" not in arguments:
+            own.commands[name].make_context(name, arguments)
+    elif program == "make":
+        rules = (DOCS.parent / "Makefile").read_text()
+        names = [word for word in arguments if "=" not in word]
+        assert all(re.search(rf"^{name}:", rules, re.MULTILINE) for name in names)
+    elif program == "python":
+        assert (DOCS.parent / arguments[0]).is_file()
+
+
+def execute(command, **places):
+    """Run a command of a page in this process, with places for its words in capitals. out: what it prints"""
+    _, *arguments = command
+    for name, place in places.items():
+        arguments = [re.sub(rf"^{name}\b", place, word) for word in arguments]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+def test_commands_that_generate_in_the_readme_answer(tmp_path):
+    (tmp_path / "prompts").write_text("Hello?\n")
+    shown = [command for command in commands("README.md") if command[:2] == ["mpg", "generate"]]
+    assert len(shown) == 3
+    for command in shown:
+        short = [*command, "--max-new-tokens", "2", "--device", "cpu"]
+        assert execute(short, PATH=str(MODELS), FILE=str(tmp_path / "prompts")).strip()
+
+
+def test_example_of_the_readme_answers(capsys):
+    example = blocks("README.md", "python")[0]
+    assert example.count('"smollm2"') == 1
+    exec(compile(example.replace('"smollm2"', '"demo"'), "README.md", "exec"), {})
+    text, rate = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert text and float(rate) > 0
+
+
+def test_slow_expression_of_the_readme_is_the_geometric_target():
+    slow = blocks("README.md", "python")[1]
+    torch.manual_seed(0)
+    base, attributes = torch.randn(7), {"E": torch.randn(7), "T": torch.randn(7)}
+    names = {
+        "torch": torch, "base": base, "attribute": attributes, "w": {"E": 2.0, "T": -0.5},
+        "log_softmax": lambda row: row.log_softmax(-1), "softmax": lambda row: row.softmax(-1),
+    }  # fmt: skip
+    exec(compile(slow, "README.md", "exec"), names)
+    stacked, rows = torch.stack(list(attributes.values()))[:, None, None], base[None, None]
+    weights = torch.tensor(list(names["w"].values()))[None, None]
+    expected, _ = mpg_ext.combine_rows(stacked, weights, rows, rows, target="geometric")
+    torch.testing.assert_close(names["row"].log_softmax(-1), expected[0, 0])
+    assert 0 <= names["token"] < 7
+
+
+def test_the_page_on_training_makes_an_attribute_that_answers(tmp_path, monkeypatch):
+    """With its own example for a pair, of fewer questions than one would take."""
+    pytest.importorskip("trl", reason="needs mpg[train]")
+    shutil.copytree(MODELS, tmp_path / "base", ignore=shutil.ignore_patterns("adapters", "mpg.yaml"))
+    monkeypatch.chdir(tmp_path)
+    pair, poles = (json.loads(block) for block in blocks("training.md", "json"))
+    Path("pairs.jsonl").write_text(json.dumps(pair))
+    assert len(read_pairs("pairs.jsonl")) == 1
+    asked = ({**poles, "question": f"{poles['question']} {number}"} for number in range(12))
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    train, generate = commands("training.md")[:2]
+    assert "10 pairs, 2 held out" in execute([*train, "--held-out", "2", "--device", "cpu"], PATH="base")
+    assert execute([*generate, "--max-new-tokens", "2", "--device", "cpu"], PATH="base").strip()

@@ -56,6 +56,14 @@ def test_what_is_wrong_is_said_on_one_line(arguments, message, run, few, tmp_pat
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_line_that_does_not_parse_is_named_before_anything_starts(run, few, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpg.train.run", None)
+    few.write_text(few.read_text() + '\n{"question": "Why?", "T": ')
+    done = run("train", "--base", "demo", "--data", few, "--pole", "T", "--out", tmp_path / "out")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == f"mpg: {few}, line 25: expected JSON; Expecting value at column 27\n"
+
+
 def test_without_the_extra_the_command_that_helps_is_named(run, few, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "mpg.train.run", raising=False)
