@@ -66,6 +66,12 @@ class Model:
         """What reads and writes the text, None where the models came without one."""
         return self.models.tokenizer
 
+    @property
+    def precision(self) -> str:
+        """What the models compute in: "float32", "bfloat16, int4 weights", ..."""
+        quantised = f", {self.recipe.quantize} weights" if self.recipe.quantize not in (None, "none") else ""
+        return str(self.models.dtype).removeprefix("torch.") + quantised
+
     @overload
     def generate(self, prompt: Any = None, *, num_return_sequences: int, **options: Any) -> Any: ...
 
@@ -261,6 +267,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: Mapping[str, Any] | None = None,
+    quantize: str | None = None,
     allow_other_base: bool | None = None,
     merge_adapters: bool | None = None,
     graphs: bool = False,
@@ -288,6 +295,12 @@ def load(
     device_map: {"base", "anchor", "draft" or an attribute's name: the device of its model}, before `device`; a folder
                 also takes what splits a model in transformers ("auto", {module: device}, ...). Adapters run where
                 their model is, all else where the base is
+    quantize:   "int4": on the CPU, linear layers but for the head get weights of four bits, each rounded to the nearest
+                of 16 values between the least and the greatest of 32 (llama.cpp's Q4_1). All else is bfloat16, which
+                is then `dtype`'s default and only value. Weights that were such ones before keep their values; others
+                lose what four bits lose. Layers whose inputs are no multiple of 32 or outputs none of 16 stay as they
+                are. Where memory allows, the same values lie there in bfloat16 too, for many rows at once. "none" goes
+                before a recipe's
     allow_other_base: take adapters also where they name another base model than the one they get, as below
     merge_adapters: let PEFT merge an adapter in a folder that is more than LoRA on linear layers (DoRA, embeddings,
                 modules_to_save, trained tokens, biases, IA3, ...) into a further model, and warn how much memory that
@@ -316,19 +329,20 @@ def load(
     whose files cannot be compared), another name warns. allow_other_base=True turns off both.
 
     Raises ValueError, naming the argument, for what cannot be found or read, cannot be stacked or cannot run on a
-    ragged cache, for members whose dtypes or vocabularies differ, for graphs=True where no model can have them, and for
-    compile=True where a model's layers are not found.
+    ragged cache, for members whose dtypes or vocabularies differ, for quantize="int4" elsewhere than on the CPU, in
+    another dtype or without a layer that it fits, for graphs=True where no model can have them, and for compile=True
+    where a model's layers are not found.
 
     Instead of the base and its attributes, a recipe: a .yaml file, a folder that holds mpg.yaml, or a set that ships
     ("demo", "smollm2"). Its keys: base and attributes (required), anchor, draft, tokenizer (paths are relative to the
-    file), device_map, allow_other_base, merge_adapters, weights, presets (weights by name) and options (of
+    file), device_map, quantize, allow_other_base, merge_adapters, weights, presets (weights by name) and options (of
     `mpg.Options`). What is given beside it goes before it, a device before its map.
     """
     if device is not None and device_map is None:
         device_map = {}  # this device for every model, whatever a recipe says
     recipe = Recipe.of(
         base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer,
-        device_map=device_map, allow_other_base=allow_other_base, merge_adapters=merge_adapters,
+        device_map=device_map, quantize=quantize, allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
     with recipe.locate_errors():
         models = loading.load(recipe, dtype=dtype, device=device, graphs=graphs, compile=compile)

@@ -21,13 +21,15 @@ from mpg.options import Options, check_weights, hint, parse_pair, parse_weights
 FILE = "mpg.yaml"  # what a folder is searched for
 SUFFIXES = (".yaml", ".yml")
 ROLES = ("base", "anchor", "draft")  # names that no attribute has
+SWITCHES = ("allow_other_base", "merge_adapters")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The models of a combination and its defaults, as `mpg.load` was given them or read them from a file.
 
-    base, anchor, draft, tokenizer, attributes, device_map, allow_other_base, merge_adapters  as `mpg.load` takes them
+    base, anchor, draft, tokenizer, attributes, device_map, quantize, allow_other_base, merge_adapters
+             as `mpg.load` takes them
     weights  alpha by attribute where the caller gives no weights, or None
     presets  alpha by attribute, by a name that stands for it
     options  of `Options`, where the caller is silent and his sampler has them
@@ -40,6 +42,7 @@ class Recipe:
     draft: Any = None
     tokenizer: Any = None
     device_map: Mapping[str, Any] | None = None
+    quantize: str | None = None
     allow_other_base: bool = False
     merge_adapters: bool = False
     weights: Mapping[str, float] | None = None
@@ -135,7 +138,7 @@ class Recipe:
         document: dict[str, Any] = {name: place(name, at) for name, at in sources.items() if at or name == "base"}
         attributes = self.attributes or {}
         document["attributes"] = {name: place(f"attributes[{name!r}]", at) for name, at in attributes.items()}
-        document |= {name: getattr(self, name) for name in ("device_map", "allow_other_base", "merge_adapters")}
+        document |= {name: getattr(self, name) for name in ("device_map", "quantize", *SWITCHES)}
         document["weights"] = self.weights and dict(self.weights)
         document["presets"] = {name: dict(weights) for name, weights in self.presets.items()}
         document["options"] = dict(self.options)
@@ -235,7 +238,7 @@ def _recipe(document: Any, file: Path) -> Recipe:
         Options.of(options)
     except ValueError as error:
         raise ValueError(f"options: {error}") from None
-    own: dict[str, Any] = {key: given[key] for key in ("allow_other_base", "merge_adapters") if key in given}
+    own: dict[str, Any] = {key: given[key] for key in ("quantize", *SWITCHES) if key in given}
     for key, at in sources.items():
         own[key] = _source(key, at, folder, attributes if key in ("anchor", "draft") else ())
     if "device_map" in given:

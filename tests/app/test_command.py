@@ -156,3 +156,10 @@ def test_every_command_takes_what_loading_is_asked_for(option, command, run, mon
     assert run(command, "--models", MODELS, f"--{option.replace('_', '-')}", *needed).exit_code == 2
     assert (seen.pop(option), seen.pop("place")) == (True, str(MODELS))
     assert not seen.keys() - {"device"}
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "check", "demo"])
+def test_every_command_that_computes_takes_four_bits(command, run, monkeypatch):
+    needed = {"generate": ["--prompt", "a"], "demo": []}.get(command, ["--weights", "E=1"])
+    done = run(command, "--models", "demo", "--quantize", "int5", *needed)
+    assert (done.exit_code, done.stderr.splitlines()[-1][:41]) == (2, "mpg: quantize: expected 'none' or 'int4',")

@@ -72,7 +72,7 @@ def test_plain_and_packed_are_timed_once_a_process_for_each_kind_of_layer_that_c
 
 @pytest.mark.parametrize(("share", "first_rows"), [(0.25, 3), (0.0, 1)])
 def test_second_weights_are_kept_only_where_the_machine_has_room(share, first_rows, monkeypatch):
-    kind = 512, 256, torch.float32, torch.get_num_threads()
+    kind = 512, 256, torch.float32, torch.get_num_threads(), "plain"
     monkeypatch.setattr(linear, "_times", {kind: TIMES["plain is faster for one row"][0]})
     monkeypatch.setattr(linear, "MAX_SHARE", share)
     model = nn.Sequential(nn.Linear(256, 512))

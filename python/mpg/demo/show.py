@@ -107,7 +107,8 @@ def _measure(
     columns = [_Sample.draw(model, stage, column, questions, seed) for column in stage.columns]
     base, bootstrap = columns[0], Bootstrap(len(questions), seed)
     table = _table(stage, f"Over {len(questions)} held-out questions, with 95 % intervals")
-    table.caption = f"{stage.verdict} Perplexity is the base's. Tokens/s: medians of the answers above, one at a time."
+    speed = "Tokens/s: medians of the answers above, one at a time."
+    table.caption = f"{stage.verdict} Perplexity is the base's, in {model.precision}. {speed}"
     one = np.ones(len(questions))
     for trait in colours:
         row = [Text(f"{trait} {base.scores[trait].mean():.2f}", style=colours[trait])]

@@ -1,6 +1,6 @@
 """Linear layers on the CPU: torch's own product, or oneDNN's on weights that lie in its blocks, whichever is faster.
 
-Knows how long either takes on this machine; nothing of adapters or of what the layers are for.
+Knows how long any way takes on this machine; nothing of adapters or of what the layers are for.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import product
-from typing import TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,16 @@ from torch.nn.functional import linear
 MIN_WEIGHTS = 2**16  # of a layer that is worth a look: a smaller one is read in the time that a call takes of its own
 TIMED_ROWS = (1, 3, 8, 40)  # a base's step, one with two adapters, a small batch, a chunk for several models
 TIMED_WEIGHTS = 2**20  # of a layer at once: parts of a large one stand for it
+ROWS_TOGETHER = 16  # of a weight, that a product takes at once
 TIMED_BYTES = 2**26  # of all parts that take turns: more than caches hold, as when a token is decoded
 BETWEEN = 2**18  # numbers that are read before each call: in a forward neither code nor weights are at hand either
 TIMED_SECONDS, MAX_TURNS = 0.4, 10  # for a model
 GAIN = 0.9  # of plain's time, that packed must stay below to be worth its weight
 MAX_SHARE = 0.25  # of the machine's memory, for second weights
 
-Kind = tuple[int, int, torch.dtype, int]  # sizes out and in, type and threads: what the time of a layer depends on
-# Seconds plain and packed, at TIMED_ROWS. Kept, so that two models of one process round alike.
+# Sizes out and in, type and threads, which the time of a layer depends on, and what packed is compared with.
+Kind = tuple[int, int, torch.dtype, int, str]
+# Seconds so and packed, at TIMED_ROWS. Kept, so that two models of one process round alike.
 _times: dict[Kind, list[list[float]]] = {}
 
 # A weight in oneDNN's blocks has no strides. Inside an operator, torch.compile does not ask for them.
@@ -38,11 +40,29 @@ _library.define("packed(Tensor x, Tensor weight, Tensor? plain, Tensor? bias, in
 def _packed(x: Tensor, weight: Tensor, plain: Tensor | None, bias: Tensor | None, first_rows: int, size: int) -> Tensor:
     if plain is not None and x.numel() < first_rows * x.shape[-1]:
         return linear(x, plain, bias)
-    return _multiply_packed(x, weight, bias)
+    return multiply_packed(x, weight, bias)
 
 
-def _multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times a weight of `reorder`. out: (..., out)"""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def reorder(weight: Tensor) -> Tensor:
+    """A plain weight (out, in) in oneDNN's blocks."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+class Way(NamedTuple):
+    """A way to multiply: its name, what it makes of a plain weight (out, in), and x (rows, in) times that."""
+
+    name: str
+    prepare: Callable[[Tensor], Any]
+    multiply: Callable[[Tensor, Any], Tensor]
+
+
+PLAIN = Way("plain", lambda weight: weight, linear)
+PACKED = Way("packed", reorder, multiply_packed)
 
 
 @torch.library.register_fake("mpg_linear::packed", lib=_library)
@@ -67,7 +87,7 @@ class PackedLinear(nn.Module):
 
     def pack(self, weight: Tensor) -> None:
         """Take a plain weight (out, in)."""
-        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight), requires_grad=False)
+        self.weight = nn.Parameter(reorder(weight), requires_grad=False)
         if self.plain is not None:
             self.plain.data = weight
 
@@ -84,18 +104,10 @@ def pack_linears(model: nn.Module) -> None:
     packed for more) is then there twice; the last only while that takes a quarter of the machine's memory. The two
     differ by rounding, and so may texts of two processes where tokens are all but equally likely.
     """
-    if not torch.backends.mkldnn.is_available():
-        return
-    layers = {name: layer for name, layer in model.named_modules() if _can_be_packed(layer)}
-    weights: dict[Kind, list[Tensor]] = {}
-    for layer in layers.values():
-        weights.setdefault(_kind(layer), []).append(layer.weight.detach())
-    if unknown := {kind: of_kind for kind, of_kind in weights.items() if kind not in _times}:
-        _times.update(_time(unknown))
-    num_bytes = sum(layer.weight.nbytes for layer in layers.values())
-    may_keep_both = num_bytes < MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name, layer in layers.items():
-        first_rows = choose(_times[_kind(layer)], may_keep_both)
+    layers = {name: layer for name, layer in model.named_modules() if can_be_packed(layer)}
+    may_keep_both = has_room(layers.values())
+    for (name, layer), times in zip(layers.items(), time_layers(list(layers.values()), PLAIN), strict=True):
+        first_rows = choose(times, may_keep_both)
         if first_rows is not None:
             model.set_submodule(name, PackedLinear(layer, first_rows))
 
@@ -103,9 +115,9 @@ def pack_linears(model: nn.Module) -> None:
 def choose(times: Sequence[Sequence[float]], may_keep_both: bool = True) -> int | None:
     """The number of rows from which a layer is packed: 1 is always, None never.
 
-    times: at each of TIMED_ROWS the seconds plain and packed
+    times: at each of TIMED_ROWS the seconds in another way and packed
     """
-    shares = [packed / plain for plain, packed in times]
+    shares = [packed / other for other, packed in times]
     if not may_keep_both:
         return 1 if sum(shares) < GAIN * len(shares) else None
     for index, rows in enumerate(TIMED_ROWS):
@@ -114,23 +126,43 @@ def choose(times: Sequence[Sequence[float]], may_keep_both: bool = True) -> int 
     return None
 
 
-def _can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
+def has_room(layers: Collection[nn.Linear]) -> bool:
+    """Whether the machine's memory has room for second weights of these layers."""
+    num_bytes = sum(layer.weight.nbytes for layer in layers)
+    return num_bytes < MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is plain and on the CPU, large enough to gain, and of a type that oneDNN here multiplies fast."""
     if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or layer.weight.numel() < MIN_WEIGHTS:
+        return False
+    if not torch.backends.mkldnn.is_available():
         return False
     dtype = layer.weight.dtype
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _kind(layer: nn.Linear) -> Kind:
-    return layer.out_features, layer.in_features, layer.weight.dtype, torch.get_num_threads()
+def time_layers(layers: Sequence[nn.Linear], other: Way) -> list[list[list[float]]]:
+    """For each layer, at each of TIMED_ROWS, the seconds in another way and packed."""
+    kinds = [
+        (layer.out_features, layer.in_features, layer.weight.dtype, torch.get_num_threads(), other.name)
+        for layer in layers
+    ]
+    unknown: dict[Kind, list[Tensor]] = {}
+    for kind, layer in zip(kinds, layers, strict=True):
+        if kind not in _times:
+            unknown.setdefault(kind, []).append(layer.weight.detach())
+    if unknown:
+        _times.update(_time(unknown, other))
+    return [_times[kind] for kind in kinds]
 
 
 @torch.no_grad()
-def _time(weights: Mapping[Kind, Sequence[Tensor]]) -> dict[Kind, list[list[float]]]:
-    """Seconds of layers of these kinds at TIMED_ROWS, plain and packed: the processor's, as others may be running, of
-    the fastest of several turns, in which all kinds take part."""
+def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> dict[Kind, list[list[float]]]:
+    """Seconds of layers of these kinds at TIMED_ROWS, in another way and packed: the processor's, as others may be
+    running, of the fastest of several turns, in which all kinds take part."""
     plain = {kind: _parts(of_kind, TIMED_BYTES // (2 * len(weights))) for kind, of_kind in weights.items()}
-    packed = {kind: [torch.ops.mkldnn._reorder_linear_weight(part) for part in plain[kind]] for kind in plain}
+    prepared = {kind: [(way, [way.prepare(part) for part in plain[kind]]) for way in (other, PACKED)] for kind in plain}
     inputs = {kind: [torch.randn(rows, kind[1], dtype=kind[2]) for rows in TIMED_ROWS] for kind in plain}
     times = {kind: [[math.inf, math.inf] for _ in TIMED_ROWS] for kind in plain}
     between = torch.ones(BETWEEN)
@@ -140,12 +172,12 @@ def _time(weights: Mapping[Kind, Sequence[Tensor]]) -> dict[Kind, list[list[floa
             break
         for place, kind in product(range(len(TIMED_ROWS)), plain):
             x, found = inputs[kind][place], times[kind][place]
-            for candidate, (multiply, parts) in enumerate(((linear, plain[kind]), (_multiply_packed, packed[kind]))):
+            for candidate, (way, parts) in enumerate(prepared[kind]):
                 seconds = 0.0
                 for part in parts if turn else parts[:1]:
                     between.sum()
                     started = time.thread_time()
-                    multiply(x, part)
+                    way.multiply(x, part)
                     seconds += time.thread_time() - started
                 found[candidate] = min(found[candidate], seconds if turn else math.inf)
     return times
@@ -155,7 +187,8 @@ def _parts(weights: Sequence[Tensor], num_bytes: int) -> list[Tensor]:
     """Parts of TIMED_WEIGHTS at most of some weights, one after another: at least one, then while they fit."""
     parts: list[Tensor] = []
     for weight in weights:
-        for part in weight.split(max(TIMED_WEIGHTS // weight.shape[1], 1)):
+        rows = TIMED_WEIGHTS // weight.shape[1]
+        for part in weight.split(max(rows - rows % ROWS_TOGETHER, ROWS_TOGETHER)):
             if parts and num_bytes < part.nbytes:
                 return parts
             parts.append(part)

@@ -30,6 +30,7 @@ from mpg.models.linear import pack_linears
 from mpg.models.lora import Adapter, LoraStack, UnstackableError, adapter_in_memory, read_adapter, share
 from mpg.models.merging import merge_adapter
 from mpg.models.origin import Origin
+from mpg.models.quantize import QUANTIZERS, quantize_linears
 from mpg.models.runner import LoadedModel
 from mpg.models.sources import ADAPTER_CONFIG, Place, Source
 
@@ -53,6 +54,8 @@ def load(
     for argument, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{argument}: expected True or False, got {value!r}")
+    if recipe.quantize not in (None, *QUANTIZERS):
+        raise ValueError(f"quantize: expected {' or '.join(map(repr, QUANTIZERS))}, got {recipe.quantize!r}")
     if not isinstance(recipe.attributes, Mapping | None):
         got = type(recipe.attributes).__name__
         raise ValueError(f"attributes: expected a mapping from names to sources, got {got}")
@@ -120,6 +123,11 @@ class _Loader:
         arguments = {name: _argument(name) for name in names} | {role: role for role in ROLES}
         self.places = _resolve_places(recipe.device_map, arguments)  # those that no model has taken yet
         self.dtype, self.device = _resolve_dtype(dtype), _resolve_device(device, recipe.base)
+        self.is_int4 = recipe.quantize == "int4"
+        if self.is_int4 and self.dtype not in (None, torch.bfloat16):
+            raise ValueError(f"dtype: expected bfloat16 beside quantize='int4', which computes in it, got {self.dtype}")
+        if self.is_int4:
+            self.dtype = torch.bfloat16
         self.keeps_devices = device is None
         self.models: list[LoadedModel] = []
         self.given: dict[int, PreTrainedModel | PeftModel] = {}  # models of the caller's, by the loaded one's id
@@ -170,6 +178,8 @@ class _Loader:
             # a model of the caller's keeps its weights: beside it a GPU may have no room for copies
             if id(loaded) not in self.given or loaded.model.device.type == "cpu":
                 join_linears(loaded.model)
+            if self.is_int4:
+                quantize_linears(loaded.argument, loaded.model)
             if loaded.adapters:
                 loaded.stack = LoraStack(loaded.model, loaded.adapters)
             pack_linears(loaded.model)
@@ -220,6 +230,11 @@ class _Loader:
     def _read(self, argument: str, source: Source) -> tuple[PreTrainedModel, Place | None]:
         """A model, and where it goes, None being where it is."""
         place = self.places.pop(argument, None)
+        if self.is_int4:
+            own: Any = source.device if isinstance(source, nn.Module) and self.keeps_devices else self.device
+            where = place or own
+            if not isinstance(where, torch.device) or where.type != "cpu":
+                raise ValueError(f"quantize: expected {argument} on the CPU, got {where}; device='cpu' puts it there")
         if not isinstance(source, nn.Module):
             dtype = self.dtype or (self.models[0].model.dtype if self.models else None)
             place = place or self.device

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mpg.models.joined import JoinedLinear
 from mpg.models.linear import PackedLinear
 from mpg.models.lora import Adapter, LoraLinear, LoraStack, adapter_in_memory, own_layers
+from mpg.models.quantize import Int4Linear
 
 SAMPLE = 64  # values of a weight that are compared: torch does not count what is written through `.data`
 
@@ -58,6 +59,9 @@ class Origin:
             module, _, attribute = name.rpartition(".")
             layer: Any = model.get_submodule(module)
             layer = layer.base if isinstance(layer, LoraLinear) else layer
+            if isinstance(layer, Int4Linear) and attribute == "weight":
+                layer.pack(weight.detach())
+                continue
             own = getattr(layer, attribute)
             new = weight.detach().to(own.device, own.dtype)  # shared where it can be
             if isinstance(layer, PackedLinear) and attribute == "weight":

@@ -91,8 +91,8 @@ def check(
         notes += (
             f"{len(prompts)} prompts are few: a bootstrap over fewer than {FEW_PROMPTS} gives intervals too narrow",
         )
-    device, dtype = str(model.models.device), str(model.models.dtype).removeprefix("torch.")
-    return Report(len(prompts), num_seeds, batch_size, seed, device, dtype, tuple(sections), notes)
+    device = str(model.models.device)
+    return Report(len(prompts), num_seeds, batch_size, seed, device, model.precision, tuple(sections), notes)
 
 
 @dataclass(frozen=True)

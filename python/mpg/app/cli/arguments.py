@@ -57,6 +57,10 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, ... Default: the checkpoint's on cuda, else float32.")
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="int4: linear layers in four bits, on the CPU, in bfloat16; or none. Default: the recipe's."),
+]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA graphs; not yet run on a GPU.")]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base.")]
 MergeAdapters = Annotated[

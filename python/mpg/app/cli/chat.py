@@ -18,6 +18,7 @@ def chat(
     settings: arguments.Settings = None,
     device: arguments.Device = None,
     dtype: arguments.Dtype = None,
+    quantize: arguments.Quantize = None,
     graphs: arguments.Graphs = False,
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
@@ -32,7 +33,7 @@ def chat(
     recipe.weigh(weights)  # before minutes of loading, as the options
     check_options(options, recipe.options)
     model = arguments.load(
-        models, device=device, dtype=dtype, graphs=graphs,
+        models, device=device, dtype=dtype, quantize=quantize, graphs=graphs,
         allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
     run(Chat(model, weights, options, system), Console())

@@ -42,6 +42,7 @@ def check(
     draft: Annotated[str | None, typer.Option(help="A model's folder: exact drafts with it too.")] = None,
     device: arguments.Device = None,
     dtype: arguments.Dtype = None,
+    quantize: arguments.Quantize = None,
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
@@ -69,7 +70,7 @@ def check(
     if lines is None:
         arguments.err.print(f"prompts: {len(chosen)} that come with mpg; --prompts FILE measures on yours", style="dim")
     model = arguments.load(
-        models, device=device, dtype=dtype, draft=draft,
+        models, device=device, dtype=dtype, quantize=quantize, draft=draft,
         allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
     with Progress(console=arguments.err, disable=not arguments.err.is_terminal, transient=True) as progress:

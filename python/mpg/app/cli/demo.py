@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mpg.app.cli.arguments import Device, Dtype, clear_errors, err, load
+from mpg.app.cli.arguments import Device, Dtype, Quantize, clear_errors, err, load
 
 
 @clear_errors()
@@ -23,18 +23,19 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
 ) -> None:
     """Answer a few questions as the base, as one trait, as another, and as both."""
     from mpg.demo.show import show
     from mpg.demo.stages import stage
 
     try:
-        model, scene = load(models, device=device, dtype=dtype), stage(models)
+        model, scene = load(models, device=device, dtype=dtype, quantize=quantize), stage(models)
     except (ValueError, ImportError) as error:
         if models != "smollm2":
             raise
         err.print(f"mpg: {error}; the tiny set answers instead", style="yellow", markup=False, soft_wrap=True)
-        model, scene = load("demo", device=device, dtype=dtype), stage("demo")
+        model, scene = load("demo", device=device, dtype=dtype, quantize=quantize), stage("demo")
     # without a terminal five columns need more than the usual 80 characters
     console = Console(width=None if sys.stdout.isatty() else 160)
     show(console, model, scene, questions, held_out or scene.num_held_out, seed)

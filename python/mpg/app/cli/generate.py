@@ -64,6 +64,7 @@ def generate(
         str | None, typer.Option(help="NAME=DEVICE,...: where the model of base, anchor, draft or an attribute goes.")
     ] = None,
     dtype: arguments.Dtype = None,
+    quantize: arguments.Quantize = None,
     graphs: arguments.Graphs = False,
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
@@ -102,8 +103,8 @@ def generate(
             targets.append(_check({"seed": seed, **line.options}, recipe, method).target)
     answers = _Answers(lines, seed, as_json, streams=not as_json and method not in SINGLE_METHODS)
     model = arguments.load(
-        models, device=device, dtype=dtype, draft=own_draft, anchor=anchor, device_map=places, graphs=graphs,
-        allow_other_base=allow_other_base, merge_adapters=merge_adapters,
+        models, device=device, dtype=dtype, quantize=quantize, draft=own_draft, anchor=anchor, device_map=places,
+        graphs=graphs, allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
     for index, (line, of_line) in enumerate(zip(lines if method is None else (), targets, strict=False)):
         with line.locate_errors():

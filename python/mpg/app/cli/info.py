@@ -54,7 +54,9 @@ def info(
                 models, device=device, allow_other_base=allow_other_base, merge_adapters=merge_adapters
             )
             facts["models"] = model.models.describe()
-            facts["recipe"] = {name: getattr(model.recipe, name) for name in ("weights", "presets", "options")}
+            facts["recipe"] = {
+                name: getattr(model.recipe, name) for name in ("quantize", "weights", "presets", "options")
+            }
     if as_json:
         print(json.dumps(facts))
     else:

@@ -1,0 +1,218 @@
+"""Layers of four-bit weights against plain ones that have the values these stand for."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import mpg
+from ensembles import load
+from mpg.models import linear, quantize
+from mpg.models.linear import TIMED_ROWS
+from mpg.models.quantize import GROUP, Int4, Int4Linear
+
+EPS = torch.finfo(torch.bfloat16).eps
+CAN_PACK = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+SECOND = pytest.mark.skipif(not CAN_PACK, reason="no second weights without oneDNN's bfloat16")
+TIMES = [(1, 2), (1, 2), (2, 2), (4, 2)]  # at 1, 3, 8 and 40 rows, in four bits and in bfloat16
+FIRST_ROWS = [None, pytest.param(6, marks=SECOND)]
+
+
+@pytest.fixture
+def adapted(tiny_model):
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(tiny_model(tie_word_embeddings=True, attention_bias=True), settings, adapter_name="E").eval()
+
+
+def run(ensemble, num_rows=1):
+    """Logits (2, num_rows, 3, V) of the base and of E."""
+    roles = ["base", "E"]
+    session = ensemble.open([[3]] * num_rows, roles, 8)
+    return session.forward(roles, torch.tensor([[3, 4, 5]] * num_rows), torch.zeros(num_rows).long(), kv_length=8)
+
+
+def quantised(ensemble, place=0):
+    return [layer for layer in ensemble._models[place].model.modules() if isinstance(layer, Int4Linear)]
+
+
+@pytest.mark.parametrize("first_rows", FIRST_ROWS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 7)])
+def test_a_layer_equals_a_plain_one_of_its_values(shape, bias, first_rows):
+    layer = nn.Linear(320, 1008, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(*shape, 640).bfloat16()[..., ::2]  # of rows that are not whole
+    weight = Int4.of(layer.weight.detach()).dequantize().double()
+    expected = nn.functional.linear(x.double(), weight, layer.bias.detach().double() if bias else None)
+    size = x.double().abs() @ weight.abs().T + 1
+    error = (Int4Linear(layer, first_rows)(x) - expected).abs()
+    # the values are rounded to bfloat16 here or there, the sum is once, and with the bias once more
+    assert (error <= EPS * (expected.abs() + size / 8)).all()
+
+
+def test_values_of_q4_1_come_back():
+    steps, low = torch.rand(48, 4, 1).half().float() * 0.01, torch.randn(48, 4, 1).half().float() * 0.1
+    numbers = torch.randint(16, (48, 4, GROUP))
+    numbers[..., 0], numbers[..., 1] = 0, 15
+    weight = (steps * numbers + low).flatten(1).bfloat16()
+    range = (15 * steps + low.abs()).expand(-1, -1, GROUP).flatten(1)
+    assert ((Int4.of(weight).dequantize() - weight).abs() <= EPS * range).all()
+
+
+def test_other_values_go_to_the_nearest_and_broken_ones_stay_so():
+    weight = torch.randn(16, 4 * GROUP).bfloat16()
+    weight[3, GROUP : 2 * GROUP] = 0.125
+    weight[5, 7] = torch.nan
+    got = Int4.of(weight).dequantize().unflatten(1, (-1, GROUP))
+    groups = weight.unflatten(1, (-1, GROUP)).float()
+    step = (groups.amax(-1) - groups.amin(-1)) / 15
+    assert got[5, 0].isnan().all()
+    assert torch.equal(got[3, 1], groups[3, 1].bfloat16())
+    is_whole = ~groups.isnan().any(-1)
+    error = (got - groups).abs().amax(-1)
+    assert (error <= step / 2 + 2 * EPS * groups.abs().amax(-1))[is_whole].all()
+
+
+@pytest.mark.parametrize("first_rows", FIRST_ROWS)
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_a_model_with_adapters_equals_one_of_its_values_and_the_callers_stays(
+    num_rows, first_rows, adapted, monkeypatch
+):
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(quantize, "choose", lambda times: first_rows)
+    before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    ensemble = load(adapted, device="cpu", quantize="int4")
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
+    assert len(quantised(ensemble)) == 2 * 3  # q, k, v joined, o, and gate, up; not down of 48 inputs, and not the head
+    values = copy.deepcopy(adapted)
+    for module, layer in values.named_modules():
+        if module.endswith("base_layer") and not re.search("lm_head|down_proj", module):
+            layer.weight.data = Int4.of(layer.weight.data.bfloat16()).dequantize().float()
+    assert ensemble.dtype == torch.bfloat16
+    exact, plain = (
+        run(load(values, device="cpu"), num_rows),
+        run(load(values, dtype="bfloat16", device="cpu"), num_rows),
+    )
+    error, of_plain = ((rows.float() - exact).square().mean().sqrt() for rows in (run(ensemble, num_rows), plain))
+    assert error <= 2.5 * of_plain < 0.1 * exact.std()
+
+
+def test_second_weights_are_kept_from_the_rows_on_where_they_are_faster_and_while_both_fit(adapted, monkeypatch):
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(linear, "_time", lambda weights, other: {kind: TIMES for kind in weights})
+    monkeypatch.setattr(linear, "_times", {})
+
+    def first_rows():
+        layers = quantised(load(adapted, device="cpu", quantize="int4"))
+        found = {layer.first_rows: layer.packed is None for layer in layers}
+        return found, {kind[-1] for kind in linear._times}
+
+    assert first_rows() == (({8: False}, {"int4", "plain"}) if CAN_PACK else ({None: True}, set()))
+    monkeypatch.setattr(linear, "MAX_SHARE", 0)
+    assert first_rows()[0] == {None: True}
+
+
+@pytest.mark.parametrize(
+    ("times", "first_rows"),
+    [
+        (TIMES, 8),
+        ([(1, 2), (1, 2), (2, 3), (5, 2)], 16),
+        ([(1, 2), (3, 2), (1, 2), (2, 1)], 24),  # one that is faster by chance does not count
+        ([(2, 1), (2, 1), (3, 1), (9, 2)], 1),
+        ([(1, 2), (1, 2), (1, 2), (1, 2)], None),
+    ],
+)
+def test_second_weights_are_used_from_where_they_are_faster(times, first_rows):
+    assert quantize.choose(times) == first_rows
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="no second weights to time")
+def test_ways_are_timed(monkeypatch):
+    monkeypatch.setattr(linear, "_times", {})
+    monkeypatch.setattr(linear, "TIMED_SECONDS", 0)
+    monkeypatch.setattr(linear, "TIMED_WEIGHTS", 2**15)  # several parts
+    [times] = linear.time_layers([nn.Linear(320, 1008, dtype=torch.bfloat16)], quantize.INT4)
+    assert len(times) == len(TIMED_ROWS)
+    assert all(0 < seconds < 60 for pair in times for seconds in pair)
+
+
+def test_changes_of_the_callers_model_are_followed(adapted):
+    ensemble = load(adapted, device="cpu", quantize="int4")
+    before = run(ensemble)
+    for parameter in adapted.parameters():
+        parameter.data *= 1.1
+    after = run(ensemble)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, run(load(adapted, device="cpu", quantize="int4")))
+
+
+def test_traced_layers_give_the_same():
+    layer = Int4Linear(nn.Linear(64, 48, dtype=torch.bfloat16))
+    compiled = torch.compile(layer, backend="eager", dynamic=True, fullgraph=True)
+    for shape in ((2, 64), (3, 5, 64)):
+        x = torch.randn(shape).bfloat16()
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_merged_adapters_are_quantised_with_their_base(tiny_model, lora_folder, tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    folder = lora_folder("E", base=base, use_dora=True, target_modules=["q_proj", "down_proj"])
+    how = {"merge_adapters": True, "allow_other_base": True, "device": "cpu"}
+    ensemble = load(tmp_path / "base", {"E": folder}, quantize="int4", **how)
+    assert quantised(ensemble, 0) and quantised(ensemble, 1)
+    assert run(ensemble).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"quantize": "int8"}, "quantize: expected 'none' or 'int4', got 'int8'"),
+        ({"quantize": True}, "quantize: expected 'none' or 'int4', got True"),
+        ({"dtype": "float32"}, "dtype: expected bfloat16 beside quantize='int4', which computes in it, got torch.f"),
+        ({"device": "meta"}, "quantize: expected base on the CPU, got meta; device='cpu' puts it there"),
+        ({"device_map": {"base": "meta"}}, "quantize: expected base on the CPU, got meta"),
+        ({"device_map": {"base": "auto"}}, "quantize: expected base on the CPU, got auto"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_cannot_be_had_is_refused_by_name(how, message, in_memory, adapted, tmp_path):
+    if in_memory and how.get("device_map", {}).get("base") == "auto":
+        pytest.skip("a loaded model is refused for that alone")
+    source, attributes = adapted, None
+    if not in_memory:
+        adapted.get_base_model().save_pretrained(tmp_path / "base")
+        adapted.save_pretrained(tmp_path / "base/adapters")
+        source = tmp_path / "base"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        mpg.load(source, attributes, **{"quantize": "int4", "device": None if "device_map" in how else "cpu"} | how)
+
+
+def test_a_model_without_a_layer_that_fits_is_refused(tiny_model, lora_folder):
+    base = tiny_model("gpt2")
+    folder = lora_folder("E", "gpt2", base=copy.deepcopy(base), target_modules=["c_attn"])
+    with pytest.raises(ValueError, match=r"^quantize: expected linear layers of 32 inputs and 16 outputs"):
+        load(base, {"E": folder}, device="cpu", quantize="int4")
+
+
+def test_a_recipe_has_it_and_a_caller_goes_before(adapted, tmp_path):
+    adapted.get_base_model().save_pretrained(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "base/adapters")
+    mpg.load(tmp_path / "base", device="cpu", quantize="int4").save_pretrained(tmp_path / "mpg.yaml")
+    assert yaml.safe_load((tmp_path / "mpg.yaml").read_text())["quantize"] == "int4"
+    loaded = mpg.load(tmp_path, device="cpu")
+    assert quantised(loaded.models)
+    assert loaded.precision == "bfloat16, int4 weights"
+    other = mpg.load(tmp_path, device="cpu", quantize="none")
+    assert not quantised(other.models)
+    assert other.precision == "float32"
+    text = (tmp_path / "mpg.yaml").read_text().replace("int4", "int5")
+    (tmp_path / "mpg.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'mpg.yaml'))}: quantize: expected 'none' or"):
+        mpg.load(tmp_path, device="cpu")
