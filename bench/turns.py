@@ -15,18 +15,20 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number. `value` is None where it was not measured; `is_limit` says that the goal is a maximum."""
+    """One measured number. `value` is None where it was not measured, `why` then; `is_limit` says that the goal is a
+    maximum."""
 
     name: str
     value: float | None
     goal: float | None = None
     is_limit: bool = False
+    why: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         passed = None
         if self.value is not None and self.goal is not None:
             passed = self.value <= self.goal if self.is_limit else self.value >= self.goal
-        return {"name": self.name, "value": self.value, "goal": self.goal, "pass": passed}
+        return {"name": self.name, "value": self.value, "goal": self.goal, "pass": passed, "why": self.why}
 
 
 class Seconds(NamedTuple):
