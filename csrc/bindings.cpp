@@ -1,5 +1,6 @@
 // The only file that sees torch: checks arguments, allocates, picks the device, calls. What the ops
 // compute is in ops.h; what they promise to Python is in mpg_ext/ops.py.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -65,6 +66,8 @@ void check_size(const char* name, const Tensor& tensor, char letter, int64_t siz
                     shape_string(tensor.sizes()));
   TORCH_CHECK_VALUE(is_some || letter != 'W', name, " must hold at least 1 score, got ",
                     shape_string(tensor.sizes()));
+  TORCH_CHECK_VALUE(is_some || letter != 'i', name, " must have at least 1 feature, got ",
+                    shape_string(tensor.sizes()));
   if (letter != 'K' && letter != 'P') return;
   const int64_t most = letter == 'K' ? 32 : 33;  // P: of the draft and the one after it
   TORCH_CHECK_VALUE(is_some && size <= most, letter, " must be between 1 and ", most, ", got ",
@@ -90,16 +93,23 @@ std::array<int64_t, kDims> check_dims(const char* name, const Tensor& tensor,
 }
 
 template <size_t kDims>
-std::array<int64_t, kDims> check_logits(const char* name, const Tensor& logits, const char* letters,
+std::array<int64_t, kDims> check_stored(const char* name, const Tensor& tensor, const char* letters,
                                         char known = 0) {
-  const auto sizes = check_dims<kDims>(name, logits, letters, known);
-  const auto dtype = logits.scalar_type();
-  const bool has_double = logits.is_cpu();
+  const auto sizes = check_dims<kDims>(name, tensor, letters, known);
+  const auto dtype = tensor.scalar_type();
+  const bool has_double = tensor.is_cpu();
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ||
                         (dtype == at::kDouble && has_double),
                     name, " must be float32, float16",
-                    has_double ? ", bfloat16 or float64" : " or bfloat16", " on ", logits.device(),
+                    has_double ? ", bfloat16 or float64" : " or bfloat16", " on ", tensor.device(),
                     ", got ", dtype_name(dtype));
+  return sizes;
+}
+
+template <size_t kDims>
+std::array<int64_t, kDims> check_logits(const char* name, const Tensor& logits, const char* letters,
+                                        char known = 0) {
+  const auto sizes = check_stored<kDims>(name, logits, letters, known);
   TORCH_CHECK_VALUE(logits.stride(-1) == 1 || logits.size(-1) == 1, name,
                     " must have unit stride in the vocabulary, got ", logits.stride(-1));
   return sizes;
@@ -154,6 +164,22 @@ class Memory {
     check(name, tensor, letters, sizes, c10::CppTypeToScalarType<T>::value, device_);
     TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " is written in place and must be contiguous");
     return tensor.mutable_data_ptr<T>();
+  }
+
+  // The same, of the dtype that logits or tokens are stored in.
+  const void* stored(const char* name, const Tensor& tensor, const char* letters,
+                     at::IntArrayRef sizes, at::ScalarType dtype) {
+    check(name, tensor, letters, sizes, dtype, device_);
+    return (tensor.is_contiguous() ? tensor : kept_.emplace_back(tensor.contiguous()))
+        .const_data_ptr();
+  }
+
+  // Rows of tokens, copied only where the features of a token are not neighbours.
+  mpg::TokenRows<const void*> tokens(const char* name, const Tensor& tensor, const char* letters,
+                                     at::IntArrayRef sizes, at::ScalarType dtype) {
+    check(name, tensor, letters, sizes, dtype, device_);
+    const Tensor& rows = tensor.stride(2) == 1 ? tensor : kept_.emplace_back(tensor.contiguous());
+    return {rows.const_data_ptr(), rows.stride(0), rows.stride(1)};
   }
 
   template <class T>
@@ -543,6 +569,46 @@ Tensor draw_residual(const Tensor& target_probs, const std::optional<Tensor>& dr
   return drawn;
 }
 
+Tensor lora_shrink(const Tensor& x, const Tensor& down, const Tensor& groups) {
+  const auto [R, q, in] = check_stored<3>("x", x, "R, q, in");
+  const auto [G, r, size] = check_dims<3>("down", down, "G, r, in");
+  const auto dtype = x.scalar_type();
+
+  Tensor hidden = at::empty({R, q, r}, x.options());
+  with_accumulation_type(x, [&]<class A>(Memory& memory) {
+    const mpg::LoraShrink<A> args(
+        {storage_of(x), memory.input<int64_t>("groups", groups, "R", {R}), R, q, G, r},
+        memory.tokens("x", x, "R, q, in", {R, q, in}, dtype),
+        memory.stored("down", down, "G, r, in", {G, r, in}, dtype), in,
+        {hidden.mutable_data_ptr(), q * r, r});
+    constexpr int64_t kPart = mpg::cpu::kRankPart;
+    run(memory, (r + kPart - 1) / kPart * R, q * in * kPart, args, MPG_SIDES(lora_shrink));
+  });
+  return hidden;
+}
+
+void lora_expand_(const Tensor& out, const Tensor& hidden, const Tensor& up, const Tensor& groups) {
+  const auto [R, q, size] = check_stored<3>("out", out, "R, q, out");
+  const auto [G, r, columns] = check_dims<3>("up", up, "G, r, out");
+  const auto dtype = out.scalar_type();
+  TORCH_CHECK_VALUE(out.stride(2) == 1 || size == 1,
+                    "out is written in place and must have unit stride in its last dimension, got ",
+                    out.stride(2));
+  TORCH_CHECK_VALUE(at::has_internal_overlap(out) != at::MemOverlap::Yes,
+                    "out is written in place and must have memory of its own for every number");
+
+  with_accumulation_type(out, [&]<class A>(Memory& memory) {
+    const mpg::LoraExpand<A> args(
+        {storage_of(out), memory.input<int64_t>("groups", groups, "R", {R}), R, q, G, r},
+        memory.tokens("hidden", hidden, "R, q, r", {R, q, r}, dtype),
+        memory.stored("up", up, "G, r, out", {G, r, size}, dtype), size,
+        {out.mutable_data_ptr(), out.stride(0), out.stride(1)});
+    constexpr int64_t kPart = mpg::cpu::kOutputPart;
+    run(memory, (size + kPart - 1) / kPart * R, q * r * std::min(size, kPart), args,
+        MPG_SIDES(lora_expand));
+  });
+}
+
 // Calls f with every op: its name, what does it, and its schema.
 template <class F>
 void for_each_op(F f) {
@@ -577,6 +643,9 @@ void for_each_op(F f) {
   f("draw_residual", draw_residual,
     "(Tensor target_probs, Tensor? draft_probs, Tensor tokens, Tensor lengths, Tensor accepted, "
     "Tensor carry, Tensor uniforms) -> Tensor");
+  f("lora_shrink", lora_shrink, "(Tensor x, Tensor down, Tensor groups) -> Tensor");
+  f("lora_expand_", lora_expand_,
+    "(Tensor(a!) out, Tensor hidden, Tensor up, Tensor groups) -> ()");
 }
 
 void register_ops(torch::Library& library) {

@@ -197,6 +197,42 @@ struct DrawResidual {
   double* slice_masses;     // (2, B, num_slices) scratch, CUDA only
 };
 
+// Token (i, p) of R rows of q tokens: feature c lies at data[i * stride_row + p * stride_position +
+// c].
+template <class Pointer>
+struct TokenRows {
+  Pointer data;
+  int64_t stride_row, stride_position;
+};
+
+// Rows that each run an adapter of their own, row i that of groups[i]. Those of another group than
+// 1..G - 1 run none.
+struct AdapterRows {
+  DType dtype;            // of tokens and factors
+  const int64_t* groups;  // (R)
+  int64_t R, q, G, rank;
+
+  MPG_HOST_DEVICE bool has_adapter(int64_t group) const { return group >= 1 && group < G; }
+};
+
+template <class A>
+struct LoraShrink {
+  AdapterRows rows;
+  TokenRows<const void*> x;  // (R, q, in)
+  const void* down;          // (G, rank, in)
+  int64_t in;
+  TokenRows<void*> hidden;  // (R, q, rank)
+};
+
+template <class A>
+struct LoraExpand {
+  AdapterRows rows;
+  TokenRows<const void*> hidden;  // (R, q, rank)
+  const void* up;                 // (G, rank, size)
+  int64_t size;
+  TokenRows<void*> out;  // (R, q, size), added to
+};
+
 // The two sides of an op. CPU: does the items [begin, end), so that the caller can split them over
 // threads. CUDA: launches on `stream`, a cudaStream_t.
 #define MPG_OP(op, Args)                                    \
@@ -218,6 +254,8 @@ MPG_OP(combine_rows, CombineRows)        // slices, combined
 MPG_OP(warp_rows, WarpRows)              // rows
 MPG_OP(verify_block, VerifyBlock)        // sequences
 MPG_OP(draw_residual, DrawResidual)      // sequences
+MPG_OP(lora_shrink, LoraShrink)          // rows, for each part of the rank
+MPG_OP(lora_expand, LoraExpand)          // rows, for each part of the outputs
 #undef MPG_OP
 
 namespace cpu {
@@ -225,6 +263,9 @@ namespace cpu {
 #define MPG_INSTANTIATE(op, Args)                         \
   template void op(const Args<float>&, int64_t, int64_t); \
   template void op(const Args<double>&, int64_t, int64_t)
+
+// Ranks and outputs of a part, see lora.cpp.
+constexpr int64_t kRankPart = 2, kOutputPart = 512;
 
 const char* capability();  // the level that this process uses; throws std::invalid_argument
 template <class A>

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "ops.h"
 
@@ -44,6 +45,31 @@ MPG_HOST_DEVICE float to_float(Half x) {
   const uint32_t bits = bits_of(float_from_bits(magnitude) * 0x1p112f);
   return float_from_bits(bits | special | uint32_t(x.bits & 0x8000) << 16);
 #endif
+}
+
+// The nearest number that T holds; among two the even one.
+template <class T>
+MPG_HOST_DEVICE T to_stored(double x) {
+  return T(x);
+}
+template <class T>
+MPG_HOST_DEVICE T to_stored(float x) {
+  const uint32_t bits = bits_of(x), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  const bool is_nan = magnitude > 0x7f800000u;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return x;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    return {uint16_t(is_nan ? 0x7fffu : rounded)};
+  } else {
+    // Moves the exponent's bias by 112 and rounds; adding 1/2 leaves the bits of a subnormal number
+    // in the low ones. What rounds to 2^16 or more is infinite.
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+    const uint32_t subnormal = bits_of(float_from_bits(magnitude) + 0.5f) - bits_of(0.5f);
+    const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+    const uint32_t rounded = magnitude >= (143u << 23) ? 0x7c00u : finite;
+    return {uint16_t((is_nan ? 0x7fffu : rounded) | sign >> 16)};
+  }
 }
 
 // Calls f with a value of the type that `dtype` names, one of those that go with accumulation in A.

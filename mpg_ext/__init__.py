@@ -1,4 +1,4 @@
-"""The compiled ops of mpg on tensors: rows, scores, acceptance, the bound, draws, keyed uniforms.
+"""The compiled ops of mpg on tensors: rows, scores, acceptance, the bound, draws, keyed uniforms, adapters of rows.
 
 Knows no model, no tokenizer and no decode loop.
 """
@@ -27,6 +27,8 @@ from .ops import (  # noqa: E402
     draw_tokens,
     draw_uniforms,
     gather_logprobs,
+    lora_expand_,
+    lora_shrink,
     score_prefixes,
     update_bound_,
     verify_block,
@@ -43,6 +45,8 @@ __all__ = [
     "draw_tokens",
     "draw_uniforms",
     "gather_logprobs",
+    "lora_expand_",
+    "lora_shrink",
     "score_prefixes",
     "update_bound_",
     "verify_block",

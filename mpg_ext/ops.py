@@ -270,6 +270,36 @@ def draw_residual(
     return torch.ops.mpg.draw_residual(target_probs, draft_probs, tokens, lengths, accepted, carry, uniforms)
 
 
+def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
+    """Features of rows times the down factor of the adapter that each row runs: hidden[i] = x[i] down[groups[i]]^T.
+
+    The first half of y + x A B for rows that each have an A and B of their own. Neighbouring rows of one group are
+    computed together, so rows sorted by group are fastest. Sums are in acc, and do not depend on the other rows.
+
+    x: (R, q, in), float32, float16 or bfloat16, on the CPU also float64; R rows of q tokens with `in` at least 1. Any
+        strides; where the last is not 1, x is copied
+    down: (G, r, in), dtype of x; smaller ranks padded with zeros
+    groups: (R,) int64; a row of group 0, or of another outside [1, G), runs no adapter
+
+    out: (R, q, r), dtype of x; 0 for rows without an adapter
+    """
+    return torch.ops.mpg.lora_shrink(x, down, groups)
+
+
+def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> None:
+    """Add hidden[i] up[groups[i]] to out[i], in place: the second half of y + x A B, see lora_shrink.
+
+    Sums are in acc, and rounded once with what lies in `out`. Rows without an adapter keep every byte.
+
+    out: (R, q, out), float32, float16 or bfloat16, on the CPU also float64; written in place. It may be a part of the
+        columns of another tensor: any strides without overlap, but 1 in the last dimension
+    hidden: (R, q, r), dtype of out; may be part of another, too
+    up: (G, r, out), dtype of out
+    groups: (R,) int64, as in lora_shrink
+    """
+    torch.ops.mpg.lora_expand_(out, hidden, up, groups)
+
+
 # Fake kernels: shapes, dtypes and devices for FakeTensor and device="meta".
 
 
@@ -309,6 +339,8 @@ _FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, ...] | None]] = {
         target_probs.new_empty(lengths.shape),
     ),
     "draw_residual": lambda target_probs, draft_probs, tokens, lengths, *_state: lengths.new_empty(lengths.shape),
+    "lora_shrink": lambda x, down, groups: x.new_empty((*x.shape[:2], down.shape[1])),
+    "lora_expand_": lambda *_inputs: None,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"mpg::{_name}", _fake)

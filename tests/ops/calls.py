@@ -92,6 +92,13 @@ def calls(
             "carry": normal(B).abs().clamp(max=1),
             "uniforms": one_uniform,
         },
+        "lora_shrink": {"x": normal(B, K, V), "down": normal(3, N, V), "groups": integers(3, B).sort()[0]},
+        "lora_expand_": {
+            "out": normal(B, K, V),
+            "hidden": normal(B, K, N),
+            "up": normal(3, N, V),
+            "groups": integers(3, B).sort()[0],
+        },
     }
 
 
@@ -103,5 +110,10 @@ def clone(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def outputs_of(result: Any) -> list[Tensor]:
-    """What an op returned, as a list: of nothing for update_bound_."""
+    """What an op returned, as a list: of nothing for an op that works in place alone."""
     return [] if result is None else list(result) if isinstance(result, tuple) else [result]
+
+
+def written_by(call: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an op writes in place."""
+    return [*call.get("bound", []), *([call["out"]] if "out" in call else [])]

@@ -26,6 +26,13 @@ STORED: dict[str, Sequence[Any]] = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "layout": ("contiguous", "strided", "misaligned"),
 }
+LORA = {  # B rows of K tokens; features that go in or come out
+    "features": (1, 7, 8, 100, 2064),
+    "rank": (1, 2, 5, 16, 35),
+    "K": (1, 3, 8, 9),
+    "B": (0, 1, 3, 19),
+    **STORED,
+}
 FACTORS: dict[str, dict[str, Sequence[Any]]] = {
     "gather_logprobs": {"V": V, "K": K, "B": B, **STORED},
     "score_prefixes": {"K": K, "N": N, "B": B, "score": SCORES},
@@ -47,6 +54,8 @@ FACTORS: dict[str, dict[str, Sequence[Any]]] = {
     "draw_tokens": {"V": V, "B": B, "layout": STORED["layout"]},
     "verify_block": {"V": V, "K": K, "B": B, "layout": STORED["layout"], "has_draft": (True, False)},
     "draw_residual": {"V": V, "K": K, "B": B, "layout": STORED["layout"], "has_draft": (True, False)},
+    "lora_shrink": LORA,
+    "lora_expand_": LORA,
 }
 
 
@@ -60,7 +69,7 @@ def cases_of(op: str) -> pytest.MarkDecorator:
 
 def num_elements(case: Mapping[str, Any]) -> Any:
     """Elements of a case, for numbers or tensors of them. A row is work for a block of threads: at least 256."""
-    lengths = case.get("V", 1)
+    lengths = case.get("V", case.get("features", 1))
     at_least_256 = lengths.clamp(min=256) if isinstance(lengths, Tensor) else max(lengths, 256)
     num_models = 2 if "has_draft" in case else 1 + case.get("N", 0)
     return at_least_256 * num_models * case.get("K", 1) * case["B"]

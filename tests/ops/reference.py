@@ -291,6 +291,22 @@ def draw_uniforms(seeds: Tensor, rounds: Tensor, *, purpose: int, count: int, fi
     return ((word0 >> 5) * 2**26 + (word1 >> 6)).double() * 2.0**-53
 
 
+def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
+    """Twin of `mpg_ext.lora_shrink`."""
+    return (_accumulate(x) @ _factors_of_rows(down, groups).mT).to(x.dtype)
+
+
+def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> None:
+    """Twin of `mpg_ext.lora_expand_`."""
+    out.copy_(_accumulate(out) + _accumulate(hidden) @ _factors_of_rows(up, groups))
+
+
+def _factors_of_rows(factors: Tensor, groups: Tensor) -> Tensor:
+    """One factor a row, of zeros where the row runs no adapter."""
+    has_adapter = (groups >= 1) & (groups < len(factors))
+    return _accumulate(factors)[groups.where(has_adapter, 0)].where(has_adapter[:, None, None], 0)
+
+
 def _accumulate(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -156,6 +156,25 @@ ERRORS = [
     ("draw_residual", {"accepted": torch.ones(B)}, "accepted must be int64, got float32"),
     ("draw_residual", {"carry": torch.ones(B).double()}, "carry must be float32, got float64"),
     ("draw_residual", {"lengths": torch.ones(B + 1).long()}, r"lengths must be \(B,\) = \(2,\), got \(3,\)"),
+    ("lora_shrink", {"x": torch.ones(B, V)}, r"x must be \(R, q, in\), got \(2, 7\)"),
+    ("lora_shrink", {"x": torch.ones(B, K, 0)}, r"x must have at least 1 feature, got \(2, 3, 0\)"),
+    (
+        "lora_shrink",
+        {"x": torch.ones(B, K, V).int()},
+        "x must be float32, float16, bfloat16 or float64 on cpu, got int",
+    ),
+    ("lora_shrink", {"down": torch.ones(N, V)}, r"down must be \(G, r, in\), got \(2, 7\)"),
+    ("lora_shrink", {"down": torch.ones(3, N, 5)}, r"down must be \(G, r, in\) = \(3, 2, 7\), got \(3, 2, 5\)"),
+    ("lora_shrink", {"down": torch.ones(3, N, V).half()}, "down must be float32, got float16"),
+    ("lora_shrink", {"groups": torch.ones(B).int()}, "groups must be int64, got int32"),
+    ("lora_shrink", {"groups": torch.ones(3).long()}, r"groups must be \(R,\) = \(2,\), got \(3,\)"),
+    ("lora_expand_", {"out": torch.ones(B, V)}, r"out must be \(R, q, out\), got \(2, 7\)"),
+    ("lora_expand_", {"out": torch.ones(B, V, K).mT}, "out is written in place and must have unit stride .*, got 3"),
+    ("lora_expand_", {"out": torch.ones(1, K, V).expand(B, K, V)}, "out .* must have memory of its own for every"),
+    ("lora_expand_", {"hidden": torch.ones(B, K, 5)}, r"hidden must be \(R, q, r\) = \(2, 3, 2\), got \(2, 3, 5\)"),
+    ("lora_expand_", {"hidden": torch.ones(B, K, N).half()}, "hidden must be float32, got float16"),
+    ("lora_expand_", {"up": torch.ones(3, N, 5)}, r"up must be \(G, r, out\) = \(3, 2, 7\), got \(3, 2, 5\)"),
+    ("lora_expand_", {"groups": torch.ones(B)}, "groups must be int64, got float32"),
 ]
 
 

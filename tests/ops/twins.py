@@ -167,6 +167,15 @@ def accepted_range(draft_probs: Tensor, scores: Range, log_bound: Tensor) -> Ran
     return Range((masses(scores.low, -1) - 2.0**-125).clamp(min=0), masses(scores.high, 1))
 
 
+def product_error(magnitudes: Tensor, num_terms: int, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Absolute error of sums of so many products, whose magnitudes add up to `magnitudes`, rounded to `dtype`.
+
+    A chain of a sum has a product and an addition a term; below the smallest normal number digits are lost.
+    """
+    stored = torch.finfo(dtype)
+    return sum_error(2 * num_terms) * magnitudes + stored.eps / 2 * exact.abs() + stored.tiny * stored.eps
+
+
 def softmax_error(probs: Tensor) -> Tensor:
     """Absolute error of probabilities exp(t) / sum_v exp(t_v), t rounded from float64, the sum taken in float64.
 
