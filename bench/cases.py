@@ -19,6 +19,7 @@ import plain
 import reference
 
 N, K, WINDOW = 4, 4, 20
+RANK = 16
 SCORE = "arithmetic"
 CONSTANTS = {"constants": [0.7, 0.18, 0.01]}
 NUCLEUS = {"temperature": 0.7, "top_p": 0.9}
@@ -210,6 +211,22 @@ class Cases:
             return reference.residual_rows(*arguments[:6])
 
         return self.case("draw_residual", arguments, read=(block[0][:, 1], block[1][:, 1]), masses=masses)
+
+    def adapters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of N rows a sequence, each of one token and another adapter: features of a size V, factors, groups."""
+        x = self.normal(N * self.B, 1, self.V).to(self.dtype)
+        down, up = (self.normal(N + 1, RANK, self.V).to(self.dtype) for _ in range(2))
+        groups = torch.arange(1, N + 1, device=self.device).repeat_interleave(self.B)
+        return x, down, up, groups
+
+    def lora_shrink(self) -> Case:
+        x, down, _, groups = self.adapters()
+        return self.case("lora_shrink", (x, down, groups), read=(x, down[1:]))
+
+    def lora_expand_(self) -> Case:
+        out, _, up, groups = self.adapters()
+        hidden = self.normal(N * self.B, 1, RANK).to(self.dtype)
+        return self.case("lora_expand_", (out, hidden, up, groups), read=(out, out, hidden, up[1:]))
 
     def case(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any] | None = None, **more: Any) -> Case:
         functions = (getattr(library, name) for library in (mpg_ext, plain, reference))

@@ -169,3 +169,14 @@ def draw_residual(
     draft = draft_probs[sequence, accepted.clamp(max=tokens.shape[1] - 1)]
     residual = (carry[:, None] * target - draft).clamp(min=0)
     return draw_tokens(residual.where((accepted < lengths)[:, None], target), uniforms)
+
+
+def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
+    """Of groups of one size, in order: what a batched product can do."""
+    num_groups = len(down) - 1
+    return torch.bmm(x.view(num_groups, -1, x.shape[-1]), down[1:].mT).view(*x.shape[:2], -1)
+
+
+def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> None:
+    num_groups = len(up) - 1
+    out.view(num_groups, -1, out.shape[-1]).baddbmm_(hidden.view(num_groups, -1, hidden.shape[-1]), up[1:])

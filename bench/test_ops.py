@@ -25,6 +25,7 @@ from cases import Case, Cases, K, N
 from report import Report, Row
 
 VOCABULARIES = (32_000, 128_256)
+NUM_FEATURES = 2048
 BATCHES = (1, 16, 64)
 # Elements of the logits, (1 + N) B K V: 160 MiB of float32 on the CPU, where more would only take longer.
 MOST_LOGITS = {"cpu": 2**25 + 2**23, "cuda": 2**28}
@@ -33,6 +34,7 @@ MORE_THAN_CACHE = {"cpu": 2**26, "cuda": 2**28}  # bytes
 
 ON_LOGITS = ("gather_logprobs", "verify_chunks", "draw_fallback", "combine_geometric", "combine_arithmetic")
 ON_ROWS = ("warp_temperature", "warp_top_p", "draw_tokens", "draw_top_p", "verify_block", "draw_residual")
+ON_FEATURES = ("lora_shrink", "lora_expand_")
 ON_SCORES = ("score_prefixes", "accept_prefixes", "update_bound_", "draw_uniforms")
 
 
@@ -75,6 +77,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for V in VOCABULARIES
             if MOST_LOGITS[device] >= (1 + N) * B * K * V
         ]
+    dtypes = (torch.float32, torch.bfloat16)
+    parameters += [(name, B, NUM_FEATURES, dtype) for name in ON_FEATURES for dtype in dtypes for B in (1, 4, 16)]
     parameters += [(name, B, 1, torch.float32) for name in ON_SCORES for B in (1, 64)]
     metafunc.parametrize("timed", parameters, ids=label, indirect=True, scope="module")
 
@@ -100,7 +104,7 @@ def timed(request: pytest.FixtureRequest, report: Report, copy_bytes_per_us: flo
     plain = partial(case.run, case.plain)
     calls = {"us": partial(case.run, case.op), "plain_us": plain}
     on_gpu = report.device == "cuda"
-    if name not in ON_SCORES and B == 1 and (not on_gpu or max(VOCABULARIES) == V):
+    if name in ON_LOGITS + ON_ROWS and B == 1 and (not on_gpu or max(VOCABULARIES) == V):
         calls["compiled_us"] = partial(case.run, torch.compile(case.plain, dynamic=not on_gpu))
     if on_gpu:
         calls["replayed_us"], calls["plain_replayed_us"] = capture(calls["us"]), capture(plain)
@@ -163,7 +167,7 @@ def test_op(benchmark: Any, timed: Timed, cache: str, report: Report) -> None:
     report.times.append(row)
 
 
-@pytest.mark.parametrize("name", ON_SCORES + ON_LOGITS + ON_ROWS)
+@pytest.mark.parametrize("name", ON_SCORES + ON_LOGITS + ON_ROWS + ON_FEATURES)
 def test_call_overhead(benchmark: Any, name: str, report: Report) -> None:
     """What a call costs where there is next to nothing to compute: B = 1, V = 64."""
     case: Case = getattr(Cases(1, 64, torch.float32, report.device), name)()

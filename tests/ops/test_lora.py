@@ -83,6 +83,23 @@ def test_rows_of_a_group_outside_run_the_plain_base_and_read_no_factor(device):
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "columns", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_runs_are_those_of_the_twin(dtype, layout):
+    """On the CPU those are torch's products, over the tokens of all rows of a run where these lie in line."""
+    options = {"dtype": dtype, "device": torch.device("cpu")}
+    x, down, up = (normal(*shape, **options) / 8 for shape in [(9, 130, 256), (GROUPS, 33, 256), (GROUPS, 33, 256)])
+    groups = torch.tensor([0, 0, 0, 1, 1, 1, 5, 3, 3])
+    hidden = mpg_ext.lora_shrink(x, down, groups)
+    out = torch.ones(9, 130, 300, dtype=dtype)[..., 7:263] if layout == "columns" else laid_out(x, layout)
+    wanted = out.clone()
+    reference.lora_expand_(wanted, reference.lora_shrink(x, down, groups), up, groups)
+    with nothing_else_written([hidden, up], [out]):
+        mpg_ext.lora_expand_(out, hidden, up, groups)
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, wanted, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("column", [32, 33])  # the second does not lie on 16 bytes
 def test_expand_adds_to_the_columns_of_a_joined_product_from_the_ranks_of_a_joined_shrink(device, column):
     options = {"dtype": torch.bfloat16, "device": device}
