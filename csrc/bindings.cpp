@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <optional>
 #include <string_view>
@@ -506,18 +507,37 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
 }
 
 Tensor warp_rows(const Tensor& log_rows, double temperature, int64_t top_k, double top_p,
-                 double min_p) {
+                 double min_p, const std::optional<Tensor>& temperatures,
+                 const std::optional<Tensor>& top_ks, const std::optional<Tensor>& top_ps,
+                 const std::optional<Tensor>& min_ps) {
   const auto [R, V] = check_accumulated<2>("log_rows", log_rows, "R, V");
   TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature >= 0,
                     "temperature must be finite and not negative, got ", temperature);
   TORCH_CHECK_VALUE(top_k >= 0, "top_k must not be negative, got ", top_k);
   TORCH_CHECK_VALUE(top_p > 0 && top_p <= 1, "top_p must be in (0, 1], got ", top_p);
   TORCH_CHECK_VALUE(min_p >= 0 && min_p <= 1, "min_p must be in [0, 1], got ", min_p);
-
   Tensor probs;
   with_accumulation_type(log_rows, [&]<class A>(Memory& memory) {
-    const mpg::WarpRows<A> args(memory.input<A>(MPG_ARG(log_rows, R, V)), R, V, temperature, top_k,
-                                top_p, min_p, memory.output<A>(probs, {R, V}));
+    mpg::WarpRows<A> args = {};
+    args.log_rows = memory.input<A>(MPG_ARG(log_rows, R, V));
+    args.R = R;
+    args.V = V;
+    args.options = {temperature, top_k, top_p, min_p};
+    const auto of_rows = [&]<class T>(const char* name, const std::optional<Tensor>& values, T) {
+      return values ? memory.input<T>(name, *values, "R", {R}) : nullptr;
+    };
+    args.temperatures = of_rows("temperature", temperatures, double());
+    args.top_ks = of_rows("top_k", top_ks, int64_t());
+    args.top_ps = of_rows("top_p", top_ps, double());
+    args.min_ps = of_rows("min_p", min_ps, double());
+    args.probs = memory.output<A>(probs, {R, V});
+    if (uses_kernels(memory.device())) {
+      args.slice_size = mpg::slice_size_of(R, V);
+      args.num_slices = mpg::num_slices(V, args.slice_size);
+      args.mass_unit = std::ldexp(1.f, 63 - int(std::bit_width(uint64_t(V))));
+      args.scratch =
+          memory.scratch<uint64_t>(R * (mpg::kWarpWords + mpg::kWarpSliceWords * args.num_slices));
+    }
     run(memory, R, V, args, MPG_SIDES(warp_rows));
   });
   return probs;
@@ -678,7 +698,8 @@ void for_each_op(F f) {
     "(Tensor attribute_logits, Tensor weights, Tensor? base_logits, Tensor? anchor_logits, *, "
     "str target) -> (Tensor, Tensor)");
   f("warp_rows", warp_rows,
-    "(Tensor log_rows, *, float temperature, int top_k=0, float top_p=1.0, float min_p=0.0) "
+    "(Tensor log_rows, *, float temperature=1.0, int top_k=0, float top_p=1.0, float min_p=0.0, "
+    "Tensor? temperatures=None, Tensor? top_ks=None, Tensor? top_ps=None, Tensor? min_ps=None) "
     "-> Tensor");
   f("draw_tokens", draw_tokens, "(Tensor probs, Tensor uniforms) -> Tensor");
   f("verify_block", verify_block,

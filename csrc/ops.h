@@ -53,7 +53,14 @@ struct LogSum;
 // The part of a row that one CUDA block reduces. 8192 elements keep 256 threads busy with 16-byte
 // loads and still give a single sequence's few rows enough blocks to fill a GPU.
 constexpr int64_t kSliceSize = 8192;
-MPG_HOST_DEVICE int64_t num_slices(int64_t V) { return (V + kSliceSize - 1) / kSliceSize; }
+MPG_HOST_DEVICE int64_t num_slices(int64_t V, int64_t slice_size = kSliceSize) {
+  return (V + slice_size - 1) / slice_size;
+}
+
+// A quarter where rows are too few to give each of 132 multiprocessors two blocks.
+MPG_HOST_DEVICE int64_t slice_size_of(int64_t num_rows, int64_t V) {
+  return num_rows * num_slices(V) < 264 ? kSliceSize / 4 : kSliceSize;
+}
 
 // Rows and where their normalisers go.
 template <class A>
@@ -158,14 +165,43 @@ struct CombineRows {
   LogSum<A>* row_partials;  // (B, P, num_slices) scratch
 };
 
+struct WarpOptions {
+  double temperature;
+  int64_t top_k;
+  double top_p, min_p;
+
+  MPG_HOST_DEVICE bool is_valid() const { return temperature >= 0 && temperature <= 0x1.fffp1023; }
+  // 1 / temperature, but finite: 0 times it is 0.
+  MPG_HOST_DEVICE double scale() const {
+    return temperature < 0x1p-1023 ? 0x1p1023 : 1 / temperature;
+  }
+};
+
+// Words that the CUDA side of warp_rows notes of a row, and of each of its slices.
+constexpr int64_t kWarpWords = 8 * (2048 + 2) + 2, kWarpSliceWords = 11;
+
 template <class A>
 struct WarpRows {
   const A* log_rows;  // (R, V)
   int64_t R, V;
-  double temperature;
-  int64_t top_k;
-  double top_p, min_p;
-  A* probs;  // (R, V)
+  WarpOptions options;            // of all rows, but where they have one each:
+  const double* temperatures;     // (R) or null
+  const int64_t* top_ks;          // (R) or null
+  const double *top_ps, *min_ps;  // (R) or null
+  A* probs;                       // (R, V)
+  // CUDA only
+  int64_t slice_size, num_slices;
+  float mass_unit;    // masses are added in units of its inverse, all V below 2^63 of them
+  uint64_t* scratch;  // (R, kWarpWords + kWarpSliceWords * num_slices)
+
+  MPG_HOST_DEVICE WarpOptions options_of(int64_t row) const {
+    WarpOptions own = options;
+    if (temperatures != nullptr) own.temperature = temperatures[row];
+    if (top_ks != nullptr) own.top_k = top_ks[row];
+    if (top_ps != nullptr) own.top_p = top_ps[row];
+    if (min_ps != nullptr) own.min_p = min_ps[row] > 1 ? 1 : (min_ps[row] > 0 ? min_ps[row] : 0);
+    return own;
+  }
 };
 
 // A drafted block and the rows around it; a K of 0, without tokens and lengths, is a row alone.

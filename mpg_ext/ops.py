@@ -191,7 +191,12 @@ def combine_rows(
 
 
 def warp_rows(
-    log_rows: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    log_rows: Tensor,
+    *,
+    temperature: float | Tensor,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
 ) -> Tensor:
     """Probabilities after temperature, top-k, top-p on the renormalised rest, and min-p, in this order.
 
@@ -204,10 +209,15 @@ def warp_rows(
     top_k: 0 for all tokens
     top_p: in (0, 1]
     min_p: in [0, 1]
+    Each may be a tensor (R,), a number a row, float64 or for top_k int64. Its values lie on the device and are not
+    refused: a temperature outside gives a row of NaN, others count as the nearest number inside.
 
     out: (R, V) acc, every row sums to 1; 0 where a row is -inf throughout, NaN where it has NaN or +inf
     """
-    return torch.ops.mpg.warp_rows(log_rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return torch.ops.mpg.warp_rows(
+        log_rows, **{f"{name}s" if isinstance(value, Tensor) else name: value for name, value in options.items()}
+    )
 
 
 def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -30,8 +30,7 @@ MPG_INLINE A max_of(const A* row, int64_t V) {
 
 // Masses, 1 for the largest value, and their sum.
 template <class A>
-MPG_INLINE double exponentiate(const A* row, int64_t V, double max, double temperature, A* masses) {
-  const double scale = std::min(1 / temperature, 0x1p1023);  // finite: 0 * scale is 0
+MPG_INLINE double exponentiate(const A* row, int64_t V, double max, double scale, A* masses) {
   double total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t y = 0; y < V; ++y) {
@@ -119,29 +118,30 @@ void warp_rows(const WarpRows<A>& args, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const A* row = args.log_rows + r * V;
     A* probs = args.probs + r * V;
-    const A max = at_level<max_of<A>>(row, V);
-    if (is_nan(max) || max == -A(INFINITY) || args.temperature == 0) {
+    const WarpOptions options = args.options_of(r);
+    const A max = options.is_valid() ? at_level<max_of<A>>(row, V) : A(NAN);
+    if (is_nan(max) || max == -A(INFINITY) || options.temperature == 0) {
       std::fill(probs, probs + V, is_nan(max) ? A(NAN) : A(0));
       if (max > -A(INFINITY)) probs[std::find(row, row + V, max) - row] = 1;
       continue;
     }
 
-    double total = at_level<exponentiate<A>>(row, V, max, args.temperature, probs);
+    double total = at_level<exponentiate<A>>(row, V, max, options.scale(), probs);
     std::vector<uint8_t> bins;
-    const bool has_top_k = args.top_k > 0 && args.top_k < V;
-    if (has_top_k || args.top_p < 1) {
+    const bool has_top_k = options.top_k > 0 && options.top_k < V;
+    if (has_top_k || options.top_p < 1) {
       bins.resize(V);
-      at_level<find_bins<A>>(row, V, max, args.temperature, bins.data());
+      at_level<find_bins<A>>(row, V, max, options.temperature, bins.data());
     }
     if (has_top_k) {
-      const int64_t last = find_last(row, bins, double(args.top_k), [](int64_t) { return 1; });
+      const int64_t last = find_last(row, bins, double(options.top_k), [](int64_t) { return 1; });
       total = keep_to(last, row, V, probs);
     }
-    if (args.top_p < 1) {
+    if (options.top_p < 1) {
       const auto mass_of = [probs](int64_t y) { return double(probs[y]); };
-      total = keep_to(find_last(row, bins, args.top_p * total, mass_of), row, V, probs);
+      total = keep_to(find_last(row, bins, options.top_p * total, mass_of), row, V, probs);
     }
-    if (args.min_p > 0) total = at_level<keep_from<A>>(A(args.min_p), probs, V, probs);
+    if (options.min_p > 0) total = at_level<keep_from<A>>(A(options.min_p), probs, V, probs);
     at_level<multiply<A>>(1 / total, V, probs);
   }
 }

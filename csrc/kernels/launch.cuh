@@ -82,4 +82,30 @@ __device__ __forceinline__ T sum_block(T x) {
   return reduce_block<kBlock>(x, [](T a, T b) { return a + b; });
 }
 
+// The sum over the lanes of a warp up to each one.
+template <class T>
+__device__ __forceinline__ T scan_warp(T x) {
+  const int lane = threadIdx.x % kWarp;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int source = lane < offset ? lane : lane - offset;
+    const T before = from_word<T>(__shfl_sync(kAllLanes, word_of(x), source));
+    if (lane >= offset) x += before;
+  }
+  return x;
+}
+
+// The sum over a block of kThreads up to each thread.
+template <class T>
+__device__ __forceinline__ T scan_block(T x) {
+  __shared__ uint64_t of_warp[kWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  x = scan_warp(x);
+  __syncthreads();  // the sums of the call before have been read
+  if (lane == kWarp - 1) of_warp[warp] = word_of(x);
+  __syncthreads();  // every warp reads what those before it wrote
+  T before = 0;
+  for (int w = 0; w < warp; ++w) before += from_word<T>(of_warp[w]);
+  return before + x;
+}
+
 }  // namespace mpg::cuda

@@ -167,26 +167,34 @@ def combine_rows(
 
 
 def warp_rows(
-    log_rows: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    log_rows: Tensor,
+    *,
+    temperature: float | Tensor,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
 ) -> Tensor:
     """Twin of `mpg_ext.warp_rows`."""
+    temperature, top_k, top_p, min_p = (  # each (R, 1) or (1, 1)
+        torch.as_tensor(option, dtype=dtype, device=log_rows.device).view(-1, 1)
+        for option, dtype in (
+            (temperature, torch.float64), (top_k, torch.int64), (top_p, torch.float64), (min_p, torch.float64)
+        )
+    )  # fmt: skip
     largest = log_rows.amax(-1, keepdim=True)  # NaN where the row has one
-    is_invalid, is_empty = largest.isnan() | (largest == math.inf), largest == -math.inf
+    is_invalid = largest.isnan() | (largest == math.inf) | ~((temperature >= 0) & temperature.isfinite())
     # Preferred first: larger, then lower token.
     order = log_rows.argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(-1)
-    masses = (rank == 0).double()
-    if temperature > 0:
-        masses = ((log_rows.double() - largest) / temperature).exp()
-    if top_k > 0:
-        masses = masses.where(rank < top_k, 0)
-    if top_p < 1:
-        cumulated = masses.gather(-1, order).cumsum(-1)
-        before = torch.nn.functional.pad(cumulated, (1, -1)).gather(-1, rank)
-        masses = masses.where(before < top_p * cumulated[:, -1:], 0)
-    masses = masses.where(masses >= min_p, 0)  # the largest mass is 1
+    masses = ((log_rows.double() - largest) / temperature).exp()
+    masses = masses.where(temperature > 0, (rank == 0).double())
+    masses = masses.where((rank < top_k) | (top_k <= 0), 0)
+    cumulated = masses.gather(-1, order).cumsum(-1)
+    before = torch.nn.functional.pad(cumulated, (1, -1)).gather(-1, rank)
+    masses = masses.where((before < top_p * cumulated[:, -1:]) | (rank == 0) | (top_p >= 1), 0)
+    masses = masses.where(masses >= min_p.clamp(max=1), 0)  # the largest mass is 1
     probs = (masses / masses.sum(-1, keepdim=True)).to(log_rows.dtype)
-    return probs.where(~is_empty, 0).where(~is_invalid, math.nan)
+    return probs.where(largest != -math.inf, 0).where(~is_invalid, math.nan)
 
 
 def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -107,6 +107,54 @@ def test_op_keeps_the_tokens_of_the_twin_exactly_to_rounding(device, V, B, layou
     assert_within(out, around(exact, softmax_error(exact)))
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.9}, {"top_k": 3000}, {"top_k": 9000, "top_p": 0.8}, {"top_p": 0.95, "min_p": 0.01}], ids=str
+)
+def test_ties_of_long_rows_are_cut_in_token_order_where_the_twin_cuts(device, options):
+    """Hundreds of equal values all over a row; rounding may move the cut by a token."""
+    rows = (torch.randn(2, 20_000, generator=seeded(4)) * 2).round(decimals=1).to(device)
+    is_kept = mpg_ext.warp_rows(rows, temperature=0.9, **options) > 0
+    wanted = (reference.warp_rows(rows.double(), temperature=0.9, **options) > 0).sum(-1)
+    assert ((is_kept.sum(-1) - wanted).abs() <= 1).all()
+    rank = rows.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    assert torch.equal(is_kept, rank < is_kept.sum(-1, keepdim=True))
+
+
+def test_rows_with_options_of_their_own_are_those_of_each_alone(device):
+    """All of them tensors, or one at a time beside numbers for all rows."""
+    rows = (torch.randn(8, 9000, generator=seeded(8)) * 2).round(decimals=1).to(device)
+    options = {
+        "temperature": torch.tensor([0.0, 0.7, 1.0, 3.0, 0.7, 1.0, 1e-50, 1.0], dtype=torch.float64, device=device),
+        "top_k": torch.tensor([0, 40, 5, 0, 10**6, 1, 3, 300], device=device),
+        "top_p": torch.tensor([1.0, 0.9, 1.0, 0.5, 0.9, 0.3, 0.9, 0.2], dtype=torch.float64, device=device),
+        "min_p": torch.tensor([0.0, 0.0, 0.1, 0.01, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device),
+    }
+    defaults = {"temperature": 0.8, "top_k": 30, "top_p": 0.7, "min_p": 0.02}
+    for own in (options, *({name: options[name]} for name in options)):
+        out = mpg_ext.warp_rows(rows, **defaults | own)
+        for r in range(len(rows)):
+            alone = mpg_ext.warp_rows(rows[r : r + 1], **defaults | {name: own[name][r].item() for name in own})
+            assert torch.equal(out[r : r + 1], alone)
+        torch.testing.assert_close(out, reference.warp_rows(rows, **defaults | own))
+
+
+def test_options_on_the_device_that_are_none_spoil_no_other_row(device):
+    rows = torch.tensor([0.1, 0.4, 0.2, 0.3], device=device).log().repeat(9, 1)
+    bad = torch.tensor([1.0, NAN, INF, -1.0, -INF, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64, device=device)
+    out = mpg_ext.warp_rows(rows, temperature=bad)
+    assert torch.equal(out.isnan().all(-1), out.isnan().any(-1))
+    assert out.isnan().any(-1).tolist() == [False, True, True, True, True, False, False, False, False]
+    every, first = [0.1, 0.4, 0.2, 0.3], [0.0, 1.0, 0.0, 0.0]
+    for name, row_of in (("top_p", first), ("min_p", every)):
+        values = torch.tensor([1.0 if name == "top_p" else 0.0, -1.0, -INF], dtype=torch.float64, device=device)
+        out = mpg_ext.warp_rows(rows[:3], temperature=1.0, **{name: values})
+        for row, wanted in zip(out, (every, row_of, row_of), strict=True):
+            assert_row(row, wanted)
+    out = mpg_ext.warp_rows(rows[:3], temperature=1.0, top_k=torch.tensor([-1, -(2**62), 2**62], device=device))
+    for row in out:
+        assert_row(row, every)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_float64_rows_equal_the_twin(options):
     rows = (torch.randn(6, 500, dtype=torch.float64, generator=seeded(3)) * 2).round(decimals=1)

@@ -131,6 +131,36 @@ MUTANTS = {
         "args.uniforms[b * args.K + lane / 2]",
         "ops/test_verify_chunks.py Acceptance and twin",
     ),
+    "carry lost between the words of a sum": Mutant(
+        "csrc/kernels/warp_rows.cu",
+        "uint32_t(weight >> 32) + carry",
+        "uint32_t(weight >> 32) + 0 * carry",
+        "ops/test_warp_rows.py long_rows",
+    ),
+    "ties counted from the start of a slice": Mutant(
+        "csrc/kernels/warp_rows.cu",
+        "num_before + number <=",
+        "number <=",
+        "ops/test_warp_rows.py long_rows",
+    ),
+    "missing barrier between zeroing and adding": Mutant(
+        "csrc/kernels/warp_rows.cu",
+        "  __syncthreads();  // before others add\n",
+        "",
+        "ops/test_warp_rows.py op_keeps",
+    ),
+    "top-p of all that was there before top-k": Mutant(
+        "csrc/kernels/warp_rows.cu",
+        "kept_after(row, row.num_stages(1)).mass",
+        "kept_after(row, 0).mass",
+        "ops/test_warp_rows.py counts_what_top_k_left",
+    ),
+    "draw in a run with the mass before it": Mutant(
+        "csrc/kernels/inverse_cdf.cuh",
+        "__shfl_sync(kAllLanes, sum - mass, lane)",
+        "0",
+        "ops/test_verify_block.py Draw or draw",
+    ),
     "tile across a boundary of groups": Mutant(
         "csrc/kernels/lora.cu",
         "i % most_rows != 0 && rows.groups[i - 1] == rows.groups[i]",

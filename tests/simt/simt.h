@@ -10,7 +10,7 @@
 //
 // Overruns and misaligned accesses are for the sanitizers that this is compiled with. Out of sight
 // remain: blocks that run at the same time, and memory order, as every switch of fibers is one
-// (a __syncwarp beside another warp operation is never missed). No atomics, one-dimensional blocks.
+// (a __syncwarp beside another warp operation is never missed). One-dimensional blocks.
 // x86-64 only.
 #pragma once
 
@@ -369,5 +369,11 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(cudaError_t) { return "simulated"; }
+
+// Blocks run one after the other, and fibers only change where they wait.
+template <class T>
+T atomicAdd(T* address, T value) {
+  return std::exchange(*address, T(*address + value));
+}
 
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
