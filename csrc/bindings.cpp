@@ -135,6 +135,12 @@ mpg::Score score_of(std::string_view name, const char* argument = "score") {
   return name == "arithmetic" ? mpg::Score::kArithmetic : mpg::Score::kGeometric;
 }
 
+// Logits are multiplied by its inverse: both have to be normal numbers in float32.
+void check_temperature(double temperature) {
+  TORCH_CHECK_VALUE(temperature >= 0x1p-126 && temperature <= 0x1p126,
+                    "temperature must be in [2^-126, 2^126], got ", temperature);
+}
+
 // ---- From tensors to the structs of ops.h.
 
 // Whether the CUDA side does the work; in the kernel tests (tests/simt) it does on CPU tensors too.
@@ -199,8 +205,14 @@ class Memory {
 
   // What the CUDA side keeps of the slices of rows; null where the CPU side works.
   template <class T>
-  T* slice_scratch(int64_t num_rows, int64_t V) {
-    return uses_kernels(device_) ? scratch<T>(num_rows * mpg::num_slices(V)) : nullptr;
+  T* slice_scratch(int64_t num_rows, int64_t V, int64_t slice_size = mpg::kSliceSize) {
+    return uses_kernels(device_) ? scratch<T>(num_rows * mpg::num_slices(V, slice_size)) : nullptr;
+  }
+
+  // The same of the rows of logits.
+  template <class A>
+  mpg::LogSum<A>* partials(int64_t num_rows, int64_t V) {
+    return slice_scratch<mpg::LogSum<A>>(num_rows, V, mpg::slice_size_of(num_rows, V));
   }
 
  private:
@@ -327,16 +339,14 @@ void run(
 
 Tensor gather_logprobs(const Tensor& logits, const Tensor& tokens, double temperature) {
   const auto [R, K, V] = check_logits<3>("logits", logits, "R, K, V");
-  // Logits are multiplied by its inverse: both have to be normal numbers in float32.
-  TORCH_CHECK_VALUE(temperature >= 0x1p-126 && temperature <= 0x1p126,
-                    "temperature must be in [2^-126, 2^126], got ", temperature);
+  check_temperature(temperature);
 
   Tensor logprobs;
   with_accumulation_type(logits, [&]<class A>(Memory& memory) {
     const mpg::GatherLogprobs<A> args(
         {storage_of(logits), rows_of(logits, false, true), {}, 0, R, K, V, nullptr},
         memory.input<int64_t>(MPG_ARG(tokens, R, K)), A(temperature),
-        memory.output<A>(logprobs, {R, K}), memory.slice_scratch<mpg::LogSum<A>>(R * K, V));
+        memory.output<A>(logprobs, {R, K}), memory.partials<A>(R * K, V));
     run(memory, R * K, V, args, MPG_SIDES(gather_logprobs));
   });
   return logprobs;
@@ -397,10 +407,9 @@ std::tuple<Tensor, Tensor, Tensor> verify_chunks(const Tensor& anchor_logits,
 
   Tensor log_ratios, scores, accepted;
   with_accumulation_type(anchor_logits, [&]<class A>(Memory& memory) {
-    const mpg::GatherLogprobs<A> gather(model_logits(anchor_logits, attribute_logits),
-                                        memory.input<int64_t>(MPG_ARG(tokens, B, K)), A(1),
-                                        memory.scratch<A>((1 + N) * B * K),
-                                        memory.slice_scratch<mpg::LogSum<A>>((1 + N) * B * K, V));
+    const mpg::GatherLogprobs<A> gather(
+        model_logits(anchor_logits, attribute_logits), memory.input<int64_t>(MPG_ARG(tokens, B, K)),
+        A(1), memory.scratch<A>((1 + N) * B * K), memory.partials<A>((1 + N) * B * K, V));
     const mpg::ScorePrefixes<A> scoring(gather.logprobs + B * K, gather.logprobs,
                                         memory.input<A>(MPG_ARG(weights, B, N)), score_of(score), N,
                                         B, K, memory.output<A>(log_ratios, {N, B, K}),
@@ -428,8 +437,7 @@ std::tuple<Tensor, Tensor, Tensor> draw_fallback(const Tensor& anchor_logits,
   with_accumulation_type(anchor_logits, [&]<class A>(Memory& memory) {
     const mpg::DrawFallback<A> args(
         {model_logits(anchor_logits, attribute_logits, memory.input<bool>(MPG_ARG(active, B))),
-         memory.scratch<mpg::Normalizer<A>>((1 + N) * B),
-         memory.slice_scratch<mpg::LogSum<A>>((1 + N) * B, V)},
+         memory.scratch<mpg::Normalizer<A>>((1 + N) * B), memory.partials<A>((1 + N) * B, V)},
         memory.input<A>(MPG_ARG(draft_probs, B, V)), memory.input<A>(MPG_ARG(weights, B, N)),
         memory.input<A>(MPG_ARG(log_bound, B)), memory.input<double>(MPG_ARG(uniforms, B)),
         score_of(score), memory.output<int64_t>(tokens, {B}), memory.output<A>(scores, {B}),
@@ -463,9 +471,11 @@ Tensor draw_uniforms(const Tensor& seeds, const Tensor& rounds, int64_t purpose,
 std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Tensor& weights,
                                         const std::optional<Tensor>& base_logits,
                                         const std::optional<Tensor>& anchor_logits,
-                                        std::string_view target) {
+                                        std::string_view target,
+                                        std::optional<double> temperature) {
   const auto [N, B, P, V] = check_logits<4>("attribute_logits", attribute_logits, "N, B, P, V");
   const mpg::Score kind = score_of(target, "target");
+  if (temperature) check_temperature(*temperature);
   const bool has_anchor = anchor_logits.has_value();
   TORCH_CHECK_VALUE(base_logits.has_value() == has_anchor,
                     "base_logits and anchor_logits must both be given or both be None");
@@ -490,17 +500,20 @@ std::tuple<Tensor, Tensor> combine_rows(const Tensor& attribute_logits, const Te
       logits.base = rows_of(*base_logits, false, true);
       logits.has_base = true;
     }
-    const int64_t num_rows = logits.num_rows(), num_slices = mpg::num_slices(V);
+    // On the CPU always the same, so that a row's numbers do not depend on the others.
+    const int64_t slice_size =
+        uses_kernels(memory.device()) ? mpg::slice_size_of(B * P, V) : mpg::kSliceSize;
+    const int64_t num_rows = logits.num_rows(), num_slices = mpg::num_slices(V, slice_size);
     const mpg::CombineRows<A> args(
-        {logits, memory.scratch<mpg::Normalizer<A>>(num_rows),
-         memory.slice_scratch<mpg::LogSum<A>>(num_rows, V)},
+        {logits, memory.scratch<mpg::Normalizer<A>>(num_rows), memory.partials<A>(num_rows, V)},
         has_anchor, N, logits.has_base ? N + 1 : 0, memory.input<A>(MPG_ARG(weights, B, P, N)),
-        kind, memory.output<A>(log_rows, {B, P, V}), memory.output<A>(log_totals, {B, P}),
+        kind, A(1 / temperature.value_or(1)), temperature.has_value(),
+        memory.output<A>(log_rows, {B, P, V}), memory.output<A>(log_totals, {B, P}), slice_size,
         memory.scratch<mpg::LogSum<A>>(B * P * num_slices));
-    const int64_t slices = B * P * num_slices, slice_size = std::min(V, mpg::kSliceSize);
-    run(memory, slices, slice_size, args, MPG_SIDES(combine_rows), [&] {
+    const int64_t slices = B * P * num_slices, work = std::min(V, slice_size);
+    run(memory, slices, work, args, MPG_SIDES(combine_rows), [&] {
       split(num_rows, V, args.rows, mpg::cpu::normalize_rows<A>);
-      split(slices, N * slice_size, args, mpg::cpu::combine_slices<A>);
+      split(slices, N * work, args, mpg::cpu::combine_slices<A>);
     });
   });
   return {log_rows, log_totals};
@@ -696,7 +709,7 @@ void for_each_op(F f) {
     "(Tensor seeds, Tensor rounds, *, int purpose, int count, int first=0) -> Tensor");
   f("combine_rows", combine_rows,
     "(Tensor attribute_logits, Tensor weights, Tensor? base_logits, Tensor? anchor_logits, *, "
-    "str target) -> (Tensor, Tensor)");
+    "str target, float? temperature=None) -> (Tensor, Tensor)");
   f("warp_rows", warp_rows,
     "(Tensor log_rows, *, float temperature=1.0, int top_k=0, float top_p=1.0, float min_p=0.0, "
     "Tensor? temperatures=None, Tensor? top_ks=None, Tensor? top_ps=None, Tensor? min_ps=None) "

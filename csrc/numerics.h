@@ -81,7 +81,7 @@ MPG_HOST_DEVICE A log_ratio(A attribute_logprob, A anchor_logprob) {
 template <class A>
 class ScoreSum {
  public:
-  MPG_HOST_DEVICE explicit ScoreSum(Score score) : score_(score) {}
+  MPG_HOST_DEVICE explicit ScoreSum(Score score = Score::kArithmetic) : score_(score) {}
 
   // A token's log-ratio as this score sums it over a prefix.
   MPG_HOST_DEVICE A term(A weight, A token_log_ratio) const {

@@ -19,6 +19,18 @@ namespace mpg {
 enum class DType { kFloat32, kFloat16, kBFloat16, kFloat64 };
 enum class Score { kArithmetic, kGeometric };
 
+// The part of a row that one CUDA block reduces. 8192 elements keep 256 threads busy with 16-byte
+// loads and still give a single sequence's few rows enough blocks to fill a GPU.
+constexpr int64_t kSliceSize = 8192;
+MPG_HOST_DEVICE int64_t num_slices(int64_t V, int64_t slice_size = kSliceSize) {
+  return (V + slice_size - 1) / slice_size;
+}
+
+// A quarter where rows are too few to give each of 132 multiprocessors two blocks.
+MPG_HOST_DEVICE int64_t slice_size_of(int64_t num_rows, int64_t V) {
+  return num_rows * num_slices(V) < 264 ? kSliceSize / 4 : kSliceSize;
+}
+
 // Element v of row (i, b, k) lies at data[i * stride_model + b * stride_sequence + k *
 // stride_position + v].
 struct LogitRows {
@@ -37,7 +49,10 @@ struct ModelLogits {
   LogitRows base = {};
   bool has_base = false;
 
-  MPG_HOST_DEVICE int64_t num_rows() const { return (1 + N + has_base) * B * K; }
+  MPG_HOST_DEVICE int64_t num_models() const { return 1 + N + has_base; }
+  MPG_HOST_DEVICE int64_t num_rows() const { return num_models() * B * K; }
+  MPG_HOST_DEVICE int64_t slice_size() const { return slice_size_of(num_rows(), V); }
+  MPG_HOST_DEVICE int64_t num_slices() const { return mpg::num_slices(V, slice_size()); }
 };
 
 // One row's softmax normaliser: log softmax(x / temperature) = (x - max) / temperature - log_sum.
@@ -50,24 +65,12 @@ struct Normalizer {
 template <class A>
 struct LogSum;
 
-// The part of a row that one CUDA block reduces. 8192 elements keep 256 threads busy with 16-byte
-// loads and still give a single sequence's few rows enough blocks to fill a GPU.
-constexpr int64_t kSliceSize = 8192;
-MPG_HOST_DEVICE int64_t num_slices(int64_t V, int64_t slice_size = kSliceSize) {
-  return (V + slice_size - 1) / slice_size;
-}
-
-// A quarter where rows are too few to give each of 132 multiprocessors two blocks.
-MPG_HOST_DEVICE int64_t slice_size_of(int64_t num_rows, int64_t V) {
-  return num_rows * num_slices(V) < 264 ? kSliceSize / 4 : kSliceSize;
-}
-
 // Rows and where their normalisers go.
 template <class A>
 struct NormalizeRows {
   ModelLogits logits;
   Normalizer<A>* normalizers;  // (rows)
-  LogSum<A>* partials;         // (rows, num_slices) scratch, CUDA only
+  LogSum<A>* partials;         // (rows, logits.num_slices()) scratch, CUDA only
 };
 
 template <class A>
@@ -76,7 +79,7 @@ struct GatherLogprobs {
   const int64_t* tokens;  // (B, K)
   A temperature;
   A* logprobs;          // (1 + N, B, K)
-  LogSum<A>* partials;  // (rows, num_slices) scratch, CUDA only
+  LogSum<A>* partials;  // (rows, logits.num_slices()) scratch, CUDA only
 };
 
 template <class A>
@@ -160,9 +163,12 @@ struct CombineRows {
   int64_t N, base;   // the model that is the base: 0 where it is the anchor itself
   const A* weights;  // (B, P, N)
   Score target;
-  A* log_rows;              // (B, P, V)
-  A* log_totals;            // (B, P)
-  LogSum<A>* row_partials;  // (B, P, num_slices) scratch
+  A inv_temperature;  // all v are raised to it
+  bool has_probs;     // what comes out is exp of log_rows
+  A* log_rows;        // (B, P, V)
+  A* log_totals;      // (B, P)
+  int64_t slice_size;
+  LogSum<A>* row_partials;  // (B, P, num_slices of slice_size) scratch
 };
 
 struct WarpOptions {

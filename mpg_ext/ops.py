@@ -170,8 +170,12 @@ def combine_rows(
     anchor_logits: Tensor | None,
     *,
     target: Score,
+    temperature: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Combined next-token rows v / sum v, in logs, with alpha the weights, pi_i the softmax rows.
+
+    With a temperature T in [2**-126, 2**126] what comes out are the probabilities v^(1/T) / sum v^(1/T) themselves: as
+    from warp_rows where nothing is cut, without another pass over the rows.
 
     "arithmetic" is v = sum_i alpha_i pi_i, with a base and an anchor v = base * sum_i alpha_i pi_i / anchor
     (Eq. 10-11, 13), where the sum is clipped at 0 and is 0 within 8 roundings of it. "geometric" is
@@ -183,11 +187,14 @@ def combine_rows(
     base_logits, anchor_logits: (B, P, V), dtype of attribute_logits; both or, for "arithmetic" only, neither. They
     may be one tensor.
 
-    out: log_rows (B, P, V) acc and log_totals (B, P) acc, log sum v. A row without mass is -inf with total -inf.
+    out: log_rows (B, P, V) acc and log_totals (B, P) acc, log sum v; with a temperature probabilities, and
+    log sum v^(1/T). A row without mass is -inf, or of probabilities 0, with total -inf.
     A row is NaN with total NaN where a model of nonzero weight, the base or the anchor has NaN, +inf or nothing but
     -inf in it, or where a model allows a token that the anchor excludes and the base allows.
     """
-    return torch.ops.mpg.combine_rows(attribute_logits, weights, base_logits, anchor_logits, target=target)
+    return torch.ops.mpg.combine_rows(
+        attribute_logits, weights, base_logits, anchor_logits, target=target, temperature=temperature
+    )
 
 
 def warp_rows(
@@ -214,6 +221,14 @@ def warp_rows(
 
     out: (R, V) acc, every row sums to 1; 0 where a row is -inf throughout, NaN where it has NaN or +inf
     """
+    # Not by a loop over all of them, which would take longer than the call
+    if not (
+        isinstance(temperature, Tensor)
+        or isinstance(top_k, Tensor)
+        or isinstance(top_p, Tensor)
+        or isinstance(min_p, Tensor)
+    ):
+        return torch.ops.mpg.warp_rows(log_rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     return torch.ops.mpg.warp_rows(
         log_rows, **{f"{name}s" if isinstance(value, Tensor) else name: value for name, value in options.items()}

@@ -46,17 +46,24 @@ void combine_tokens(const CombineRows<float>& args, int64_t b, int64_t p, int64_
   }
 }
 
+MPG_INLINE float exp_of(float x) { return exp_nonpositive(x); }
+MPG_INLINE double exp_of(double x) { return std::exp(x); }
+
 template <class A>
-MPG_INLINE void subtract(A* log_masses, int64_t size, Normalizer<A> normalizer) {
-  for (int64_t y = 0; y < size; ++y) log_masses[y] = logprob(log_masses[y], normalizer, A(1));
+MPG_INLINE void normalize(A* log_masses, int64_t size, Normalizer<A> normalizer, A inv_temperature,
+                          bool has_probs) {
+  for (int64_t y = 0; y < size; ++y) {
+    log_masses[y] = logprob(log_masses[y], normalizer, inv_temperature);
+  }
+  for (int64_t y = 0; has_probs && y < size; ++y) log_masses[y] = exp_of(log_masses[y]);
 }
 
 template <class A, class F>
 void for_each_slice(const CombineRows<A>& args, int64_t begin, int64_t end, F f) {
-  const int64_t V = args.rows.logits.V, slices = num_slices(V);
+  const int64_t V = args.rows.logits.V, slices = num_slices(V, args.slice_size);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item % slices * kSliceSize;
-    f(item / slices, item % slices, first, std::min(V, first + kSliceSize));
+    const int64_t first = item % slices * args.slice_size;
+    f(item / slices, item % slices, first, std::min(V, first + args.slice_size));
   }
 }
 
@@ -70,23 +77,30 @@ void combine_slices(const CombineRows<A>& args, int64_t begin, int64_t end) {
     with_logit_type<A>(logits.dtype, [&]<class T>(T) {
       combine_tokens<T>(args, row / logits.K, row % logits.K, first, last, log_masses);
     });
-    args.row_partials[row * num_slices(logits.V) + slice] =
-        row_log_sum(log_masses, last - first, A(1));
+    args.row_partials[row * num_slices(logits.V, args.slice_size) + slice] =
+        row_log_sum(log_masses, last - first, args.inv_temperature);
   });
 }
 
 template <class A>
 void combine_rows(const CombineRows<A>& args, int64_t begin, int64_t end) {
-  const int64_t V = args.rows.logits.V;
+  const int64_t V = args.rows.logits.V, slices = num_slices(V, args.slice_size);
   for_each_slice(args, begin, end, [&](int64_t row, int64_t slice, int64_t first, int64_t last) {
     LogSum<A> sum;
-    for (int64_t s = 0; s < num_slices(V); ++s) {
-      sum.merge(args.row_partials[row * num_slices(V) + s], A(1));
+    for (int64_t s = 0; s < slices; ++s) {
+      sum.merge(args.row_partials[row * slices + s], args.inv_temperature);
     }
     const Normalizer<A> normalizer = sum.normalizer();
-    if (slice == 0) args.log_totals[row] = normalizer.max + normalizer.log_sum;
-    const bool has_mass = normalizer.log_sum != -A(INFINITY);
-    if (has_mass) at_level<subtract<A>>(args.log_rows + row * V + first, last - first, normalizer);
+    if (slice == 0) {
+      args.log_totals[row] = normalizer.max * args.inv_temperature + normalizer.log_sum;
+    }
+    A* log_masses = args.log_rows + row * V + first;
+    if (normalizer.log_sum != -A(INFINITY)) {
+      at_level<normalize<A>>(log_masses, last - first, normalizer, args.inv_temperature,
+                             args.has_probs);
+    } else if (args.has_probs) {
+      std::fill(log_masses, log_masses + last - first, A(0));
+    }
   });
 }
 

@@ -28,9 +28,9 @@ inline unsigned blocks_for(int64_t items, int64_t items_per_block) {
 
 // Calls f, by one thread of a block each, for the elements of the slice blockIdx.y of V.
 template <class F>
-__device__ __forceinline__ void for_slice(int64_t V, F f) {
-  const int64_t begin = blockIdx.y * kSliceSize;
-  const int64_t end = V - begin < kSliceSize ? V : begin + kSliceSize;
+__device__ __forceinline__ void for_slice(int64_t V, F f, int64_t slice_size = kSliceSize) {
+  const int64_t begin = blockIdx.y * slice_size;
+  const int64_t end = V - begin < slice_size ? V : begin + slice_size;
   for (int64_t y = begin + threadIdx.x; y < end; y += kThreads) f(y);
 }
 

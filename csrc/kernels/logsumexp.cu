@@ -1,20 +1,14 @@
 // sum_v exp(x_v / temperature) of slices of rows: the one pass over the logits that scoring needs.
 //
-// Grid (rows, slices). A row is split because a single sequence has only (1 + N) * K rows, too few
-// blocks to draw the memory's bandwidth. Each thread reads 16 bytes at a time and keeps an online
-// (max, sum); rows that do not start on 16 bytes have their ends peeled off.
+// Grid (rows of a model, slices, models). A row is split because a single sequence has only (1 + N)
+// * K rows, too few blocks to draw the memory's bandwidth. Each thread reads 16 bytes at a time and
+// keeps an online (max, sum); rows that do not start on 16 bytes have their ends peeled off.
 #include "logsumexp.cuh"
+#include "packed.cuh"
 
 namespace mpg::cuda {
 namespace {
 
-template <class T>
-struct alignas(16) Packed {
-  static constexpr int kSize = 16 / sizeof(T);
-  T element[kSize];
-};
-
-// By value: through a reference the compiler loads element by element.
 template <class T>
 __device__ __forceinline__ LogSum<float> packed_log_sum(Packed<T> packed, float inv_temperature) {
   float x[Packed<T>::kSize];
@@ -32,11 +26,11 @@ __device__ __forceinline__ LogSum<float> packed_log_sum(Packed<T> packed, float 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     reduce_slices_kernel(const ModelLogits logits, float inv_temperature, LogSum<float>* partials) {
-  const int64_t row = blockIdx.x;
-  if (!is_active(logits, row)) return;
-  const int64_t begin = blockIdx.y * kSliceSize;
-  const int64_t size = logits.V - begin < kSliceSize ? logits.V - begin : kSliceSize;
-  const T* x = row_data<T>(logits, row) + begin;
+  const unsigned model = blockIdx.z, b = blockIdx.x / unsigned(logits.K);
+  if (logits.active != nullptr && !logits.active[b]) return;
+  const int64_t slice_size = logits.slice_size(), begin = blockIdx.y * slice_size;
+  const int64_t size = logits.V - begin < slice_size ? logits.V - begin : slice_size;
+  const T* x = row_data<T>(logits, model, b, blockIdx.x % unsigned(logits.K)) + begin;
 
   constexpr int64_t kSize = Packed<T>::kSize;
   const int64_t misaligned = reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T);
@@ -54,14 +48,15 @@ __global__ void __launch_bounds__(kThreads)
   if (end < size) sum.add(to_float(x[end]), inv_temperature);
 
   sum = reduce_block(sum, Merge{inv_temperature});
-  if (threadIdx.x == 0) partials[row * num_slices(logits.V) + blockIdx.y] = sum;
+  if (threadIdx.x != 0) return;
+  partials[(model * logits.B * logits.K + blockIdx.x) * logits.num_slices() + blockIdx.y] = sum;
 }
 
 __global__ void __launch_bounds__(kThreads) normalize_rows_kernel(const NormalizeRows<float> args) {
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= args.logits.num_rows() || !is_active(args.logits, row)) return;
   const Normalizer<float> normalizer =
-      merge_slices(args.partials, row, num_slices(args.logits.V), 1.f);
+      merge_slices(args.partials, row, args.logits.num_slices(), 1.f);
   if (threadIdx.x % kWarp == 0) args.normalizers[row] = normalizer;
 }
 
@@ -69,7 +64,8 @@ __global__ void __launch_bounds__(kThreads) normalize_rows_kernel(const Normaliz
 
 void reduce_slices(const ModelLogits& logits, float inv_temperature, LogSum<float>* partials,
                    void* stream) {
-  const dim3 grid(unsigned(logits.num_rows()), unsigned(num_slices(logits.V)));
+  const dim3 grid(unsigned(logits.B * logits.K), unsigned(logits.num_slices()),
+                  unsigned(logits.num_models()));
   with_logit_type<float>(logits.dtype, [&](auto type) {
     using T = decltype(type);
     MPG_LAUNCH(reduce_slices_kernel<T>, grid, kThreads, 0, stream, logits, inv_temperature,

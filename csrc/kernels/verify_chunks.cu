@@ -15,7 +15,7 @@ __device__ __forceinline__ void gather_row(const GatherLogprobs<float>& args, in
   const ModelLogits& logits = args.logits;
   const float inv_temperature = 1 / args.temperature;
   const Normalizer<float> normalizer =
-      merge_slices(args.partials, row, num_slices(logits.V), inv_temperature);
+      merge_slices(args.partials, row, logits.num_slices(), inv_temperature);
   if (threadIdx.x % kWarp != 0) return;
   const int64_t token = args.tokens[row % (logits.B * logits.K)];
   const bool is_token = token >= 0 && token < logits.V;
@@ -63,9 +63,10 @@ __global__ void update_bound_kernel(const UpdateBound<float> args) {
 template <class T>
 __global__ void __launch_bounds__(kThreads) verify_chunks_kernel(const VerifyChunks<float> args) {
   const ModelLogits& logits = args.gather.logits;
-  const int64_t b = blockIdx.x, K = logits.K;
+  const int64_t b = blockIdx.x;
+  const int K = int(logits.K), num_rows = int(1 + logits.N) * K;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int64_t r = warp; r < (1 + logits.N) * K; r += kWarps) {
+  for (int r = warp; r < num_rows; r += kWarps) {
     gather_row<T>(args.gather, (r / K * logits.B + b) * K + r % K);
   }
   __syncthreads();  // warp 0 reads the log-probabilities that all warps wrote

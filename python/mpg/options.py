@@ -179,6 +179,12 @@ class Options:
         """The keywords of `warp_rows`: what is done to a row before it is drawn from."""
         return dict(temperature=self.temperature, top_k=self.top_k or 0, top_p=self.top_p, min_p=self.min_p or 0.0)
 
+    @property
+    def is_uncut(self) -> bool:
+        """Whether rows keep all of their tokens, at a temperature that `combine_rows` takes."""
+        has_cut = self.top_k or self.top_p < 1 or self.min_p
+        return not has_cut and 2.0**-126 <= self.temperature <= 2.0**126
+
     @classmethod
     def of(cls, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Options:
         """Options from keywords, None being none; an unknown one raises ValueError with the nearest known name.

@@ -15,7 +15,6 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-import mpg_ext
 from composed import Composed
 from fakes import FakeModels, enumerate_sampler, rounds_of, total_variation
 from laws import target_law
@@ -154,28 +153,25 @@ def test_fused_ops_decide_as_composed_ones_under_processors(sampler):
 
 @pytest.mark.parametrize("draft", ["model", "reference", "merged"])
 @pytest.mark.parametrize("target", ["geometric", "arithmetic"])
-def test_request_without_a_processor_drafts_and_decides_from_the_rows_that_it_has_alone(target, draft, monkeypatch):
+def test_request_without_a_processor_drafts_and_decides_from_the_rows_that_it_has_alone(target, draft):
     """To the last bit, whatever processors its neighbours have: rounding alone turns a draw now and then."""
     models = FakeModels(6, others={"draft": 1.0, "merged": 1.0}, eos_token_ids=[5], seed=1)
-    options, warp_rows = Options(sampler="exact", draft=draft, target=target), mpg_ext.warp_rows
+    options = Options(sampler="exact", draft=draft, target=target)
 
-    def warped(processors):
-        seen = []
+    class Watching(Decisions):
+        def verify_block(self, target_probs, draft_probs, *rest):
+            self.seen = [target_probs[1], draft_probs[1]]
+            return super().verify_block(target_probs, draft_probs, *rest)
 
-        def watch(log_rows, **how):
-            seen.append(warp_rows(log_rows, **how))
-            return seen[-1]
-
-        monkeypatch.setattr(mpg_ext, "warp_rows", watch)
+    def decided_from(processors):
         prompts, weights = [[1, 0], [3], [0, 2, 1]], torch.tensor([[0.8, 0.5]] * 3, dtype=torch.float64)
         batch = Batch(prompts, [9] * 3, weights, torch.arange(3), [5], processors=processors)
-        one = SAMPLERS["exact"](models, ("E", "T"), options)
-        one.start(models.open(prompts, one.roles, batch.capacity), batch, Decisions(batch.seeds, batch.rounds))
+        one, decisions = SAMPLERS["exact"](models, ("E", "T"), options), Watching(batch.seeds, batch.rounds)
+        one.start(models.open(prompts, one.roles, batch.capacity), batch, decisions)
         one.round()
-        return [rows.unflatten(0, (3, -1))[1] for rows in seen]
+        return decisions.seen
 
-    alone, beside = warped(None), warped([Parity(), None, RepetitionPenaltyLogitsProcessor(1.5)])
-    assert len(alone) == 5
+    alone, beside = decided_from(None), decided_from([Parity(), None, RepetitionPenaltyLogitsProcessor(1.5)])
     assert all(map(torch.equal, alone, beside))
 
 

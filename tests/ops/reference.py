@@ -146,6 +146,7 @@ def combine_rows(
     anchor_logits: Tensor | None,
     *,
     target: Score,
+    temperature: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Twin of `mpg_ext.combine_rows`."""
     attributes = torch.log_softmax(_accumulate(attribute_logits), dim=-1)  # (N, B, P, V)
@@ -160,10 +161,11 @@ def combine_rows(
         ratios = _terms(_log_ratios(attributes, anchor), alpha, target)
         # A token that the base excludes stays excluded, whatever its ratios.
         log_v = (base + _scores(ratios, alpha, target)).where(base != -math.inf, -math.inf)
-    log_v = log_v.where(~is_invalid, math.nan)
+    log_v = log_v.where(~is_invalid, math.nan) / (1.0 if temperature is None else temperature)
     log_totals = log_v.logsumexp(-1)
     has_mass = log_totals != -math.inf
-    return (log_v - log_totals[..., None]).where(has_mass[..., None], -math.inf), log_totals
+    log_rows = (log_v - log_totals[..., None]).where(has_mass[..., None], -math.inf)
+    return log_rows if temperature is None else log_rows.exp(), log_totals
 
 
 def warp_rows(

@@ -36,9 +36,12 @@ def case(N: int, B: int, P: int, V: int, dtype: torch.dtype, device: torch.devic
     ]
 
 
-def combine(inputs: list[Tensor], target: str, has_anchor: bool, ops=mpg_ext) -> tuple[Tensor, Tensor]:
+def combine(
+    inputs: list[Tensor], target: str, has_anchor: bool, ops=mpg_ext, temperature: float | None = None
+) -> tuple[Tensor, Tensor]:
     attributes, weights, base, anchor = inputs
-    return ops.combine_rows(attributes, weights, *((base, anchor) if has_anchor else (None, None)), target=target)
+    references = (base, anchor) if has_anchor else (None, None)
+    return ops.combine_rows(attributes, weights, *references, target=target, temperature=temperature)
 
 
 def expected(inputs: list[Tensor], target: str, has_anchor: bool) -> tuple[Range, Range]:
@@ -69,10 +72,30 @@ def test_rows_are_exact_to_rounding(device, V, K, N, B, dtype, layout, target):
         assert_within(tensor, wanted)
 
 
+@pytest.mark.parametrize("temperature", [0.25, 0.9, 1.0, 5.0])
 @pytest.mark.parametrize(("target", "has_anchor"), KINDS)
-def test_float64_rows_equal_the_twin(target, has_anchor):
+def test_rows_with_a_temperature_are_those_that_a_warp_makes_of_them(device, target, has_anchor, temperature):
+    """For rows that are empty and rows that are NaN too."""
+    inputs = case(3, 5, 2, 9001, torch.float32, device)
+    inputs[0][0, 3, 1, 5], inputs[1][2, 0] = NAN, 0
+    base = inputs[2] if has_anchor else inputs[0][:, 4]
+    base[..., 4 if has_anchor else 0, :1, :] = -INF
+    log_rows, log_totals = combine(inputs, target, has_anchor)
+    rows, totals = combine(inputs, target, has_anchor, temperature=temperature)
+    wanted = mpg_ext.warp_rows(log_rows.flatten(0, 1), temperature=temperature)
+    torch.testing.assert_close(rows.flatten(0, 1), wanted, rtol=1e-4, atol=1e-7, equal_nan=True)
+    assert torch.equal(totals.isnan(), log_totals.isnan()) and totals.isnan().any()
+    assert torch.equal(totals == -INF, log_totals == -INF)
+    exact = combine(in_float64(inputs), target, has_anchor, reference)
+    scaled = ((exact[0] + exact[1][..., None]) / temperature).logsumexp(-1)
+    torch.testing.assert_close(totals.double(), scaled, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+@pytest.mark.parametrize(("target", "has_anchor"), KINDS)
+def test_float64_rows_equal_the_twin(target, has_anchor, temperature):
     inputs = case(5, 3, 4, 200, torch.float64, torch.device("cpu"))
-    out, wanted = combine(inputs, target, has_anchor), combine(inputs, target, has_anchor, reference)
+    out, wanted = (combine(inputs, target, has_anchor, ops, temperature) for ops in (mpg_ext, reference))
     for tensor, twin in zip(out, wanted, strict=True):
         assert tensor.dtype == torch.float64
         torch.testing.assert_close(tensor, twin, rtol=1e-11, atol=1e-11)

@@ -137,6 +137,7 @@ ERRORS = [
     ("combine_rows", {"anchor_logits": torch.zeros(B, V, K).mT}, "anchor_logits must have unit stride"),
     ("combine_rows", {"base_logits": None}, "must both be given or both be None"),
     ("combine_rows", {"base_logits": None, "anchor_logits": None}, "geometric target needs base_logits and anchor_log"),
+    ("combine_rows", {"temperature": 0.0}, r"temperature must be in \[2\^-126, 2\^126\], got 0"),
     ("combine_rows", {"target": "harmonic"}, "target must be 'arithmetic' or 'geometric', got 'harmonic'"),
     ("warp_rows", {"log_rows": torch.zeros(V)}, r"log_rows must be \(R, V\), got \(7,\)"),
     ("warp_rows", {"log_rows": torch.zeros(B, V).half()}, "log_rows must be float32 or float64"),

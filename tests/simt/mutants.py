@@ -131,6 +131,24 @@ MUTANTS = {
         "args.uniforms[b * args.K + lane / 2]",
         "ops/test_verify_chunks.py Acceptance and twin",
     ),
+    "packed load behind the end of a row": Mutant(
+        "csrc/kernels/combine_rows.cu",
+        "count >= kTokens && ",
+        "",
+        "ops/test_combine_rows.py exact_to_rounding",
+    ),
+    "packed load of tokens that do not lie on it": Mutant(
+        "csrc/kernels/combine_rows.cu",
+        " && reinterpret_cast<uintptr_t>(x) % sizeof(P) == 0",
+        "",
+        "ops/test_combine_rows.py exact_to_rounding",
+    ),
+    "slices of another size where they are merged": Mutant(
+        "csrc/kernels/verify_chunks.cu",
+        "args.partials, row, logits.num_slices()",
+        "args.partials, row, num_slices(logits.V)",
+        "ops/test_gather_logprobs.py exact_to_rounding",
+    ),
     "carry lost between the words of a sum": Mutant(
         "csrc/kernels/warp_rows.cu",
         "uint32_t(weight >> 32) + carry",

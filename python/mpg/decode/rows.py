@@ -54,14 +54,21 @@ class TargetRows:
         """
         base, anchor, attributes = self._split(logits)
         self.chunk_weights = self._weights_along(attributes, chunk)
-        log_rows, log_totals = self.combine(base, anchor, attributes, self.chunk_weights)
-        if self.batch.processors is not None:
+        is_fused, processors = self.options.is_uncut, self.batch.processors
+        if is_fused:
+            own_probs, own_totals = self.combine(base, anchor, attributes, self.chunk_weights, self.options.temperature)
+            if processors is None:
+                return own_probs, own_totals
+        log_rows, log_totals = self.combine(base, anchor, attributes, self.chunk_weights, None)
+        if processors is not None:
             num_rows = num_usable + (num_usable < self.batch.ends_at(chunk))
             scores = self._scores(base, attributes, log_rows)
             log_rows = process_rows(self.batch, scores, chunk, num_rows * self.batch.active)
             log_totals = log_totals.where(log_rows.amax(-1) != -torch.inf, -torch.inf)
-        probs = mpg_ext.warp_rows(log_rows.flatten(0, 1), **self.options.warp())
-        return probs.view_as(log_rows), log_totals
+        probs = mpg_ext.warp_rows(log_rows.flatten(0, 1), **self.options.warp()).view_as(log_rows)
+        if is_fused:  # to the last bit what a request without a processor has alone
+            probs = probs.where(has_processor(self.batch)[:, None, None], own_probs)
+        return probs, log_totals
 
     def commit(self, logits: Tensor, accepted: Tensor, token: Tensor) -> None:
         """Move the weights behind `accepted` (B,) drafted tokens and the one `token` (B,) that follows them."""
@@ -81,7 +88,7 @@ class TargetRows:
         ratios = logprobs_of(attributes, tokens)
         if anchor is not None:
             return ratios - logprobs_of(anchor[None], tokens)
-        log_rows, _ = self.combine(base, anchor, attributes, self.chunk_weights)
+        log_rows, _ = self.combine(base, anchor, attributes, self.chunk_weights, None)
         return ratios - log_rows.gather(2, tokens[..., None])[..., 0]
 
     def _scores(self, base: Tensor | None, attributes: Tensor, log_rows: Tensor) -> Tensor:

@@ -14,20 +14,23 @@ from torch import Tensor
 
 import mpg_ext
 
-# Base and anchor: logits (B, P, V), where needed; attributes: logits (N, B, P, V); weights: (B, P, N), signed.
-# out: the normalised log-rows (B, P, V) and the logarithm of what each was divided by (B, P): -inf where the row is
-# empty, NaN where a model's logits are NaN or +inf
-Combine: TypeAlias = Callable[[Tensor | None, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Base and anchor: logits (B, P, V), where needed; attributes: logits (N, B, P, V); weights: (B, P, N), signed; a
+# temperature, or None.
+# out: the normalised log-rows (B, P, V), or with a temperature probabilities, and the logarithm (B, P) of what each was
+# divided by: -inf where the row is empty, NaN where a model's logits are NaN or +inf
+Combine: TypeAlias = Callable[[Tensor | None, Tensor | None, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
 
 
 def arithmetic(
-    base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+    base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor, temperature: float | None
 ) -> tuple[Tensor, Tensor]:
     """v = sum_i w_i pi_i; with another anchor than the base, v = base * sum_i w_i pi_i / anchor (Eq. 10-13)."""
-    return mpg_ext.combine_rows(attributes, weights, base, anchor, target="arithmetic")
+    return mpg_ext.combine_rows(attributes, weights, base, anchor, target="arithmetic", temperature=temperature)
 
 
-def anchored(base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def anchored(
+    base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor, temperature: float | None
+) -> tuple[Tensor, Tensor]:
     """v = base * [1 + sum_i w_i (pi_i / anchor - 1)]_+: Eq. 7 for a chi-squared regulariser while nothing clips.
 
     Arithmetic with the anchor as one more model, of weight 1 - sum_i w_i.
@@ -37,20 +40,22 @@ def anchored(base: Tensor | None, anchor: Tensor | None, attributes: Tensor, wei
     shares = torch.cat([1 - weights.sum(-1, keepdim=True), weights], -1)
     if base is anchor:
         base = anchor = None  # the ratio to it cancels
-    return arithmetic(base, anchor, members, shares)
+    return arithmetic(base, anchor, members, shares, temperature)
 
 
-def geometric(base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def geometric(
+    base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor, temperature: float | None
+) -> tuple[Tensor, Tensor]:
     """log v = log base + sum_i w_i (log pi_i - log anchor): Eq. 7 for the reverse KL, token by token."""
-    return mpg_ext.combine_rows(attributes, weights, base, anchor, target="geometric")
+    return mpg_ext.combine_rows(attributes, weights, base, anchor, target="geometric", temperature=temperature)
 
 
 def base_alone(
-    base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor
+    base: Tensor | None, anchor: Tensor | None, attributes: Tensor, weights: Tensor, temperature: float | None
 ) -> tuple[Tensor, Tensor]:
     """v = base: no attribute counts."""
     assert base is not None
-    return arithmetic(None, None, base[None], weights.new_ones(*base.shape[:2], 1))
+    return arithmetic(None, None, base[None], weights.new_ones(*base.shape[:2], 1), temperature)
 
 
 TARGETS: dict[str, Combine] = {
