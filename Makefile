@@ -64,10 +64,12 @@ check: $(BIN)/.built lint
 	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built
 	$(OLD_VENV)/bin/python $(PYTEST) --ignore=tests/test_build.py --ignore=tests/ops --ignore=tests/simt
 
-# The table and the plot of docs/laws.md, enumerated anew, and the tables of docs/architectures.md.
+# The table and the plot of docs/laws.md, enumerated anew, the tables of docs/architectures.md, and where nvcc is that of
+# docs/kernels.md.
 docs: $(BIN)/.built
 	$(BIN)/python docs/tabulate_laws.py
 	$(BIN)/python docs/tabulate_architectures.py
+	if command -v nvcc; then $(BIN)/python docs/tabulate_kernels.py; fi
 
 # An adapter for each pole of the shipped pairs, on one thread: some 6 minutes each. What is finished is left, what is
 # begun goes on.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+import tabulate_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "csrc" / "kernels"
 SOURCES = (
     "CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "cmake", "csrc", "mpg_ext",
     "python",
@@ -148,14 +151,30 @@ def test_a_wheel_from_the_source_archive_generates_in_a_clean_environment(tmp_pa
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_logits_are_loaded_16_bytes_at_a_time(tmp_path):
+def test_logits_are_loaded_16_bytes_at_a_time():
     """Which no run of a kernel shows: loads of single elements compute the same."""
-    source, ptx = ROOT / "csrc" / "kernels" / "logsumexp.cu", tmp_path / "logsumexp.ptx"
-    subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", source, "-o", ptx], check=True)
-    kernels = [code for code in ptx.read_text().split(".entry ")[1:] if "reduce_slices_kernel" in code.split("(")[0]]
-    assert len(kernels) == 3  # float, half, bfloat16
-    for code in kernels:
-        assert re.search(r"ld\.global\.v4\.\w32 ", code), code.split("(")[0]
+    kernels = [k for k in tabulate_kernels.kernels(KERNELS / "logsumexp.cu") if k.name == "reduce_slices"]
+    assert [kernel.of for kernel in kernels] == ["bfloat16", "float", "half"]
+    assert all(kernel.loads > 0 for kernel in kernels)
+
+
+@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="compiles all kernels; make check sets MPG_LONG")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_no_kernel_spills_and_packed_ones_load_16_bytes(arch):
+    for kernel in [kernel for source in tabulate_kernels.SOURCES for kernel in tabulate_kernels.kernels(source, arch)]:
+        assert kernel.spilled == 0, kernel
+        if kernel.name in ("reduce_slices", "log_masses") or kernel.of.endswith(("4 at a time", "8 at a time")):
+            assert kernel.loads > 0, kernel
+
+
+@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="compiles all kernels; make check sets MPG_LONG")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_table_of_kernels_is_what_the_compiler_says():
+    page = tabulate_kernels.PAGE.read_text()
+    if f"nvcc {tabulate_kernels.compiler()}," not in page:
+        pytest.skip("the table is of another compiler")
+    assert tabulate_kernels.table() in page
 
 
 @pytest.mark.parametrize(
