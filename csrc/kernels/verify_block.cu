@@ -49,14 +49,15 @@ __global__ void __launch_bounds__(kThreads) residual_masses_kernel(const DrawRes
   const Block<float>& block = args.block;
   const int64_t b = blockIdx.x, position = next_position(args, b);
   if (position < 0) return;
-  double residual = 0;
-  if (position < num_drafted(block, b)) {
-    const double carry = args.carry[b];
-    residual =
-        slice_mass(block.V, [&](int64_t y) { return residual_mass(block, b, position, carry, y); });
-  }
-  const double target =
-      slice_mass(block.V, [&](int64_t y) { return target_prob(block, b, position, y); });
+  const bool has_residual = position < num_drafted(block, b);
+  const double carry = has_residual ? args.carry[b] : 0;
+  double residual = 0, target = 0;
+  for_slice(block.V, [&](int64_t y) {
+    target += target_prob(block, b, position, y);
+    if (has_residual) residual += residual_mass(block, b, position, carry, y);
+  });
+  residual = sum_block(residual);
+  target = sum_block(target);
   if (threadIdx.x != 0) return;
   double* slice_masses = args.slice_masses + b * num_slices(block.V) + blockIdx.y;
   slice_masses[0] = residual;
