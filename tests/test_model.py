@@ -224,12 +224,10 @@ def test_model_that_returns_nan_or_infinity_is_named(model, way, value, role, mo
     forward = ModelRunner.forward
     broken_group = model.models._slots[role].group
 
-    def broken(self, places, *arguments, **options):
-        logits = forward(self, places, *arguments, **options).clone()
-        groups = [0 if self.key.is_merged else self.key.groups[place] for place in places]
-        for group, of_group in zip(groups, logits, strict=True):
-            if group == broken_group:
-                of_group[..., 3] = value
+    def broken(self, fed, runs, *arguments, **options):
+        logits = forward(self, fed, runs, *arguments, **options).clone()
+        groups = torch.tensor([group for group, count in runs for _ in range(count)])
+        logits[groups == broken_group, ..., 3] = value
         return logits
 
     monkeypatch.setattr(ModelRunner, "forward", broken)
@@ -245,12 +243,12 @@ def test_draft_that_leaves_no_token_is_named(model, first_bad, draft, monkeypatc
     """Whether the target runs the draft's model or not, and though no token behind the prompt is ever committed."""
     forward, prompt = ModelRunner.forward, [5, 6, 7]
 
-    def broken(self, places, tokens, start, *arguments, **options):
-        logits = forward(self, places, tokens, start, *arguments, **options).clone()
-        positions = (start[:, None] + torch.arange(tokens.shape[1]))[:, -logits.shape[2] :]
-        for place, of_group in zip(places, logits, strict=True):
-            if self.key.is_merged if draft == "merged" else self.key.groups[place] == 0:
-                of_group[positions >= len(prompt) - 1 + first_bad] = -math.inf
+    def broken(self, fed, runs, tokens, start, *arguments, **options):
+        logits = forward(self, fed, runs, tokens, start, *arguments, **options).clone()
+        positions = (start[:, None] + torch.arange(tokens.shape[1]))[:1, -logits.shape[1] :]  # of one request
+        for group, of_row in zip((group for group, count in runs for _ in range(count)), logits, strict=True):
+            if self.key.merged if draft == "merged" else group == 0:
+                of_row[positions[0] >= len(prompt) - 1 + first_bad] = -math.inf
         return logits
 
     monkeypatch.setattr(ModelRunner, "forward", broken)

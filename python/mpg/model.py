@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import torch
 
 from mpg.decode.plan import Plan, plan
-from mpg.decode.run import Request, decode
+from mpg.decode.request import Request
+from mpg.decode.run import decode
 from mpg.frontend.hf_generate import Conventions
 from mpg.frontend.prompts import Messages, Prompt, as_list, encode, unpad
 from mpg.models import loading

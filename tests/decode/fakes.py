@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, product
+from functools import partial
+from itertools import accumulate, cycle, product
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,7 +19,10 @@ from torch import Tensor
 from composed import Composed
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch, Round
-from mpg.models.ensemble import Pass
+from mpg.decode.request import Entry, Request
+from mpg.decode.run import Scheduler
+from mpg.models.ensemble import Cost, Pass
+from mpg.models.session import Role
 from mpg.options import Options
 from mpg.results import Transcript
 from replaying import Replaying, enumerate_branches
@@ -61,8 +66,22 @@ class FakeModels:
     def is_same(self, role: str, other: str) -> bool:
         return self.logits[role] is self.logits[other]
 
-    def open(self, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int) -> FakeSession:
-        return FakeSession(self, prompts, roles, capacity)
+    def open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        roles: Sequence[Role],
+        capacity: int,
+        *,
+        num_rows: int = 0,
+        expected: Any = (),
+    ) -> FakeSession:
+        return FakeSession(self, prompts, roles, capacity, num_rows or len(prompts))
+
+    def rows_to_run(self, num_rows: int, most: int) -> int:
+        return num_rows
+
+    def cost(self, passes: Any, opened: Any) -> Cost:
+        return Cost()
 
     def log_row(self, role: str, prefix: Sequence[int]) -> Tensor:
         """log pi_role(. | prefix), (V,), for the tests' own enumeration."""
@@ -73,30 +92,64 @@ class FakeModels:
 
 
 class FakeSession:
-    def __init__(self, models: FakeModels, prompts: Sequence[Sequence[int]], roles: Sequence[str], capacity: int):
+    """A session of tables. Roles of one model share what it has read."""
+
+    def __init__(
+        self, models: FakeModels, prompts: Sequence[Sequence[int]], roles: Sequence[Role], capacity: int, num_rows: int
+    ):
         self.models = models
         self.passes: list[Pass] = []
-        unread = torch.full((len(prompts), capacity), 7)  # a token that no vocabulary here has
-        self.read = {id(models.logits[role]): unread.clone() for role in roles}  # roles of one model share it
-        self.replace(range(len(prompts)), prompts)
+        self.attributes: list[Sequence[str]] = []  # of every row
+        names = {role for role in roles if isinstance(role, str)} or {*models.attribute_names}
+        names |= {*models.attribute_names} if any(isinstance(role, int) for role in roles) else set()
+        unread = torch.full((num_rows, capacity), 7)  # a token that no vocabulary here has
+        self.read = {id(models.logits[name]): unread.clone() for name in names}
+        if prompts:
+            self.replace(range(len(prompts)), prompts)
 
-    def replace(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+    def replace(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], attributes: Sequence[Sequence[str]] | None = None
+    ) -> None:
+        for row, own in zip(rows, attributes or [()] * len(rows), strict=True):
+            self.attributes[row : row + 1] = [own]
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in zip(rows, prompts, strict=True):
             rows_of.setdefault(tuple(prompt[:-1]), []).append(row)
         for read, (prompt, own) in product(self.read.values(), rows_of.items()):
+            read[own] = 7
             read[own, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
 
-    def forward(self, roles: Sequence[str], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
+    def keep(self, rows: Sequence[int]) -> None:
+        self.attributes = [self.attributes[row] for row in rows]
+        for read in self.read.values():
+            read[: len(rows)] = read[list(rows)]
+            read[len(rows) :] = 7
+
+    def forward(self, roles: Sequence[Role], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         self.passes.append((tuple(roles), tokens.shape[1]))
         positions = start[:, None] + torch.arange(tokens.shape[1])
         positions = positions.clamp_max(next(iter(self.read.values())).shape[1] - 1)
-        rows = []
-        for role in roles:
-            read = self.read[id(self.models.logits[role])].scatter_(1, positions, tokens)
-            numbers = row_numbers(read[:, :kv_length]).gather(1, positions.clamp_max(kv_length - 1))
-            rows.append(self.models.logits[role][numbers])
-        return torch.stack(rows)
+        most = max(map(len, self.attributes))
+        return torch.stack([
+            self._rows_of(role, tokens, positions, kv_length) for role in roles if isinstance(role, str) or role < most
+        ])  # fmt: skip
+
+    def close(self) -> None:
+        pass
+
+    def _rows_of(self, role: Role, tokens: Tensor, positions: Tensor, kv_length: int) -> Tensor:
+        """The logits of one role. Where a row has no such attribute they are another's, and nothing is read."""
+        names = (
+            [role] * len(tokens) if isinstance(role, str) else [dict(enumerate(of)).get(role) for of in self.attributes]
+        )
+        logits = torch.zeros(*tokens.shape, self.models.vocab_size, dtype=torch.float64)
+        for name in {name for name in names if isinstance(name, str)}:
+            own = torch.tensor([place for place, other in enumerate(names) if other == name])
+            read = self.read[id(self.models.logits[name])]
+            read[own] = read[own].scatter(1, positions[own], tokens[own])
+            numbers = row_numbers(read[own, :kv_length]).gather(1, positions[own].clamp_max(kv_length - 1))
+            logits[own] = self.models.logits[name][numbers]
+        return logits
 
 
 # Requests that share every enumerated batch, so that it is ragged: other prompts, limits and decisions of their own.
@@ -174,6 +227,79 @@ def enumerate_sampler(
             return [tuple(transcript.tokens) for transcript in transcripts][:batch_size]
         rows = zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)
         return [tuple(row[len(prompt) : length]) for row, length in rows][:batch_size]
+
+    law: dict[tuple[int, ...], float] = {}
+    for prob, text in enumerate_branches(run):
+        law[text] = law.get(text, 0.0) + prob
+    return law
+
+
+class _OfRequests(Composed):
+    """Replays the decisions of some requests of a scheduler, wherever their rows are; others draw by their keys."""
+
+    def __init__(self, replaying: Replaying, seeds: Tensor, rounds: Tensor):
+        super().__init__(seeds, rounds)
+        self.replaying = replaying
+
+    def follow(self, scheduler: Scheduler, entries: Sequence[Entry]) -> None:
+        self.scheduler, self.places = scheduler, {entry: place for place, entry in enumerate(entries)}
+
+    def bernoulli(self, probs: Tensor, purpose: Any, index: int, active: Callable[[], Tensor]) -> Tensor:
+        drawn = super().bernoulli(probs, purpose, index, active)
+        return self._follow(self.replaying.bernoulli, drawn, probs, purpose, index, active)
+
+    def categorical(self, rows: Tensor, purpose: Any, index: int, active: Callable[[], Tensor]) -> Tensor:
+        drawn = super().categorical(rows, purpose, index, active)
+        return self._follow(self.replaying.categorical, drawn, rows, purpose, index, active)
+
+    def _follow(
+        self, follow: Any, drawn: Tensor, probs: Tensor, purpose: Any, index: int, active: Callable[[], Tensor]
+    ) -> Tensor:
+        own = [(row, self.places[entry]) for row, entry in enumerate(self.scheduler.rows) if entry in self.places]
+        rows, places = torch.tensor(own, dtype=torch.int64).view(-1, 2).T
+        whole = probs.new_full((len(self.places), *probs.shape[1:]), 0.5)
+        whole[places] = probs[rows]
+        is_active = torch.zeros(len(self.places), dtype=torch.bool)
+        is_active[places] = active()[rows]
+        drawn[rows] = follow(whole, purpose, index, lambda: is_active)[places]
+        return drawn
+
+
+def enumerate_in_company(
+    models: FakeModels,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    weights: dict[str, float],
+    *,
+    company: Sequence[tuple[Sequence[int], int, dict[str, float]]],
+    **options: Any,
+) -> dict[tuple[int, ...], float]:
+    """The exact law of a request in the scheduler, by walking every branch of it: it enters, copy by copy, where one of
+    the company has ended, and moves where others end before it.
+
+    company: prompts, limits and weights of requests that come before it, over and over, two more than there are copies
+    """
+    checked = Options.of(options)
+
+    def request(prompt: Sequence[int], limit: int, weights: dict[str, float], seed: int) -> Request:
+        alpha = tuple(weights.get(name, 0.0) for name in models.attribute_names)
+        return Request(list(prompt), alpha, weights, limit, seed)
+
+    def run(replaying: Replaying, batch_size: int) -> list[tuple[int, ...]]:
+        before = [request(*one, seed) for seed, one in zip(range(batch_size + 2), cycle(company), strict=False)]
+        with patch("mpg.decode.run.Decisions", partial(_OfRequests, replaying)):
+            scheduler = Scheduler(
+                models, checked, models.eos_token_ids, num_rows=len(before), rounds_ahead=0,
+                capacity=max(len(one.token_ids) + one.max_new_tokens for one in before) + max_new_tokens,
+                attributes=models.attribute_names,
+            )  # fmt: skip
+        for one in before:
+            scheduler.add(one)
+        entries = [scheduler.add(request(prompt, max_new_tokens, weights, 0)) for _ in range(batch_size)]
+        scheduler.decide.follow(scheduler, entries)
+        while scheduler.has_work:
+            scheduler.step()
+        return [entry.result.tokens for entry in entries]
 
     law: dict[tuple[int, ...], float] = {}
     for prob, text in enumerate_branches(run):

@@ -120,3 +120,38 @@ def test_what_a_chunk_has_behind_the_last_column_touches_no_committed_token():
     batch.commit(torch.tensor([[9, 9, 9, 9], [9, 8, 7, 6]]), torch.tensor([3, 1]))
     assert batch.tokens.tolist() == [[1, 2, 3, 5], [4, 5, 6, 9]]
     assert batch.last_tokens.tolist() == [5, 9]
+
+
+def test_rows_in_use_are_the_first_and_go_on_where_they_move():
+    batch = Batch([[1, 2], [3], [4, 5, 6]], [4, 3, 2], torch.ones(3, 2), torch.tensor([7, 8, 9]), [EOS], num_rows=5)
+    own = batch.state.zeros() + torch.arange(5)
+    batch.state.hold(batch, "own", own)
+    batch.commit(torch.tensor([[5], [EOS], [7]]), torch.tensor([1, 1, 1]))
+    batch.errors[2] = ValueError("mine")
+    batch.move([2], [1])
+    batch.state.use(2, 2)
+    assert len(batch) == 2
+    assert batch.seeds.tolist() == [7, 9]
+    assert batch.lengths.tolist() == [3, 4]
+    assert batch.tokens[1, :4].tolist() == [4, 5, 6, 7]
+    assert batch.active.tolist() == [True, True]
+    assert batch.own.tolist() == [0, 2]
+    assert list(batch.errors) == [1]
+    batch.commit(torch.tensor([[5], [7]]), torch.tensor([1, 1]))
+    assert batch.active.tolist() == [True, False]
+    batch.state.use(4, 2)
+    batch.replace([2, 3], [[1], [2]], [2, 2], torch.ones(2, 2), torch.tensor([1, 2]))
+    assert batch.active.tolist() == [True, False, True, True]
+    assert batch.own.data_ptr() == own.data_ptr()  # where a captured round finds it
+
+
+def test_attributes_that_come_into_use_weigh_nothing_in_older_rows():
+    batch = Batch([[1], [2]], [4, 4], torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([7, 8]), [])
+    batch.state.hold(batch, "sums", torch.ones(2, 1 + 3), by_attribute=True)
+    batch.state.use(2, 1)
+    assert batch.weights.tolist() == [[1], [4]]
+    assert batch.sums.shape == (2, 2)
+    batch.replace([1], [[3]], [4], torch.tensor([[7.0]]), torch.tensor([9]))
+    batch.state.use(2, 3)
+    assert batch.weights.tolist() == [[1, 0, 0], [7, 0, 0]]
+    assert batch.sums.tolist() == [[1, 1, 0, 0]] * 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from fakes import FakeModels, enumerate_sampler, total_variation
+from fakes import FakeModels, enumerate_in_company, enumerate_sampler, total_variation
 from laws import target_law
 
 PROMPT, PREDECESSOR = [1, 0], ([2, 2, 1], 2)
@@ -35,3 +35,19 @@ def test_late_arrival_has_the_law_of_a_first_one(name, record_property):
     if options["sampler"] in ("exact", "direct"):
         assert total_variation(late, target_law(models, PROMPT, NUM_TOKENS, WEIGHTS, **options)) < 1e-12
     record_property("defect", defect)
+
+
+# Requests that weigh less, more and others than the one that joins them; some end before it and some after.
+COMPANY = [([2, 1], 1, {"T": 0.5}), ([0], 2, {"J": 0.4, "E": 0.3, "T": 0.2}), ([1, 1, 0], 4, {"J": 1.0})]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_request_among_others_that_weigh_other_attributes_has_the_law_that_it_has_alone(name, record_property):
+    """In the scheduler itself: rows move to where others have ended, and numbers of attributes in use rise and fall."""
+    models, options = FakeModels(3, ("E", "T", "J"), others={"draft": 1.0}, eos_token_ids=[2], seed=5), OPTIONS[name]
+    alone = enumerate_sampler(models, PROMPT, NUM_TOKENS, WEIGHTS, **options)
+    joined = enumerate_in_company(models, PROMPT, NUM_TOKENS, WEIGHTS, company=COMPANY, **options)
+    assert len(alone) > 3
+    defect = total_variation(alone, joined)
+    record_property("defect", defect)
+    assert defect < 1e-12

@@ -9,7 +9,7 @@ import mpg
 from mpg import model as engine
 from mpg.decode import plan as planning
 from mpg.decode.batch import Batch
-from mpg.decode.run import Request
+from mpg.decode.request import Request
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
 from mpg.options import Options, check_weights

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 import mpg
 from mpg.decode import run
-from mpg.decode.run import Request, Scheduler
+from mpg.decode.request import Request
+from mpg.decode.run import Scheduler
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
 from mpg.models.ensemble import Session
@@ -218,6 +225,75 @@ def test_requests_of_any_arrival_get_the_results_that_they_get_alone(precise_mod
         assert_same(generated_alone(precise_model, i, way), entry.result, 1e-9)
 
 
+@pytest.fixture(scope="module")
+def mixed_model():
+    """A whole model among the adapters, and an adapter that drafts for all and is an attribute of some."""
+    whole = AutoModelForCausalLM.from_pretrained(MODELS, dtype=torch.float64)
+    whole.lm_head.weight.data *= 1.2
+    attributes = {name: MODELS / "adapters" / name for name in ("E", "T", "J")}
+    device = os.environ.get("MPG_DEVICE", "cpu")
+    return mpg.load(MODELS, {"W": whole, **attributes}, draft="J", device=device, dtype="float64")
+
+
+@pytest.mark.parametrize("rounds_ahead", [0, 1])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"sampler": "direct", **GEOMETRIC, "trace": True},
+        {"sampler": "exact", "target": "arithmetic", "draft": "model", "trace": True},
+        {"sampler": "scr", **GEOMETRIC, "window": 2},
+    ],
+    ids=lambda way: way["sampler"],
+)
+def test_whole_models_and_adapters_of_each_requests_own_give_the_results_that_it_gets_alone(
+    mixed_model, way, rounds_ahead
+):
+    models = mixed_model.models
+    weights = [{"E": 1}, {"W": 0.5, "J": 1}, {"W": 1}, {"J": 1, "E": 0.5, "T": 0.25}, {"E": 0.5, "W": 1}]
+    alphas = [tuple(own.get(name, 0.0) for name in models.attribute_names) for own in weights]
+    requests = [Request(mixed_model.encode(QUESTIONS[i]), alpha, {}, 8, i) for i, alpha in enumerate(alphas)]
+    scheduler = open_scheduler(mixed_model, way, num_rows=3, capacity=90, rounds_ahead=rounds_ahead)
+    entries = []
+    for request in requests:
+        entries.append(scheduler.add(request))
+        scheduler.step()
+    while scheduler.has_work:
+        scheduler.step()
+    scheduler.close()
+    for i, entry in enumerate(entries):
+        options = {"max_new_tokens": 8, "seed": i, **way}
+        assert_same(mixed_model.generate(QUESTIONS[i], weights=weights[i], **options), entry.result, 1e-9)
+
+
+def test_a_round_runs_the_base_and_what_each_running_request_weighs_and_nothing_else(precise_model):
+    fed = []
+
+    def count(module, args, kwargs):
+        if "logits_to_keep" not in kwargs:  # of a prompt
+            fed.append(len(kwargs["input_ids"]))
+
+    scheduler = open_scheduler(precise_model, WAYS[0], num_rows=4, capacity=90)
+    hook = precise_model.models._models[0].model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        ends = [3, 1, 5, 4]  # tokens until each ends
+        for i, length in enumerate(ends):
+            stop = {"ends": lambda tokens, length=length: len(tokens) == length}
+            scheduler.add(request_for(precise_model, i, WAYS[0], **stop))
+        while scheduler.has_work:
+            scheduler.step()
+        own = [1 + len(WEIGHTS[i]) for i in range(4)]
+        assert fed == [sum(rows for rows, end in zip(own, ends, strict=True) if end > t) for t in range(5)]
+        assert fed[-1] == 3
+        fed.clear()
+        scheduler.add(request_for(precise_model, 4, WAYS[0]))
+        for _ in range(2):  # the first reads a token with the prompt
+            scheduler.step()
+        assert fed == [3]
+    finally:
+        hook.remove()
+        scheduler.close()
+
+
 @pytest.mark.parametrize("rounds_ahead", [0, 1])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
 def test_request_that_fails_carries_its_error_and_leaves_the_others_alone(precise_model, way, rounds_ahead):
@@ -256,6 +332,55 @@ def test_request_that_fails_carries_its_error_and_leaves_the_others_alone(precis
             assert_same(generated_alone(model, i, way), entry.result, 1e-9)
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("rounds_ahead", [0, 1, 2])
+def test_request_that_fails_where_it_has_moved_to_is_told_why(precise_model, rounds_ahead):
+    """What the host reads of a round is where its requests were then: the last has taken the place of the first."""
+    way, model = WAYS[0], precise_model.models._models[0].model
+    scheduler = open_scheduler(precise_model, way, num_rows=3, capacity=90, rounds_ahead=rounds_ahead)
+    first = scheduler.add(request_for(precise_model, 0, way, ends=lambda tokens: True))
+    second = scheduler.add(request_for(precise_model, 1, way))
+    third = request_for(precise_model, 2, way)
+    third = scheduler.add(replace(third, token_ids=third.token_ids[:-1] * 4 + third.token_ids[-1:]))
+    fed_at = third.transcript.prompt_length  # in the second round, which may be run before the first is read
+
+    def spoil(module, args, kwargs, out):
+        out.logits[kwargs["position_ids"][:, -out.logits.shape[1] :] == fed_at] = torch.nan
+
+    hook = model.register_forward_hook(spoil, with_kwargs=True)
+    try:
+        while scheduler.has_work:
+            scheduler.step()
+        scheduler.close()
+    finally:
+        hook.remove()
+    assert len(first.result.tokens) == 1
+    with pytest.raises(ValueError, match=r"prompt 2, new token \d: the 'base' model returned NaN"):
+        raise third.error
+    assert_same(generated_alone(precise_model, 1, way), second.result, 1e-9)
+
+
+@pytest.mark.parametrize("way", [WAYS[0], {"sampler": "exact", **GEOMETRIC}], ids=["direct", "exact"])
+def test_processors_go_where_their_requests_go(precise_model, way):
+    """Some rows have one and some have none, and they move as others end."""
+    processors = [
+        None,
+        MinNewTokensLengthLogitsProcessor(0, 99, [5]),
+        RepetitionPenaltyLogitsProcessor(3.0),
+        None,
+        None,
+    ]
+    ends = [1, 6, 8, 3, 8]
+    requests = [
+        replace(request_for(precise_model, i, way), processor=processor, ends=lambda tokens, n=n: len(tokens) == n)
+        for i, (processor, n) in enumerate(zip(processors, ends, strict=True))
+    ]
+    scheduler = open_scheduler(precise_model, way, num_rows=4, capacity=90)
+    together = scheduler.finish(requests)
+    for request, result in zip(requests, together, strict=True):
+        alone = open_scheduler(precise_model, way, num_rows=1, capacity=90)
+        assert_same(*alone.finish([request]), result, 1e-9)
 
 
 def test_processor_that_raises_behind_the_end_of_its_text_fails_nobody(precise_model):

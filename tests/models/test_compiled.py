@@ -134,7 +134,7 @@ def test_a_layer_that_fails_leaves_the_cache_to_the_next_forward(quick, load_bot
     with pytest.raises(ZeroDivisionError):
         _forward([session], ["base"], [6, 0, 2], 1, 10)
     hook.remove()
-    (runner,) = session._runners.values()
+    (runner,) = (pool.runner for pool in session._pools.values())
     assert runner.cache.current is None
 
 

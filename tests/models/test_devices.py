@@ -64,7 +64,10 @@ def test_models_on_several_devices_answer_on_that_of_the_base(is_split, tiny_mod
     first = "cpu:1, cpu:2" if is_split else "cpu:1"
     described = ensemble.describe()
     assert [described[role]["device"] for role in ("base", "E", "F", "draft")] == [first, first, "cpu:2", "cpu:2"]
-    caches = [[layer.keys.device for layer in runner.cache.layers] for runner in session._runners.values()]
+    caches = [
+        [layer.keys.device for layer in runner.cache.layers]
+        for runner in (pool.runner for pool in session._pools.values())
+    ]
     assert caches[:2] == [[FIRST, SECOND if is_split else FIRST], [SECOND, SECOND]]
 
 

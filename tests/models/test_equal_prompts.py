@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ensembles import load
-from mpg.models import ensemble
+from mpg.models import session as sessions
 from mpg.models.runner import ModelRunner
 
 SHORT, LONG = [3, 4, 5], [10, 11, 12, 13, 14, 15]
@@ -25,9 +25,10 @@ def fed(monkeypatch):
     """The shapes (rows, positions) of all forwards."""
     shapes, forward = [], ModelRunner.forward
 
-    def record(runner, places, tokens, *args, **kwargs):
-        shapes.append((len(places), *tokens.shape))
-        return forward(runner, places, tokens, *args, **kwargs)
+    def record(runner, fed, runs, tokens, start, kv_length, source=None, **kwargs):
+        num_rows = sum(count for _, count in runs)
+        shapes.append((len(runs), num_rows // len(runs), tokens.shape[1]))
+        return forward(runner, fed, runs, tokens, start, kv_length, source, **kwargs)
 
     monkeypatch.setattr(ModelRunner, "forward", record)
     return shapes
@@ -45,7 +46,7 @@ def _last(session, roles, rows, kv_length=16):
 
 @pytest.mark.parametrize("prefill_tokens", [512, 2], ids=["in one part", "in parts of two tokens"])
 def test_equal_prompts_give_the_logits_of_each_alone(models, prefill_tokens, monkeypatch):
-    monkeypatch.setattr(ensemble, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(sessions, "PREFILL_TOKENS", prefill_tokens)
     logits = _last(models.open(PROMPTS, ROLES, 16), ROLES, PROMPTS)
     torch.testing.assert_close(logits, _alone(models, ROLES, PROMPTS), atol=1e-5, rtol=1e-5)
 
@@ -89,8 +90,9 @@ def test_a_prompt_that_no_row_has_any_more_is_read_again(lost_by, models, fed):
 @pytest.mark.parametrize(("num_shares", "num_read"), [(3, 3), (1, 1)])
 def test_a_merged_model_reads_what_is_another_model_for_every_row(models, fed, num_shares, num_read):
     shares = torch.tensor([[1.0, 0.0], [0.3, -0.5], [2.0, 1.0]])[:num_shares]
-    session = models.merge(["E", "T"], shares).open([LONG] * 3, ["merged"], 16)
-    assert fed == [(1, num_read, len(LONG) - 1)]
+    given = shares if num_shares > 1 else shares[0]
+    session = models.merge(["E", "T"], given).open([LONG] * 3, ["merged"], 16)
+    assert fed == [(1, num_read, len(LONG) - (num_read == 1))]  # with the last token where all rows are read
     logits = _last(session, ["merged"], [LONG] * 3)
     for row in range(3):
         alone = _alone(models.merge(["E", "T"], shares[row % num_shares, None]), ["merged"], [LONG])
@@ -111,7 +113,7 @@ def test_prompts_of_one_length_that_fill_all_rows_are_read_with_their_last_token
     models, fed, prefill_tokens, monkeypatch
 ):
     """The first forward of each role is then over, of some roles at once or of each alone; the next is one again."""
-    monkeypatch.setattr(ensemble, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(sessions, "PREFILL_TOKENS", prefill_tokens)
     prompts = [LONG, LONG[::-1]]
     session = models.open(prompts, ROLES, 16)
     num_read = len(fed)

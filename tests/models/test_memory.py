@@ -24,19 +24,19 @@ def test_caches_take_what_is_reported_before_they_are_taken(model, caplog):
     with caplog.at_level(logging.INFO, logger="mpg"):
         session = model.models.open([[1, 2, 3], [4]], roles, 40)
     buffers = [
-        buffer for runner in session._runners.values() for layer in runner.cache.layers
+        buffer for pool in session._pools.values() for layer in pool.runner.cache.layers
         for buffer in (layer.keys, layer.values)
     ]  # fmt: skip
     taken = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
     assert model.models.cache_bytes(roles, 2, 40) == taken > 0
-    assert f"2 rows x 40 positions x 3 models and adapters: {taken / 2**20:.1f} MiB" in caplog.text
+    assert f"6 rows (one for each model or adapter of a text) x 40 positions: {taken / 2**20:.1f} MiB" in caplog.text
 
 
 def test_caches_of_a_dropped_session_are_freed_without_the_garbage_collector(model):
     gc.disable()
     try:
         session = model.models.open([[1, 2, 3]], ("base",), 40)
-        keys = weakref.ref(next(iter(session._runners.values())).cache.layers[0].keys)
+        keys = weakref.ref(next(iter(session._pools.values())).runner.cache.layers[0].keys)
         del session
         assert keys() is None
     finally:
@@ -53,7 +53,7 @@ def test_a_model_that_is_copied_or_pickled_says_how_to_have_another(duplicate, m
 def test_too_large_caches_are_refused_before_they_are_taken_and_smaller_ones_work(model, monkeypatch):
     one_row = model.models.cache_bytes(("base", "E", "T"), 1, model.models.max_positions)
     monkeypatch.setattr(ensemble, "_available_bytes", lambda device: one_row * 2)
-    with pytest.raises(MemoryError, match=r"batch_size, max_new_tokens: .*8 rows x .* take .*expected at most .*lower"):
+    with pytest.raises(MemoryError, match=r"batch_size, max_new_tokens: .*24 rows .* take .*expected at most .*lower"):
         model.generate([QUESTION] * 8, **OPTIONS | {"max_new_tokens": 100})
     assert len(model.generate([QUESTION] * 8, **OPTIONS, batch_size=1)) == 8
 

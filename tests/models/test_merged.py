@@ -86,7 +86,7 @@ def test_merged_runs_beside_the_others_as_one_more_call_on_a_cache_of_its_own(pe
 
 def test_one_adapter_of_weight_one_is_that_adapter(peft_model):
     ensemble, draft = load(peft_model(), device="cpu"), torch.randint(61, (3, 3))
-    only = ensemble.merge(["T", "E"], torch.tensor([[1.0, 0.0]]))
+    only = ensemble.merge(["T", "E"], torch.tensor([1.0, 0.0]))
     assert not only.is_same("merged", "T")
     logits, _ = _continue(only, ["merged", "T"], draft)
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)

@@ -13,7 +13,8 @@ from mpg.decode.exact import Exact
 from mpg.decode.rejection import SeqRS, TokenRS
 from mpg.decode.rng import Decisions
 from mpg.decode.scr import SCR
-from mpg.models.ensemble import Ensemble, Pass, Session
+from mpg.models.ensemble import Ensemble, Pass
+from mpg.models.session import Role, Session
 from mpg.options import Options
 
 
@@ -23,10 +24,11 @@ class Sampler(Protocol):
     roles  the models to open a session for
     """
 
-    roles: tuple[str, ...]
+    roles: tuple[Role, ...]
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
-        """attributes: the attribute models that count in this batch, in the order of its weights."""
+    def __init__(self, models: Ensemble, attributes: tuple[Role, ...], options: Options):
+        """attributes: the roles of the attributes, in the order of the batch's weights: names, or each text's own by
+        their numbers. Of numbers only those that some row has are fed; their logits and weights are in use then."""
 
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         """Take a freshly opened session and batch. Before every round, each opened model has read all committed tokens

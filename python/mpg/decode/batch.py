@@ -8,6 +8,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from mpg.decode.state import State
+
 Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -51,13 +53,15 @@ class Snapshot:
 
 class Batch:
     """B rows that advance together, each by its own number of tokens a round; a row whose request has ended is free for
-    another one. A round changes these tensors in place.
+    another one. A round changes these tensors in place. B is the number of rows in use, N that of the attributes which
+    one of them weighs: both are the state's, which has room for more.
 
+    state       holds all that is remembered of the rows, a sampler's as well
     tokens      (B, capacity) int64, prompt and committed tokens; nothing meaningful from `lengths` on
     last_tokens  (B,) int64, the last committed token
     lengths     (B,) int64, committed tokens, the prompt among them
     limits      (B,) int64, what `lengths` may grow to
-    weights     (B, N), alpha
+    weights     (B, N), alpha of each request's own attributes, and 0 for those that it has fewer of than others
     seeds       (B,) int64
     rounds      (B,) int64, rounds each request has seen: part of its uniforms' keys
     active      (B,) bool, neither ended by an end-of-sequence token nor full nor stopped by the host
@@ -75,6 +79,20 @@ class Batch:
     A request that became unusable or empty is no longer active and committed nothing in that round.
     """
 
+    prompt_lengths: Tensor
+    lengths: Tensor
+    limits: Tensor
+    rounds: Tensor
+    last_tokens: Tensor
+    seeds: Tensor
+    active: Tensor
+    unusable: Tensor
+    empty: Tensor
+    tokens: Tensor
+    weights: Tensor
+    _columns: Tensor
+    _no_drafts: Tensor
+
     def __init__(
         self,
         prompts: Sequence[Sequence[int]],
@@ -84,30 +102,37 @@ class Batch:
         eos_token_ids: Sequence[int],
         *,
         capacity: int | None = None,
+        num_rows: int | None = None,
         processors: list[Processor | None] | None = None,
     ):
-        """The first request of every row. `capacity`: tokens that a row may hold; default what these requests need."""
-        device, num_rows = weights.device, len(prompts)
-        limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
-        self.capacity = max(limits) if capacity is None else capacity
-        counts = torch.zeros(6, num_rows, dtype=torch.int64, device=device)
-        self.prompt_lengths, self.lengths, self.limits, self.rounds, self.last_tokens, self._no_drafts = counts
+        """The first requests. `capacity`: tokens that a row may hold, default what these need; `num_rows`: that there
+        is room for, default theirs."""
+        device, lengths = weights.device, [len(prompt) for prompt in prompts]
+        needed = max((length + new for length, new in zip(lengths, max_new_tokens, strict=True)), default=0)
+        self.capacity = needed if capacity is None else capacity
+        self.state = State(num_rows or len(prompts), weights.shape[1], device)
+        for name in ("prompt_lengths", "lengths", "limits", "rounds", "last_tokens", "seeds", "_no_drafts"):
+            self.state.hold(self, name, self.state.zeros())
+        for name in ("active", "unusable", "empty"):
+            self.state.hold(self, name, self.state.zeros(dtype=torch.bool))
         # behind the last column is one more, for what a chunk has beyond it
-        self._columns = torch.zeros(num_rows, self.capacity + 1, dtype=torch.int64, device=device)
-        self.tokens = self._columns[:, : self.capacity]
+        columns = self.state.zeros(self.capacity + 1)
+        self.state.hold(self, "_columns", columns)
+        self.state.hold(self, "tokens", columns[:, : self.capacity])
+        self.state.hold(self, "weights", self.state.zeros(weights.shape[1], dtype=weights.dtype), by_attribute=True)
         self._index = torch.arange(self.capacity + 1, device=device)
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
-        self.weights, self.seeds = torch.zeros_like(weights), torch.zeros_like(seeds)
-        self.active, self.unusable, self.empty = torch.zeros(3, num_rows, dtype=torch.bool, device=device)
         self.draft_lengths: Tensor | None = None
         self.processors = processors
         self.errors: dict[int, Exception] = {}
         self.longest, self.longest_draft = 0, 0
         self._committed: tuple[Tensor, Tensor, Tensor | None] | None = None
-        self.replace(range(num_rows), prompts, max_new_tokens, weights, seeds)
+        self.state.use(len(prompts), weights.shape[1])
+        if prompts:
+            self.replace(range(len(prompts)), prompts, max_new_tokens, weights, seeds)
 
     def __len__(self) -> int:
-        return self.tokens.shape[0]
+        return self.state.num_rows
 
     def replace(
         self,
@@ -117,7 +142,7 @@ class Batch:
         weights: Tensor,
         seeds: Tensor,
     ) -> None:
-        """Begin new requests in some rows, whatever these held; the other arguments in the order of `rows`."""
+        """Begin new requests in some rows in use, whatever these held; the other arguments in the order of `rows`."""
         device = self.tokens.device
         index = torch.tensor(list(rows), device=device)
         lengths = [len(prompt) for prompt in prompts]
@@ -133,6 +158,14 @@ class Batch:
         self.longest = max(self.longest, longest)
         for row in rows:
             self.errors.pop(row, None)
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Let the requests of some rows go on in others, whose own are over."""
+        if sources:
+            self.state.move(sources, targets)
+        errors = {row: self.errors.pop(row) for row in [*sources, *targets] if row in self.errors}
+        moved = zip(sources, targets, strict=True)
+        self.errors |= {target: errors[source] for source, target in moved if source in errors}
 
     def snapshot(self) -> Snapshot:
         """What the last round did, on its way to the host."""

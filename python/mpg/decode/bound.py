@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mpg_ext
+from mpg.decode.batch import Batch
 from mpg.options import Options
 from mpg_ext.ops import Score
 
@@ -31,15 +32,25 @@ class Bound:
     constants   log M_0, log gamma and tau, as the ops take them
     """
 
-    def __init__(self, options: Options, alpha: Tensor):
+    weights: Tensor
+    window: Tensor
+    num_scores: Tensor
+    num_rounds: Tensor
+    log_bound: Tensor
+    frozen: Tensor
+
+    def __init__(self, options: Options, batch: Batch):
         """The bound before the first round: M_0, an empty window, not frozen."""
         self.score = cast(Score, options.target)
         self.constants = [math.log(options.initial_bound), math.log(options.gamma), options.tau]
-        self.weights = _normalise(alpha)
-        self.window = alpha.new_zeros(len(alpha), options.window)
-        self.num_scores, self.num_rounds = torch.zeros(2, len(alpha), dtype=torch.int64, device=alpha.device)
-        self.log_bound = alpha.new_full((len(alpha),), self.constants[0])
-        self.frozen = torch.zeros_like(self.num_scores, dtype=torch.bool)
+        state, dtype = batch.state, batch.weights.dtype
+        state.hold(self, "weights", state.zeros(state.most_attributes, dtype=dtype), by_attribute=True)
+        state.hold(self, "window", state.zeros(options.window, dtype=dtype))
+        state.hold(self, "num_scores", state.zeros())
+        state.hold(self, "num_rounds", state.zeros())
+        state.hold(self, "log_bound", state.zeros(dtype=dtype))
+        state.hold(self, "frozen", state.zeros(dtype=torch.bool))
+        self.reset(torch.arange(len(batch), device=state.device), batch.weights)
 
     def reset(self, rows: Tensor, alpha: Tensor) -> None:
         """Begin anew in some rows, whose alpha (len(rows), N) this is."""

@@ -8,21 +8,24 @@ from torch import Tensor
 from mpg.decode.batch import Batch
 from mpg.decode.rng import Decisions, Purpose
 from mpg.decode.rows import TargetRows
-from mpg.models.ensemble import Ensemble, Pass, Session
+from mpg.models.ensemble import Ensemble, Pass
+from mpg.models.session import Role, Session
 from mpg.options import Options
 
 
 class Direct:
     """Exact up to the floating point of the models' own forwards. See `Sampler` for the interface."""
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+    none: Tensor  # drafted tokens of a row
+
+    def __init__(self, models: Ensemble, attributes: tuple[Role, ...], options: Options):
         self.options, self.target = options, TargetRows(models, attributes, options)
         self.roles = self.target.roles
 
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.session, self.batch, self.decide = session, batch, decide
         self.target.start(batch)
-        self.none = torch.zeros_like(batch.lengths)  # drafted tokens of a row
+        batch.state.hold(self, "none", batch.state.zeros())
 
     def reset(self, rows: Tensor) -> None:
         self.target.reset(rows)

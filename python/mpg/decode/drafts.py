@@ -16,7 +16,8 @@ from mpg.decode.batch import Batch
 from mpg.decode.rng import Decisions, Purpose
 from mpg.decode.rows import has_processor, process_rows
 from mpg.decode.targets import is_one_model
-from mpg.models.ensemble import Ensemble, Pass, Session
+from mpg.models.ensemble import Ensemble, Pass
+from mpg.models.session import Role, Session
 from mpg.options import Options
 
 ROLES = {"reference": "base", "model": "draft", "merged": "merged"}  # the model behind each draft that has one
@@ -43,7 +44,7 @@ class Draft(Protocol):
     roles  the models that it feeds; none where it needs none
     """
 
-    roles: tuple[str, ...]
+    roles: tuple[Role, ...]
 
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None: ...
 
@@ -64,7 +65,7 @@ class ModelDraft:
     """
 
     def __init__(self, role: str, options: Options, *, is_verified: bool):
-        self.roles: tuple[str, ...] = (role,)
+        self.roles: tuple[Role, ...] = (role,)
         self.options, self.is_verified = options, is_verified
 
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
@@ -131,7 +132,7 @@ class LookupDraft:
     (Saxena, "Prompt lookup decoding", 2023.) Needs no model; where nothing matches it drafts nothing.
     """
 
-    roles: tuple[str, ...] = ()
+    roles: tuple[Role, ...] = ()
 
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.batch = batch

@@ -13,7 +13,8 @@ from mpg.decode.batch import Batch
 from mpg.decode.drafts import make_draft
 from mpg.decode.rng import Decisions
 from mpg.decode.rows import TargetRows
-from mpg.models.ensemble import Ensemble, Pass, Session
+from mpg.models.ensemble import Ensemble, Pass
+from mpg.models.session import Role, Session
 from mpg.options import Options
 
 MAX_ADAPTED_CHUNK = 16
@@ -27,9 +28,12 @@ STATISTICS = {
 class Exact:
     """Exact up to the floating point of the models' own forwards. See `Sampler` for the interface."""
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+    num_accepted: Tensor
+    num_offered: Tensor
+
+    def __init__(self, models: Ensemble, attributes: tuple[Role, ...], options: Options):
         self.options, self.target = options, TargetRows(models, attributes, options)
-        self.draft = make_draft(models, self.target.roles, options)
+        self.draft = make_draft(models, self.target.references, options)
         self.roles = (*self.target.roles, *(role for role in self.draft.roles if role not in self.target.roles))
 
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
@@ -37,10 +41,10 @@ class Exact:
         self.draft.start(session, batch, decide)
         self.target.start(batch)
         if self.options.adaptive:
-            batch.draft_lengths = torch.full_like(batch.lengths, self.options.chunk_size)
+            batch.state.hold(batch, "draft_lengths", batch.state.zeros() + self.options.chunk_size)
             batch.longest_draft = self.options.chunk_size
-        self.num_accepted = torch.zeros_like(batch.lengths)
-        self.num_offered = torch.zeros_like(batch.lengths)
+        batch.state.hold(self, "num_accepted", batch.state.zeros())
+        batch.state.hold(self, "num_offered", batch.state.zeros())
 
     def reset(self, rows: Tensor) -> None:
         self.target.reset(rows)

@@ -20,8 +20,9 @@ from torch import Tensor
 import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.drafts import ROLES, LookupDraft, merged_shares
+from mpg.decode.request import Request
 from mpg.decode.rows import TargetRows
-from mpg.decode.run import Request, Scheduler
+from mpg.decode.run import Scheduler
 from mpg.models.ensemble import Ensemble
 from mpg.options import MAX_CHUNK, Options
 
@@ -125,7 +126,9 @@ def _measure_acceptance(
     scheduler = Scheduler.of(models, requests, direct, eos_token_ids)
     prompts = [request.token_ids for request in requests]
     texts = [result.tokens for result in scheduler.finish(requests)]
-    attributes, weights, seeds = scheduler.attributes, scheduler.batch.weights, scheduler.batch.seeds
+    attributes, alpha = scheduler.attributes, [[request.alpha[i] for i in scheduler.weighed] for request in requests]
+    weights = torch.tensor(alpha, dtype=scheduler.batch.weights.dtype, device=models.device)
+    seeds = torch.tensor([request.seed for request in requests], device=models.device)
     drafts = {draft: role for draft, role in ROLES.items() if draft != "model" or not models.is_same("draft", "base")}
     try:
         models = models.merge(attributes, merged_shares(weights, direct.target))

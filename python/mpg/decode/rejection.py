@@ -15,7 +15,8 @@ from mpg.decode.batch import Batch
 from mpg.decode.bound import Bound
 from mpg.decode.rng import Decisions, Purpose
 from mpg.decode.rows import logprobs_of
-from mpg.models.ensemble import Ensemble, Pass, Session
+from mpg.models.ensemble import Ensemble, Pass
+from mpg.models.session import Role, Session
 from mpg.options import Options
 
 # Every statistic with its denominator.
@@ -33,15 +34,19 @@ class _Rejection:
     Tries and rejections are counted as float64: they may be expected numbers.
     """
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+    num_tries: Tensor
+    num_rejected: Tensor
+    num_capped: Tensor
+
+    def __init__(self, models: Ensemble, attributes: tuple[Role, ...], options: Options):
         anchor = () if models.is_same("base", "anchor") else ("anchor",)
         self.options, self.roles = options, ("base", *anchor, *attributes)
 
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.session, self.batch, self.decide = session, batch, decide
-        self.bound = Bound(self.options, batch.weights)
-        counts = torch.zeros(3, len(batch), dtype=torch.float64, device=batch.weights.device)
-        self.num_tries, self.num_rejected, self.num_capped = counts
+        self.bound = Bound(self.options, batch)
+        for name in ("num_tries", "num_rejected", "num_capped"):
+            batch.state.hold(self, name, batch.state.zeros(dtype=torch.float64))
 
     def reset(self, rows: Tensor) -> None:
         self.bound.reset(rows, self.batch.weights[rows])
@@ -111,19 +116,28 @@ class SeqRS(_Rejection):
     has one accepted text at most, so accepted scores alone could not estimate anything.
     """
 
+    texts: Tensor
+    sizes: Tensor
+    last: Tensor
+    logprobs: Tensor  # (B, 1 + N, capacity)
+
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         super().start(session, batch, decide)
         # the candidate texts: their tokens, sizes and last tokens, and log-probabilities under anchor and attributes
-        self.texts, self.sizes = torch.zeros_like(batch.tokens), torch.zeros_like(batch.lengths)
-        self.last = batch.last_tokens.clone()
-        self.logprobs = self.bound.weights.new_zeros(1 + self.bound.weights.shape[1], *batch.tokens.shape)
+        state, dtype = batch.state, self.bound.weights.dtype
+        state.hold(self, "texts", state.zeros(batch.capacity))
+        state.hold(self, "sizes", state.zeros())
+        state.hold(self, "last", state.zeros())
+        self.last.copy_(batch.last_tokens)
+        logprobs = state.zeros(1 + state.most_attributes, batch.capacity, dtype=dtype)
+        state.hold(self, "logprobs", logprobs, by_attribute=True)
         self.num_rounds = 0  # no candidate is longer
 
     def reset(self, rows: Tensor) -> None:
         super().reset(rows)
         self.sizes[rows] = 0
         self.last[rows] = self.batch.last_tokens[rows]
-        self.logprobs[:, rows] = 0
+        self.logprobs[rows] = 0
 
     def round(self) -> None:
         batch, bound = self.batch, self.bound
@@ -137,11 +151,11 @@ class SeqRS(_Rejection):
         where = self.sizes.clamp_max(batch.capacity - 1)[:, None]
         logprobs = logprobs_of(_scored(logits, bound.weights)[:, :, None], token[:, None])
         self.texts.scatter_(1, where, token[:, None])
-        self.logprobs.scatter_(2, where.expand(len(logprobs), -1, -1), logprobs)
+        self.logprobs.scatter_(2, where[:, None].expand(-1, len(logprobs), -1), logprobs.transpose(0, 1))
         self.sizes += 1
 
         # Accept a whole text with probability min(1, S / M), or take the last one allowed
-        of_text = self.logprobs.sum(2, keepdim=True)
+        of_text = self.logprobs.sum(2).T[..., None]
         score = mpg_ext.score_prefixes(of_text[1:], of_text[0], bound.weights, score=bound.score)[1][:, 0]
         has_token = draft_row.gather(1, token[:, None])[:, 0] > 0
         batch.fail(unusable=~has_token | score.isnan())
@@ -158,8 +172,9 @@ class SeqRS(_Rejection):
         counts = torch.where(is_whole & is_accepted | is_capped, self.sizes, 0)
         self.sizes.masked_fill_(is_whole | ~batch.active, 0)
         self.last.copy_(torch.where(is_whole, batch.last_tokens.clone(), token))
-        batch.commit(self.texts, counts, self.logprobs[1:] - self.logprobs[:1] if self.options.trace else None)
-        self.logprobs.masked_fill_(is_whole[:, None], 0)
+        log_ratios = (self.logprobs[:, 1:] - self.logprobs[:, :1]).transpose(0, 1) if self.options.trace else None
+        batch.commit(self.texts, counts, log_ratios)
+        self.logprobs.masked_fill_(is_whole[:, None, None], 0)
 
     def statistics(self) -> dict[str, Tensor]:
         return super().statistics() | {"capped_rate": self.num_capped}  # of one text

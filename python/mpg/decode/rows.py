@@ -12,6 +12,7 @@ import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.targets import TARGETS, is_one_model, references
 from mpg.models.ensemble import Ensemble
+from mpg.models.session import Role
 from mpg.options import Options
 
 
@@ -19,11 +20,11 @@ class TargetRows:
     """Rows of the target of one batch.
 
     roles    whose logits `of` takes, in this order
-    weights  (B, N), the weights at the next token. They are alpha, unless the mixture spans more than a token: then
-             w_i *= pi_i(y) after every committed y, rescaled, and alpha again at each multiple of the span
     """
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+    _carried: Tensor
+
+    def __init__(self, models: Ensemble, attributes: tuple[Role, ...], options: Options):
         self.options, self.combine = options, TARGETS[options.target]
         self.anchor_is_base = models.is_same("base", "anchor")
         if options.span != 1 and not self.anchor_is_base:
@@ -35,11 +36,22 @@ class TargetRows:
         self.roles = (*self.references, *attributes)
 
     def start(self, batch: Batch) -> None:
-        self.batch = batch
-        self.weights = batch.weights if self.options.span == 1 else batch.weights.clone()
+        self.batch, state = batch, batch.state
+        if self.options.span != 1:
+            state.hold(
+                self, "_carried", state.zeros(state.most_attributes, dtype=batch.weights.dtype), by_attribute=True
+            )
+            self._carried.copy_(batch.weights)
 
     def reset(self, rows: Tensor) -> None:
-        self.weights[rows] = self.batch.weights[rows]
+        if self.options.span != 1:
+            self._carried[rows] = self.batch.weights[rows]
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights (B, N) at the next token: alpha, unless the mixture spans more than a token. Then w_i *= pi_i(y)
+        after every committed y, rescaled, and alpha again at each multiple of the span."""
+        return self.batch.weights if self.options.span == 1 else self._carried
 
     def of(self, logits: Tensor, chunk: Tensor, num_usable: Tensor) -> tuple[Tensor, Tensor]:
         """The target's rows after the last committed token and after each drafted one.
@@ -79,7 +91,7 @@ class TargetRows:
         logprobs = logprobs_of(attributes.gather(2, row), token[:, None])[:, :, 0]
         index = accepted.view(-1, 1, 1).expand(-1, 1, self.chunk_weights.shape[2])
         weights = self.chunk_weights.gather(1, index)[:, 0]
-        self.weights.copy_(self._advance(weights, logprobs, self.batch.num_new_tokens() + accepted + 1))
+        self._carried.copy_(self._advance(weights, logprobs, self.batch.num_new_tokens() + accepted + 1))
 
     def log_ratios(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """log pi_i - log anchor of the tokens (B, K + 1) that `logits` came before; against the target's row as it

@@ -7,65 +7,22 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 
 from mpg.decode import SAMPLERS
-from mpg.decode.batch import Batch, Processor, Round, Snapshot
+from mpg.decode.batch import Batch, Round, Snapshot
 from mpg.decode.drafts import merged_shares
+from mpg.decode.request import Entry, Request
 from mpg.decode.rng import Decisions
-from mpg.models.ensemble import Cost, Ensemble, Pass
+from mpg.models.ensemble import Cost, Ensemble
 from mpg.options import Options
 from mpg.results import Result, Token, Transcript
 
 # Rounds that the device is ahead of what the host has read. A GPU runs the next round meanwhile; a row that has ended
 # idles through it, for which a CPU, where nothing runs meanwhile, would only pay.
 ROUNDS_AHEAD = {"cuda": 1, "cpu": 0}
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt of a call, checked. `alpha` by attribute of the models, in their order; `weights` as asked for.
-
-    processor  as in `Batch.processors`
-    ends       as in `Transcript`
-    """
-
-    token_ids: list[int]
-    alpha: tuple[float, ...]
-    weights: dict[str, float]
-    max_new_tokens: int
-    seed: int
-    processor: Processor | None = None
-    ends: Callable[[Sequence[int]], bool] | None = None
-
-
-@dataclass(eq=False)
-class Entry:
-    """A request that a scheduler has taken, and what becomes of it: in the end a result or an error.
-
-    roles       the models that it needs: those of its sampler but for attributes that it does not weigh
-    added_at    by `perf_counter`, as are all times
-    entered_at  when it got its row, or when it was added to a row that was free
-    num_drafts  tokens that it drafts in its next round, 0 where its sampler drafts none
-    num_rounds  its rounds so far, by the tokens that it could draft in them
-    """
-
-    request: Request
-    transcript: Transcript
-    roles: tuple[str, ...]
-    added_at: float
-    num_drafts: int
-    entered_at: float = 0.0
-    num_rounds: Counter[int] = field(default_factory=Counter)
-    result: Result | None = None
-    error: Exception | None = None
-
-    @property
-    def is_over(self) -> bool:
-        return self.result is not None or self.error is not None
 
 
 @torch.no_grad()
@@ -114,8 +71,11 @@ class Scheduler:
 
     num_rows      requests that are decoded at once, at most
     capacity      tokens that one may have, its prompt among them
-    attributes    those that requests may weigh; all of them run for every row
+    attributes    those that requests may weigh. Only those that a request does weigh run for it, and a row that none
+                  takes is not run
     rounds_ahead  how many rounds the device may be ahead of what `step` has read
+    expected      the attributes that each request will weigh, where they are known: caches are then as large as the
+                  `num_rows` largest of them need, and else grow with what comes
     plan          as in `Result`
     """
 
@@ -129,6 +89,7 @@ class Scheduler:
         capacity: int,
         attributes: tuple[str, ...],
         rounds_ahead: int,
+        expected: Sequence[tuple[str, ...]] = (),
         plan: str | None = None,
     ):
         self.options, self.eos_token_ids, self.attributes, self.plan = options, eos_token_ids, attributes, plan
@@ -136,20 +97,21 @@ class Scheduler:
         # an adaptive chunk is as long as the host has read that it may be
         self.rounds_ahead = 0 if options.adaptive else rounds_ahead
         self.waiting: deque[Entry] = deque()
-        self.rows: list[Entry | None] = [None] * num_rows
-        self.num_added, self.read_at = 0, 0.0
-        self._ahead: deque[tuple[Snapshot, list[Entry | None]]] = deque()
+        self.rows: list[Entry] = []  # of those in use
+        self.num_rows, self.num_added, self.read_at = num_rows, 0, 0.0
+        self._ahead: deque[tuple[Snapshot, list[Entry]]] = deque()
 
-        # rows without a request hold one token and have no room for another
-        prompts = [[0]] * num_rows
-        weights = torch.ones(num_rows, len(attributes), dtype=torch.promote_types(models.dtype, torch.float32))
-        weights, seeds = weights.to(models.device), torch.zeros(num_rows, dtype=torch.int64, device=models.device)
-        self.shares = merged_shares(weights, options.target).clone()
+        room, most = models.rows_to_run(num_rows, num_rows), max(map(len, expected), default=len(attributes))
+        dtype = torch.promote_types(models.dtype, torch.float32)
+        self.shares = torch.zeros(room, len(attributes), dtype=dtype, device=models.device)
         self.models = models.merge(attributes, self.shares) if options.draft == "merged" else models
-        self.sampler = SAMPLERS[options.sampler](self.models, attributes, options)
-        self.session = self.models.open(prompts, self.sampler.roles, capacity)
-        self.batch = Batch(prompts, [0] * num_rows, weights, seeds, eos_token_ids, capacity=capacity)
-        self.sampler.start(self.session, self.batch, Decisions(self.batch.seeds, self.batch.rounds))
+        numbers = tuple(range(most))  # a sampler's attributes are each request's own
+        self.sampler = SAMPLERS[options.sampler](self.models, numbers, options)
+        self.session = self.models.open([], self.sampler.roles, capacity, num_rows=room, expected=expected)
+        none = torch.zeros(0, most, dtype=dtype, device=models.device)
+        self.batch = Batch([], [], none, torch.tensor([]), eos_token_ids, capacity=capacity, num_rows=room)
+        self.decide = Decisions(self.batch.seeds, self.batch.rounds)
+        self.sampler.start(self.session, self.batch, self.decide)
 
     @classmethod
     def of(
@@ -161,17 +123,16 @@ class Scheduler:
         plan: str | None = None,
     ) -> Scheduler:
         """One that is just large enough for these requests."""
+        expected = [request.weighed(models.attribute_names) for request in requests]
         return cls(
             models,
             options,
             eos_token_ids,
             num_rows=min(options.batch_size, len(requests)),
             capacity=max(len(request.token_ids) + request.max_new_tokens for request in requests),
-            # an attribute that no request weighs takes no part
-            attributes=tuple(
-                name for i, name in enumerate(models.attribute_names) if any(request.alpha[i] for request in requests)
-            ),
+            attributes=tuple(name for name in models.attribute_names if any(name in names for names in expected)),
             rounds_ahead=ROUNDS_AHEAD[models.device.type],
+            expected=expected,
             plan=plan,
         )
 
@@ -207,14 +168,12 @@ class Scheduler:
         length = len(request.token_ids) + request.max_new_tokens
         if length > self.batch.capacity:
             raise ValueError(f"max_new_tokens: expected at most {self.batch.capacity} with the prompt's, got {length}")
-        weighed = {name for name, a in zip(self.models.attribute_names, request.alpha, strict=True) if a}
-        if unknown := sorted(weighed.difference(self.attributes)):
+        own = request.weighed(self.models.attribute_names)
+        if unknown := sorted(set(own).difference(self.attributes)):
             raise ValueError(f"weights: expected some of {', '.join(self.attributes)}, got {unknown[0]!r}")
-        own = tuple(name for name in self.attributes if name in weighed)
         entry = Entry(
             request,
             Transcript(self.models.tokenizer, own, self.num_added, len(request.token_ids), request.ends),
-            roles=tuple(role for role in self.sampler.roles if role in own or role not in self.attributes),
             added_at=perf_counter() if added_at is None else added_at,
             num_drafts=self.options.chunk_size or 0,
         )
@@ -225,7 +184,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self.waiting) or any(entry is not None and not entry.is_over for entry in self.rows)
+        return bool(self.waiting) or not all(entry.is_over for entry in self.rows)
 
     def step(self) -> list[tuple[Entry, list[Token]]]:
         """Let requests that wait begin in free rows, run a round, and read one.
@@ -234,6 +193,8 @@ class Scheduler:
         less than `rounds_ahead` ahead
         """
         self._admit()
+        if not self.rows:
+            return []
         self.sampler.round()
         self._ahead.append((self.batch.snapshot(), self.rows.copy()))
         if len(self._ahead) <= self.rounds_ahead:
@@ -246,34 +207,73 @@ class Scheduler:
         self.session.close()
 
     def _admit(self) -> None:
-        """Let requests that wait begin in rows that are free."""
-        free = [row for row, entry in enumerate(self.rows) if entry is None or entry.is_over][: len(self.waiting)]
-        if not free:
-            return
-        entries = [self.waiting.popleft() for _ in free]
-        for row, entry in zip(free, entries, strict=True):
-            self.rows[row] = entry
-            entry.entered_at = max(entry.added_at, self.read_at)
-        requests, device = [entry.request for entry in entries], self.models.device
-        prompts, limits = [request.token_ids for request in requests], [request.max_new_tokens for request in requests]
-        alpha = torch.tensor(
-            [[request.alpha[i] for i in self.weighed] for request in requests], dtype=self.batch.weights.dtype
-        )
-        seeds = torch.tensor([request.seed for request in requests])
-        self.batch.replace(free, prompts, limits, alpha.to(device), seeds.to(device))
-        processors = [entry.request.processor if entry is not None else None for entry in self.rows]
-        self.batch.processors = processors if any(processor is not None for processor in processors) else None
-        self.shares.copy_(merged_shares(self.batch.weights, self.options.target))
-        self.session.replace(free, prompts)
-        self.sampler.reset(torch.tensor(free, device=device))
+        """Let requests that wait begin in rows that are free, and give up those that are left."""
+        free = [row for row, entry in enumerate(self.rows) if entry.is_over]
+        free += range(len(self.rows), self.num_rows)
+        if self.waiting and free:
+            self._begin(free[: len(self.waiting)])
+        self._close_ranks()
 
-    def _read(self, done: Round, rows: list[Entry | None]) -> list[tuple[Entry, list[Token]]]:
+    def _begin(self, rows: list[int]) -> None:
+        """Let the requests that have waited longest begin in these rows, of which new ones follow those in use."""
+        entries = [self.waiting.popleft() for _ in rows]
+        for row, entry in zip(rows, entries, strict=True):
+            self.rows[row : row + 1] = [entry]
+            entry.row, entry.entered_at = row, max(entry.added_at, self.read_at)
+        size = self.models.rows_to_run(len(self.rows), self.num_rows)
+        for _ in range(len(self.rows), size):  # an idle row runs what the last one does
+            rows.append(len(self.rows))
+            entries.append(entries[-1].idle())
+            self.rows.append(entries[-1])
+        self._use()
+        requests = [entry.request for entry in entries]
+        prompts, limits = [request.token_ids for request in requests], [request.max_new_tokens for request in requests]
+        weights = torch.zeros(len(rows), self.batch.weights.shape[1], dtype=self.batch.weights.dtype)
+        for of_row, request in zip(weights, requests, strict=True):
+            own = [alpha for alpha in request.alpha if alpha]
+            of_row[: len(own)] = torch.tensor(own, dtype=weights.dtype)
+        seeds, device = torch.tensor([request.seed for request in requests]), self.models.device
+        self.batch.replace(rows, prompts, limits, weights.to(device), seeds.to(device))
+        self.session.replace(rows, prompts, [entry.transcript.attributes for entry in entries])
+        self.sampler.reset(torch.tensor(rows, device=device))
+
+    def _close_ranks(self) -> None:
+        """Let the last rows move to where requests have ended, so that none but those which go on are in use."""
+        live = [row for row, entry in enumerate(self.rows) if not entry.is_over]
+        size = self.models.rows_to_run(len(live), self.num_rows)
+        if size >= len(self.rows):
+            return
+        kept = list(range(size))
+        sources = [row for row in live if row >= size]
+        targets = [row for row in kept if self.rows[row].is_over][: len(sources)]
+        for source, target in zip(sources, targets, strict=True):
+            kept[target] = source
+        self.batch.move(sources, targets)
+        self.rows = [self.rows[row] for row in kept]
+        for row, entry in enumerate(self.rows):
+            entry.row = row
+        self._use()
+        self.session.keep(kept)
+
+    def _use(self) -> None:
+        """Let what is remembered be that of the requests in `rows`."""
+        most = max((len(entry.transcript.attributes) for entry in self.rows), default=0)
+        self.batch.state.use(len(self.rows), most)
+        self.decide.seeds, self.decide.rounds = self.batch.seeds, self.batch.rounds
+        processors = [entry.request.processor for entry in self.rows]
+        self.batch.processors = processors if any(processor is not None for processor in processors) else None
+        if self.options.draft == "merged" and self.rows:
+            alpha = [[entry.request.alpha[i] for i in self.weighed] for entry in self.rows]
+            weights = torch.tensor(alpha, dtype=self.shares.dtype)
+            self.shares[: len(self.rows)] = merged_shares(weights, self.options.target)
+
+    def _read(self, done: Round, rows: list[Entry]) -> list[tuple[Entry, list[Token]]]:
         """Extend the transcripts of the requests that a round ran, and close what has ended or failed."""
         self.read_at = perf_counter()
         news: list[tuple[Entry, list[Token]]] = []
         ended, stopped = [], []
-        for row, entry in enumerate(rows):
-            if entry is None or entry.is_over:
+        for row, entry in enumerate(rows):  # where they were in that round, and may not be any more
+            if entry.is_over:
                 continue
             tokens: list[Token] = []
             news.append((entry, tokens))
@@ -286,35 +286,34 @@ class Scheduler:
                 continue
             count, log_ratios = done.counts[row], None
             if done.log_ratios is not None:
-                own = [self.attributes.index(name) for name in transcript.attributes]
-                log_ratios = [[of_token[i] for i in own] for of_token in done.log_ratios[row][:count]]
+                log_ratios = [of_token[: len(transcript.attributes)] for of_token in done.log_ratios[row][:count]]
             try:
                 for token in transcript.extend(done.tokens[row][:count], log_ratios, is_last=is_last):
                     tokens.append(token)
             except Exception as error:  # whatever a stopping criterion raises
                 entry.error = error
             if entry.error is not None or transcript.is_stopped:
-                stopped.append(row)
+                stopped.append(entry.row)
             if entry.error is None and (is_last or transcript.is_stopped):
-                ended.append((row, entry))
+                ended.append(entry)
         if ended:
             self._close(ended)
         if stopped:
             self.batch.stop(stopped)
-        live = [entry for entry in self.rows if entry is not None and not entry.is_over]
+        live = [entry for entry in self.rows if not entry.is_over]
         longest = max((entry.transcript.length for entry in live), default=1)
         self.batch.longest = min(longest + len(self._ahead) * len(done.tokens[0]), self.batch.capacity)
         self.batch.longest_draft = max((entry.num_drafts for entry in live), default=0)
         return news
 
-    def _close(self, ended: list[tuple[int, Entry]]) -> None:
+    def _close(self, ended: list[Entry]) -> None:
         """Write the results of requests that have ended, while their rows hold what was counted of them."""
         statistics = {"rounds": self.batch.rounds, **self.sampler.statistics()}
         columns = torch.stack([values.double() for values in statistics.values()], 1).tolist()  # all in one copy
-        for row, entry in ended:
+        for entry in ended:
             request, transcript = entry.request, entry.transcript
             num_tokens, is_stopped = len(transcript.tokens), transcript.is_stopped
-            counted = dict(zip(statistics, columns[row], strict=True))
+            counted = dict(zip(statistics, columns[entry.row], strict=True))
             cost = self._cost(entry)
             entry.result = Result(
                 text=transcript.text(),
@@ -338,21 +337,22 @@ class Scheduler:
 
     def _cost(self, entry: Entry) -> Cost:
         """What a request has cost by itself, whatever else its rounds ran."""
-        passes: Counter[Pass] = Counter()
+        passes: Counter[tuple[tuple[str, ...], int]] = Counter()
         for num_drafts, num_rounds in entry.num_rounds.items():
             for roles, num_tokens in self.sampler.passes(num_drafts):
-                passes[tuple(role for role in roles if role in entry.roles), num_tokens] += num_rounds
-        return self.models.cost(passes, entry.roles)
+                passes[entry.names(roles), num_tokens] += num_rounds
+        return self.models.cost(passes, entry.names(self.sampler.roles))
 
     def _explain(self, row: int, entry: Entry, done: Round) -> Exception | None:
         """Why a request failed in a round, if it did."""
-        if row in self.batch.errors:
-            return self.batch.errors.pop(row)
+        if entry.row in self.batch.errors:
+            return self.batch.errors.pop(entry.row)
         where = entry.transcript.where()
         if done.unusable[row]:
             request = entry.request
             tokens = [request.token_ids[-1], *entry.transcript.tokens, *done.tokens[row]]
-            blamed = self.session.blame(row, len(request.token_ids) - 1, tokens, entry.roles)
+            roles = entry.names(self.sampler.roles)
+            blamed = self.session.blame(entry.row, len(request.token_ids) - 1, tokens, roles)
             if blamed is not None:
                 return ValueError(f"{where}: {blamed}, expected finite logits or -inf")
             return ValueError(

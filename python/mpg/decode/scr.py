@@ -14,7 +14,8 @@ from mpg.decode.batch import Batch
 from mpg.decode.bound import Bound
 from mpg.decode.drafts import ModelDraft
 from mpg.decode.rng import Decisions, Purpose
-from mpg.models.ensemble import Ensemble, Pass, Session
+from mpg.models.ensemble import Ensemble, Pass
+from mpg.models.session import Role, Session
 from mpg.options import Options
 
 # Every statistic with its denominator.
@@ -36,7 +37,9 @@ class SCR:
     See `Sampler` for the interface.
     """
 
-    def __init__(self, models: Ensemble, attributes: tuple[str, ...], options: Options):
+    sums: Tensor  # (B, 9)
+
+    def __init__(self, models: Ensemble, attributes: tuple[Role, ...], options: Options):
         self.options = options
         # where anchor and base are one model, the anchor's rows are those that the chunk was drafted from
         self.anchor_is_base = models.is_same("base", "anchor")
@@ -47,12 +50,12 @@ class SCR:
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.session, self.batch, self.decide = session, batch, decide
         self.draft.start(session, batch, decide)
-        self.bound = Bound(self.options, batch.weights)
-        self.sums = torch.zeros(9, len(batch), dtype=torch.float64, device=batch.weights.device)
+        self.bound = Bound(self.options, batch)
+        batch.state.hold(self, "sums", batch.state.zeros(9, dtype=torch.float64))
 
     def reset(self, rows: Tensor) -> None:
         self.bound.reset(rows, self.batch.weights[rows])
-        self.sums[:, rows] = 0
+        self.sums[rows] = 0
 
     def round(self) -> None:
         batch, bound = self.batch, self.bound
@@ -102,7 +105,7 @@ class SCR:
             num_clipped,
             counts * is_warm,
             is_frozen & (num_clipped > 0),
-        ])  # fmt: skip
+        ], 1)  # fmt: skip
         if self.options.trace:
             # the first token may be the fallback's now
             first = anchor_logits[:, :1], attribute_logits[:, :, :1], chunk[:, :1]
@@ -115,7 +118,9 @@ class SCR:
     def statistics(self) -> dict[str, Tensor]:
         rounds = self.batch.rounds
         # over the rounds of a request, in the order in which `round` adds them
-        rejected, salvaged, fallbacks, drawn, rs1_tries, tested, clipped, warmup_tokens, frozen_exceeded = self.sums
+        rejected, salvaged, fallbacks, drawn, rs1_tries, tested, clipped, warmup_tokens, frozen_exceeded = (
+            self.sums.unbind(1)
+        )
         return {
             "reject_rate": rejected / rounds,
             "salvage_rate": salvaged / rounds,

@@ -55,10 +55,16 @@ class RaggedCache(Cache):
         layer: Any = self.current or self.layers[layer_idx]
         return layer.update(key_states, value_states)
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int], num_positions: int) -> None:
-        """Let the first positions of some rows be those of others."""
-        for buffer in self._buffers() if num_positions else ():
-            buffer[list(targets), :num_positions] = buffer[list(sources), :num_positions]
+    def copy(
+        self, sources: Sequence[int], targets: Sequence[int], num_positions: int, other: RaggedCache | None = None
+    ) -> None:
+        """Let the first positions of some rows be those that others had, of this cache or of another one."""
+        for own, its in zip(self.layers, (other or self).layers, strict=True) if sources and num_positions else ():
+            assert isinstance(own, _RaggedLayer) and isinstance(its, _RaggedLayer)
+            if its.is_initialized and not own.is_initialized:
+                own.lazy_initialization(its.keys.transpose(1, 2), its.values.transpose(1, 2))
+            for buffer, of_other in ((own.keys, its.keys), (own.values, its.values)) if its.is_initialized else ():
+                buffer[list(targets), :num_positions] = of_other[list(sources), :num_positions]
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what some rows hold: a NaN would reach their later forwards, though the mask hides it."""

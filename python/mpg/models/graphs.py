@@ -40,9 +40,8 @@ class Graphs:
     num_bytes: what the captures have taken beside the workspace's own buffers
     """
 
-    def __init__(self, num_rows: int, capture: Capture) -> None:
-        """num_rows: of every forward; inputs that have fewer are padded."""
-        self.num_rows, self.num_bytes = num_rows, 0
+    def __init__(self, capture: Capture) -> None:
+        self.num_bytes = 0
         self._capture = capture
         self._graphs: OrderedDict[Hashable, tuple[list[Tensor], Callable[[], None], Tensor]] = OrderedDict()
 
@@ -52,15 +51,14 @@ class Graphs:
     def run(self, key: Hashable, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """forward(*inputs), where everything else that it reads and writes lies where it lay at the first run.
 
-        key: all that shapes and Python's branches depend on, but for the number of rows
+        key: all that shapes and Python's branches depend on
 
-        out: of all rows, overwritten by the next run
+        out: overwritten by the next run
 
         Raises CaptureError, at the first run of a key, where the forward waits for the device or cannot be captured.
         """
         if key not in self._graphs:
-            static = [value.new_zeros(self.num_rows, *value.shape[1:]) for value in inputs]
-            _fill(static, inputs)
+            static = [value.clone() for value in inputs]
             self._graphs[key] = static, *self._record(partial(forward, *static))
             logger.info("captured a forward: %d of its caches, %.1f MiB", len(self), self.num_bytes / 2**20)
         self._graphs.move_to_end(key)
@@ -135,4 +133,4 @@ def _waits(func: Any, args: Sequence[Any], out: Any) -> bool:
 
 def _fill(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for buffer, value in zip(buffers, values, strict=True):
-        buffer[: len(value)].copy_(value)
+        buffer.copy_(value)

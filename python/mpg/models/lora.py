@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights
@@ -49,6 +49,10 @@ UNSUPPORTED_SETTINGS = (
 )
 # Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ, ...) also changes the base weights.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+# What the rows of a forward run: the group of the model's adapters (0 without one) of neighbours, and their number
+Runs: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class UnstackableError(ValueError):
@@ -259,6 +263,7 @@ class LoraStack:
         self.active: list[tuple[Tensor, Tensor]] | None = []  # of every layer, which holds its own; [] at first
         self._parents: list[tuple[nn.Module, str]] = []  # of every layer, and what it is called there
         self.merge_weights: Tensor | None = None
+        self.runs: Runs | None = None
         self.dtype = model.dtype
         self.rows_of_group = self.num_tokens = 0
         sizes = {module: up.shape[1] for adapter in adapters for module, (_, up) in adapter.factors.items()}
@@ -280,12 +285,6 @@ class LoraStack:
         """Take the factors of adapters, as many as at first and of the same layers and ranks."""
         self.factors = [_stack(adapters, layer, self.dtype) for layer in self.layers]
 
-    def select(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """The factors of some groups (ascending): views where the groups are neighbours, else copies."""
-        if groups[-1] - groups[0] == len(groups) - 1:
-            return [(down[groups[0] : groups[-1] + 1], up[groups[0] : groups[-1] + 1]) for down, up in self.factors]
-        return [(down[list(groups)], up[list(groups)]) for down, up in self.factors]
-
     def merge(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The factors of some groups side by side, (1, N r, in) and (1, N r, out): of one group that is their sum."""
         index = list(groups)
@@ -296,23 +295,27 @@ class LoraStack:
         factors: list[tuple[Tensor, Tensor]] | None,
         num_rows: int,
         num_tokens: int,
+        *,
         merge_weights: Tensor | None = None,
+        runs: Runs | None = None,
     ) -> None:
         """Let the next forward of (num_rows, num_tokens) tokens use these factors; None is the plain base.
 
         merge_weights: (num_rows, N), each row's own weights of the N groups that `merge` joined
+        runs:          which of the factors the rows use; default each of them by as many rows, in order
         """
         if factors is not self.active:
             for index, (layer, (parent, attribute)) in enumerate(zip(self.layers, self._parents, strict=True)):
                 own = factors and factors[index]
                 vars(layer)["factors"] = own  # past nn.Module, which would look for a parameter in it
                 parent._modules[attribute] = layer.base if own is None else layer  # a small one takes less than a call
-        self.active, self.merge_weights = factors, merge_weights
+        self.active, self.merge_weights, self.runs = factors, merge_weights, runs
         self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with one low-rank update per group: a base product for all rows and two batched small ones.
+    """A linear layer with one low-rank update per group: a base product for all rows and two batched small ones, or two
+    for each group where groups have different numbers of rows.
 
     sizes:   of the outputs, by the name in the model: of one layer, or of those that are joined
     factors: that the next forward uses, if any; the stack sets them
@@ -336,10 +339,17 @@ class LoraLinear(nn.Module):
         # Their number as a product: torch.compile then sees at once that the groups divide it.
         stack, shape = self.stack, x.shape
         num_rows, num_tokens = down.shape[0] * stack.rows_of_group, stack.num_tokens
+        if stack.runs is not None:
+            num_rows = sum(count for _, count in stack.runs)
         if not (len(shape) > 2 and shape[0] == num_rows) and shape[:-1] != (num_rows * num_tokens,):
             wanted = num_rows, num_tokens
             names = ", ".join(self.sizes)
             raise ValueError(f"adapted layer {names}: expected tokens {wanted}, got {tuple(shape[:-1])}")
+        if stack.runs is not None:
+            _add_by_runs(
+                out.view(num_rows, -1, out.shape[-1]), x.reshape(num_rows, -1, shape[-1]), down, up, stack.runs
+            )
+            return out
         hidden = torch.bmm(x.reshape(down.shape[0], -1, shape[-1]), down.transpose(1, 2))  # (G, tokens, r)
         if stack.merge_weights is not None:
             num_rows, num_merged = stack.merge_weights.shape
@@ -347,6 +357,16 @@ class LoraLinear(nn.Module):
             hidden = (parts * stack.merge_weights.to(parts.device)[:, None, :, None]).view_as(hidden)
         out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(hidden, up)
         return out
+
+
+def _add_by_runs(out: Tensor, x: Tensor, down: Tensor, up: Tensor, runs: Runs) -> None:
+    """Add what the groups of its rows make of x (R, q, in) to out (R, q, size)."""
+    first = 0
+    for group, count in runs:
+        if group:
+            of_group = slice(first, first + count)
+            out[of_group].flatten(0, 1).addmm_(x[of_group].flatten(0, 1) @ down[group].T, up[group])
+        first += count
 
 
 def _stack(adapters: Sequence[Adapter], layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """One model of a combination with the adapters that run on it, and what its forwards run on.
 
-Knows groups of adapters, cache rows and captured graphs; nothing of roles or of what is decoded.
+Knows adapters, cache rows and captured graphs; nothing of roles, of texts or of what is decoded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mpg.models.attention import own_precision
 from mpg.models.cache import RaggedCache
 from mpg.models.graphs import Capture, CaptureError, Graphs, bucket
-from mpg.models.lora import Adapter, LoraStack
+from mpg.models.lora import Adapter, LoraStack, Runs
 from mpg.models.origin import Origin
 
 # What is captured with graphs=True: forwards of at most so many tokens a row, at cache lengths of so many positions.
@@ -32,12 +32,10 @@ MAX_IDLE = 4  # runners that a model keeps for later sessions
 class RunnerKey(NamedTuple):
     """What an idle runner must agree in with the session that takes it.
 
-    groups:    of the model's adapters, 0 without one
-    is_merged: the runner has one row a sequence, of the weighted sum of these groups, not one for each of them
+    merged: every row runs the sum of these groups, with weights of its own; none where each runs a group
     """
 
-    groups: tuple[int, ...]
-    is_merged: bool
+    merged: tuple[int, ...]
     num_rows: int
     capacity: int
     # Work of its last session may still be under way: only on the same stream the next one comes after that. And what
@@ -90,14 +88,14 @@ class LoadedModel:
                 return (ids,) if isinstance(ids, int) else tuple(ids)
         return ()
 
-    def runner_key(self, groups: Sequence[int], is_merged: bool, num_rows: int, capacity: int) -> RunnerKey:
+    def runner_key(self, merged: Sequence[int], num_rows: int, capacity: int) -> RunnerKey:
         device = self.model.device
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         sizes = self._cache_sizes(num_rows, capacity)
-        return RunnerKey(tuple(groups), is_merged, *sizes, stream, torch.is_inference_mode_enabled())
+        return RunnerKey(tuple(merged), *sizes, stream, torch.is_inference_mode_enabled())
 
-    def cache_bytes(self, num_groups: int, num_rows: int, capacity: int) -> int:
-        return self.bytes_per_position * num_groups * math.prod(self._cache_sizes(num_rows, capacity))
+    def cache_bytes(self, num_rows: int, capacity: int) -> int:
+        return self.bytes_per_position * math.prod(self._cache_sizes(num_rows, capacity))
 
     def _cache_sizes(self, num_rows: int, capacity: int) -> tuple[int, int]:
         """Rows and positions of a session's cache: as asked for, or rounded up where its forwards are captured."""
@@ -142,73 +140,102 @@ class LoadedModel:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """Adapters of one model (their names and groups) that are added up with weights (B, N), or (N,) for all rows."""
+
+    names: Sequence[str]
+    groups: Sequence[int]
+    weights: Tensor
+
+    @property
+    def differs_by_row(self) -> bool:
+        return self.weights.ndim == 2
+
+
+class Slot(NamedTuple):
+    """A model with one of its adapters (group 0: none) or a sum of them. Roles that share a slot are the same."""
+
+    model: LoadedModel
+    group: int = 0
+    merge: Merge | None = None
+
+
 class ModelRunner:
-    """The cache of some adapter groups of a model, model-major, and the forwards on it.
+    """Cache rows of a model, and the forwards on them, each row under an adapter of its own.
 
     Where forwards are captured it outlives the session: graphs hold the addresses of all that is in it.
     """
 
     def __init__(self, loaded: LoadedModel, key: RunnerKey) -> None:
-        self.loaded, self.key = loaded, key
-        self.num_rows, self.num_groups = key.num_rows, 1 if key.is_merged else len(key.groups)
+        self.loaded, self.key, self.num_rows = loaded, key, key.num_rows
         num_layers = loaded.model.config.get_text_config().num_hidden_layers
-        self.cache = RaggedCache(num_layers, self.num_groups * key.num_rows, key.capacity)
+        self.cache = RaggedCache(num_layers, key.num_rows, key.capacity)
         self.merge_weights: Tensor | None = None  # (num_rows, N) in the model's dtype
-        self._factors: dict[range, list[tuple[Tensor, Tensor]]] = {}  # of the groups in these places
+        self._factors: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # of groups from one to another
         self.graphs: Graphs | None = None
         # another thread may find meanwhile that the model cannot be captured
         if (new_capture := loaded.new_capture) is not None:
-            self.graphs = Graphs(key.num_rows, new_capture())
+            self.graphs = Graphs(new_capture())
             with loaded.lock:
                 loaded.graphs.add(self.graphs)
         self._stacked: list[tuple[Tensor, Tensor]] = []
         if loaded.stack is not None:
-            self._stacked = (loaded.stack.merge if key.is_merged else loaded.stack.select)(key.groups)
-        if key.is_merged:
+            self._stacked = loaded.stack.merge(key.merged) if key.merged else loaded.stack.factors
+        if key.merged:
             dtype, device = loaded.model.dtype, loaded.model.device
-            self.merge_weights = torch.zeros(key.num_rows, len(key.groups), dtype=dtype, device=device)
+            self.merge_weights = torch.zeros(key.num_rows, len(key.merged), dtype=dtype, device=device)
 
     def forward(
-        self, places: range, tokens: Tensor, start: Tensor, kv_length: int, rows: Tensor | None = None, **kwargs: int
+        self,
+        fed: slice | Tensor,
+        runs: Runs,
+        tokens: Tensor,
+        start: Tensor,
+        kv_length: int,
+        source: Tensor | None = None,
+        **kwargs: int,
     ) -> Tensor:
-        """The logits (G, B, q, V) of the groups in these G places, in one batched forward.
+        """The logits (R, q, V) of these R cache rows, neighbours as a slice or any as numbers, in one forward.
 
-        rows:   (B,) int64, which of the session's they are; default the first B
+        tokens: (B, q) int64
+        start:  (B,) int64
+        source: (R,) int64, which of B each row is fed; default all of them in order
         kwargs: of the model's forward
         """
         device = self.loaded.model.device
         tokens, start = tokens.to(device), start.to(device)
-        if self.graphs is not None and rows is None and not kwargs and tokens.shape[1] <= CAPTURED_TOKENS:
+        if source is not None:
+            source = source.to(device)
+            tokens, start = tokens.index_select(0, source), start.index_select(0, source)
+        if self.graphs is not None and isinstance(fed, slice) and not kwargs and tokens.shape[1] <= CAPTURED_TOKENS:
             assert kv_length <= self.cache.capacity
             rounded = min(bucket(kv_length, CAPTURED_POSITIONS), self.cache.capacity)
-            key = places, tokens.shape[1], rounded
+            key = fed.start, runs, tokens.shape[1], rounded
             try:
-                logits = self.graphs.run(key, partial(self._run, places, kv_length=rounded), tokens, start)
-                return logits[:, : len(tokens)].clone()
+                return self.graphs.run(key, partial(self._run, fed, runs, kv_length=rounded), tokens, start).clone()
             except CaptureError as error:
                 self.graphs = self.loaded.new_capture = None
                 text = f"its forward cannot be captured and runs as without graphs: {error}"
                 warnings.warn(f"{self.loaded.argument}: {text}", stacklevel=2)
-        return self._run(places, tokens, start, kv_length, rows, **kwargs)
+        return self._run(fed, runs, tokens, start, kv_length, **kwargs)
 
     @torch.no_grad()
     def _run(
-        self, places: range, tokens: Tensor, start: Tensor, kv_length: int, rows: Tensor | None = None, **kwargs: int
+        self, fed: slice | Tensor, runs: Runs, tokens: Tensor, start: Tensor, kv_length: int, **kwargs: int
     ) -> Tensor:
         """`forward`, kernel by kernel."""
-        count, stack, device = len(places), self.loaded.stack, tokens.device
-        fed: slice | Tensor = slice(places.start * self.num_rows, places.stop * self.num_rows)
-        if rows is not None or len(tokens) < self.num_rows:
-            rows = torch.arange(len(tokens), device=device) if rows is None else rows.to(device)
-            fed = (torch.arange(places.start, places.stop, device=device)[:, None] * self.num_rows + rows).flatten()
+        stack, device = self.loaded.stack, tokens.device
+        fed = fed if isinstance(fed, slice) else fed.to(device)
+        is_even = _is_even(runs)
         with self.loaded.lock, own_precision(device):
-            if count > 1:
-                start, tokens = start.repeat(count), tokens.repeat(count, 1)
             positions = self.cache.place(fed, start, tokens.shape[1], kv_length)
             if stack is not None:
-                merge_weights = None if self.merge_weights is None else self.merge_weights[fed]
-                num_rows, num_tokens = positions.shape
-                stack.set_active(self._factors_of(places), num_rows, num_tokens, merge_weights)
+                factors, merge_weights = self._factors_of(runs), None
+                if self.merge_weights is not None:
+                    merge_weights = self.merge_weights[fed]
+                own_runs = None if factors is None or is_even else runs
+                stack.set_active(factors, *positions.shape, merge_weights=merge_weights, runs=own_runs)
             output = self.loaded.model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -216,32 +243,27 @@ class ModelRunner:
                 use_cache=True,
                 **kwargs,
             )
-        return output.logits.unflatten(0, (count, -1))
+        return output.logits
 
     def merge(self, weights: Tensor) -> None:
-        """Let the sum that a merged runner runs have these weights, (B, N) or (1, N), from now on."""
+        """Let the sum that the rows of a merged runner run have these weights, (B, N) or (N,), from now on."""
         assert self.merge_weights is not None
-        (self.merge_weights if len(weights) == 1 else self.merge_weights[: len(weights)]).copy_(weights)
+        (self.merge_weights if weights.ndim == 1 else self.merge_weights[: len(weights)]).copy_(weights)
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int], num_positions: int) -> None:
-        """Let some rows begin as others do, in every group."""
-        self.cache.copy(self._rows_of(sources), self._rows_of(targets), num_positions)
-
-    def clear(self, rows: Sequence[int]) -> None:
-        """Forget some rows in every group."""
-        self.cache.clear(self._rows_of(rows))
-
-    def _rows_of(self, rows: Sequence[int]) -> list[int]:
-        return [first + row for first in range(0, self.cache.num_rows, self.num_rows) for row in rows]
-
-    def _factors_of(self, places: range) -> list[tuple[Tensor, Tensor]] | None:
-        if [self.key.groups[place] for place in places] == [0] and not self.key.is_merged:
+    def _factors_of(self, runs: Runs) -> list[tuple[Tensor, Tensor]] | None:
+        """Of the groups of these runs alone where they are even, else of all of them; None of the plain base."""
+        if [group for group, _ in runs] == [0] and not self.key.merged:
             return None
-        if places not in self._factors:
-            chosen = slice(places.start, places.stop)
+        first, stop = (runs[0][0], runs[-1][0] + 1) if _is_even(runs) else (0, len(self._stacked[0][0]))
+        if (first, stop) not in self._factors:
             # as parameters, whose sizes a compiled layer takes for constants
-            self._factors[places] = [
-                (nn.Parameter(down[chosen], requires_grad=False), nn.Parameter(up[chosen], requires_grad=False))
+            self._factors[first, stop] = [
+                (nn.Parameter(down[first:stop], requires_grad=False), nn.Parameter(up[first:stop], requires_grad=False))
                 for down, up in self._stacked
             ]
-        return self._factors[places]
+        return self._factors[first, stop]
+
+
+def _is_even(runs: Runs) -> bool:
+    """Whether the groups of some runs are neighbours, with as many rows each."""
+    return all(run == (runs[0][0] + place, runs[0][1]) for place, run in enumerate(runs))

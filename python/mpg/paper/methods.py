@@ -121,7 +121,7 @@ def answer(
         return {name: run(models.with_roles(base=name), alpha, name, **own) for name in alpha}
     if method == "soups":
         shares = _average(method, alpha)
-        merged = models.merge(list(shares), torch.tensor([list(shares.values())], device=models.device))
+        merged = models.merge(list(shares), torch.tensor(list(shares.values()), device=models.device))
         return {"": run(merged.with_roles(base="merged"), **direct, target="base")}
     if method == "mod":  # weights add up to 1: what is base and anchor cancels, so let it be one that runs anyway
         first = next(iter(alpha))

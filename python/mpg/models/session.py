@@ -1,0 +1,346 @@
+"""The cache rows of some texts, one for each model or adapter that a text needs, and the forwards that fill them.
+
+Knows pairs of a text and a model; nothing of targets, samplers or which tokens to keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mpg.models.graphs import bucket
+from mpg.models.runner import LoadedModel, Merge, ModelRunner, Runs, Slot
+
+if TYPE_CHECKING:
+    from mpg.models.ensemble import Ensemble
+
+PREFILL_TOKENS = 512  # of a prompt, read at once: what a forward needs beside the cache does not grow with the prompt
+
+Role: TypeAlias = str | int  # a number: of each text, its own attribute of this number
+View: TypeAlias = tuple[LoadedModel, Merge | None]  # what one runner runs: a model, or a sum of its adapters
+
+
+@dataclass(eq=False)
+class Pair:
+    """A text, by its row, under a slot: what a cache row is for.
+
+    prompt      that the cache row holds, but for the last token; () where it may have lost some of it
+    is_spoiled  it may hold NaN
+    """
+
+    row: int
+    slot: Slot
+    prompt: tuple[int, ...] = ()
+    is_spoiled: bool = False
+
+
+@dataclass(eq=False)
+class Pool:
+    """A runner with what its cache rows are for, in order: by adapter, and then by row."""
+
+    runner: ModelRunner
+    pairs: list[Pair] = field(default_factory=list)
+
+    def places(self, slots: Iterable[Slot]) -> list[range]:
+        """Where the pairs of some slots are, as runs of neighbours."""
+        wanted, places = set(slots), list[range]()
+        for place, pair in enumerate(self.pairs):
+            if pair.slot in wanted:
+                start = places.pop().start if places and places[-1].stop == place else place
+                places.append(range(start, place + 1))
+        return places
+
+    def runs(self, places: Iterable[int]) -> Runs:
+        """As `ModelRunner.forward` takes them."""
+        groups = groupby(self.pairs[place].slot.group for place in places)
+        return tuple((group, sum(1 for _ in of_group)) for group, of_group in groups)
+
+
+class Forward(NamedTuple):
+    """One forward of a route: neighbours of a pool, and the rows that they are of, None for all in order."""
+
+    pool: Pool
+    places: range
+    runs: Runs
+    rows: Tensor | None
+
+
+class Route(NamedTuple):
+    """How some roles are run.
+
+    taken     slots whose logits were read with the prompts
+    forwards  for all others
+    order     where among the logits of both each row of each role is, None where they lie so
+    num_roles that some row has
+    """
+
+    taken: list[Slot]
+    forwards: list[Forward]
+    order: Tensor | None
+    num_roles: int
+
+
+class Session:
+    """The caches of B texts for some roles. Made by Ensemble.open.
+
+    Positions before a forward's start must have been fed before; feeding a position again replaces what was there, so
+    rejecting tokens is starting earlier. No forward starts before the last token of a row's prompt, which every role's
+    first forward feeds: where prompts of one length fill all rows, it has been read with them.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        roles: Sequence[Role],
+        capacity: int,
+        num_rows: int,
+        expected: Sequence[Sequence[str]],
+    ) -> None:
+        """expected: attributes of texts, any `num_rows` of which caches are to have room for; for others they grow"""
+        self._ensemble, self._capacity = ensemble, capacity
+        self._fixed: dict[Role, Slot] = {role: ensemble._slots[role] for role in roles if isinstance(role, str)}
+        self._rows: list[dict[Role, Slot]] = []  # the slots of every row
+        self._pools: dict[View, Pool] = {}
+        self._routes: dict[tuple[tuple[Role, ...], frozenset[Slot]], Route] = {}
+        self._first: dict[Slot, Tensor] = {}  # logits (R, 1, V) behind the prompts, until a slot's first forward
+        self._longest_prompt = self._longest = 0  # of prompts that are held; of positions that have been fed
+        counts = [Counter(map(_view, set(self._slots_of(names).values()))) for names in expected]
+        sizes = {}
+        for view in dict.fromkeys(view for count in counts for view in count):
+            of_view = sorted((count[view] for count in counts), reverse=True)
+            sizes[view] = sum(of_view[:num_rows]) + of_view[0] * max(0, num_rows - len(of_view))
+        self._open(sizes)
+
+    def replace(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        attributes: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        """Let some rows hold these prompts but for their last tokens, whatever was there; new ones follow the last row.
+
+        attributes: of every prompt, what the roles 0, 1, ... are; default none
+
+        A prompt is read once by a model, or not at all where a row has it still, and copied. Only a merged model, which
+        is another one in every row, reads each of them.
+
+        Raises MemoryError where caches have to grow and would not fit.
+        """
+        for row, names in zip(rows, attributes or [()] * len(prompts), strict=True):
+            self._rows[row : row + 1] = [self._slots_of(names)]
+        self._arrange()
+        wanted = {row: tuple(prompt) for row, prompt in zip(rows, prompts, strict=True)}
+        todo = [(pool, *self._hand_out(pool, wanted)) for pool in self._pools.values()]
+        held = {len(pair.prompt) for pool in self._pools.values() for pair in pool.pairs}
+        is_whole = len(held) == 1 and all(len(unread) == len(pool.pairs) for pool, unread, _ in todo)
+        self._longest_prompt = max(held)
+        self._longest = max(self._longest, self._longest_prompt)
+        self._first = {}
+        for pool, unread, copied in todo:
+            logits = self._read(pool, unread, is_whole) if unread else None
+            pool.runner.cache.copy(*_columns(copied), max(map(len, prompts)) - 1)
+            if is_whole and logits is not None:
+                for slot in dict.fromkeys(pair.slot for pair in pool.pairs):
+                    (places,) = pool.places([slot])
+                    self._first[slot] = logits[places.start : places.stop]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let these rows go on, as rows 0, 1, ..., and no others."""
+        numbers = {row: number for number, row in enumerate(rows)}
+        self._rows = [self._rows[row] for row in rows]
+        for pool in self._pools.values():
+            for pair in pool.pairs:
+                pair.row = numbers.get(pair.row, -1)
+        self._arrange()
+
+    def forward(self, roles: Sequence[Role], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
+        """Feed tokens[b] at positions start[b], start[b] + 1, ... to every role; the logits behind each of them.
+
+        tokens:    (B, q) int64
+        start:     (B,) int64
+        kv_length: host upper bound on start + q, at most the capacity; what lies behind costs nothing. Rows that exceed
+                   it get meaningless logits and leave the others alone
+
+        out: (R, B, q, V) in the models' dtype, in the order of `roles` but for the numbers that no row has an attribute
+        of; roles of one slot are run once. Where a row has none, its logits are those of another role.
+        """
+        if self._first and kv_length > self._longest_prompt:  # a row goes beyond its prompt
+            self._first = {}
+        key = tuple(roles), frozenset(self._first)
+        route = self._routes.get(key) or self._routes.setdefault(key, self._find_route(*key))
+        device, vocab_size = self._ensemble.device, self._ensemble.vocab_size
+        outputs = [self._first.pop(slot) for slot in route.taken]
+        for pool, places, runs, rows in route.forwards:
+            fed = slice(places.start, places.stop)
+            with self._ensemble.observer(False):
+                outputs.append(pool.runner.forward(fed, runs, tokens, start, kv_length, rows))
+        # Only here: every device has its work before one of them is waited for.
+        outputs = [output.to(device)[..., :vocab_size] for output in outputs]
+        logits = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if route.order is not None:
+            logits = logits.index_select(0, route.order)
+        self._forget_beyond(kv_length)
+        self._longest = max(self._longest, kv_length)
+        return logits.unflatten(0, (route.num_roles, len(self._rows)))
+
+    def close(self) -> None:
+        """Leave what graphs run on to the next session of these sizes, unless NaN is left in it; this one is over."""
+        is_spoiled = any(pair.is_spoiled for pool in self._pools.values() for pair in pool.pairs)
+        for pool in () if is_spoiled else self._pools.values():
+            pool.runner.loaded.leave(pool.runner)
+        self._pools, self._routes = {}, {}
+
+    def blame(self, row: int, start: int, tokens: Sequence[int], roles: Sequence[str]) -> str | None:
+        """What made a row unusable: "the 'E' model returned NaN", of these roles and tokens the first, or None.
+
+        Feeds the tokens to the row again, at positions start, start + 1, ... Waits for the device: for error messages
+        only.
+        """
+        device = self._ensemble.device
+        own = [(pool, [i for i, pair in enumerate(pool.pairs) if pair.row == row]) for pool in self._pools.values()]
+        for pool, places in own:
+            for place in places:
+                pool.pairs[place].prompt, pool.pairs[place].is_spoiled = (), True
+        for first in range(start, min(start + len(tokens), self._capacity), PREFILL_TOKENS):
+            part = tokens[first - start : min(first - start + PREFILL_TOKENS, self._capacity - start)]
+            largest: dict[Slot, list[float]] = {}
+            for pool, places in [(pool, places) for pool, places in own if places]:
+                index = torch.tensor(places, device=device)
+                fed, at = torch.tensor([part] * len(places), device=device), torch.full_like(index, first)
+                with self._ensemble.observer(True):  # all of the row, as a captured forward may have read it
+                    logits = pool.runner.forward(index, pool.runs(places), fed, at, self._capacity)
+                # NaN and +inf reach a row's maximum, -inf only where there is nothing else
+                of_place = logits[..., : self._ensemble.vocab_size].amax(-1).tolist()
+                largest |= zip((pool.pairs[place].slot for place in places), of_place, strict=True)
+            for place in range(len(part)):
+                for role in roles:
+                    if not math.isfinite(value := largest[self._ensemble._slots[role]][place]):
+                        cause = {math.inf: "+inf", -math.inf: "nothing but -inf"}.get(value, "NaN")
+                        return f"the {role!r} model returned {cause}"
+        return None
+
+    def _slots_of(self, names: Sequence[str]) -> dict[Role, Slot]:
+        """The slots of a row with these attributes, by role."""
+        return self._fixed | {number: self._ensemble._slots[name] for number, name in enumerate(names)}
+
+    def _open(self, sizes: Mapping[View, int]) -> None:
+        """Give every view a runner with so many cache rows, at least; what rows hold goes with them."""
+        runners = self._ensemble._open_runners(sizes, self._capacity)
+        for view, runner in runners.items():
+            if (old := self._pools.get(view)) is not None:
+                places = range(len(old.pairs))
+                runner.cache.copy(places, places, self._longest, old.runner.cache)
+                old.runner.loaded.leave(old.runner)
+            self._pools[view] = Pool(runner, [] if old is None else old.pairs)
+
+    def _arrange(self) -> None:
+        """Give every row its pairs, and every pair its place."""
+        self._routes = {}
+        before = {(pair.row, pair.slot): pair for pool in self._pools.values() for pair in pool.pairs}
+        pairs: dict[View, list[Pair]] = {view: [] for view in self._pools}
+        for row, slots in enumerate(self._rows):
+            for slot in dict.fromkeys(slots.values()):
+                pairs.setdefault(_view(slot), []).append(before.get((row, slot)) or Pair(row, slot))
+        for pool in self._pools.values():  # before any of them moves
+            pool.runner.cache.clear([place for place, pair in enumerate(pool.pairs) if pair.is_spoiled])
+        room = {view: pool.runner.num_rows for view, pool in self._pools.items()}
+        self._open({view: bucket(len(of), 1) for view, of in pairs.items() if len(of) > room.get(view, 0)})
+        for view, of_view in pairs.items():
+            pool = self._pools[view]
+            of_view.sort(key=lambda pair: (pair.slot.group, pair.row))
+            old = {pair: place for place, pair in enumerate(pool.pairs)}
+            moves = [(old[pair], place) for place, pair in enumerate(of_view) if old.get(pair, place) != place]
+            pool.runner.cache.copy(*_columns(moves), self._longest)
+            pool.pairs = of_view
+            if (merge := view[1]) is not None:
+                pool.runner.merge(merge.weights[: len(self._rows)] if merge.differs_by_row else merge.weights)
+
+    def _hand_out(self, pool: Pool, wanted: Mapping[int, tuple[int, ...]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Note the prompts of some rows. out: places where theirs has to be read, and (from, to) where it is copied"""
+        holders = {
+            (pair.slot, pair.prompt): place
+            for place, pair in enumerate(pool.pairs)
+            if wanted.get(pair.row, pair.prompt) == pair.prompt
+        }
+        unread, copied = [], []
+        for place, pair in enumerate(pool.pairs):
+            if (prompt := wanted.get(pair.row)) is None:
+                continue
+            if pair.slot.merge is not None and pair.slot.merge.differs_by_row:
+                unread.append(place)
+            elif pair.prompt != prompt:
+                holder = holders.setdefault((pair.slot, prompt), place)
+                if holder == place:
+                    unread.append(place)
+                else:
+                    copied.append((holder, place))
+            pair.prompt, pair.is_spoiled = prompt, False
+        return unread, copied
+
+    def _read(self, pool: Pool, places: list[int], is_whole: bool) -> Tensor | None:
+        """Feed a pool the prompts of some places, but for their last tokens unless `is_whole`.
+
+        out: the logits (R, 1, V) behind what was fed last, None where that is nothing
+        """
+        prompts, logits, device = [pool.pairs[place].prompt for place in places], None, self._ensemble.device
+        width = max(map(len, prompts)) - (not is_whole)
+        # right-padded: what a short row writes behind its end is written again before it is seen
+        padded = [[*prompt, *[0] * (width - len(prompt))][:width] for prompt in prompts]
+        tokens = torch.tensor(padded, dtype=torch.int64, device=device)
+        is_run = places == list(range(places[0], places[-1] + 1))
+        fed = slice(places[0], places[-1] + 1) if is_run else torch.tensor(places, device=device)
+        for first in range(0, width, PREFILL_TOKENS):
+            part = tokens[:, first : first + PREFILL_TOKENS]
+            start = torch.full((len(places),), first, device=device)
+            with self._ensemble.observer(True):
+                kv_length = first + part.shape[1]
+                logits = pool.runner.forward(fed, pool.runs(places), part, start, kv_length, logits_to_keep=1)
+        return logits
+
+    def _find_route(self, roles: tuple[Role, ...], read: Collection[Slot]) -> Route:
+        """How these roles are run where the logits of some slots have been read."""
+        roles = tuple(role for role in roles if any(role in slots for slots in self._rows))
+        wanted = {slots[role] for slots in self._rows for role in roles if role in slots}
+        pairs, taken, forwards = list[Pair](), list[Slot](), list[Forward]()  # pairs: in the order of their logits
+        for pool in self._pools.values():
+            for slot in dict.fromkeys(pair.slot for pair in pool.pairs):
+                if slot in wanted and slot in read:
+                    taken.append(slot)
+                    pairs += [pair for pair in pool.pairs if pair.slot == slot]
+        device, every_row = self._ensemble.device, list(range(len(self._rows)))
+        for pool in self._pools.values():
+            for places in pool.places(wanted.difference(read)):
+                fed = pool.pairs[places.start : places.stop]
+                rows = [pair.row for pair in fed]
+                index = None if rows == every_row else torch.tensor(rows).to(device)
+                forwards.append(Forward(pool, places, pool.runs(places), index))
+                pairs += fed
+        numbers = {(pair.row, pair.slot): number for number, pair in enumerate(pairs)}
+        found = []
+        for role in roles:
+            for row, slots in enumerate(self._rows):
+                own = [slots[other] for other in (role, *roles) if other in slots]
+                found.append(numbers[row, own[0]] if own else 0)
+        order = None if found == list(range(len(pairs))) else torch.tensor(found).to(device)
+        return Route(taken, forwards, order, len(roles))
+
+    def _forget_beyond(self, kv_length: int) -> None:
+        """What runs past kv_length is written at its end: among shorter rows one that has ended loses its prompt."""
+        if kv_length < self._longest_prompt:
+            for pair in [pair for pool in self._pools.values() for pair in pool.pairs if len(pair.prompt) > kv_length]:
+                pair.prompt = ()
+
+
+def _view(slot: Slot) -> View:
+    return slot.model, slot.merge
+
+
+def _columns(moves: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    return [source for source, _ in moves], [target for _, target in moves]

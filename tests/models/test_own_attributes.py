@@ -1,0 +1,131 @@
+"""Rows of a session that run attributes of their own, against sessions of each alone: entering, moving, growing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ensembles import load
+from mpg.models.runner import ModelRunner
+
+CAPACITY = 24
+PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
+
+
+@pytest.fixture(params=["llama", "gpt2", "mistral"])
+def models(request, tiny_model, lora_folder):
+    target, settings = ("q_proj", {}) if request.param != "gpt2" else ("c_attn", {"fan_in_fan_out": True})
+    adapters = {
+        name: lora_folder(name, request.param, target_modules=[target], **settings) for name in ("E", "T", "J", "P")
+    }
+    return load(tiny_model(request.param), {**adapters, "full": tiny_model(request.param)}, device="cpu")
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """The numbers of rows of all forwards that decode, with their adapters."""
+    found, forward = [], ModelRunner.forward
+
+    def record(runner, fed, runs, *args, **kwargs):
+        if "logits_to_keep" not in kwargs:
+            found.append(runs)
+        return forward(runner, fed, runs, *args, **kwargs)
+
+    monkeypatch.setattr(ModelRunner, "forward", record)
+    return found
+
+
+def _last(session, roles, rows):
+    tokens, start = torch.tensor([[row[-1]] for row in rows]), torch.tensor([len(row) - 1 for row in rows])
+    return session.forward(roles, tokens, start, kv_length=max(map(len, rows)))
+
+
+def _check(models, session, rows, attributes):
+    """Feed the last token of every row, and compare with its models by themselves; then each row has one more."""
+    most = max(map(len, attributes))
+    apart = torch.cat([_last(session, ["base"], rows), _last(session, range(5), rows)])
+    together = _last(session, ["base", *range(5)], rows)
+    for logits in (apart, together):
+        assert logits.shape[:2] == (1 + most, len(rows))
+        assert logits.isfinite().all()
+    for row, (text, names) in enumerate(zip(rows, attributes, strict=True)):
+        for place, name in enumerate(["base", *names]):
+            alone = _last(models.open([text], [name], CAPACITY), [name], [text])[0, 0]
+            torch.testing.assert_close(apart[place, row], alone, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(together[place, row], alone, atol=1e-5, rtol=1e-5)
+        text.append(20 + row)
+
+
+def test_rows_run_their_own_attributes_and_no_others_wherever_they_move(models, fed):
+    session = models.open([], ["base", *range(5)], CAPACITY, num_rows=3)
+    rows, attributes = [list(prompt) for prompt in PROMPTS], [["J"], ["E", "full"], ["E", "J", "T"]]
+    session.replace(range(3), rows, attributes)
+    for _ in range(2):
+        _check(models, session, rows, attributes)
+    fed.clear()
+    _last(session, ["base", *range(5)], [row[:-1] for row in rows])
+    assert sorted(fed) == [((0, 1),), ((0, 3), (1, 2), (2, 1), (3, 2))]  # full; base, E, T, J
+
+    session.keep([2, 1])  # the first ends, and the last takes its place
+    rows, attributes = [rows[2], rows[1]], [attributes[2], attributes[1]]
+    _check(models, session, rows, attributes)
+
+    rows[1], attributes[1] = [30, 31], ["T"]  # another begins in the place of one, with others
+    session.replace([1], [rows[1]], [attributes[1]])
+    _check(models, session, rows, attributes)
+
+    added = [[40, 41, 42], [43]]  # more than there was room for
+    session.replace([2, 3], added, [["E", "T", "J", "P", "full"], ["full"]])
+    rows, attributes = rows + added, [*attributes, ["E", "T", "J", "P", "full"], ["full"]]
+    for _ in range(2):
+        _check(models, session, rows, attributes)
+    session.keep([])
+    session.replace([0], [[5, 6]], [["P"]])
+    _check(models, session, [[5, 6]], [["P"]])
+
+
+def test_caches_have_room_for_the_largest_of_the_texts_that_are_expected_and_grow_for_others(models):
+    expected = [["E"], ["T", "J"], ["full", "E"], ["P"]]
+    session = models.open([], ["base", 0, 1], CAPACITY, num_rows=2, expected=expected)
+    of_base, of_full = (pool.runner for pool in session._pools.values())
+    assert (of_base.num_rows, of_full.num_rows) == (5, 1)  # two bases and three adapters
+    session.replace([0, 1], PROMPTS[:2], expected[1:3])
+    assert [pool.runner for pool in session._pools.values()] == [of_base, of_full]
+    session.replace([0], [[1]], [["T", "J", "P"]])
+    assert [pool.runner.num_rows for pool in session._pools.values()] == [6, 1]
+
+
+def test_equal_prompts_of_texts_with_other_attributes_are_read_once_by_each_model(models, monkeypatch):
+    shapes, forward = [], ModelRunner.forward
+
+    def record(runner, fed, runs, tokens, *args, **kwargs):
+        shapes.append((runs, tokens.shape[1]))
+        return forward(runner, fed, runs, tokens, *args, **kwargs)
+
+    prompt = PROMPTS[0]
+    session = models.open([], ["base", 0, 1], CAPACITY, num_rows=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "forward", record)
+        session.replace(range(3), [prompt] * 3, [["E"], ["T", "E"], ["E"]])
+        session.replace([3], [prompt], [["T"]])
+    assert shapes == [(((0, 1), (1, 1), (2, 1)), len(prompt) - 1)]
+    _check(models, session, [list(prompt) for _ in range(4)], [["E"], ["T", "E"], ["E"], ["T"]])
+
+
+def test_what_is_not_finite_stays_with_the_row_that_it_came_from(models):
+    session = models.open([], ["base", 0], CAPACITY, num_rows=3)
+    rows, attributes = [list(range(20, 28)), [*range(40, 46), 10], [11, 12, 13]], [["E"], ["T"], ["E"]]
+    session.replace(range(3), rows, attributes)
+    hook = (
+        models._models[0]
+        .model.get_input_embeddings()
+        .register_forward_hook(lambda module, args, out: out.masked_fill(args[0][..., None] == 10, float("nan")))
+    )
+    _last(session, ["base", 0], rows)
+    assert session.blame(1, 6, [10], ["base", "T"]) == "the 'base' model returned NaN"
+    hook.remove()
+    session.keep([0, 2])
+    # behind its end, and seen by the longest
+    rows, attributes = [rows[0], rows[2], [14, 15]], [["E"], ["E"], ["T"]]
+    session.replace([2], [rows[2]], [["T"]])
+    _check(models, session, rows, attributes)
