@@ -32,10 +32,13 @@ from transformers import AutoModelForCausalLM
 
 import peers
 import smollm2
+from mpg.decode.request import Request
+from mpg.decode.run import Scheduler
 from mpg.demo import MODELS as DEMO_MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.files import check_writable, whole_file
 from mpg.model import Model, load
+from mpg.options import Options
 from mpg.paper.methods import METHODS, answer
 from mpg.paper.report import check_plot
 from mpg.results import Token
@@ -90,7 +93,8 @@ class Report:
 class Part(StrEnum):
     """What can be run by itself."""
 
-    BASE, SMOLLM2, PEERS, GPU, METHODS, GROWTH = "base", "smollm2", "peers", "gpu", "methods", "growth"
+    BASE, SMOLLM2, ROWS = "base", "smollm2", "rows"
+    PEERS, GPU, METHODS, GROWTH = "peers", "gpu", "methods", "growth"
 
 
 def run(
@@ -118,6 +122,8 @@ def run(
             report.rows += measure_base(peers.SMOLLM2_135M, plan, device, say)
         if Part.SMOLLM2 in parts and device == "cpu":
             report.rows += smollm2.measure(plan.peer_tokens, plan.runs, say)
+        if Part.ROWS in parts:
+            report.rows += measure_rows(peers.SMALL, plan, device, say)
         if Part.GPU in parts:
             if device == "cpu":
                 report.rows += [Row(name, None, goal) for name, goal in GPU_GOALS.items()]
@@ -262,6 +268,76 @@ def measure_base(shape: Shape, plan: Plan, device: str, say: Say = lambda stage:
                 goal = BASE_GOALS.get(row.replace("_alone", "")) if device == "cpu" else None
                 rows += [Row(f"{name}/{row}", found.processor, goal), Row(f"{name}/{row}_wall", found.wall)]
     return rows
+
+
+# Rows that pay for what they use
+
+ROW_GOALS = {
+    "own_attributes_time": 1.15, "own_attributes_cache": 1.15,
+    "one_active_of_32_direct": 1.15, "one_active_of_32_exact": 1.15,
+}  # fmt: skip
+
+
+def measure_rows(shape: Shape, plan: Plan, device: str, say: Say = lambda stage: None) -> list[Row]:
+    """What 16 requests that weigh 2 of 8 adapters take, each 2 others than its neighbours, beside as many in a model
+    that has just 2; and a round of the demo models in which one request of 32 still runs, beside one of it alone.
+
+    Times are the processor's; those by the clock on the wall are in the rows that end "_wall".
+    """
+    say("rows, 8 adapters")
+    adapted = peers.add_adapters(peers.random_llama(shape, device, torch.float32), 8, None, ALL_LINEARS)
+    names = list(adapted.peft_config)
+    many, few = (load(adapted, {name: name for name in some}, graphs=plan.graphs) for some in (names, names[:2]))
+    prompts = random_prompts(16, PROMPT_TOKENS, shape.vocab).tolist()
+    own = [dict.fromkeys((names[i % 8], names[(i + 1 + i // 8) % 8]), 0.5) for i in range(16)]
+    options: dict[str, Any] = {"sampler": "direct", "seed": 0, "max_new_tokens": plan.peer_tokens}
+    weights = {"many": own, "few": [dict.fromkeys(names[:2], 0.5)] * 16}
+    calls = {name: partial(model.generate, prompts, weights=weights[name], **options) for name, model in
+             (("many", many), ("few", few))}  # fmt: skip
+    seconds = take_turns(calls, plan.runs, device)
+    taken = {name: caches_of(model, prompts, weights[name]) for name, model in (("many", many), ("few", few))}
+    found = {"own_attributes_time": shares(seconds["many"], seconds["few"])}
+    rows = [Row("own_attributes_cache", taken["many"] / taken["few"], ROW_GOALS["own_attributes_cache"], is_limit=True)]
+    demo = load(DEMO_MODELS, device=device, graphs=plan.graphs)
+    for sampler in ("direct", "exact"):
+        say(f"rows, one active of 32, {sampler}")
+        alone, of_32 = (open_rounds(demo, sampler, num_ended) for num_ended in (0, 31))
+        seconds = take_turns({"alone": alone.step, "of 32": of_32.step}, 10 * plan.runs, device)
+        found[f"one_active_of_32_{sampler}"] = shares(seconds["of 32"], seconds["alone"])
+        alone.close(), of_32.close()
+    for name, ratio in found.items():
+        rows += [Row(name, ratio.processor, ROW_GOALS[name], is_limit=True), Row(f"{name}_wall", ratio.wall)]
+    return rows
+
+
+def caches_of(model: Model, prompts: Sequence[Sequence[int]], weights: Sequence[dict[str, float]]) -> int:
+    """Bytes that the caches of a call for 32 tokens take."""
+    names = model.models.attribute_names
+    requests = [
+        Request(list(prompt), tuple(own.get(name, 0.0) for name in names), own, 32, 0)
+        for prompt, own in zip(prompts, weights, strict=True)
+    ]
+    scheduler = Scheduler.of(model.models, requests, Options(sampler="direct"), ())
+    for request in requests:
+        scheduler.add(request)
+    scheduler.step()
+    num_bytes = scheduler.session.cache_bytes()
+    scheduler.close()
+    return num_bytes
+
+
+def open_rounds(model: Model, sampler: str, num_ended: int) -> Scheduler:
+    """A scheduler in which as many requests have ended and one goes on."""
+    alpha = tuple(float(name in ("E", "T")) for name in model.models.attribute_names)
+    limits = [1] * num_ended + [model.models.max_positions - PROMPT_TOKENS]
+    prompt = random_prompts(1, PROMPT_TOKENS, model.models.vocab_size).tolist()[0]
+    requests = [Request(prompt, alpha, {}, limit, seed) for seed, limit in enumerate(limits)]
+    scheduler = Scheduler.of(model.models, requests, Options(sampler=sampler), ())
+    for request in requests:
+        scheduler.add(request)
+    for _ in range(3):
+        scheduler.step()
+    return scheduler
 
 
 # Peers

@@ -114,6 +114,14 @@ def test_own_base_is_measured_beside_generate():
     assert all(row.value > 0 for row in rows)
 
 
+def test_rows_are_measured_beside_the_fewer_attributes_and_the_request_alone():
+    rows = {row.name: row for row in bench.measure_rows(TINY, PLAN, "cpu")}
+    assert {name: row.goal for name, row in rows.items() if row.goal} == bench.ROW_GOALS
+    assert all(row.value > 0 for row in rows.values())
+    assert all(row.is_limit for row in rows.values() if row.goal)
+    assert rows["own_attributes_cache"].value == 1
+
+
 def test_one_part_is_run_by_itself(monkeypatch, capsys):
     monkeypatch.setattr(peers, "SMOLLM2_135M", TINY)
     monkeypatch.setattr(bench, "Plan", lambda: PLAN)

@@ -190,6 +190,11 @@ class Session:
         self._longest = max(self._longest, kv_length)
         return logits.unflatten(0, (route.num_roles, len(self._rows)))
 
+    def cache_bytes(self) -> int:
+        """What its caches take, or will when they have been written to."""
+        runners = [pool.runner for pool in self._pools.values()]
+        return sum(runner.loaded.cache_bytes(runner.num_rows, self._capacity) for runner in runners)
+
     def close(self) -> None:
         """Leave what graphs run on to the next session of these sizes, unless NaN is left in it; this one is over."""
         is_spoiled = any(pair.is_spoiled for pool in self._pools.values() for pair in pool.pairs)
