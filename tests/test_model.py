@@ -224,9 +224,9 @@ def test_model_that_returns_nan_or_infinity_is_named(model, way, value, role, mo
     forward = ModelRunner.forward
     broken_group = model.models._slots[role].group
 
-    def broken(self, fed, runs, *arguments, **options):
-        logits = forward(self, fed, runs, *arguments, **options).clone()
-        groups = torch.tensor([group for group, count in runs for _ in range(count)])
+    def broken(self, fed, layout, *arguments, **options):
+        logits = forward(self, fed, layout, *arguments, **options).clone()
+        groups = torch.tensor([group for group, count in layout.runs for _ in range(count)])
         logits[groups == broken_group, ..., 3] = value
         return logits
 
@@ -243,10 +243,10 @@ def test_draft_that_leaves_no_token_is_named(model, first_bad, draft, monkeypatc
     """Whether the target runs the draft's model or not, and though no token behind the prompt is ever committed."""
     forward, prompt = ModelRunner.forward, [5, 6, 7]
 
-    def broken(self, fed, runs, tokens, start, *arguments, **options):
-        logits = forward(self, fed, runs, tokens, start, *arguments, **options).clone()
+    def broken(self, fed, layout, tokens, start, *arguments, **options):
+        logits = forward(self, fed, layout, tokens, start, *arguments, **options).clone()
         positions = (start[:, None] + torch.arange(tokens.shape[1]))[:1, -logits.shape[1] :]  # of one request
-        for group, of_row in zip((group for group, count in runs for _ in range(count)), logits, strict=True):
+        for group, of_row in zip((group for group, count in layout.runs for _ in range(count)), logits, strict=True):
             if self.key.merged if draft == "merged" else group == 0:
                 of_row[positions[0] >= len(prompt) - 1 + first_bad] = -math.inf
         return logits

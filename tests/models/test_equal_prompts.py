@@ -25,10 +25,10 @@ def fed(monkeypatch):
     """The shapes (rows, positions) of all forwards."""
     shapes, forward = [], ModelRunner.forward
 
-    def record(runner, fed, runs, tokens, start, kv_length, source=None, **kwargs):
-        num_rows = sum(count for _, count in runs)
-        shapes.append((len(runs), num_rows // len(runs), tokens.shape[1]))
-        return forward(runner, fed, runs, tokens, start, kv_length, source, **kwargs)
+    def record(runner, fed, layout, tokens, start, kv_length, source=None, **kwargs):
+        num_rows = sum(count for _, count in layout.runs)
+        shapes.append((len(layout.runs), num_rows // len(layout.runs), tokens.shape[1]))
+        return forward(runner, fed, layout, tokens, start, kv_length, source, **kwargs)
 
     monkeypatch.setattr(ModelRunner, "forward", record)
     return shapes

@@ -288,7 +288,8 @@ MERGES = "if (merge := view[1]) is not None:"
 READ_START = "place(fed, torch.full_like(start, start.numpy()[0]),"
 PLANTED = {
     "a cache length that is not in the key": (*FORWARD, "tokens.shape[1], rounded", "tokens.shape[1]"),
-    "adapters that are not in the key": (*FORWARD, "key = fed.start, runs,", "key = fed.start,"),
+    "adapters that are not in the key": (*FORWARD, "len(inputs) > 2 or layout.runs", "len(inputs) > 2"),
+    "adapters of the capture in every replay": (*FORWARD, "Layout(layout.runs, groups)", "layout"),
     "logits that the next replay overwrites": (*FORWARD, ".clone()", ""),
     "inputs of the capture in every replay": (*RUN, "_fill(static, inputs)\n    replay()", "replay()"),
     "a capture that overwrites the cache": (*RUN, "value.clone()", "torch.zeros_like(value)"),
@@ -306,7 +307,7 @@ def several_calls(model):
         texts += model.generate(prompts, weights=BOTH, sampler="scr", chunk_size=chunk_size, **options)
     for weights in ({"E": 1, "T": 0.5}, {"E": -0.5, "T": 2}, {"E": 1, "J": 2}):
         texts += answer(model, "soups", prompts, weights, **options)[""]
-    for names in ("ET", "TJ"):  # each of its own, and then one alone
+    for names in ("ES", "TJ", "ET", "EJ"):  # each of its own, and then one alone
         texts += model.generate(
             prompts, weights=[{name: 1} for name in names], sampler="scr", **options | {"batch_size": 2, "seed": 1}
         )

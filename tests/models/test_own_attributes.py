@@ -26,10 +26,10 @@ def fed(monkeypatch):
     """The numbers of rows of all forwards that decode, with their adapters."""
     found, forward = [], ModelRunner.forward
 
-    def record(runner, fed, runs, *args, **kwargs):
+    def record(runner, fed, layout, *args, **kwargs):
         if "logits_to_keep" not in kwargs:
-            found.append(runs)
-        return forward(runner, fed, runs, *args, **kwargs)
+            found.append(layout.runs)
+        return forward(runner, fed, layout, *args, **kwargs)
 
     monkeypatch.setattr(ModelRunner, "forward", record)
     return found
@@ -98,9 +98,9 @@ def test_caches_have_room_for_the_largest_of_the_texts_that_are_expected_and_gro
 def test_equal_prompts_of_texts_with_other_attributes_are_read_once_by_each_model(models, monkeypatch):
     shapes, forward = [], ModelRunner.forward
 
-    def record(runner, fed, runs, tokens, *args, **kwargs):
-        shapes.append((runs, tokens.shape[1]))
-        return forward(runner, fed, runs, tokens, *args, **kwargs)
+    def record(runner, fed, layout, tokens, *args, **kwargs):
+        shapes.append((layout.runs, tokens.shape[1]))
+        return forward(runner, fed, layout, tokens, *args, **kwargs)
 
     prompt = PROMPTS[0]
     session = models.open([], ["base", 0, 1], CAPACITY, num_rows=4)

@@ -52,8 +52,6 @@ def _forward(
     cache: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, RaggedCache)), None)
     own: Any = None if cache is None else cache.layers[index]
     decodes = own is not None and own.is_initialized and cache.rows is None and args[0].shape[1] <= MAX_TOKENS
-    # numbers of rows that differ by adapter would be constants of the code
-    decodes &= stack is None or stack.runs is None
     # Where a mode watches the operations, as before a capture, torch.compile would give up on the code for good.
     if not decodes or _get_current_dispatch_mode() is not None:
         return type(layer).forward(layer, *args, **kwargs)
@@ -66,5 +64,5 @@ def _forward(
 
 def _run(forward: Callable[..., Any], layer: nn.Module, stack: LoraStack | None, args: Any, kwargs: Any) -> Any:
     if stack is not None:  # read from an argument they are inputs of the code, from a layer they would be constants
-        _ = stack.rows_of_group, stack.num_tokens
+        _ = stack.rows_of_group, stack.num_tokens, stack.groups
     return forward(layer, *args, **kwargs)

@@ -11,8 +11,9 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+import mpg_ext
 from mpg.models.joined import JoinedLinear, JoinedPart
 from mpg.models.sources import is_equal, refuse_unreadable
 
@@ -51,8 +53,21 @@ UNSUPPORTED_SETTINGS = (
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-# What the rows of a forward run: the group of the model's adapters (0 without one) of neighbours, and their number
-Runs: TypeAlias = tuple[tuple[int, int], ...]
+class Layout(NamedTuple):
+    """Which groups of a model's adapters (0 without one) the rows of a forward run, neighbours the same.
+
+    runs:   the group of neighbours, and their number
+    groups: (R,) int64, of every row, where groups have different numbers of rows or leave others out between them
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    groups: Tensor | None
+
+    @classmethod
+    def of(cls, groups: Sequence[int], device: torch.device) -> Layout:
+        runs = tuple((group, sum(1 for _ in of_group)) for group, of_group in groupby(groups))
+        is_even = all(run == (runs[0][0] + place, runs[0][1]) for place, run in enumerate(runs))
+        return cls(runs, None if is_even else torch.tensor(groups).to(device))
 
 
 class UnstackableError(ValueError):
@@ -263,7 +278,7 @@ class LoraStack:
         self.active: list[tuple[Tensor, Tensor]] | None = []  # of every layer, which holds its own; [] at first
         self._parents: list[tuple[nn.Module, str]] = []  # of every layer, and what it is called there
         self.merge_weights: Tensor | None = None
-        self.runs: Runs | None = None
+        self.groups: Tensor | None = None
         self.dtype = model.dtype
         self.rows_of_group = self.num_tokens = 0
         sizes = {module: up.shape[1] for adapter in adapters for module, (_, up) in adapter.factors.items()}
@@ -297,25 +312,25 @@ class LoraStack:
         num_tokens: int,
         *,
         merge_weights: Tensor | None = None,
-        runs: Runs | None = None,
+        groups: Tensor | None = None,
     ) -> None:
         """Let the next forward of (num_rows, num_tokens) tokens use these factors; None is the plain base.
 
         merge_weights: (num_rows, N), each row's own weights of the N groups that `merge` joined
-        runs:          which of the factors the rows use; default each of them by as many rows, in order
+        groups:        (num_rows,) int64, which of the factors each row uses; default each by as many rows, in order
         """
         if factors is not self.active:
             for index, (layer, (parent, attribute)) in enumerate(zip(self.layers, self._parents, strict=True)):
                 own = factors and factors[index]
                 vars(layer)["factors"] = own  # past nn.Module, which would look for a parameter in it
                 parent._modules[attribute] = layer.base if own is None else layer  # a small one takes less than a call
-        self.active, self.merge_weights, self.runs = factors, merge_weights, runs
+        self.active, self.merge_weights, self.groups = factors, merge_weights, groups
         self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with one low-rank update per group: a base product for all rows and two batched small ones, or two
-    for each group where groups have different numbers of rows.
+    """A linear layer with one low-rank update per group: a base product for all rows and two small ones, batched where
+    groups have as many rows each.
 
     sizes:   of the outputs, by the name in the model: of one layer, or of those that are joined
     factors: that the next forward uses, if any; the stack sets them
@@ -339,16 +354,16 @@ class LoraLinear(nn.Module):
         # Their number as a product: torch.compile then sees at once that the groups divide it.
         stack, shape = self.stack, x.shape
         num_rows, num_tokens = down.shape[0] * stack.rows_of_group, stack.num_tokens
-        if stack.runs is not None:
-            num_rows = sum(count for _, count in stack.runs)
+        if stack.groups is not None:
+            num_rows = len(stack.groups)
         if not (len(shape) > 2 and shape[0] == num_rows) and shape[:-1] != (num_rows * num_tokens,):
             wanted = num_rows, num_tokens
             names = ", ".join(self.sizes)
             raise ValueError(f"adapted layer {names}: expected tokens {wanted}, got {tuple(shape[:-1])}")
-        if stack.runs is not None:
-            _add_by_runs(
-                out.view(num_rows, -1, out.shape[-1]), x.reshape(num_rows, -1, shape[-1]), down, up, stack.runs
-            )
+        if stack.groups is not None:
+            groups = stack.groups.to(x.device)
+            hidden = mpg_ext.lora_shrink(x.reshape(num_rows, -1, shape[-1]), down, groups)
+            mpg_ext.lora_expand_(out.view(num_rows, -1, out.shape[-1]), hidden, up, groups)
             return out
         hidden = torch.bmm(x.reshape(down.shape[0], -1, shape[-1]), down.transpose(1, 2))  # (G, tokens, r)
         if stack.merge_weights is not None:
@@ -357,16 +372,6 @@ class LoraLinear(nn.Module):
             hidden = (parts * stack.merge_weights.to(parts.device)[:, None, :, None]).view_as(hidden)
         out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(hidden, up)
         return out
-
-
-def _add_by_runs(out: Tensor, x: Tensor, down: Tensor, up: Tensor, runs: Runs) -> None:
-    """Add what the groups of its rows make of x (R, q, in) to out (R, q, size)."""
-    first = 0
-    for group, count in runs:
-        if group:
-            of_group = slice(first, first + count)
-            out[of_group].flatten(0, 1).addmm_(x[of_group].flatten(0, 1) @ down[group].T, up[group])
-        first += count
 
 
 def _stack(adapters: Sequence[Adapter], layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

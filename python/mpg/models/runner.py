@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mpg.models.attention import own_precision
 from mpg.models.cache import RaggedCache
 from mpg.models.graphs import Capture, CaptureError, Graphs, bucket
-from mpg.models.lora import Adapter, LoraStack, Runs
+from mpg.models.lora import Adapter, Layout, LoraStack
 from mpg.models.origin import Origin
 
 # What is captured with graphs=True: forwards of at most so many tokens a row, at cache lengths of so many positions.
@@ -189,7 +188,7 @@ class ModelRunner:
     def forward(
         self,
         fed: slice | Tensor,
-        runs: Runs,
+        layout: Layout,
         tokens: Tensor,
         start: Tensor,
         kv_length: int,
@@ -211,31 +210,34 @@ class ModelRunner:
         if self.graphs is not None and isinstance(fed, slice) and not kwargs and tokens.shape[1] <= CAPTURED_TOKENS:
             assert kv_length <= self.cache.capacity
             rounded = min(bucket(kv_length, CAPTURED_POSITIONS), self.cache.capacity)
-            key = fed.start, runs, tokens.shape[1], rounded
+            inputs = [tokens, start] if layout.groups is None else [tokens, start, layout.groups]
+            key = fed.start, fed.stop, len(inputs) > 2 or layout.runs, tokens.shape[1], rounded
+
+            def run(tokens: Tensor, start: Tensor, groups: Tensor | None = None) -> Tensor:
+                return self._run(fed, Layout(layout.runs, groups), tokens, start, rounded)
+
             try:
-                return self.graphs.run(key, partial(self._run, fed, runs, kv_length=rounded), tokens, start).clone()
+                return self.graphs.run(key, run, *inputs).clone()
             except CaptureError as error:
                 self.graphs = self.loaded.new_capture = None
                 text = f"its forward cannot be captured and runs as without graphs: {error}"
                 warnings.warn(f"{self.loaded.argument}: {text}", stacklevel=2)
-        return self._run(fed, runs, tokens, start, kv_length, **kwargs)
+        return self._run(fed, layout, tokens, start, kv_length, **kwargs)
 
     @torch.no_grad()
     def _run(
-        self, fed: slice | Tensor, runs: Runs, tokens: Tensor, start: Tensor, kv_length: int, **kwargs: int
+        self, fed: slice | Tensor, layout: Layout, tokens: Tensor, start: Tensor, kv_length: int, **kwargs: int
     ) -> Tensor:
         """`forward`, kernel by kernel."""
         stack, device = self.loaded.stack, tokens.device
         fed = fed if isinstance(fed, slice) else fed.to(device)
-        is_even = _is_even(runs)
         with self.loaded.lock, own_precision(device):
             positions = self.cache.place(fed, start, tokens.shape[1], kv_length)
             if stack is not None:
-                factors, merge_weights = self._factors_of(runs), None
-                if self.merge_weights is not None:
-                    merge_weights = self.merge_weights[fed]
-                own_runs = None if factors is None or is_even else runs
-                stack.set_active(factors, *positions.shape, merge_weights=merge_weights, runs=own_runs)
+                merge_weights = None if self.merge_weights is None else self.merge_weights[fed]
+                stack.set_active(
+                    self._factors_of(layout), *positions.shape, merge_weights=merge_weights, groups=layout.groups
+                )
             output = self.loaded.model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -250,11 +252,12 @@ class ModelRunner:
         assert self.merge_weights is not None
         (self.merge_weights if weights.ndim == 1 else self.merge_weights[: len(weights)]).copy_(weights)
 
-    def _factors_of(self, runs: Runs) -> list[tuple[Tensor, Tensor]] | None:
-        """Of the groups of these runs alone where they are even, else of all of them; None of the plain base."""
+    def _factors_of(self, layout: Layout) -> list[tuple[Tensor, Tensor]] | None:
+        """Those of its groups alone, where it names none by row; None of the plain base."""
+        runs = layout.runs
         if [group for group, _ in runs] == [0] and not self.key.merged:
             return None
-        first, stop = (runs[0][0], runs[-1][0] + 1) if _is_even(runs) else (0, len(self._stacked[0][0]))
+        first, stop = (runs[0][0], runs[-1][0] + 1) if layout.groups is None else (0, len(self._stacked[0][0]))
         if (first, stop) not in self._factors:
             # as parameters, whose sizes a compiled layer takes for constants
             self._factors[first, stop] = [
@@ -262,8 +265,3 @@ class ModelRunner:
                 for down, up in self._stacked
             ]
         return self._factors[first, stop]
-
-
-def _is_even(runs: Runs) -> bool:
-    """Whether the groups of some runs are neighbours, with as many rows each."""
-    return all(run == (runs[0][0] + place, runs[0][1]) for place, run in enumerate(runs))

@@ -9,14 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mpg.models.graphs import bucket
-from mpg.models.runner import LoadedModel, Merge, ModelRunner, Runs, Slot
+from mpg.models.lora import Layout
+from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
@@ -57,10 +57,8 @@ class Pool:
                 places.append(range(start, place + 1))
         return places
 
-    def runs(self, places: Iterable[int]) -> Runs:
-        """As `ModelRunner.forward` takes them."""
-        groups = groupby(self.pairs[place].slot.group for place in places)
-        return tuple((group, sum(1 for _ in of_group)) for group, of_group in groups)
+    def layout(self, places: Iterable[int]) -> Layout:
+        return Layout.of([self.pairs[place].slot.group for place in places], self.runner.loaded.model.device)
 
 
 class Forward(NamedTuple):
@@ -68,7 +66,7 @@ class Forward(NamedTuple):
 
     pool: Pool
     places: range
-    runs: Runs
+    layout: Layout
     rows: Tensor | None
 
 
@@ -177,10 +175,10 @@ class Session:
         route = self._routes.get(key) or self._routes.setdefault(key, self._find_route(*key))
         device, vocab_size = self._ensemble.device, self._ensemble.vocab_size
         outputs = [self._first.pop(slot) for slot in route.taken]
-        for pool, places, runs, rows in route.forwards:
+        for pool, places, layout, rows in route.forwards:
             fed = slice(places.start, places.stop)
             with self._ensemble.observer(False):
-                outputs.append(pool.runner.forward(fed, runs, tokens, start, kv_length, rows))
+                outputs.append(pool.runner.forward(fed, layout, tokens, start, kv_length, rows))
         # Only here: every device has its work before one of them is waited for.
         outputs = [output.to(device)[..., :vocab_size] for output in outputs]
         logits = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -220,7 +218,7 @@ class Session:
                 index = torch.tensor(places, device=device)
                 fed, at = torch.tensor([part] * len(places), device=device), torch.full_like(index, first)
                 with self._ensemble.observer(True):  # all of the row, as a captured forward may have read it
-                    logits = pool.runner.forward(index, pool.runs(places), fed, at, self._capacity)
+                    logits = pool.runner.forward(index, pool.layout(places), fed, at, self._capacity)
                 # NaN and +inf reach a row's maximum, -inf only where there is nothing else
                 of_place = logits[..., : self._ensemble.vocab_size].amax(-1).tolist()
                 largest |= zip((pool.pairs[place].slot for place in places), of_place, strict=True)
@@ -306,7 +304,7 @@ class Session:
             start = torch.full((len(places),), first, device=device)
             with self._ensemble.observer(True):
                 kv_length = first + part.shape[1]
-                logits = pool.runner.forward(fed, pool.runs(places), part, start, kv_length, logits_to_keep=1)
+                logits = pool.runner.forward(fed, pool.layout(places), part, start, kv_length, logits_to_keep=1)
         return logits
 
     def _find_route(self, roles: tuple[Role, ...], read: Collection[Slot]) -> Route:
@@ -325,7 +323,7 @@ class Session:
                 fed = pool.pairs[places.start : places.stop]
                 rows = [pair.row for pair in fed]
                 index = None if rows == every_row else torch.tensor(rows).to(device)
-                forwards.append(Forward(pool, places, pool.runs(places), index))
+                forwards.append(Forward(pool, places, pool.layout(places), index))
                 pairs += fed
         numbers = {(pair.row, pair.slot): number for number, pair in enumerate(pairs)}
         found = []
