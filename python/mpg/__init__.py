@@ -9,6 +9,7 @@ print(model.generate("How was your weekend?", weights={"E": 1, "T": 1}).text)
 TYPE_CHECKING = False  # which type checkers take for True; the module typing is one more wait
 
 if TYPE_CHECKING:
+    from mpg.context import Context
     from mpg.frontend.custom_generate import custom_generate
     from mpg.model import Model, load
     from mpg.options import Options
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 else:
     # each is imported when it is first asked for, so that `mpg --help` need not wait for torch
     _HOMES = {
-        "custom_generate": "frontend.custom_generate", "Model": "model", "load": "model", "Options": "options",
+        "Context": "context", "custom_generate": "frontend.custom_generate", "Model": "model", "load": "model",
+        "Options": "options",
         "METHODS": "paper.methods", "answer": "paper.methods", "STATISTICS": "results", "Result": "results",
         "Token": "results",
     }  # fmt: skip
@@ -35,4 +37,15 @@ else:
 
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "STATISTICS", "Model", "Options", "Result", "Token", "answer", "custom_generate", "load"]
+__all__ = [
+    "METHODS",
+    "STATISTICS",
+    "Context",
+    "Model",
+    "Options",
+    "Result",
+    "Token",
+    "answer",
+    "custom_generate",
+    "load",
+]

@@ -5,25 +5,27 @@ Knows what callers may say; how requests are decoded is `run`'s business.
 
 from __future__ import annotations
 
-import math
-import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 
+from mpg.context import Context
 from mpg.decode.plan import Plan, plan
 from mpg.decode.request import Request
 from mpg.decode.run import decode
+from mpg.frontend import guidance
+from mpg.frontend.contexts import of_prompts, read_context
 from mpg.frontend.hf_generate import Conventions
 from mpg.frontend.prompts import Messages, Prompt, as_list, encode, unpad
+from mpg.frontend.requests import check_requests
 from mpg.models import loading
 from mpg.models.ensemble import Ensemble
 from mpg.models.sources import Source
-from mpg.options import DEFAULT_NEW_TOKENS, Options, check_weights
+from mpg.options import Options
 from mpg.recipe import Recipe
 from mpg.results import Result, Token
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 MAX_PLANS = 256  # of sampler "auto" that a model keeps; each distinct set of weights needs one
 
 Weights: TypeAlias = Mapping[str, float] | str
+Contexts: TypeAlias = Mapping[str, Context | str | Mapping[str, Any]]
 OnToken: TypeAlias = Callable[[Token], None] | None
 OnResult: TypeAlias = Callable[[int, Result], None] | None
 
@@ -92,6 +95,7 @@ class Model:
         prompt: Prompt | Sequence[Prompt] | torch.Tensor | None = None,
         *,
         weights: Weights | Sequence[Weights] | None = None,
+        contexts: Contexts | Sequence[Contexts] | None = None,
         raw: bool = False,
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -112,6 +116,9 @@ class Model:
                   parts; or token ids; or a list of such prompts
         weights   alpha by attribute, where attributes not named weigh 0; or the same as text, "E=1,T=-0.5"; or the name
                   of a preset in the recipe; or a list of one of these per prompt. Default: the recipe's, if any
+        contexts  {name: `Context`, or the text of a system message}: attributes that are the base under another text
+                  than the prompt, beside the loaded ones; or other texts for loaded contexts; or a list of such
+                  mappings, one per prompt
         raw       take strings verbatim, not as a user message through the chat template (where there is one). Special
                   tokens are added as the tokenizer has it, but not to a string that begins with its BOS already
         on_token  called with every `Token` as soon as its round is done
@@ -137,6 +144,8 @@ class Model:
         streamer                   of one prompt; gets the prompt's ids, every token, and the end
         tokenizer                  for stop_strings, where the model has none
 
+        guidance_scale, negative_prompt, negative_prompt_ids  guide as there: see `mpg.frontend.guidance`
+
         num_return_sequences returns so many results per prompt one after another, with seeds that count up throughout.
         A stop string or criterion cuts off what the same round committed behind it; the statistics count that too.
 
@@ -149,6 +158,7 @@ class Model:
         """
         started_at = time.perf_counter()
         models = self.models
+        negative = {name: options.pop(name) for name in guidance.ARGUMENTS if name in options}
         chosen, conventions = Conventions.of(
             generation_config,
             options,
@@ -171,14 +181,24 @@ class Model:
             prompts, is_list, widths = unpad(padded, attention_mask, conventions.pad_token_id)
         else:
             prompts, is_list = as_list(prompt)
+        how: dict[str, Any] = {
+            "raw": raw, "continue_final_message": continue_final_message, "chat_template_kwargs": chat_template_kwargs
+        }  # fmt: skip
         encoded = [
-            self.encode(
-                prompt, raw=raw, continue_final_message=continue_final_message,
-                chat_template_kwargs=chat_template_kwargs, name=f"prompt[{index}]" if is_list else "prompt",
-            )
+            self.encode(prompt, **how, name=f"prompt[{index}]" if is_list else "prompt")
             for index, prompt in enumerate(prompts)
-        ]  # fmt: skip
-        requests = self._check_requests(encoded, widths or [len(ids) for ids in encoded], weights, checked, conventions)
+        ]
+        own_contexts = of_prompts(models.contexts, contexts, len(prompts))
+        scale, weights = conventions.fields.get("guidance_scale"), self._weights(weights, len(prompts), checked.target)
+        weights, own_contexts = guidance.guide(scale, negative, checked.target, encoded, weights, own_contexts)
+        models = models.with_contexts(own_contexts)
+
+        def read(name: str, index: int) -> list[int]:
+            context, tokenizer = own_contexts[index][name], models.tokenizer
+            return read_context(context, name, prompts[index], encoded[index], tokenizer, models.vocab_size, **how)
+
+        widths = widths or [len(ids) for ids in encoded]
+        requests = check_requests(models, encoded, widths, weights, read, checked, conventions)
         if streamer is not None:
             if len(requests) != 1:
                 raise ValueError(f"streamer: expected one prompt and one sequence, got {len(requests)}")
@@ -187,7 +207,7 @@ class Model:
         why = None
         try:
             if checked.sampler == "auto":
-                chosen_plan = self._plan(requests, checked, conventions.eos_token_ids)
+                chosen_plan = self._plan(models, requests, checked, conventions.eos_token_ids)
                 checked, why = chosen_plan.options, str(chosen_plan)
             results = decode(
                 models, requests, checked, conventions.eos_token_ids,
@@ -207,14 +227,30 @@ class Model:
         """Token ids of one prompt. how: raw, continue_final_message, chat_template_kwargs, as `generate` has them"""
         return encode(prompt, self.tokenizer, self.models.vocab_size, **how)
 
-    def _plan(self, requests: list[Request], options: Options, eos_token_ids: tuple[int, ...]) -> Plan:
+    def encode_contexts(
+        self, prompt: Prompt, contexts: Contexts | None = None, *, names: Collection[str] | None = None, **how: Any
+    ) -> dict[str, list[int]]:
+        """Token ids of what attributes and the anchor read in place of a prompt, by name: of these names, or of all.
+
+        contexts, how: as `generate` has them, beside the loaded ones
+        """
+        models, token_ids = self.models, self.encode(prompt, **how)
+        return {
+            name: read_context(context, name, prompt, token_ids, models.tokenizer, models.vocab_size, **how)
+            for name, context in of_prompts(models.contexts, contexts, 1)[0].items()
+            if names is None or name in names
+        }
+
+    def _plan(
+        self, models: Ensemble, requests: list[Request], options: Options, eos_token_ids: tuple[int, ...]
+    ) -> Plan:
         """The plan for requests like these, made when they first come: this target, these weights, as many rows, with
         processors or without."""
         options = replace(options, seed=None, max_new_tokens=None)
-        kinds = frozenset((request.alpha, request.processor is None) for request in requests)
+        kinds = frozenset((request.alpha, tuple(request.contexts), request.processor is None) for request in requests)
         key = options, min(options.batch_size, len(requests)), kinds
         if key not in self._plans:
-            self._plans[key] = plan(self.models, requests, options, eos_token_ids)
+            self._plans[key] = plan(models, requests, options, eos_token_ids)
             if len(self._plans) > MAX_PLANS:
                 del self._plans[next(iter(self._plans))]  # the oldest
         return self._plans[key]
@@ -222,47 +258,19 @@ class Model:
     def __repr__(self) -> str:
         return f"mpg.Model(attributes={self.models.attribute_names})"
 
-    def _check_requests(
-        self, prompts: list[list[int]], widths: list[int], weights: Any, options: Options, conventions: Conventions
-    ) -> list[Request]:
-        per_prompt = weights if isinstance(weights, (list, tuple)) else [weights] * len(prompts)
-        if len(per_prompt) != len(prompts):
-            raise ValueError(
-                f"weights: expected one mapping, or one per prompt ({len(prompts)}), got {len(per_prompt)}"
-            )
-        copies = conventions.num_return_sequences
-        first = secrets.randbits(32) if options.seed is None else options.seed
-        seeds = first if isinstance(first, Sequence) else [int(first) + i * copies for i in range(len(prompts))]
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seed: expected one number, or one per prompt ({len(prompts)}), got {len(seeds)}")
-        device = self.models.device
-        requests: list[Request] = []
-        for index, (token_ids, width, given) in enumerate(zip(prompts, widths, per_prompt, strict=True)):
-            chosen = self.recipe.weigh(given, options.target)
-            alpha = check_weights(chosen, self.models.attribute_names, options.target)
-            room = math.inf if self.models.max_positions is None else self.models.max_positions - len(token_ids)
-            positions = f"the model has {self.models.max_positions} positions and prompt {index} takes {len(token_ids)}"
-            if room < 1:
-                raise ValueError(f"prompt: {positions}, expected at least one left for a new token")
-            asked = options.max_new_tokens or conventions.max_new_tokens(index, width)
-            max_new_tokens = int(asked or min(DEFAULT_NEW_TOKENS, room))
-            if max_new_tokens > room:
-                raise ValueError(f"max_new_tokens: {positions}, expected at most {room}, got {max_new_tokens}")
-            weighed = {name: float(weight) for name, weight in (chosen or {}).items()}
-            for copy in range(copies):
-                seed = (int(seeds[index]) + copy) % 2**63
-                padding = width - len(token_ids)
-                processor = conventions.processor(len(requests), token_ids, padding, max_new_tokens, device)
-                ends = conventions.ends(token_ids, device)
-                requests.append(Request(token_ids, alpha, weighed, max_new_tokens, seed, processor, ends))
-        return requests
+    def _weights(self, weights: Any, num_prompts: int, target: str) -> list[Any]:
+        """What a caller means by weights, of every prompt."""
+        per_prompt = weights if isinstance(weights, (list, tuple)) else [weights] * num_prompts
+        if len(per_prompt) != num_prompts:
+            raise ValueError(f"weights: expected one mapping, or one per prompt ({num_prompts}), got {len(per_prompt)}")
+        return [self.recipe.weigh(of_prompt, target) for of_prompt in per_prompt]
 
 
 def load(
     base: Source,
-    attributes: Mapping[str, Source] | None = None,
+    attributes: Mapping[str, Source | Context | Mapping[str, Any]] | None = None,
     *,
-    anchor: Source | None = None,
+    anchor: Source | Context | None = None,
     draft: Source | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str | None = None,
@@ -283,9 +291,11 @@ def load(
     base:       a folder or hub name, a GGUF file (converted once into the user's cache; other models may be one too),
                 "smollm2", a loaded model, or a PeftModel (its adapters are then off for the base itself)
     attributes: {name: adapter folder, name of an adapter in the PeftModel, model folder, or loaded model}; a PeftModel
-                around the base stands for its one active adapter; the default is every adapter of the PeftModel, or
-                the folders in base/adapters by name
-    anchor:     what the attributes were trained against: an attribute's name, or an adapter or a model as above
+                around the base stands for its one active adapter; or a `Context`, or its fields as a mapping: the base,
+                or another of these, under another text than the prompt. The default is every adapter of the PeftModel,
+                or the folders in base/adapters by name; {} leaves it to the contexts of each call
+    anchor:     what the attributes were trained against: an attribute's name, or an adapter or a model as above; or a
+                `Context` that they are to be contrasted with
     draft:      what proposes tokens: an attribute's name, or a source as for the attributes; both default to the base
     tokenizer:  default: the one in the base folder, if any
     dtype:      default: loaded models keep theirs, a base folder has the checkpoint's own on CUDA and float32 on CPU,

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from mpg.context import Context
 from mpg.demo import SETS
 from mpg.files import refuse_unreadable_text
 from mpg.options import Options, check_weights, hint, parse_pair, parse_weights
@@ -109,7 +110,10 @@ class Recipe:
         return replace(
             self,
             base=_pin(self.base),
-            attributes={name: _pin(source) for name, source in attributes.items()},
+            attributes={
+                name: _pin(source, names if isinstance(source, Context | Mapping) else ())
+                for name, source in attributes.items()
+            },
             anchor=_pin(self.anchor, names),
             draft=_pin(self.draft, names),
             tokenizer=_pin(self.tokenizer),
@@ -126,7 +130,9 @@ class Recipe:
         file = Path(target).absolute()
         file = file if file.suffix in SUFFIXES else file / FILE
 
-        def place(argument: str, source: Any) -> str:
+        def place(argument: str, source: Any) -> Any:
+            if isinstance(source, Mapping):
+                return {key: place(argument, at) if key == "source" else at for key, at in source.items()}
             if not isinstance(source, str):
                 got = f"a {source.__name__} in memory" if source else "none"
                 remedy = "save it with its own save_pretrained() and load it from there"
@@ -172,6 +178,9 @@ def _find(source: Any) -> Path | None:
 
 
 def _pin(source: Any, names: Sequence[str] = ()) -> Any:
+    if isinstance(source, Context | Mapping):
+        context = vars(Context.of("context", source))
+        return {key: _pin(at, names) if key == "source" else at for key, at in context.items() if at is not None}
     if source is None or source in names:
         return source
     if not isinstance(source, str | Path):
@@ -226,7 +235,9 @@ def _recipe(document: Any, file: Path) -> Recipe:
     folder, of_attributes = file.parent.absolute(), _mapping("attributes", given["attributes"], "attribute")
     if not of_attributes:
         raise ValueError("attributes: expected at least one, got none")
-    attributes = {name: _source(f"attributes[{name!r}]", at, folder) for name, at in of_attributes.items()}
+    attributes = {
+        name: _attribute(f"attributes[{name!r}]", at, folder, of_attributes) for name, at in of_attributes.items()
+    }
     sources = {key: given[key] for key in ("base", "anchor", "draft", "tokenizer") if key in given}
     presets = {}
     for name, weights in _mapping("presets", given.get("presets", {}), "preset").items():
@@ -240,7 +251,9 @@ def _recipe(document: Any, file: Path) -> Recipe:
         raise ValueError(f"options: {error}") from None
     own: dict[str, Any] = {key: given[key] for key in ("quantize", *SWITCHES) if key in given}
     for key, at in sources.items():
-        own[key] = _source(key, at, folder, attributes if key in ("anchor", "draft") else ())
+        own[key] = (_attribute if key == "anchor" else _source)(
+            key, at, folder, attributes if key in ("anchor", "draft") else ()
+        )
     if "device_map" in given:
         own["device_map"] = _places("device_map", given["device_map"], [*attributes, *ROLES])
     if "weights" in given:
@@ -264,6 +277,16 @@ def _mapping(what: str, value: Any, kind: str, known: Sequence[str] | None = Non
         if known is not None and name not in known:
             raise ValueError(f"{what}: unknown {kind} {name!r}; {hint(name, known)}")
     return value
+
+
+def _attribute(argument: str, value: Any, folder: Path, names: Container[str] = ()) -> Any:
+    """As `_source`; or a context as a mapping, whose source is one, or the name of an attribute."""
+    if not isinstance(value, dict):
+        return _source(argument, value, folder, names if argument == "anchor" else ())
+    context = vars(Context.of(argument, value))
+    if context["source"] is not None:
+        context["source"] = _source(f"{argument}: source", context["source"], folder, names)
+    return {key: given for key, given in context.items() if given is not None}
 
 
 def _source(argument: str, value: Any, folder: Path, names: Container[str] = ()) -> str:

@@ -220,7 +220,8 @@ class _EmptyAnswer:
     """A model that ends before it has said a word."""
 
     def __init__(self, model):
-        self.models, self.recipe, self.encode = model.models, model.recipe, model.encode
+        self.models, self.recipe = model.models, model.recipe
+        self.encode, self.encode_contexts = model.encode, model.encode_contexts
 
     def generate(self, messages, on_token, **_):
         on_token(mpg.Token(0, 1, "", None))
@@ -352,3 +353,22 @@ def test_a_conversation_through_a_terminal():
         assert terminal.process.wait(timeout=120) == 0
     finally:
         terminal.close()
+
+
+def test_a_context_is_an_attribute_from_then_on(chat, model):
+    assert chat.command("/context") == "no contexts"
+    assert chat.command('/context calm "Be calm."') == "calm: Be calm."
+    chat.command("/weights calm=1")
+    answer = ask(chat, QUESTION)
+    how = {"weights": {"calm": 1}, "contexts": {"calm": "Be calm."}, **SHORT}
+    assert answer.tokens == model.generate([{"role": "user", "content": QUESTION}], **how).tokens
+    with pytest.raises(ValueError, match="/context: 'calm' has a weight"):
+        chat.command("/context calm")
+    for line, message in {
+        "/context E Be calm.": "'E' is an adapter or a model already",
+        "/context loud": "/context: expected one of calm, got 'loud'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            chat.command(line)
+    chat.command("/weights E=1")
+    assert chat.command("/context calm") == "no contexts"

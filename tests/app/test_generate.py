@@ -348,3 +348,35 @@ def test_bad_method_call_is_one_line_on_stderr_before_models_load(arguments, mes
     assert done.stdout == ""
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_contexts_are_attributes_of_the_call_and_of_single_lines(model, run, tmp_path):
+    """Also of a base that has none of its own, to which a name then is enough."""
+    told = [{"role": "system", "content": "Be calm."}, {"role": "user", "content": PROMPT}]
+    expected = model.generate(told, target="base", temperature=0, max_new_tokens=5).tokens
+    how = ["--weights", "calm=1", "--temperature", 0, "--max-new-tokens", 5, "--json"]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"prompt": PROMPT, "contexts": {"calm": {"system": "Be calm."}}}))
+    for arguments in (["--context", "calm=Be calm.", "--prompt", PROMPT], ["--prompts", lines]):
+        assert lines_of(run("generate", *arguments, *how))[0]["tokens"] == list(expected)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in MODELS.iterdir():
+        if file.is_file() and file.name != "mpg.yaml":
+            (bare / file.name).symlink_to(file)
+    done = run("generate", "--models", bare, "--context", "calm=Be calm.", "--prompt", PROMPT, *how)
+    assert lines_of(done)[0]["tokens"] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context", "calm"], "context: expected NAME=TEXT, got 'calm'"),
+        (["--context", "E=Be calm."], "contexts['E']: 'E' is an adapter or a model already"),
+        (["--context", "calm=Be calm.", "--method", "mod"], "context: expected none under a method, got 'calm'"),
+    ],
+)
+def test_contexts_that_cannot_be_are_refused(arguments, message, run):
+    done = run("generate", "--weights", "E=1", "--prompt", PROMPT, *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr

@@ -27,6 +27,7 @@ from mpg.options import Options
 from mpg.results import Transcript
 from replaying import Replaying, enumerate_branches
 
+LONGEST_CONTEXT = 6
 NUM_ROWS = 997  # distinct rows of one model; a prime, so that few prefixes share one
 
 
@@ -37,6 +38,7 @@ class FakeModels:
     same        roles that are one model with the base; the others each have rows of their own
     others      more roles, and the standard deviation of their logits around the base's
     spread      standard deviation of the attributes' logits around the base's
+    contexts    more attributes, by name: the role whose rows each has, and the tokens that it reads for a prompt
     """
 
     dtype, device, tokenizer, max_positions = torch.float64, torch.device("cpu"), None, None
@@ -50,6 +52,7 @@ class FakeModels:
         others: Mapping[str, float] | None = None,
         eos_token_ids: Sequence[int] = (),
         spread: float = 1.0,
+        contexts: Mapping[str, tuple[str, Sequence[int]]] | None = None,
         seed: int = 0,
     ):
         rng = torch.Generator().manual_seed(seed)
@@ -61,6 +64,10 @@ class FakeModels:
             noise = torch.randn(NUM_ROWS, vocab_size, generator=rng, dtype=torch.float64)
             self.logits.setdefault(role, base + deviation * noise)
         self.logits.setdefault("draft", base)
+        self.contexts = contexts or {}
+        self.attribute_names += tuple(self.contexts)
+        for name, (role, _) in self.contexts.items():
+            self.logits[name] = self.logits[role].clone()  # which is_same tells apart
         self._log_rows: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def is_same(self, role: str, other: str) -> bool:
@@ -83,8 +90,9 @@ class FakeModels:
     def cost(self, passes: Any, opened: Any) -> Cost:
         return Cost()
 
-    def log_row(self, role: str, prefix: Sequence[int]) -> Tensor:
-        """log pi_role(. | prefix), (V,), for the tests' own enumeration."""
+    def log_row(self, role: str, prompt: Sequence[int], text: Sequence[int] = ()) -> Tensor:
+        """log pi_role(. | prompt or its context, text), (V,), for the tests' own enumeration."""
+        prefix = [*self.contexts[role][1], *text] if role in self.contexts else [*prompt, *text]
         key = role, tuple(prefix)
         if key not in self._log_rows:
             self._log_rows[key] = self.logits[role][row_numbers(torch.tensor([prefix]))[0, -1]].log_softmax(-1)
@@ -104,11 +112,18 @@ class FakeSession:
         names |= {*models.attribute_names} if any(isinstance(role, int) for role in roles) else set()
         unread = torch.full((num_rows, capacity), 7)  # a token that no vocabulary here has
         self.read = {id(models.logits[name]): unread.clone() for name in names}
+        # of every context what it reads, by row, and how much longer that is than the prompt
+        self.shifts = {name: torch.zeros(num_rows, dtype=torch.int64) for name in models.contexts}
+        self.prompt_lengths = torch.zeros(num_rows, dtype=torch.int64)
         if prompts:
             self.replace(range(len(prompts)), prompts)
 
     def replace(
-        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], attributes: Sequence[Sequence[str]] | None = None
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        attributes: Sequence[Sequence[str]] | None = None,
+        contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
     ) -> None:
         for row, own in zip(rows, attributes or [()] * len(rows), strict=True):
             self.attributes[row : row + 1] = [own]
@@ -118,12 +133,21 @@ class FakeSession:
         for read, (prompt, own) in product(self.read.values(), rows_of.items()):
             read[own] = 7
             read[own, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        for row, prompt, of_row in zip(rows, prompts, contexts or [{}] * len(rows), strict=True):
+            self.prompt_lengths[row] = len(prompt)
+            for name, text in of_row.items():
+                self.shifts[name][row] = len(text) - len(prompt)
+                read = self.read[id(self.models.logits[name])]
+                read[row] = 7
+                read[row, : len(text) - 1] = torch.tensor(text[:-1], dtype=torch.int64)
 
     def keep(self, rows: Sequence[int]) -> None:
         self.attributes = [self.attributes[row] for row in rows]
         for read in self.read.values():
             read[: len(rows)] = read[list(rows)]
             read[len(rows) :] = 7
+        for of_rows in (*self.shifts.values(), self.prompt_lengths):
+            of_rows[: len(rows)] = of_rows[list(rows)]
 
     def forward(self, roles: Sequence[Role], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         self.passes.append((tuple(roles), tokens.shape[1]))
@@ -146,8 +170,15 @@ class FakeSession:
         for name in {name for name in names if isinstance(name, str)}:
             own = torch.tensor([place for place, other in enumerate(names) if other == name])
             read = self.read[id(self.models.logits[name])]
-            read[own] = read[own].scatter(1, positions[own], tokens[own])
-            numbers = row_numbers(read[own, :kv_length]).gather(1, positions[own].clamp_max(kv_length - 1))
+            shift = self.shifts[name][own][:, None] if name in self.shifts else torch.zeros(1, 1, dtype=torch.int64)
+            at = (positions[own] + shift).clamp_max(read.shape[1] - 1)
+            fed = tokens[own]
+            if name in self.shifts:  # the last token of a context is its own
+                last = torch.tensor(self.models.contexts[name][1][-1])
+                fed = torch.where(positions[own] == self.prompt_lengths[own][:, None] - 1, last, fed)
+            read[own] = read[own].scatter(1, at, fed)
+            length = kv_length + int(shift.amax())
+            numbers = row_numbers(read[own, :length]).gather(1, at.clamp_max(length - 1))
             logits[own] = self.models.logits[name][numbers]
         return logits
 
@@ -283,14 +314,15 @@ def enumerate_in_company(
 
     def request(prompt: Sequence[int], limit: int, weights: dict[str, float], seed: int) -> Request:
         alpha = tuple(weights.get(name, 0.0) for name in models.attribute_names)
-        return Request(list(prompt), alpha, weights, limit, seed)
+        contexts = {name: list(text) for name, (_, text) in models.contexts.items() if name in weights}
+        return Request(list(prompt), alpha, weights, limit, seed, contexts=contexts)
 
     def run(replaying: Replaying, batch_size: int) -> list[tuple[int, ...]]:
         before = [request(*one, seed) for seed, one in zip(range(batch_size + 2), cycle(company), strict=False)]
         with patch("mpg.decode.run.Decisions", partial(_OfRequests, replaying)):
             scheduler = Scheduler(
                 models, checked, models.eos_token_ids, num_rows=len(before), rounds_ahead=0,
-                capacity=max(len(one.token_ids) + one.max_new_tokens for one in before) + max_new_tokens,
+                capacity=max(one.num_positions for one in before) + max_new_tokens + LONGEST_CONTEXT,
                 attributes=models.attribute_names,
             )  # fmt: skip
         for one in before:

@@ -11,8 +11,7 @@ Law = dict[tuple[int, ...], float]
 
 def target_row(models, prompt, text, weights, *, target="geometric", mixture_span="token", **_):
     """The unwarped target after `text`, a list of V probabilities; all 0 where it is empty."""
-    prefix = (*prompt, *text)
-    rows = {role: models.log_row(role, prefix).tolist() for role in ("base", "anchor", *weights)}
+    rows = {role: models.log_row(role, prompt, text).tolist() for role in ("base", "anchor", *weights)}
     alpha = carried_weights(models, prompt, text, weights, mixture_span) if target == "arithmetic" else weights
     values = []
     for token in range(models.vocab_size):
@@ -39,7 +38,7 @@ def carried_weights(models, prompt, text, weights, mixture_span):
     carried = dict(weights)
     for index, token in enumerate(text):
         for name in carried:
-            carried[name] *= math.exp(models.log_row(name, (*prompt, *text[:index]))[token])
+            carried[name] *= math.exp(models.log_row(name, prompt, text[:index])[token])
         if mixture_span == "token" or (mixture_span != "sequence" and (index + 1) % mixture_span == 0):
             carried = dict(weights)
     return carried

@@ -51,3 +51,38 @@ def test_request_among_others_that_weigh_other_attributes_has_the_law_that_it_ha
     defect = total_variation(alone, joined)
     record_property("defect", defect)
     assert defect < 1e-12
+
+
+# Attributes that read something else than the prompt: longer, shorter; one of them in the company too.
+CONTEXTS = {"calm": ("base", [2, 0, 1, 1]), "loud": ("E", [1])}
+OF_CONTEXTS = {"E": 0.5, "calm": 0.7, "loud": -0.3}
+COMPANY_WITH_CONTEXTS = [([2, 1], 1, {"T": 0.5}), ([0], 2, {"calm": 0.4, "E": 0.3}), ([1, 1, 0], 4, {"loud": 1.0})]
+DRAFTS = {
+    f"{draft}, by {verify}": {"sampler": "exact", "draft": draft, "verify": verify, "chunk_size": 2}
+    for draft in ("reference", "model", "lookup")
+    for verify in ("block", "token")
+} | {"direct": {"sampler": "direct"}, "arithmetic": {"sampler": "direct", "target": "arithmetic"}}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_request_with_contexts_among_others_has_the_law_of_their_texts(name, record_property):
+    models = FakeModels(3, others={"draft": 1.0}, eos_token_ids=[2], contexts=CONTEXTS, seed=5)
+    options, weights = DRAFTS[name], OF_CONTEXTS if name != "arithmetic" else {**OF_CONTEXTS, "loud": 0.3}
+    law = enumerate_in_company(models, PROMPT, NUM_TOKENS, weights, company=COMPANY_WITH_CONTEXTS, **options)
+    defect = total_variation(law, target_law(models, PROMPT, NUM_TOKENS, weights, **options))
+    record_property("defect", defect)
+    assert len(law) > 3
+    assert defect < 1e-12
+
+
+@pytest.mark.parametrize("name", ["scr", "token-rs", "seq-rs"])
+def test_rejection_with_contexts_does_not_depend_on_company(name, record_property):
+    models = FakeModels(3, others={"draft": 1.0}, eos_token_ids=[2], contexts=CONTEXTS, seed=5)
+    weights = {"E": 0.5, "calm": 0.7}
+    laws = [
+        enumerate_in_company(models, PROMPT, NUM_TOKENS, weights, company=company, **OPTIONS[name])
+        for company in (COMPANY_WITH_CONTEXTS, [([1], 1, weights)])
+    ]
+    defect = total_variation(*laws)
+    record_property("defect", defect)
+    assert defect < 1e-12

@@ -31,10 +31,13 @@ def test_adapters_are_small_enough_to_ship():
     assert sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors")) <= 12e6
 
 
-def test_recipe_has_every_pole_and_a_preset_for_every_type():
+def test_recipe_has_every_pole_and_a_preset_and_a_sentence_for_every_type():
     recipe = Recipe.of("smollm2")
     assert recipe.base == "smollm2"
-    assert list(recipe.attributes) == list(POLES)
-    assert recipe.presets == {
-        "".join(letters): dict.fromkeys(letters, 1) for letters in product("EI", "SN", "TF", "JP")
-    }
+    types = ["".join(letters) for letters in product("EI", "SN", "TF", "JP")]
+    assert list(recipe.attributes)[: len(POLES)] == list(POLES)
+    assert recipe.presets == {name: dict.fromkeys(name, 1) for name in types}
+    contexts = list(recipe.attributes.items())[len(POLES) :]  # of every type one, in words of its own
+    assert sorted(name.upper() for name, _ in contexts) == sorted(types)
+    assert len({context["system"] for _, context in contexts}) == len(types)
+    assert not [name for name, context in contexts if name.upper() in context["system"].upper()]

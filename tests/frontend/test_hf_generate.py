@@ -577,7 +577,7 @@ class TestCustomGenerate:
             ({"repetition_penalty": 1.1, "sampler": "scr", "do_sample": True, "top_k": 0}, "repetition_penalty: act"),
             ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: expected False, as"),
             ({"typical_p": 0.5, "do_sample": True}, "typical_p: expected 1.0, as rows are warped by"),
-            ({"negative_prompt_ids": torch.ones(1, 1)}, "negative_prompt_ids: expected None"),
+            ({"negative_prompt_ids": torch.ones(1, 1)}, "negative_prompt_ids: expected guidance_scale beside it"),
             ({"position_ids": torch.zeros(1, 10, dtype=torch.int64)}, "position_ids: expected none"),
             ({"seed": -1}, "seed: expected an integer"),
         ],

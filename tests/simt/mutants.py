@@ -183,31 +183,31 @@ MUTANTS = {
         "csrc/kernels/lora.cu",
         "i % most_rows != 0 && rows.groups[i - 1] == rows.groups[i]",
         "i % most_rows != 0",
-        "ops/test_lora.py runs_of_unequal",
+        "ops/test_lora_rows.py runs_of_unequal",
     ),
     "missing barrier before restaging": Mutant(
         "csrc/kernels/lora.cu",
         "    __syncthreads();  // what was staged before has been read\n",
         "",
-        "ops/test_lora.py expand_adds",
+        "ops/test_lora_rows.py expand_adds",
     ),
     "sum given to the wrong lane": Mutant(
         "csrc/kernels/lora.cu",
         "(lane & kHalf) != 0",
         "(lane & kHalf) == 0",
-        "ops/test_lora.py shrink_is_exact",
+        "ops/test_lora_rows.py shrink_is_exact",
     ),
     "packed load of rows that do not lie on it": Mutant(
         "csrc/kernels/lora.cu",
         "address % 16 == 0 && ",
         "",
-        "ops/test_lora.py joined_product",
+        "ops/test_lora_rows.py joined_product",
     ),
     "group outside used as an address": Mutant(
         "csrc/ops.h",
         "group >= 1 && group < G",
         "group != 0",
-        "ops/test_lora.py outside",
+        "ops/test_lora_rows.py outside",
     ),
 }
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mpg.app.colours import colours_of, legend, strongest_push
 from mpg.files import whole_file
+from mpg.frontend.contexts import contexts_of
 from mpg.frontend.hf_generate import check_options
 from mpg.model import Model, Weights
 from mpg.options import DEFAULT_NEW_TOKENS, OPTIONS, Options, check_weights, has_option, hint
@@ -31,12 +32,18 @@ class Chat:
     weights  alpha by attribute, or None while none are chosen
     options  of `Model.generate`, as far as they were chosen here; the recipe's and the sampler's own come after
     system   the system prompt, or ""
+    contexts attributes that are a text, by name
     history  messages of the user and the assistant in turn
     is_over  whether the user has asked to quit
     """
 
     def __init__(
-        self, model: Model, weights: Weights | None = None, options: Mapping[str, Any] | None = None, system: str = ""
+        self,
+        model: Model,
+        weights: Weights | None = None,
+        options: Mapping[str, Any] | None = None,
+        system: str = "",
+        contexts: Mapping[str, str] | None = None,
     ) -> None:
         if model.models.tokenizer is None or not model.models.tokenizer.chat_template:
             raise ValueError("models: expected a tokenizer with a chat template, as a conversation needs, got none")
@@ -44,6 +51,7 @@ class Chat:
         self.weights: Mapping[str, float] | None = None
         self.options: dict[str, Any] = {}
         self.system = ""
+        self.contexts = dict(contexts or {})
         self.history: list[Message] = []
         self.is_over = False
         self._choose(model.recipe.weigh(weights), dict(options or {}))
@@ -69,7 +77,7 @@ class Chat:
         room = self._checked().max_new_tokens or min(DEFAULT_NEW_TOKENS, limit // 2)
         for first in range(0, len(self.history) + 1, 2):
             messages = [*self._system(), *self.history[first:], {"role": "user", "content": text}]
-            if len(self.model.encode(messages)) + room <= limit:
+            if self._count_positions(messages, self.contexts) + room <= limit:
                 break
         return messages, first // 2
 
@@ -89,7 +97,7 @@ class Chat:
         result = None
         with suppress(KeyboardInterrupt):
             options = {**self.options, "trace": True}
-            result = self.model.generate(messages, weights=weights, on_token=listen, **options)
+            result = self.model.generate(messages, weights=weights, contexts=self.contexts, on_token=listen, **options)
         if text := "".join(pieces):
             self.history += [messages[-1], {"role": "assistant", "content": text}]
         return result
@@ -99,7 +107,7 @@ class Chat:
             self._choose(self.model.recipe.weigh(text), self.options)
         chosen = ",".join(f"{name}={weight:g}" for name, weight in (self.weights or {}).items())
         presets = f"  (presets: {', '.join(self.model.recipe.presets)})" if self.model.recipe.presets else ""
-        names = ", ".join(self.model.models.attribute_names)
+        names = ", ".join(self.names())
         return f"weights {chosen or f'not chosen yet, of {names}'}{presets}"
 
     def set_sampler(self, name: str) -> str:
@@ -128,6 +136,22 @@ class Chat:
             raise
         return f"system: {text}" if text else "no system prompt"
 
+    def set_context(self, text: str) -> str:
+        name, _, sentence = text.partition(" ")
+        sentence = sentence.strip().strip('"')
+        if name and sentence:
+            contexts = {**self.contexts, name: sentence}
+            self.names(contexts)
+            self._count_positions([{"role": "user", "content": "Hello"}], contexts)
+            self.contexts = contexts
+        elif name:
+            if name not in self.contexts:
+                raise ValueError(f"/context: expected one of {', '.join(self.contexts) or 'none'}, got {name!r}")
+            if (self.weights or {}).get(name):
+                raise ValueError(f"/context: {name!r} has a weight; /weights can take it away")
+            del self.contexts[name]
+        return "\n".join(f"{name}: {sentence}" for name, sentence in self.contexts.items()) or "no contexts"
+
     def show_history(self, _: str) -> str:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self._all()) or "nothing said yet"
 
@@ -145,7 +169,10 @@ class Chat:
     def save(self, path: str) -> str:
         if not path:
             raise ValueError("/save: expected the name of a file, got none")
-        state = {"weights": self.weights and dict(self.weights), "options": self.options, "messages": self._all()}
+        state = {
+            "weights": self.weights and dict(self.weights), "contexts": self.contexts, "options": self.options,
+            "messages": self._all(),
+        }  # fmt: skip
         with whole_file("/save", path) as file:
             file.write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         return f"saved {len(self.history) // 2} turns to {path}"
@@ -166,8 +193,19 @@ class Chat:
             raise ValueError(f"num_return_sequences: expected 1 in a chat, got {options['num_return_sequences']!r}")
         target = check_options(options, self.model.recipe.options).target
         if weights is not None and target != "base":
-            check_weights(weights, self.model.models.attribute_names, target)
+            check_weights(weights, self.names(), target)
         self.weights, self.options = weights, options
+
+    def _count_positions(self, messages: list[Message], contexts: Mapping[str, str]) -> int:
+        """Of the longest text that a model reads."""
+        names = {*contexts, *(name for name, weight in (self.weights or {}).items() if weight)}
+        texts = self.model.encode_contexts(messages, contexts, names=names)
+        return max(map(len, [self.model.encode(messages), *texts.values()]))
+
+    def names(self, contexts: Mapping[str, str] | None = None) -> tuple[str, ...]:
+        """Of all attributes, with the contexts that there are, or with these."""
+        contexts = self.contexts if contexts is None else contexts
+        return self.model.models.with_contexts([contexts_of(contexts)]).attribute_names
 
     def _checked(self) -> Options:
         return check_options(self.options, self.model.recipe.options)
@@ -193,6 +231,9 @@ COMMANDS = {
     "sampler": Command("[NAME]", "change the sampler, or show the options", Chat.set_sampler),
     "set": Command("[NAME=VALUE]", "change an option (null: give it up), or show them all", Chat.set_option),
     "system": Command("[TEXT]", "change the system prompt, or have none", Chat.set_system),
+    "context": Command(
+        "[NAME [TEXT]]", "let an attribute be the base under a text, give one up, or show all", Chat.set_context
+    ),
     "history": Command("", "show the conversation", Chat.show_history),
     "undo": Command("", "take the last question and its answer back", Chat.undo),
     "reset": Command("", "begin anew with the same weights, options and system prompt", Chat.reset),
@@ -206,8 +247,8 @@ def run(chat: Chat, console: Console) -> None:
     """Talk on the terminal until the user leaves."""
     with suppress(ImportError):
         importlib.import_module("readline")  # gives input() editing, where there is one
-    colours = colours_of(chat.model.models.attribute_names)
-    console.print(legend(colours))
+    colours = colours_of(chat.names())
+    console.print(legend({name: colour for name, colour in colours.items() if name in (chat.weights or colours)}))
     _say(console, f"{chat.set_weights('')}\n/help lists the commands.")
     while not chat.is_over:
         try:
@@ -215,7 +256,7 @@ def run(chat: Chat, console: Console) -> None:
             if line.startswith("/"):
                 _say(console, chat.command(line))
             elif line.strip():
-                _answer(chat, line.strip(), console, colours)
+                _answer(chat, line.strip(), console)
         except EOFError:
             console.print()
             break
@@ -225,11 +266,11 @@ def run(chat: Chat, console: Console) -> None:
             console.print(f"mpg: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _answer(chat: Chat, text: str, console: Console, colours: Mapping[str, str]) -> None:
+def _answer(chat: Chat, text: str, console: Console) -> None:
     messages, num_left_out = chat.prompt(text)
     if num_left_out:
         _say(console, f"(turns that no longer fit and are left out, the oldest: {num_left_out})")
-    weights = chat.weights or {}
+    weights, colours = chat.weights or {}, colours_of(chat.names())
 
     def show(token: Token) -> None:
         console.out(token.text, style=colours.get(strongest_push(token, weights)), highlight=False, end="")

@@ -142,7 +142,9 @@ def _measure_acceptance(
     is_text = torch.arange(width, device=models.device) < lengths
     batch = Batch(prompts, [width] * len(texts), weights, seeds, ())
     target = TargetRows(models, attributes, direct)
-    session = models.open(prompts, (*target.roles, *drafts.values()), batch.capacity)
+    contexts = [request.contexts for request in requests]
+    longest = max(request.num_positions - request.max_new_tokens for request in requests) + width
+    session = models.open(prompts, (*target.roles, *drafts.values()), longest, contexts=contexts)
     target.start(batch)
     fed, start = torch.cat([batch.last_tokens[:, None], chunk], 1), batch.lengths - 1
     logits = session.forward(target.roles, fed, start, kv_length=batch.capacity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mpg.decode.batch import Processor
@@ -17,6 +17,7 @@ class Request:
 
     processor  as in `Batch.processors`
     ends       as in `Transcript`
+    contexts   what attributes, and the anchor, read in place of the prompt, by name
     """
 
     token_ids: list[int]
@@ -26,6 +27,12 @@ class Request:
     seed: int
     processor: Processor | None = None
     ends: Callable[[Sequence[int]], bool] | None = None
+    contexts: Mapping[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def num_positions(self) -> int:
+        """That its longest text takes."""
+        return max(map(len, [self.token_ids, *self.contexts.values()])) + self.max_new_tokens
 
     def weighed(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the models' attributes that it weighs."""
@@ -66,5 +73,6 @@ class Entry:
 
     def idle(self) -> Entry:
         """One that asks for nothing and is over."""
-        request = replace(self.request, token_ids=[0], max_new_tokens=0, processor=None)
+        contexts = {name: [0] for name in self.request.contexts}
+        request = replace(self.request, token_ids=[0], max_new_tokens=0, processor=None, contexts=contexts)
         return replace(self, request=request, num_rounds=Counter(), error=RuntimeError("nothing was asked for"))

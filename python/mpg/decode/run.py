@@ -70,7 +70,7 @@ class Scheduler:
     that can be done then, as at the end, is to close.
 
     num_rows      requests that are decoded at once, at most
-    capacity      tokens that one may have, its prompt among them
+    capacity      tokens that one may have, its prompt among them, and positions that each of its models may
     attributes    those that requests may weigh. Only those that a request does weigh run for it, and a row that none
                   takes is not run
     rounds_ahead  how many rounds the device may be ahead of what `step` has read
@@ -129,7 +129,7 @@ class Scheduler:
             options,
             eos_token_ids,
             num_rows=min(options.batch_size, len(requests)),
-            capacity=max(len(request.token_ids) + request.max_new_tokens for request in requests),
+            capacity=max(request.num_positions for request in requests),
             attributes=tuple(name for name in models.attribute_names if any(name in names for names in expected)),
             rounds_ahead=ROUNDS_AHEAD[models.device.type],
             expected=expected,
@@ -165,8 +165,7 @@ class Scheduler:
 
         Raises ValueError where the scheduler was opened for shorter ones, or for other attributes.
         """
-        length = len(request.token_ids) + request.max_new_tokens
-        if length > self.batch.capacity:
+        if (length := request.num_positions) > self.batch.capacity:
             raise ValueError(f"max_new_tokens: expected at most {self.batch.capacity} with the prompt's, got {length}")
         own = request.weighed(self.models.attribute_names)
         if unknown := sorted(set(own).difference(self.attributes)):
@@ -234,7 +233,8 @@ class Scheduler:
             of_row[: len(own)] = torch.tensor(own, dtype=weights.dtype)
         seeds, device = torch.tensor([request.seed for request in requests]), self.models.device
         self.batch.replace(rows, prompts, limits, weights.to(device), seeds.to(device))
-        self.session.replace(rows, prompts, [entry.transcript.attributes for entry in entries])
+        attributes, contexts = [entry.transcript.attributes for entry in entries], [r.contexts for r in requests]
+        self.session.replace(rows, prompts, attributes, contexts)
         self.sampler.reset(torch.tensor(rows, device=device))
 
     def _close_ranks(self) -> None:

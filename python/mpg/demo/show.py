@@ -45,6 +45,7 @@ class Stage:
     num_held_out         of these, unless the caller says otherwise
     judge                from texts to a score of each trait for each text, higher for more of it
     verdict              what the scores are, for the table's caption
+    by_sentence          one more way, for the first question alone: a context instead of adapters
     """
 
     columns: Sequence[Column]
@@ -54,6 +55,7 @@ class Stage:
     judge: Judge
     verdict: str
     max_new_tokens: int
+    by_sentence: Column | None = None
 
 
 def show(console: Console, model: Model, stage: Stage, num_questions: int, num_held_out: int, seed: int) -> None:
@@ -70,6 +72,10 @@ def show(console: Console, model: Model, stage: Stage, num_questions: int, num_h
     with console.status(f"Answering {num_held_out} more questions to measure the traits"):
         table = _measure(model, stage, colours, speeds, num_held_out, seed)
     console.print(table)
+    if (column := stage.by_sentence) is not None:
+        how = {"seed": seed, "max_new_tokens": stage.max_new_tokens, **column.options}
+        result = model.generate(stage.questions[0], weights=column.weights, **how)
+        console.print(Text.assemble((f"{column.title}: ", "bold"), result.text))
 
 
 def _answer(
@@ -140,11 +146,12 @@ class _Sample:
     def draw(model: Model, stage: Stage, column: Column, questions: Sequence[str], seed: int) -> _Sample:
         results, surprise = [], []
         for first in range(0, len(questions), BATCH):
-            prompts = [model.encode(question) for question in questions[first : first + BATCH]]
+            asked = list(questions[first : first + BATCH])
             batch = model.generate(
-                prompts, weights=column.weights, seed=seed + first, max_new_tokens=stage.max_new_tokens,
+                asked, weights=column.weights, seed=seed + first, max_new_tokens=stage.max_new_tokens,
                 **column.options,
             )  # fmt: skip
+            prompts = [model.encode(question) for question in asked]
             logprobs = token_logprobs(model.models, ("base",), prompts, [result.tokens for result in batch])
             surprise.append(-logprobs[0].sum(-1).cpu().numpy())
             results += batch

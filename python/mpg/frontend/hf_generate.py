@@ -32,6 +32,8 @@ HONOURED: dict[str, Any] = {
     # what ends a text; pad_token_id tells what is no prompt where input_ids come without an attention_mask
     "eos_token_id": None, "pad_token_id": None, "stop_strings": None, "max_time": None,
     "num_return_sequences": 1,
+    # a context of weight 1 - guidance_scale: see `guidance`
+    "guidance_scale": 1,
     # processors of the target's row, in the order in which they run (with min_length and min_new_tokens)
     "sequence_bias": None, "encoder_repetition_penalty": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "prefix_allowed_tokens_fn": None,
@@ -47,7 +49,6 @@ REASONS = {
     "prompt_lookup_num_tokens": "prompt lookup is draft='lookup', chunk_size=...",
     "num_assistant_tokens": "how much is drafted is the option chunk_size",
     "typical_p": "rows are warped by temperature, top_k, top_p and min_p alone",
-    "guidance_scale": "weights of attributes are what guides here",
     "output_scores": "rows stay where they are computed; trace=True returns every token's log-ratios",
     "return_dict_in_generate": "a `Result` is returned; under custom_generate it is honoured",
     "inputs_embeds": "prompts are tokens",

@@ -13,11 +13,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from mpg.context import Context
 from mpg.models.graphs import bucket
 from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
 from mpg.models.session import Role, Session, View
@@ -56,13 +58,18 @@ class Ensemble:
     max_positions:   the smallest limit of any member, or None
     device, dtype:   of the base
     tokenizer:       of the base, or None
+    contexts:        of attributes, and of the anchor, that read something else than the prompt
     observer:        may be set, before `open`, to what every forward is to run in
     """
 
     def __init__(
-        self, models: Sequence[LoadedModel], slots: Mapping[str, Slot], attribute_names: tuple[str, ...]
+        self,
+        models: Sequence[LoadedModel],
+        slots: Mapping[str, Slot],
+        attribute_names: tuple[str, ...],
+        contexts: Mapping[str, Context] = MappingProxyType({}),
     ) -> None:
-        self._models = models
+        self._models, self.contexts = models, contexts
         self._slots = dict(slots)
         base = models[0]
         self.attribute_names = attribute_names
@@ -84,6 +91,42 @@ class Ensemble:
         twin._slots = self._slots | {role: self._slots[source] for role, source in roles.items()}
         return twin
 
+    def with_contexts(self, of_prompts: Sequence[Mapping[str, Context]]) -> Ensemble:
+        """The same loaded models with the contexts of a call, of every prompt its own; new names are attributes too.
+
+        Raises ValueError, naming contexts and the name, for a source that is no attribute, for another one than it has
+        in other prompts or was loaded with, and for an attribute that is an adapter or a model without saying so.
+        """
+        twin, sources = self.with_roles(), dict[str, Any]()
+        for name, context in [item for of_prompt in of_prompts for item in of_prompt.items()]:
+            if self.contexts.get(name) is context:
+                continue
+            argument, known = f"contexts[{name!r}]", [BASE, *self.attribute_names]
+            if name in ROLES or name == MERGED or not name:
+                raise ValueError(f"{argument}: expected another name than {', '.join((*ROLES, MERGED))}, got {name!r}")
+            source = context.source if context.source is not None else BASE
+            if name in self.contexts and context.source is None:
+                source = name
+            elif not isinstance(source, str) or source not in known or source in self.contexts:
+                wanted = f"{' or '.join(n for n in known if n not in self.contexts)}; others are given to mpg.load"
+                raise ValueError(f"{argument}: source: expected {wanted}, got {source!r}")
+            if name in self.attribute_names and name not in self.contexts and source != name:
+                way_out = f"Context(..., source={name!r})"
+                raise ValueError(
+                    f"{argument}: {name!r} is an adapter or a model already; to let it read this: {way_out}"
+                )
+            if sources.setdefault(name, source) != source:
+                raise ValueError(
+                    f"{argument}: expected one source for all prompts, got {sources[name]!r} and {source!r}"
+                )
+            twin._slots[name] = self._slots[source]._replace(context=name)
+        twin.contexts = {
+            **self.contexts,
+            **{name: context for of_prompt in of_prompts for name, context in of_prompt.items()},
+        }
+        twin.attribute_names = tuple(dict.fromkeys((*self.attribute_names, *sources)))
+        return twin
+
     def merge(self, attributes: Sequence[str], weights: Tensor) -> Ensemble:
         """The same loaded models with one more role: "merged", the weighted sum of LoRA adapters.
 
@@ -97,9 +140,12 @@ class Ensemble:
             raise ValueError("draft 'merged', method 'soups': expected attributes with a weight to merge, got none")
         slots = [self._slots[name] for name in attributes]
         for name, slot in zip(attributes, slots, strict=True):
-            if slot.model is not slots[0].model or slot.group == 0:
-                wanted = "attributes that are LoRA adapters of one model"
-                raise ValueError(f"draft 'merged', method 'soups': expected {wanted}, {name!r} is another model")
+            if slot.model is not slots[0].model or slot.group == 0 or slot.context:
+                wanted, got = (
+                    "attributes that are LoRA adapters of one model",
+                    "a context" if slot.context else "another model",
+                )
+                raise ValueError(f"draft 'merged', method 'soups': expected {wanted}, {name!r} is {got}")
         twin = self.with_roles()
         merge = Merge(attributes, [slot.group for slot in slots], weights)
         twin._slots[MERGED] = Slot(slots[0].model, merge=merge)
@@ -118,7 +164,7 @@ class Ensemble:
     def describe(self) -> dict[str, dict[str, Any]]:
         """Per role: source, model_type, parameters, device, adapter (its source, or None) and adapter_rank."""
         described = {}
-        for role, (loaded, group, merge) in self._slots.items():
+        for role, (loaded, group, merge, _) in self._slots.items():
             adapter = loaded.adapters[group - 1] if group else None
             described[role] = {
                 "source": loaded.source + (f" with the sum of {', '.join(merge.names)}" if merge else ""),
@@ -136,6 +182,7 @@ class Ensemble:
         roles: Sequence[Role],
         capacity: int,
         *,
+        contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         num_rows: int | None = None,
         expected: Sequence[Sequence[str]] = (),
     ) -> Session:
@@ -145,13 +192,15 @@ class Ensemble:
         roles:    the roles that will be fed; no other model runs. Numbers are the attributes of each prompt: as there
                   are none yet, prompts come later, with `replace`
         capacity: positions per sequence, those of drafted tokens included
+        contexts: of every prompt, what roles of these names read in its place
         num_rows, expected: sequences that there will be at once, and the attributes of any of them that are known:
                   caches have room for as many, and grow where others need more; default the prompts
 
         Raises ValueError for an empty prompt, a token outside the vocabulary, an unknown role, and a capacity that the
         prompts do not fit into or that exceeds max_positions; MemoryError where the caches would not fit.
         """
-        longest = max((len(prompt) for prompt in prompts), default=0)
+        texts = [*prompts, *(text for of_prompt in contexts or () for text in of_prompt.values())]
+        longest = max(map(len, texts), default=0)
         if unknown := [role for role in roles if isinstance(role, str) and role not in self._slots]:
             raise ValueError(f"roles: expected some of {list(self._slots)}, got {unknown[0]!r}")
         if not roles or not (prompts or num_rows):
@@ -171,7 +220,7 @@ class Ensemble:
             loaded.follow()
         session = Session(self, roles, capacity, num_rows or len(prompts), expected or [()])
         if prompts:
-            session.replace(range(len(prompts)), prompts)
+            session.replace(range(len(prompts)), prompts, contexts=contexts)
         return session
 
     def rows_to_run(self, num_rows: int, most: int) -> int:

@@ -6,7 +6,6 @@ Knows sources and devices; nothing of what is done with the models once they are
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 import mpg_ext
+from mpg.context import Context
 from mpg.models import gguf, sources
+from mpg.models.agreement import check_agreement, check_tokenizers, check_trained_on
 from mpg.models.attention import use_ragged_attention, verify_ragged_attention
 from mpg.models.compiled import compile_layers
 from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Slot
@@ -59,16 +60,23 @@ def load(
     if not isinstance(recipe.attributes, Mapping | None):
         got = type(recipe.attributes).__name__
         raise ValueError(f"attributes: expected a mapping from names to sources, got {got}")
-    given = recipe.attributes or {}
+    given = dict(recipe.attributes or {})
+    contexts = {
+        name: Context.of(_argument(name), at) for name, at in given.items() if isinstance(at, Context | Mapping)
+    }
+    if isinstance(recipe.anchor, Context | Mapping):
+        contexts[ANCHOR] = Context.of(ANCHOR, recipe.anchor)
+        recipe = replace(recipe, anchor=contexts[ANCHOR].source)
+    given |= {name: _reader(name, context, given) for name, context in contexts.items() if name != ANCHOR}
     roles = {ANCHOR: recipe.anchor, DRAFT: recipe.draft}
     asked = {BASE: recipe.base} | {role: source for role, source in roles.items() if source is not None}
-    asked |= {_argument(name): source for name, source in given.items()}
+    asked |= {_argument(name): source for name, source in given.items() if name not in contexts or source is not None}
     for argument, source in asked.items():
         if not isinstance(source, Source):
             wanted = "a folder, a hub name or a loaded model"
             raise ValueError(f"{argument}: expected {wanted}, got {type(source).__name__}")
         asked[argument] = gguf.resolve(argument, source)
-    given = {name: asked[_argument(name)] for name in given}
+    given = {name: asked.get(_argument(name)) for name in given}
     recipe = replace(recipe, **{role: asked[role] for role in (BASE, *roles) if role in asked})
     tokenizer = sources.own_tokenizer(recipe.tokenizer)
     peft_models = [source for source in (*given.values(), recipe.draft) if isinstance(source, PeftModel)]
@@ -80,10 +88,10 @@ def load(
     for argument, source in asked.items():  # before minutes of loading
         if argument not in (ANCHOR, DRAFT) or source not in names:
             sources.check_found(argument, source, host)
-    if not names:
-        wanted = "at least one"
+    if not names and recipe.attributes is None:
+        wanted = "at least one, or {} for contexts that calls bring"
         if isinstance(host, str | Path):
-            wanted = f"at least one, given here or found as {Path(host, 'adapters', 'NAME', ADAPTER_CONFIG)}"
+            wanted += f", given here or found as {Path(host, 'adapters', 'NAME', ADAPTER_CONFIG)}"
         raise ValueError(f"attributes: expected {wanted}, got none")
     for name in names:
         if not isinstance(name, str) or not name or name in (*ROLES, MERGED):
@@ -95,7 +103,7 @@ def load(
     if host is anchor:
         slots[ANCHOR] = loader.add(ANCHOR, host)
     for name, source in names.items():
-        slots[name] = loader.add_attribute(_argument(name), source)
+        slots[name] = slots[BASE] if source is None else loader.add_attribute(_argument(name), source)
     for role, source in ((ANCHOR, anchor), (DRAFT, recipe.draft)):
         if source is None:
             slots[role] = slots[BASE]
@@ -112,7 +120,8 @@ def load(
         _allow_captures(models)
     for loaded in models if compile else ():
         compile_layers(loaded.argument, loaded.model, loaded.stack)
-    return Ensemble(models, slots, tuple(names))
+    slots |= {name: slots[name]._replace(context=name) for name in contexts}
+    return Ensemble(models, slots, tuple(names), contexts)
 
 
 class _Loader:
@@ -186,19 +195,19 @@ class _Loader:
             if (given := self.given.get(id(loaded))) is not None:
                 loaded.origin = Origin(loaded.argument, given, loaded.adapters)
         for loaded in self.models[1:]:
-            _check_agreement(self.models[0], loaded)
+            check_agreement(self.models[0], loaded)
         known = [(loaded.argument, loaded.tokenizer) for loaded in self.models if loaded.tokenizer is not None]
         for adapter in (adapter for loaded in self.models for adapter in loaded.adapters):
             if Path(adapter.source).is_dir() and (tokenizer := sources.read_tokenizer(adapter.name, adapter.source)):
                 known.append((adapter.name, tokenizer))
         for argument, tokenizer in known[1:]:
-            _check_tokenizers(known[0][1], argument, tokenizer)
+            check_tokenizers(known[0][1], argument, tokenizer)
         return self.models
 
     def _add_adapter(self, adapter: Adapter) -> Slot:
         loaded = self.slots[_key(self.host)].model
         if not self.recipe.allow_other_base:
-            _check_trained_on(adapter.name, adapter.source, adapter.trained_on, loaded)
+            check_trained_on(adapter.name, adapter.source, adapter.trained_on, loaded)
         loaded.adapters.append(adapter)
         return Slot(loaded, len(loaded.adapters))
 
@@ -206,7 +215,7 @@ class _Loader:
         """An adapter in a model of its own, the host once more."""
         if not self.recipe.allow_other_base:
             trained_on = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
-            _check_trained_on(argument, str(folder), trained_on, self.slots[_key(self.host)].model)
+            check_trained_on(argument, str(folder), trained_on, self.slots[_key(self.host)].model)
         model, place = self._read(argument, self.host)
         if isinstance(self.host, nn.Module):
             model = copy.deepcopy(model)
@@ -280,6 +289,15 @@ def _allow_captures(models: Sequence[LoadedModel]) -> None:
         loaded.new_capture = partial(CAPTURES[loaded.devices[0].type], loaded.devices[0])
 
 
+def _reader(name: str, context: Context, attributes: Mapping[str, Any]) -> Any:
+    """The source of what reads a context: its own, which an attribute's name may stand for, or None, the base."""
+    source = attributes.get(context.source, context.source) if isinstance(context.source, str) else context.source
+    if isinstance(source, Context | Mapping):
+        got = f"{context.source!r}, which is a context too"
+        raise ValueError(f"{_argument(name)}: source: expected an adapter or a model, got {got}")
+    return source
+
+
 def _argument(name: str) -> str:
     return f"attributes[{name!r}]"
 
@@ -291,65 +309,6 @@ def _key(source: Source) -> int | str:
 def _with_adapters(model: Any, peft_models: Sequence[PeftModel]) -> Any:
     """The PeftModel around this very model, if there is one: PEFT has put its layers into the model itself."""
     return next((peft_model for peft_model in peft_models if peft_model.get_base_model() is model), model)
-
-
-def _check_agreement(base: LoadedModel, other: LoadedModel) -> None:
-    if base.model.dtype != other.model.dtype:
-        dtypes = f"expected the base's dtype {base.model.dtype}, got {other.model.dtype}"
-        raise ValueError(f"{other.argument}: {dtypes}; dtype= converts them all")
-    size, other_size = base.vocab_size, other.vocab_size
-    if size != other_size and (base.tokenizer is None or other.tokenizer is None):
-        known = "without the tokenizers of both, which would tell padding from tokens"
-        raise ValueError(
-            f"{other.argument}: expected the base's vocabulary of {size} tokens, got {other_size}, {known}"
-        )
-    for tokenizer in (base.tokenizer, other.tokenizer) if size != other_size else ():
-        assert tokenizer is not None
-        token, token_id = max(_vocabulary(tokenizer).items(), key=lambda item: item[1])
-        if token_id >= min(size, other_size):
-            wanted = f"models of {size} and {other_size} tokens that differ by padding alone"
-            raise ValueError(f"{other.argument}: expected {wanted}, got the token {token!r} of id {token_id}")
-    ends, other_ends = base.eos_token_ids, other.eos_token_ids
-    if other.argument != DRAFT and not set(other_ends) <= set(ends):
-        text = f"its texts end with {list(other_ends)}, those of the base with {list(ends)}, which will be looked for"
-        warnings.warn(f"{other.argument}: {text}", stacklevel=5)
-
-
-def _check_tokenizers(base: PreTrainedTokenizerBase, argument: str, other: PreTrainedTokenizerBase) -> None:
-    ids, other_ids = _vocabulary(base), _vocabulary(other)
-    for token in ids.keys() | other_ids.keys() if ids != other_ids else ():
-        if ids.get(token) != other_ids.get(token):
-            wanted, got = ids.get(token), other_ids.get(token)
-            raise ValueError(f"{argument}: expected token {token!r} to have the base's id {wanted}, got {got}")
-    if argument != DRAFT and other.chat_template and other.chat_template != base.chat_template:
-        text = "its chat template is not the base's, which writes every conversation"
-        warnings.warn(f"{argument}: {text}", stacklevel=5)
-
-
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids by token, but for a padding token of its own: training scripts add one, and no text has it."""
-    ids = dict(tokenizer.get_vocab())
-    if tokenizer.pad_token not in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token):
-        ids.pop(tokenizer.pad_token, None)
-    return ids
-
-
-def _check_trained_on(argument: str, adapter: str, trained_on: str, loaded: LoadedModel) -> None:
-    """Refuse an adapter of a model that surely is another than the one it gets, and warn where nobody can tell."""
-    given, places = loaded.model.name_or_path or "", [trained_on]
-    if trained_on.startswith("."):  # seen from its own folder, by its name or by where that is a link to
-        place = Path(adapter, trained_on)
-        places = [str(place.resolve()), os.path.normpath(place)]
-    verdicts = [sources.is_same_model(place, given) for place in places if trained_on and given]
-    if not verdicts or True in verdicts:
-        return
-    if False in verdicts:
-        got = f"one that was trained on {places[0]}, which is another model"
-        remedy = "allow_other_base=True takes it all the same"
-        raise ValueError(f"{argument}: expected an adapter of {loaded.source}, got {got}; {remedy}")
-    text = f"it was trained on {places[0]}, and attaches to {loaded.source}"
-    remedy = "if that is the same model under another name, load with allow_other_base=True"
-    warnings.warn(f"{argument}: {text}; {remedy}, else its effect is undefined", stacklevel=7)
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

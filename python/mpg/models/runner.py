@@ -153,11 +153,15 @@ class Merge:
 
 
 class Slot(NamedTuple):
-    """A model with one of its adapters (group 0: none) or a sum of them. Roles that share a slot are the same."""
+    """A model with one of its adapters (group 0: none) or a sum of them, under the prompt or a context of this name.
+
+    Roles that share a slot are the same.
+    """
 
     model: LoadedModel
     group: int = 0
     merge: Merge | None = None
+    context: str = ""
 
 
 class ModelRunner:

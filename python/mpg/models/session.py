@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from mpg.models.beginnings import find_beginnings
 from mpg.models.graphs import bucket
 from mpg.models.lora import Layout
 from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
+from mpg.models.shift import PROMPT, OwnText, Shift
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
@@ -32,12 +34,14 @@ class Pair:
     """A text, by its row, under a slot: what a cache row is for.
 
     prompt      that the cache row holds, but for the last token; () where it may have lost some of it
+    own         how the text that it is read for differs from the base's prompt
     is_spoiled  it may hold NaN
     """
 
     row: int
     slot: Slot
     prompt: tuple[int, ...] = ()
+    own: OwnText = PROMPT
     is_spoiled: bool = False
 
 
@@ -47,6 +51,10 @@ class Pool:
 
     runner: ModelRunner
     pairs: list[Pair] = field(default_factory=list)
+
+    @property
+    def is_merged(self) -> bool:
+        return bool(self.runner.key.merged)
 
     def places(self, slots: Iterable[Slot]) -> list[range]:
         """Where the pairs of some slots are, as runs of neighbours."""
@@ -62,12 +70,14 @@ class Pool:
 
 
 class Forward(NamedTuple):
-    """One forward of a route: neighbours of a pool, and the rows that they are of, None for all in order."""
+    """One forward of a route: neighbours of a pool, the rows that they are of, None for all in order, and where they
+    read something else than the base."""
 
     pool: Pool
     places: range
     layout: Layout
     rows: Tensor | None
+    shift: Shift | None
 
 
 class Route(NamedTuple):
@@ -121,29 +131,43 @@ class Session:
         rows: Sequence[int],
         prompts: Sequence[Sequence[int]],
         attributes: Sequence[Sequence[str]] | None = None,
+        contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
     ) -> None:
         """Let some rows hold these prompts but for their last tokens, whatever was there; new ones follow the last row.
 
         attributes: of every prompt, what the roles 0, 1, ... are; default none
+        contexts:   of every prompt, what roles of these names read in its place; default none
 
-        A prompt is read once by a model, or not at all where a row has it still, and copied. Only a merged model, which
-        is another one in every row, reads each of them.
+        A prompt is read once by a model, or not at all where a row has it still, and copied, as its beginning is where
+        many tokens of it are another one's. Only a merged model, another one in every row, reads each of them.
 
         Raises MemoryError where caches have to grow and would not fit.
         """
         for row, names in zip(rows, attributes or [()] * len(prompts), strict=True):
             self._rows[row : row + 1] = [self._slots_of(names)]
         self._arrange()
-        wanted = {row: tuple(prompt) for row, prompt in zip(rows, prompts, strict=True)}
+        wanted = {
+            row: {name: tuple(text) for name, text in {"": prompt, **of_row}.items()}
+            for row, prompt, of_row in zip(rows, prompts, contexts or [{}] * len(prompts), strict=True)
+        }
         todo = [(pool, *self._hand_out(pool, wanted)) for pool in self._pools.values()]
-        held = {len(pair.prompt) for pool in self._pools.values() for pair in pool.pairs}
+        pairs = [pair for pool in self._pools.values() for pair in pool.pairs]
+        held = {len(pair.prompt) for pair in pairs}
         is_whole = len(held) == 1 and all(len(unread) == len(pool.pairs) for pool, unread, _ in todo)
-        self._longest_prompt = max(held)
-        self._longest = max(self._longest, self._longest_prompt)
+        self._longest_prompt = max(len(pair.prompt) - pair.own.shift for pair in pairs)
+        self._longest = max(self._longest, *held)
         self._first = {}
         for pool, unread, copied in todo:
-            logits = self._read(pool, unread, is_whole) if unread else None
-            pool.runner.cache.copy(*_columns(copied), max(map(len, prompts)) - 1)
+            texts = {place: (pair.slot.group, pair.prompt) for place, pair in enumerate(pool.pairs)}
+            known = [place for place, pair in enumerate(pool.pairs) if pair.row not in wanted and not pair.is_spoiled]
+            begun = {} if is_whole or pool.is_merged else find_beginnings(texts, unread, known)
+            whole = [place for place in unread if place not in begun]
+            logits = self._read(pool, dict.fromkeys(whole, 0), is_whole) if whole else None
+            if begun:
+                sources, lengths = zip(*begun.values(), strict=True)
+                pool.runner.cache.copy(sources, list(begun), max(lengths))
+                self._read(pool, dict(zip(begun, lengths, strict=True)), is_whole)
+            pool.runner.cache.copy(*_columns(copied), max(held) - 1)
             if is_whole and logits is not None:
                 for slot in dict.fromkeys(pair.slot for pair in pool.pairs):
                     (places,) = pool.places([slot])
@@ -175,17 +199,21 @@ class Session:
         route = self._routes.get(key) or self._routes.setdefault(key, self._find_route(*key))
         device, vocab_size = self._ensemble.device, self._ensemble.vocab_size
         outputs = [self._first.pop(slot) for slot in route.taken]
-        for pool, places, layout, rows in route.forwards:
-            fed = slice(places.start, places.stop)
+        for pool, places, layout, rows, shift in route.forwards:
+            own, length = (tokens, start), kv_length
+            if shift is not None:
+                own = own if rows is None else (tokens.index_select(0, rows), start.index_select(0, rows))
+                own, length, rows = shift.apply(*own), min(kv_length + shift.longest, self._capacity), None
             with self._ensemble.observer(False):
-                outputs.append(pool.runner.forward(fed, layout, tokens, start, kv_length, rows))
+                fed = slice(places.start, places.stop)
+                outputs.append(pool.runner.forward(fed, layout, *own, length, rows))
+            self._longest = max(self._longest, length)
         # Only here: every device has its work before one of them is waited for.
         outputs = [output.to(device)[..., :vocab_size] for output in outputs]
         logits = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if route.order is not None:
             logits = logits.index_select(0, route.order)
         self._forget_beyond(kv_length)
-        self._longest = max(self._longest, kv_length)
         return logits.unflatten(0, (route.num_roles, len(self._rows)))
 
     def cache_bytes(self) -> int:
@@ -217,6 +245,8 @@ class Session:
             for pool, places in [(pool, places) for pool, places in own if places]:
                 index = torch.tensor(places, device=device)
                 fed, at = torch.tensor([part] * len(places), device=device), torch.full_like(index, first)
+                if (shift := Shift.of([pool.pairs[place].own for place in places], device)) is not None:
+                    fed, at = shift.apply(fed, at)
                 with self._ensemble.observer(True):  # all of the row, as a captured forward may have read it
                     logits = pool.runner.forward(index, pool.layout(places), fed, at, self._capacity)
                 # NaN and +inf reach a row's maximum, -inf only where there is nothing else
@@ -257,7 +287,7 @@ class Session:
         self._open({view: bucket(len(of), 1) for view, of in pairs.items() if len(of) > room.get(view, 0)})
         for view, of_view in pairs.items():
             pool = self._pools[view]
-            of_view.sort(key=lambda pair: (pair.slot.group, pair.row))
+            of_view.sort(key=lambda pair: (pair.slot.group, pair.slot.context, pair.row))
             old = {pair: place for place, pair in enumerate(pool.pairs)}
             moves = [(old[pair], place) for place, pair in enumerate(of_view) if old.get(pair, place) != place]
             pool.runner.cache.copy(*_columns(moves), self._longest)
@@ -265,21 +295,26 @@ class Session:
             if (merge := view[1]) is not None:
                 pool.runner.merge(merge.weights[: len(self._rows)] if merge.differs_by_row else merge.weights)
 
-    def _hand_out(self, pool: Pool, wanted: Mapping[int, tuple[int, ...]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Note the prompts of some rows. out: places where theirs has to be read, and (from, to) where it is copied"""
+    def _hand_out(
+        self, pool: Pool, wanted: Mapping[int, Mapping[str, tuple[int, ...]]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Note the prompts of some rows, by context. out: places where theirs has to be read, and (from, to) where it
+        is copied"""
         holders = {
-            (pair.slot, pair.prompt): place
+            (pair.slot.group, pair.prompt): place
             for place, pair in enumerate(pool.pairs)
-            if wanted.get(pair.row, pair.prompt) == pair.prompt
+            if pair.row not in wanted or wanted[pair.row][pair.slot.context] == pair.prompt
         }
         unread, copied = [], []
         for place, pair in enumerate(pool.pairs):
-            if (prompt := wanted.get(pair.row)) is None:
+            if (texts := wanted.get(pair.row)) is None:
                 continue
+            prompt = texts[pair.slot.context]
+            pair.own = OwnText.of(prompt, texts[""])
             if pair.slot.merge is not None and pair.slot.merge.differs_by_row:
                 unread.append(place)
             elif pair.prompt != prompt:
-                holder = holders.setdefault((pair.slot, prompt), place)
+                holder = holders.setdefault((pair.slot.group, prompt), place)
                 if holder == place:
                     unread.append(place)
                 else:
@@ -287,24 +322,25 @@ class Session:
             pair.prompt, pair.is_spoiled = prompt, False
         return unread, copied
 
-    def _read(self, pool: Pool, places: list[int], is_whole: bool) -> Tensor | None:
-        """Feed a pool the prompts of some places, but for their last tokens unless `is_whole`.
+    def _read(self, pool: Pool, begins: Mapping[int, int], is_whole: bool) -> Tensor | None:
+        """Feed a pool the prompts of some places, each from a position on, but for their last tokens unless `is_whole`.
 
         out: the logits (R, 1, V) behind what was fed last, None where that is nothing
         """
-        prompts, logits, device = [pool.pairs[place].prompt for place in places], None, self._ensemble.device
+        places, logits, device = list(begins), None, self._ensemble.device
+        prompts = [pool.pairs[place].prompt[begin:] for place, begin in begins.items()]
         width = max(map(len, prompts)) - (not is_whole)
         # right-padded: what a short row writes behind its end is written again before it is seen
         padded = [[*prompt, *[0] * (width - len(prompt))][:width] for prompt in prompts]
         tokens = torch.tensor(padded, dtype=torch.int64, device=device)
         is_run = places == list(range(places[0], places[-1] + 1))
         fed = slice(places[0], places[-1] + 1) if is_run else torch.tensor(places, device=device)
+        start, longest = torch.tensor(list(begins.values()), device=device), max(begins.values())
         for first in range(0, width, PREFILL_TOKENS):
             part = tokens[:, first : first + PREFILL_TOKENS]
-            start = torch.full((len(places),), first, device=device)
             with self._ensemble.observer(True):
-                kv_length = first + part.shape[1]
-                logits = pool.runner.forward(fed, pool.layout(places), part, start, kv_length, logits_to_keep=1)
+                kv_length = min(longest + first + part.shape[1], self._capacity)
+                logits = pool.runner.forward(fed, pool.layout(places), part, start + first, kv_length, logits_to_keep=1)
         return logits
 
     def _find_route(self, roles: tuple[Role, ...], read: Collection[Slot]) -> Route:
@@ -323,7 +359,9 @@ class Session:
                 fed = pool.pairs[places.start : places.stop]
                 rows = [pair.row for pair in fed]
                 index = None if rows == every_row else torch.tensor(rows).to(device)
-                forwards.append(Forward(pool, places, pool.layout(places), index))
+                forwards.append(
+                    Forward(pool, places, pool.layout(places), index, Shift.of([pair.own for pair in fed], device))
+                )
                 pairs += fed
         numbers = {(pair.row, pair.slot): number for number, pair in enumerate(pairs)}
         found = []
@@ -337,8 +375,9 @@ class Session:
     def _forget_beyond(self, kv_length: int) -> None:
         """What runs past kv_length is written at its end: among shorter rows one that has ended loses its prompt."""
         if kv_length < self._longest_prompt:
-            for pair in [pair for pool in self._pools.values() for pair in pool.pairs if len(pair.prompt) > kv_length]:
-                pair.prompt = ()
+            for pair in [pair for pool in self._pools.values() for pair in pool.pairs]:
+                if len(pair.prompt) - pair.own.shift > kv_length:
+                    pair.prompt = ()
 
 
 def _view(slot: Slot) -> View:

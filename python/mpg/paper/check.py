@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpg.frontend.prompts import Prompt
 from mpg.model import Model, Weights
 from mpg.models.ensemble import Ensemble
 from mpg.options import MAX_WEIGHT, MIN_WEIGHT, TARGETS, check_weights
@@ -71,9 +72,12 @@ def check(
     alphas = dict(zip(names, check_weights(model.recipe.weigh(weights), names, target), strict=True))
     model = Model(model.models)  # without the recipe's options
     plans, notes = _plan(model.models, {name: alpha for name, alpha in alphas.items() if alpha}, target)
-    token_ids = [model.encode(prompt, raw=raw) for prompt in prompts]
+    for index, prompt in enumerate(prompts):  # before anything runs
+        model.encode(prompt, raw=raw, name=f"prompts[{index}]")
     on_progress = on_progress or (lambda *_: None)
-    sampling = _Sampling(model, token_ids * num_seeds, max_new_tokens, num_seeds, seed, batch_size, on_progress)
+    sampling = _Sampling(
+        model, list(prompts) * num_seeds, raw, max_new_tokens, num_seeds, seed, batch_size, on_progress
+    )
 
     bootstrap = Bootstrap(len(prompts), seed)
     base = sampling.draw(*_BASE, plans[0].weights)
@@ -153,7 +157,8 @@ class _Sampling:
     """
 
     model: Model
-    prompts: list[list[int]]
+    prompts: list[Prompt]
+    raw: bool
     max_new_tokens: int | None
     num_seeds: int
     next_seed: int
@@ -163,7 +168,7 @@ class _Sampling:
     def draw(self, name: str, options: Mapping[str, Any], weights: Mapping[str, float], target: str = "base") -> _Texts:
         """The texts of one sampler. `weights` also names the attributes that are measured."""
         limits = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
-        options = {"target": target, **options, **_UNWARPED, **limits}
+        options = {"target": target, "raw": self.raw, **options, **_UNWARPED, **limits}
         alpha = None if options["target"] == "base" else weights
         label = f"{name} ({options['target']}, {len(self.prompts)} texts)" if alpha else name
         # what only a first call costs is not timed
@@ -177,7 +182,10 @@ class _Sampling:
             started_at = time.perf_counter()
             batch = self.model.generate(prompts, weights=alpha, seed=self.next_seed + first, **options)
             seconds += time.perf_counter() - started_at
-            log_ratios.append(score_texts(self.model.models, tuple(weights), prompts, [r.tokens for r in batch]))
+            token_ids = [self.model.encode(prompt, raw=self.raw) for prompt in prompts]
+            texts = [self.model.encode_contexts(prompt, names=("anchor", *weights), raw=self.raw) for prompt in prompts]
+            of_batch = [result.tokens for result in batch]
+            log_ratios.append(score_texts(self.model.models, tuple(weights), token_ids, of_batch, texts))
             results += batch
         self.on_progress(label, len(self.prompts), len(self.prompts))
         self.next_seed += len(self.prompts)
@@ -195,15 +203,20 @@ class _Sampling:
 
 
 def score_texts(
-    models: Ensemble, attributes: Sequence[str], prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+    models: Ensemble,
+    attributes: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
 ) -> torch.Tensor:
     """log pi_i(text | prompt) - log anchor(text | prompt) of finished texts, in one pass over them (Eq. 15).
 
     prompts, texts: B sequences of token ids each; no text is empty
+    contexts:       of every prompt, what these names read in its place
 
     out: (B, N) float64 on the CPU, in the order of `attributes`; a token adds at most 80 either way
     """
-    anchor, *of_attributes = token_logprobs(models, ("anchor", *attributes), prompts, texts)
+    anchor, *of_attributes = token_logprobs(models, ("anchor", *attributes), prompts, texts, contexts)
     # where neither allows the token, the ratio is 1
     ratios = [torch.where(logprobs == anchor, 0, logprobs - anchor) for logprobs in of_attributes]
     return torch.stack([part.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).sum(1) for part in ratios], 1).cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,18 +13,28 @@ from mpg.options import MAX_CHUNK
 
 @torch.inference_mode()
 def token_logprobs(
-    models: Ensemble, roles: Sequence[str], prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+    models: Ensemble,
+    roles: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
 ) -> torch.Tensor:
     """log p(token | prompt, the text before it) of every token of every text, by R models.
 
     roles:          "base", "anchor", "draft" or attributes
     prompts, texts: B sequences of token ids each; no text is empty
+    contexts:       of every prompt, what roles of these names read in its place
 
     out: (R, B, longest text) float64 on the models' device; 0 beyond the end of a text
     """
     longest_prompt, longest = max(map(len, prompts)), max(map(len, texts))
-    capacity = max(len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True))
-    session = models.open(prompts, roles, capacity)
+    own = (
+        [{"": prompt} for prompt in prompts]
+        if contexts is None
+        else [{"": p, **c} for p, c in zip(prompts, contexts, strict=True)]
+    )
+    capacity = max(len(text) + max(map(len, read.values())) for read, text in zip(own, texts, strict=True))
+    session = models.open(prompts, roles, capacity, contexts=contexts)
     start = torch.tensor([len(prompt) - 1 for prompt in prompts], device=models.device)
     padded = [[prompt[-1], *text, *[0] * (longest - len(text))] for prompt, text in zip(prompts, texts, strict=True)]
     tokens = torch.tensor(padded, device=models.device)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import mpg
 from mpg.demo import SETS
-from mpg.options import describe
+from mpg.options import describe, parse_pair
 
 if TYPE_CHECKING:
     from mpg.recipe import Recipe
@@ -42,6 +42,14 @@ Weights = Annotated[
     typer.Option(
         help="NAME=NUMBER,... such as E=1,T=-0.5, where attributes not named weigh 0; or a preset of the recipe. "
         "Default: the recipe's own weights."
+    ),
+]
+Contexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--context",
+        help="NAME=TEXT: an attribute that is the base with this text for a system message, weighed like any; repeat "
+        "it. In a recipe it may also be a prefix, and be read by an adapter.",
     ),
 ]
 Settings = Annotated[
@@ -78,8 +86,15 @@ def read_recipe(models: str) -> Recipe:
     return Recipe.of(_place(models))
 
 
-def load(models: str, **how: Any) -> mpg.Model:
-    """The models, `how` as `mpg.load` takes it; what is None or False is left to it."""
+def load(models: str, with_contexts: bool = False, **how: Any) -> mpg.Model:
+    """The models, `how` as `mpg.load` takes it; what is None or False is left to it.
+
+    with_contexts: whether calls bring attributes, without which a base needs some of its own
+    """
+    if with_contexts and read_recipe(models).attributes is None:
+        from mpg.models.sources import default_attributes
+
+        how["attributes"] = None if default_attributes(models) else {}
     for name in ("draft", "anchor"):
         if how.get(name) is not None and not Path(how[name]).is_dir():
             raise ValueError(f"{name}: expected a model's folder, got {how[name]!r}")
@@ -91,6 +106,11 @@ def load(models: str, **how: Any) -> mpg.Model:
 
         torch.set_num_threads(1)
     return model
+
+
+def read_contexts(given: list[str] | None) -> dict[str, str]:
+    """Texts by name, of --context."""
+    return dict(parse_pair("context", "NAME=TEXT", text) for text in given or ())
 
 
 def _place(models: str) -> str:

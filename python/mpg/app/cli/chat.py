@@ -13,6 +13,7 @@ from mpg.app.cli import arguments
 @arguments.clear_errors()
 def chat(
     weights: arguments.Weights = None,
+    context: arguments.Contexts = None,
     models: arguments.Models = "demo",
     system: Annotated[str, typer.Option(help="A system prompt, where the chat template takes one.")] = "",
     settings: arguments.Settings = None,
@@ -28,12 +29,12 @@ def chat(
     from mpg.frontend.hf_generate import check_options
     from mpg.recipe import parse_setting
 
-    options = dict(map(parse_setting, settings or ()))
+    options, contexts = dict(map(parse_setting, settings or ())), arguments.read_contexts(context)
     recipe = arguments.read_recipe(models)
     recipe.weigh(weights)  # before minutes of loading, as the options
     check_options(options, recipe.options)
     model = arguments.load(
-        models, device=device, dtype=dtype, quantize=quantize, graphs=graphs,
+        models, bool(contexts), device=device, dtype=dtype, quantize=quantize, graphs=graphs,
         allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
-    run(Chat(model, weights, options, system), Console())
+    run(Chat(model, weights, options, system, contexts), Console())

@@ -36,6 +36,7 @@ def generate(
         ),
     ] = None,
     weights: arguments.Weights = None,
+    context: arguments.Contexts = None,
     models: arguments.Models = "demo",
     method: Annotated[
         str | None,
@@ -84,6 +85,7 @@ def generate(
         "sampler": sampler, "target": target, "max_new_tokens": max_new_tokens, "temperature": temperature,
         "seed": seed, "stop_strings": stop or None, "batch_size": batch_size, "draft": "model" if own_draft else draft,
     }  # fmt: skip
+    from mpg.frontend.contexts import contexts_of
     from mpg.paper.methods import PROMPTED_METHODS, SINGLE_METHODS, answer
     from mpg.recipe import parse_setting
 
@@ -93,9 +95,12 @@ def generate(
     descriptions = dict(parse_pair("describe", "NAME=TEXT", text) for text in describe or ())
     named = [] if device_map is None else device_map.split(",")
     places = dict(parse_pair("device_map", "NAME=DEVICE", text) for text in named) or None
-    recipe, seed = arguments.read_recipe(models), options.pop("seed")
+    recipe, seed, contexts = arguments.read_recipe(models), options.pop("seed"), arguments.read_contexts(context)
     targets = []
     for line in lines:  # before minutes of loading
+        line.contexts = contexts | line.contexts
+        if line.contexts and method is not None:
+            raise ValueError(f"context: expected none under a method, got {next(iter(line.contexts))!r}")
         line.options = options | line.options
         line.weights = weights if line.weights is None else line.weights
         with line.locate_errors():
@@ -103,12 +108,14 @@ def generate(
             targets.append(_check({"seed": seed, **line.options}, recipe, method).target)
     answers = _Answers(lines, seed, as_json, streams=not as_json and method not in SINGLE_METHODS)
     model = arguments.load(
-        models, device=device, dtype=dtype, quantize=quantize, draft=own_draft, anchor=anchor, device_map=places,
-        graphs=graphs, allow_other_base=allow_other_base, merge_adapters=merge_adapters,
+        models, any(line.contexts for line in lines), device=device, dtype=dtype, quantize=quantize, draft=own_draft,
+        anchor=anchor, device_map=places, graphs=graphs, allow_other_base=allow_other_base,
+        merge_adapters=merge_adapters,
     )  # fmt: skip
     for index, (line, of_line) in enumerate(zip(lines if method is None else (), targets, strict=False)):
         with line.locate_errors():
-            check_weights(model.recipe.weigh(line.weights, of_line), model.models.attribute_names, of_line)
+            names = model.models.with_contexts([contexts_of(line.contexts)]).attribute_names
+            check_weights(model.recipe.weigh(line.weights, of_line), names, of_line)
             model.encode(line.prompt, raw=raw, name=f"prompt[{index}]")
     is_hidden = sys.stdout.isatty() or not arguments.err.is_terminal  # the texts are progress enough
     bar = Progress(console=arguments.err, disable=is_hidden, transient=True, redirect_stdout=False)
@@ -125,7 +132,8 @@ def generate(
             asked, weighed = [lines[index].prompt for index in indices], [lines[index].weights for index in indices]
             show = answers.of(indices)
             if method is None:
-                model.generate(asked, weights=weighed, on_result=partial(show, ""), **how)
+                texts = [lines[index].contexts for index in indices]
+                model.generate(asked, weights=weighed, contexts=texts, on_result=partial(show, ""), **how)
             else:
                 answer(model, method, asked, weighed[0], descriptions=descriptions, on_result=show, **how)
 

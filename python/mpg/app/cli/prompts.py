@@ -24,6 +24,7 @@ class Line:
     weights: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     place: str = ""
+    contexts: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def locate_errors(self) -> Iterator[None]:
@@ -90,7 +91,10 @@ def _read_entry(entry: Any, place: str) -> Line:
     [(name, prompt)] = given.items()
     if not isinstance(prompt, (str, list)) or not prompt:
         raise ValueError(f"prompts: {place}: {name}: expected text or a list, not empty, got {prompt!r}")
-    return Line(prompt, options.pop("weights", None), options, place)
+    contexts = options.pop("contexts", {})
+    if not isinstance(contexts, dict):
+        raise ValueError(f"prompts: {place}: contexts: expected an object of texts by name, got {contexts!r}")
+    return Line(prompt, options.pop("weights", None), options, place, contexts)
 
 
 def _name(path: str) -> str:

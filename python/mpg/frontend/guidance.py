@@ -1,0 +1,60 @@
+"""Classifier-free guidance as transformers has it: a context of weight 1 - guidance_scale in the geometric target.
+
+log v = log base + (1 - g) (log negative - log base), which is transformers' g log base + (1 - g) log negative. (Sanchez
+et al., "Stay on topic with Classifier-Free Guidance", 2023.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpg.context import Context
+from mpg.frontend.prompts import as_list, unpad
+
+NAME = "negative prompt"  # of the attribute
+ARGUMENTS = ("negative_prompt", "negative_prompt_ids", "negative_prompt_attention_mask")
+
+
+def guide(
+    scale: Any,
+    negative: Mapping[str, Any],
+    target: str,
+    prompts: Sequence[Sequence[int]],
+    weights: Sequence[Mapping[str, float] | None],
+    contexts: Sequence[Mapping[str, Context]],
+) -> tuple[list[Any], list[dict[str, Context]]]:
+    """Weights and contexts of every prompt with the guidance that a call asks for.
+
+    scale     guidance_scale, None for no guidance
+    negative  those of `ARGUMENTS` that are given: text or another prompt, or ids with their mask; one for all prompts,
+              or one per prompt; without any it is each prompt's last token
+    prompts   token ids
+
+    Raises ValueError, naming the argument, for a scale that is no number, for another target than "geometric", for a
+    negative prompt without a scale, given twice, or as many as there are prompts.
+    """
+    given = {name: value for name, value in negative.items() if value is not None}
+    if scale is None:
+        if given:
+            raise ValueError(f"{next(iter(given))}: expected guidance_scale beside it, got none")
+        return list(weights), [dict(of_prompt) for of_prompt in contexts]
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"guidance_scale: expected a number, got {scale!r}")
+    if target != "geometric":
+        raise ValueError(f"guidance_scale: expected target 'geometric', which it is of, got {target!r}")
+    if "negative_prompt" in given and "negative_prompt_ids" in given:
+        raise ValueError("negative_prompt: expected text or negative_prompt_ids, got both")
+    negatives: list[Any] = [prompt[-1:] for prompt in prompts]
+    if "negative_prompt_ids" in given:
+        negatives, _, _ = unpad(given["negative_prompt_ids"], given.get("negative_prompt_attention_mask"), None)
+    elif "negative_prompt" in given:
+        negatives, _ = as_list(given["negative_prompt"])
+    if len(negatives) == 1:
+        negatives *= len(prompts)
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt: expected one, or one per prompt ({len(prompts)}), got {len(negatives)}")
+    guided = [{**(of_prompt or {}), NAME: 1 - scale} for of_prompt in weights]
+    own = [{**of, NAME: Context(prompt=prompt)} for of, prompt in zip(contexts, negatives, strict=True)]
+    return guided, own

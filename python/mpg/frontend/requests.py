@@ -1,0 +1,56 @@
+"""The requests of a call, checked: what each prompt is asked with, and whether there is room for it.
+
+Knows what models say of themselves; runs none.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mpg.decode.request import Request
+from mpg.frontend.hf_generate import Conventions
+from mpg.models.ensemble import ANCHOR, Ensemble
+from mpg.options import DEFAULT_NEW_TOKENS, Options, check_weights
+
+
+def check_requests(
+    models: Ensemble,
+    prompts: list[list[int]],
+    widths: list[int],
+    weights: Sequence[Any],
+    read: Callable[[str, int], list[int]],
+    options: Options,
+    conventions: Conventions,
+) -> list[Request]:
+    """read: what an attribute, or the anchor, of this name reads in place of the prompt of this index"""
+    copies = conventions.num_return_sequences
+    first = secrets.randbits(32) if options.seed is None else options.seed
+    seeds = first if isinstance(first, Sequence) else [int(first) + i * copies for i in range(len(prompts))]
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seed: expected one number, or one per prompt ({len(prompts)}), got {len(seeds)}")
+    requests: list[Request] = []
+    for index, (token_ids, width, chosen) in enumerate(zip(prompts, widths, weights, strict=True)):
+        alpha = check_weights(chosen, models.attribute_names, options.target)
+        weighed = {name for name, weight in zip(models.attribute_names, alpha, strict=True) if weight}
+        contexts = {name: read(name, index) for name in models.contexts if name in {*weighed, ANCHOR}}
+        texts = {f"prompt {index}": token_ids} | {f"the context {name!r}": ids for name, ids in contexts.items()}
+        longest = max(texts, key=lambda name: len(texts[name]))
+        room = math.inf if models.max_positions is None else models.max_positions - len(texts[longest])
+        positions = f"the model has {models.max_positions} positions and {longest} takes {len(texts[longest])}"
+        if room < 1:
+            raise ValueError(f"prompt: {positions}, expected at least one left for a new token")
+        asked = options.max_new_tokens or conventions.max_new_tokens(index, width)
+        max_new_tokens = int(asked or min(DEFAULT_NEW_TOKENS, room))
+        if max_new_tokens > room:
+            raise ValueError(f"max_new_tokens: {positions}, expected at most {room}, got {max_new_tokens}")
+        asked_weights = {name: float(weight) for name, weight in (chosen or {}).items()}
+        for copy in range(copies):
+            seed = (int(seeds[index]) + copy) % 2**63
+            padding = width - len(token_ids)
+            processor = conventions.processor(len(requests), token_ids, padding, max_new_tokens, models.device)
+            ends = conventions.ends(token_ids, models.device)
+            requests.append(Request(token_ids, alpha, asked_weights, max_new_tokens, seed, processor, ends, contexts))
+    return requests

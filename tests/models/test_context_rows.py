@@ -1,0 +1,134 @@
+"""Attributes that are a model under another text: against full forwards without a cache, and transformers' guidance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import mpg
+from mpg.models import beginnings
+from mpg.models.runner import ModelRunner
+
+PROMPTS = [[3, 4, 5, 6, 7], [9, 8], [11, 12, 13]]
+CONTEXTS = [[21, 22, 23, 24, 25, 26, 27, 7], [30], [31, 32, 33, 34]]  # longer, shorter, with the same end and without
+WEIGHTS = {"E": 0.7, "calm": 0.9, "loud": -0.4}
+NUM_TOKENS = 6
+MODELS = {"llama": {}, "gpt2": {}, "mistral": {"sliding_window": 4}}
+LOUD = [40, 41, 42]
+
+
+@pytest.fixture(params=MODELS)
+def adapted(request, tiny_model):
+    """A model with an adapter, and its own full forward: logprobs(adapter or None, tokens) of the last row."""
+    base = tiny_model(request.param, **MODELS[request.param])
+    modules = ["c_attn", "c_fc"] if request.param == "gpt2" else "all-linear"
+    config = LoraConfig(target_modules=modules, init_lora_weights=False, fan_in_fan_out=request.param == "gpt2")
+    model = get_peft_model(base, config, adapter_name="E").eval()
+
+    @torch.no_grad()
+    def logprobs(adapter, tokens):
+        inputs = torch.tensor([tokens])
+        if adapter is None:
+            with model.disable_adapter():
+                return model(inputs, use_cache=False).logits[0, -1].log_softmax(-1)
+        return model(inputs, use_cache=False).logits[0, -1].log_softmax(-1)
+
+    return model, logprobs
+
+
+def greedy(logprobs, prompt, context):
+    """The geometric target's likeliest text, and its tokens' log-ratios, by forwards of everything so far."""
+    text, ratios = [], []
+    for _ in range(NUM_TOKENS):
+        base = logprobs(None, prompt + text)
+        rows = {
+            "E": logprobs("E", prompt + text),
+            "calm": logprobs(None, context + text),
+            "loud": logprobs("E", LOUD + text),
+        }
+        combined = base + sum(WEIGHTS[name] * (row - base) for name, row in rows.items())
+        token = int(combined.argmax())
+        text.append(token)
+        ratios.append({name: float(row[token] - base[token]) for name, row in rows.items()})
+    return text, ratios
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sampler": "direct"}, {"draft": "reference"}, {"draft": "lookup"}, {"draft": "model", "verify": "token"}],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_text_and_log_ratios_are_those_of_forwards_without_a_cache(options, adapted):
+    """Three prompts of other lengths with contexts of other lengths, one without any, and a row less than texts."""
+    model, logprobs = adapted
+    loaded = mpg.load(model, {"E": "E", "loud": mpg.Context(prompt=LOUD, source="E")}, draft="E", device="cpu")
+    contexts = [{"calm": mpg.Context(prompt=context)} for context in CONTEXTS]
+    results = loaded.generate(
+        [*PROMPTS, [5, 6]], weights=[*[WEIGHTS] * 3, {"E": 1.0}], contexts=[*contexts, {}], temperature=0,
+        max_new_tokens=NUM_TOKENS, trace=True, batch_size=3, **options,
+    )  # fmt: skip
+    for result, prompt, context in zip(results, PROMPTS, CONTEXTS, strict=False):
+        text, ratios = greedy(logprobs, prompt, context)
+        end = len(result.tokens)  # it may have come to an end-of-sequence token
+        assert list(result.tokens) == text[:end]
+        for found, wanted in zip(result.log_ratios, ratios[:end], strict=True):
+            assert found == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["direct", "exact"])
+@pytest.mark.parametrize("negative", [[21, 22, 23, 7], [30], None], ids=["longer", "a token", "none"])
+def test_guidance_is_that_of_transformers(negative, sampler, adapted):
+    """Token for token; without a negative prompt it is the prompt's last token."""
+    model, _ = adapted
+    plain, inputs = mpg.load(model, {}, device="cpu"), torch.tensor([PROMPTS[0]])
+    how = {"guidance_scale": 1.5, "max_new_tokens": NUM_TOKENS, "do_sample": False, "eos_token_id": 60}
+    ids = None if negative is None else torch.tensor([negative])
+    with model.disable_adapter():
+        theirs = model.generate(input_ids=inputs, negative_prompt_ids=ids, **how)
+    ours = plain.generate(input_ids=inputs, negative_prompt_ids=ids, sampler=sampler, **how)
+    assert list(ours[0].tokens) == theirs[0, inputs.shape[1] :].tolist()
+
+
+def test_the_same_text_is_read_once_whatever_it_is_called_and_by_however_many_requests(adapted, monkeypatch):
+    model, _ = adapted
+    loaded, forward, read = mpg.load(model, {}, device="cpu"), ModelRunner.forward, []
+
+    def counting(self, fed, runs, tokens, *arguments, **how):
+        if how:  # logits_to_keep: it reads prompts
+            read.append(len(tokens))
+        return forward(self, fed, runs, tokens, *arguments, **how)
+
+    monkeypatch.setattr(ModelRunner, "forward", counting)
+    one = mpg.Context(prompt=CONTEXTS[0])
+    how = {"weights": {"a": 0.5, "b": 0.5}, "contexts": {"a": one, "b": one}, "max_new_tokens": 2}
+    loaded.generate([PROMPTS[1]] * 2, seed=0, **how)
+    assert read == [2]  # the prompt, and the context, though there are two rows of the one and four of the other
+
+
+@pytest.mark.parametrize("sampler", ["direct", "exact"])
+def test_what_texts_begin_with_alike_is_read_once(sampler, adapted, monkeypatch):
+    """By prompts that come together, and by those that come while another goes on; texts are those without it."""
+    model, _ = adapted
+    shared = [20 + i % 30 for i in range(12)]
+    prompts = [[*shared, *tail] for tail in ([3], [4, 5, 6], [7, 8], [9, 10])]
+    contexts = [{"calm": mpg.Context(prompt=[*shared, 33, *prompt[-2:]])} for prompt in prompts]
+    texts, read = {}, {}
+    for least in (64, 8):
+        monkeypatch.setattr(beginnings, "MIN_SHARED", least)
+        loaded, forward, positions = mpg.load(model, {"E": "E"}, device="cpu"), ModelRunner.forward, []
+
+        def counting(self, fed, runs, tokens, *arguments, forward=forward, positions=positions, **how):
+            if how:
+                positions.append(tokens.numel())
+            return forward(self, fed, runs, tokens, *arguments, **how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelRunner, "forward", counting)
+            results = loaded.generate(
+                prompts, contexts=contexts, weights={"E": 0.5, "calm": 0.8}, batch_size=2, seed=0, sampler=sampler,
+                max_new_tokens=[3, 5][sampler == "exact"],
+            )  # fmt: skip
+        texts[least], read[least] = [result.tokens for result in results], sum(positions)
+    assert texts[8] == texts[64]
+    assert read[8] < read[64] / 2

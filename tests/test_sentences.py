@@ -1,0 +1,149 @@
+"""Attributes that are sentences, on the demo models: of calls, of recipes and the anchor, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import mpg
+from mpg.demo import MODELS
+from mpg.paper.check import check
+from mpg.paper.scoring import token_logprobs
+
+QUESTION, OTHER = "What do you do about the weekend?", "How was the trip?"
+CALM, LOUD = "What do you do about the move? I make a list.", "Guests come along and we dance."
+GREEDY = {"temperature": 0, "max_new_tokens": 12}
+
+
+def told(text, question=QUESTION):
+    return [{"role": "system", "content": text}, {"role": "user", "content": question}]
+
+
+def test_a_sentence_of_weight_one_is_the_base_that_was_told_so(model):
+    expected = [model.generate(told(CALM, question), target="base", **GREEDY) for question in (QUESTION, OTHER)]
+    assert expected[0].tokens != model.generate(QUESTION, target="base", **GREEDY).tokens
+    calls = [
+        {"contexts": {"calm": CALM}},
+        {"contexts": [{"calm": mpg.Context(system=CALM)}, {"calm": {"system": CALM}}]},
+        {"contexts": {"calm": mpg.Context(system=CALM)}, "sampler": "auto"},
+    ]
+    for call in calls:
+        results = model.generate([QUESTION, OTHER], weights={"calm": 1}, **GREEDY, **call)
+        assert [result.tokens for result in results] == [result.tokens for result in expected]
+    assert results[0].weights == {"calm": 1}
+
+
+def test_prompts_of_one_call_may_have_contexts_of_their_own(model):
+    texts = [CALM, LOUD]
+    contexts, weights = [*({"mood": text} for text in texts), {}], [{"mood": 1}, {"mood": 1}, {"E": 1}]
+    results = model.generate([QUESTION] * 3, contexts=contexts, weights=weights, **GREEDY)
+    alone = [model.generate(told(text), target="base", **GREEDY) for text in texts]
+    alone.append(model.generate(QUESTION, weights={"E": 1}, **GREEDY))
+    assert [result.tokens for result in results] == [result.tokens for result in alone]
+
+
+def test_contexts_are_loaded_saved_and_replaced_by_name(tmp_path, model):
+    adapter = MODELS / "adapters" / "E"
+    attributes = {"calm": mpg.Context(system=CALM), "E": adapter, "calm E": {"system": CALM, "source": "E"}}
+    loaded = mpg.load(MODELS, attributes, device=model.models.device)
+    loaded.save_pretrained(tmp_path)
+    expected = {
+        "calm": model.generate(told(CALM), target="base", **GREEDY),
+        "calm E": model.generate(told(CALM), weights={"E": 1}, **GREEDY),
+    }
+    for own in (loaded, mpg.load(tmp_path, device=model.models.device)):
+        assert own.models.attribute_names == ("calm", "E", "calm E")
+        for name, result in expected.items():
+            assert own.generate(QUESTION, weights={name: 1}, **GREEDY).tokens == result.tokens
+    other = loaded.generate(QUESTION, weights={"calm": 1}, contexts={"calm": LOUD}, **GREEDY)
+    assert other.tokens == model.generate(told(LOUD), target="base", **GREEDY).tokens
+    elsewhere = loaded.generate(
+        QUESTION, weights={"E": 1}, contexts={"E": mpg.Context(system=CALM, source="E")}, **GREEDY
+    )
+    assert elsewhere.tokens == expected["calm E"].tokens
+
+
+def test_a_neutral_sentence_may_be_the_anchor(model):
+    """Log-ratios are then to the base under it, and the base's own prompt stays what it was."""
+    loaded = mpg.load(
+        MODELS, {"E": MODELS / "adapters" / "E"}, anchor=mpg.Context(system=CALM), device=model.models.device
+    )
+    result = loaded.generate(QUESTION, weights={"E": 1}, seed=0, trace=True, max_new_tokens=6)
+    prompt, context = loaded.encode(QUESTION), loaded.encode(told(CALM))
+    scored = token_logprobs(loaded.models, ("anchor", "E"), [prompt], [result.tokens], [{"anchor": context}])[:, 0]
+    found = [ratios["E"] for ratios in result.log_ratios]
+    torch.testing.assert_close(torch.tensor(found).double(), (scored[1] - scored[0]).cpu(), atol=1e-4, rtol=1e-4)
+
+
+def test_check_measures_contexts(model):
+    loaded = mpg.load(MODELS, {"calm": mpg.Context(system=CALM)}, device=model.models.device)
+    report = check(loaded, {"calm": 1.0}, [QUESTION, OTHER], num_seeds=1, max_new_tokens=4, seed=0)
+    rows = {row.sampler: row for row in report.sections[0].rows}
+    assert rows["direct"].skipped is None
+    assert "calm" in rows["exact, merged draft"].skipped
+
+
+@pytest.mark.parametrize("negative", [None, [[5, 6, 7]]])
+def test_a_transformers_model_is_guided_by_mpg_as_by_itself(negative):
+    own = AutoModelForCausalLM.from_pretrained(MODELS)
+    inputs = torch.tensor([[3, 4, 5, 6]])
+    negative = None if negative is None else torch.tensor(negative)
+    how = {"negative_prompt_ids": negative, "guidance_scale": 1.7, "max_new_tokens": 8, "do_sample": False}
+    expected = own.generate(inputs, **how)
+    decode = mpg.custom_generate(mpg.load(own, {}))
+    assert torch.equal(own.generate(inputs, custom_generate=decode, **how), expected)
+
+
+LONG = "calm " * 300
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"contexts": {"calm": ""}}, r"contexts\['calm'\]: system: expected some text, got ''"),
+        ({"contexts": ["Be calm."]}, "contexts: expected a mapping from names to contexts, got 'Be calm.'"),
+        ({"contexts": [{}, {}]}, r"contexts: expected one mapping, or one per prompt \(1\), got 2"),
+        ({"contexts": {"E": CALM}}, r"contexts\['E'\]: 'E' is an adapter or a model already; .*source='E'"),
+        ({"contexts": {"base": CALM}}, r"contexts\['base'\]: expected another name than base, anchor, draft, merged"),
+        (
+            {"contexts": {"calm": mpg.Context(system=CALM, source="Q")}},
+            r"contexts\['calm'\]: source: expected base or E; .*given to mpg.load, got 'Q'",
+        ),
+        ({"contexts": {"calm": LONG}}, r"the model has 256 positions and the context 'calm' takes \d+"),
+        ({"weights": {"calm": 1}}, "calm"),
+        ({"contexts": {"calm": CALM}, "weights": {"calm": -1}, "target": "arithmetic"}, "weights: "),
+        ({"contexts": {"calm": CALM}, "draft": "merged"}, "'calm' is a context"),
+        ({"guidance_scale": "much"}, "guidance_scale: expected a number, got 'much'"),
+        ({"guidance_scale": 2, "target": "arithmetic"}, "guidance_scale: expected target 'geometric'"),
+        ({"negative_prompt": "Rude."}, "negative_prompt: expected guidance_scale beside it"),
+        (
+            {"guidance_scale": 2, "negative_prompt": ["a", "b"]},
+            r"negative_prompt: expected one, or one per prompt \(1\)",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(call, message, model):
+    few = mpg.load(MODELS, {"E": MODELS / "adapters" / "E"}, device=model.models.device)
+    with pytest.raises(ValueError, match=message):
+        few.generate(QUESTION, **{"weights": {"calm": 1} if "contexts" in call else {"E": 1}, **call})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"calm": mpg.Context(system=CALM, source="nosuch")}, r"attributes\['calm'\]: expected a model"),
+        (
+            {"calm": {"system": CALM}, "more": {"system": CALM, "source": "calm"}},
+            r"attributes\['more'\]: source: .*context",
+        ),
+        (
+            {"calm": {"sytem": CALM}},
+            r"attributes\['calm'\]: expected some of system, prefix, prompt, source, got 'sytem'",
+        ),
+        ({"draft": {"system": CALM}}, "attributes: expected names other than"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_by_name(attributes, message):
+    with pytest.raises(ValueError, match=message):
+        mpg.load(MODELS, attributes, device="cpu")
