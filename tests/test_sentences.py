@@ -95,6 +95,14 @@ def test_a_transformers_model_is_guided_by_mpg_as_by_itself(negative):
     assert torch.equal(own.generate(inputs, custom_generate=decode, **how), expected)
 
 
+def test_another_prompt_is_read_as_it_is_where_a_conversation_goes_on(model):
+    begun = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "I"}]
+    context = mpg.Context(prompt=[5, 6])
+    how = {"weights": {"other": -0.5}, "contexts": {"other": context}, "seed": 0, "max_new_tokens": 4}
+    result = model.generate(begun, continue_final_message=True, **how)
+    assert result.tokens == model.generate(model.encode(begun, continue_final_message=True), **how).tokens
+
+
 LONG = "calm " * 300
 
 
@@ -111,6 +119,7 @@ LONG = "calm " * 300
             r"contexts\['calm'\]: source: expected base or E; .*given to mpg.load, got 'Q'",
         ),
         ({"contexts": {"calm": LONG}}, r"the model has 256 positions and the context 'calm' takes \d+"),
+        ({"contexts": {"calm": CALM}, "raw": True}, r"contexts\['calm'\]: this call has prompts as they are .*prefix="),
         ({"weights": {"calm": 1}}, "calm"),
         ({"contexts": {"calm": CALM}, "weights": {"calm": -1}, "target": "arithmetic"}, "weights: "),
         ({"contexts": {"calm": CALM}, "draft": "merged"}, "'calm' is a context"),

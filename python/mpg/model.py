@@ -195,7 +195,8 @@ class Model:
 
         def read(name: str, index: int) -> list[int]:
             context, tokenizer = own_contexts[index][name], models.tokenizer
-            return read_context(context, name, prompts[index], encoded[index], tokenizer, models.vocab_size, **how)
+            argument = f"contexts[{name!r}]"
+            return read_context(context, argument, prompts[index], encoded[index], tokenizer, models.vocab_size, **how)
 
         widths = widths or [len(ids) for ids in encoded]
         requests = check_requests(models, encoded, widths, weights, read, checked, conventions)
@@ -236,7 +237,9 @@ class Model:
         """
         models, token_ids = self.models, self.encode(prompt, **how)
         return {
-            name: read_context(context, name, prompt, token_ids, models.tokenizer, models.vocab_size, **how)
+            name: read_context(
+                context, f"contexts[{name!r}]", prompt, token_ids, models.tokenizer, models.vocab_size, **how
+            )
             for name, context in of_prompts(models.contexts, contexts, 1)[0].items()
             if names is None or name in names
         }

@@ -56,6 +56,8 @@ def read_context(
     and where the chat template refuses or drops one.
     """
     if context.prompt is not None:
+        if not isinstance(context.prompt[0], Mapping):  # nothing that could be gone on with
+            how["continue_final_message"] = None
         return encode(context.prompt, tokenizer, vocab_size, raw=raw, name=f"{name}: prompt", **how)
     if tokenizer is None:
         raise ValueError(f"{name}: this model has no tokenizer, expected prompt= as token ids, got text")
