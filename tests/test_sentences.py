@@ -64,6 +64,16 @@ def test_contexts_are_loaded_saved_and_replaced_by_name(tmp_path, model):
     assert elsewhere.tokens == expected["calm E"].tokens
 
 
+@pytest.mark.parametrize("target", ["geometric", "arithmetic"])
+def test_a_merged_draft_is_of_the_adapters_beside_sentences(target, model):
+    """Which changes the speed and not the text, also in a batch where one request has sentences alone."""
+    how = {"contexts": {"calm": CALM}, "weights": [{"E": 0.5, "calm": 0.5}, {"calm": 1}], "target": target, **GREEDY}
+    merged = model.generate([QUESTION, OTHER], draft="merged", **how)
+    direct = model.generate([QUESTION, OTHER], sampler="direct", **how)
+    assert [result.tokens for result in merged] == [result.tokens for result in direct]
+    assert merged[0].stats["rounds"] < len(merged[0].tokens)
+
+
 def test_a_neutral_sentence_may_be_the_anchor(model):
     """Log-ratios are then to the base under it, and the base's own prompt stays what it was."""
     loaded = mpg.load(
@@ -81,7 +91,7 @@ def test_check_measures_contexts(model):
     report = check(loaded, {"calm": 1.0}, [QUESTION, OTHER], num_seeds=1, max_new_tokens=4, seed=0)
     rows = {row.sampler: row for row in report.sections[0].rows}
     assert rows["direct"].skipped is None
-    assert "calm" in rows["exact, merged draft"].skipped
+    assert "got none" in rows["exact, merged draft"].skipped
 
 
 @pytest.mark.parametrize("negative", [None, [[5, 6, 7]]])
@@ -122,7 +132,10 @@ LONG = "calm " * 300
         ({"contexts": {"calm": CALM}, "raw": True}, r"contexts\['calm'\]: this call has prompts as they are .*prefix="),
         ({"weights": {"calm": 1}}, "calm"),
         ({"contexts": {"calm": CALM}, "weights": {"calm": -1}, "target": "arithmetic"}, "weights: "),
-        ({"contexts": {"calm": CALM}, "draft": "merged"}, "'calm' is a context"),
+        (
+            {"contexts": {"calm": CALM}, "draft": "merged"},
+            "draft 'merged', .*: expected attributes .* to merge, got none",
+        ),
         ({"guidance_scale": "much"}, "guidance_scale: expected a number, got 'much'"),
         ({"guidance_scale": 2, "target": "arithmetic"}, "guidance_scale: expected target 'geometric'"),
         ({"negative_prompt": "Rude."}, "negative_prompt: expected guidance_scale beside it"),

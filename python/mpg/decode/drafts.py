@@ -165,7 +165,10 @@ def merged_shares(weights: Tensor, target: str) -> Tensor:
     weights: (B, N), alpha
     out: (B, N)
     """
-    return weights / weights.sum(1, keepdim=True) if target == "arithmetic" else weights
+    if target != "arithmetic":
+        return weights
+    total = weights.sum(1, keepdim=True)
+    return torch.where(total == 0, 0, weights / total)  # of contexts alone none is left to merge
 
 
 def make_draft(models: Ensemble, verified: tuple[str, ...], options: Options) -> Draft:

@@ -126,12 +126,14 @@ def _measure_acceptance(
     scheduler = Scheduler.of(models, requests, direct, eos_token_ids)
     prompts = [request.token_ids for request in requests]
     texts = [result.tokens for result in scheduler.finish(requests)]
-    attributes, alpha = scheduler.attributes, [[request.alpha[i] for i in scheduler.weighed] for request in requests]
+    attributes, merged = scheduler.attributes, scheduler.merged
+    alpha = [request.alpha_of(attributes, models.attribute_names) for request in requests]
     weights = torch.tensor(alpha, dtype=scheduler.batch.weights.dtype, device=models.device)
     seeds = torch.tensor([request.seed for request in requests], device=models.device)
     drafts = {draft: role for draft, role in ROLES.items() if draft != "model" or not models.is_same("draft", "base")}
     try:
-        models = models.merge(attributes, merged_shares(weights, direct.target))
+        of_merged = weights[:, [attributes.index(name) for name in merged]]
+        models = models.merge(merged, merged_shares(of_merged, direct.target))
     except ValueError:  # attributes of more than one model, or none
         del drafts["merged"]
 

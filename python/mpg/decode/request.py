@@ -34,6 +34,10 @@ class Request:
         """That its longest text takes."""
         return max(map(len, [self.token_ids, *self.contexts.values()])) + self.max_new_tokens
 
+    def alpha_of(self, wanted: Sequence[str], names: Sequence[str]) -> list[float]:
+        """Its weights of some of the models' attributes, all of whose names are `names`."""
+        return [self.alpha[names.index(name)] for name in wanted]
+
     def weighed(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the models' attributes that it weighs."""
         return tuple(name for name, alpha in zip(names, self.alpha, strict=True) if alpha)

@@ -93,7 +93,7 @@ class Scheduler:
         plan: str | None = None,
     ):
         self.options, self.eos_token_ids, self.attributes, self.plan = options, eos_token_ids, attributes, plan
-        self.weighed = [models.attribute_names.index(name) for name in attributes]
+        self.merged = [name for name in attributes if name not in models.contexts]  # by a draft that is their sum
         # an adaptive chunk is as long as the host has read that it may be
         self.rounds_ahead = 0 if options.adaptive else rounds_ahead
         self.waiting: deque[Entry] = deque()
@@ -103,8 +103,8 @@ class Scheduler:
 
         room, most = models.rows_to_run(num_rows, num_rows), max(map(len, expected), default=len(attributes))
         dtype = torch.promote_types(models.dtype, torch.float32)
-        self.shares = torch.zeros(room, len(attributes), dtype=dtype, device=models.device)
-        self.models = models.merge(attributes, self.shares) if options.draft == "merged" else models
+        self.shares = torch.zeros(room, len(self.merged), dtype=dtype, device=models.device)
+        self.models = models.merge(self.merged, self.shares) if options.draft == "merged" else models
         numbers = tuple(range(most))  # a sampler's attributes are each request's own
         self.sampler = SAMPLERS[options.sampler](self.models, numbers, options)
         self.session = self.models.open([], self.sampler.roles, capacity, num_rows=room, expected=expected)
@@ -263,7 +263,7 @@ class Scheduler:
         processors = [entry.request.processor for entry in self.rows]
         self.batch.processors = processors if any(processor is not None for processor in processors) else None
         if self.options.draft == "merged" and self.rows:
-            alpha = [[entry.request.alpha[i] for i in self.weighed] for entry in self.rows]
+            alpha = [entry.request.alpha_of(self.merged, self.models.attribute_names) for entry in self.rows]
             weights = torch.tensor(alpha, dtype=self.shares.dtype)
             self.shares[: len(self.rows)] = merged_shares(weights, self.options.target)
 

@@ -141,10 +141,8 @@ class Ensemble:
         slots = [self._slots[name] for name in attributes]
         for name, slot in zip(attributes, slots, strict=True):
             if slot.model is not slots[0].model or slot.group == 0 or slot.context:
-                wanted, got = (
-                    "attributes that are LoRA adapters of one model",
-                    "a context" if slot.context else "another model",
-                )
+                got = "a context" if slot.context else "another model"
+                wanted = "attributes that are LoRA adapters of one model"
                 raise ValueError(f"draft 'merged', method 'soups': expected {wanted}, {name!r} is {got}")
         twin = self.with_roles()
         merge = Merge(attributes, [slot.group for slot in slots], weights)
