@@ -64,6 +64,11 @@ def test_contexts_are_loaded_saved_and_replaced_by_name(tmp_path, model):
     assert elsewhere.tokens == expected["calm E"].tokens
 
 
+def test_a_prompt_that_weighs_what_another_alone_has_is_named(model):
+    with pytest.raises(ValueError, match=r"^contexts\['calm'\]: expected one for prompt 1, which weighs it, got none$"):
+        model.generate([QUESTION, OTHER], contexts=[{"calm": CALM}, {}], weights={"calm": 1})
+
+
 @pytest.mark.parametrize("target", ["geometric", "arithmetic"])
 def test_a_merged_draft_is_of_the_adapters_beside_sentences(target, model):
     """Which changes the speed and not the text, also in a batch where one request has sentences alone."""
@@ -121,6 +126,7 @@ LONG = "calm " * 300
     [
         ({"contexts": {"calm": ""}}, r"contexts\['calm'\]: system: expected some text, got ''"),
         ({"contexts": ["Be calm."]}, "contexts: expected a mapping from names to contexts, got 'Be calm.'"),
+        ({"contexts": [{}]}, "calm"),
         ({"contexts": [{}, {}]}, r"contexts: expected one mapping, or one per prompt \(1\), got 2"),
         ({"contexts": {"E": CALM}}, r"contexts\['E'\]: 'E' is an adapter or a model already; .*source='E'"),
         ({"contexts": {"base": CALM}}, r"contexts\['base'\]: expected another name than base, anchor, draft, merged"),

@@ -35,8 +35,9 @@ class Context:
         if len(given) != 1:
             raise ValueError(f"expected one of {', '.join(TEXTS)}, got {' and '.join(given) or 'none'}")
         text = getattr(self, given[0])
-        if given[0] != "prompt" and not isinstance(text, str):
-            raise ValueError(f"{given[0]}: expected text, got {text!r}")
+        kinds, wanted = (str, "text") if given[0] != "prompt" else (str | list | tuple, "text, messages or token ids")
+        if not isinstance(text, kinds):
+            raise ValueError(f"{given[0]}: expected {wanted}, got {text!r}")
         if not text or (isinstance(text, str) and not text.strip()):
             raise ValueError(f"{given[0]}: expected some text, got {text!r}")
 

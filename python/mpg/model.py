@@ -194,8 +194,9 @@ class Model:
         models = models.with_contexts(own_contexts)
 
         def read(name: str, index: int) -> list[int]:
-            context, tokenizer = own_contexts[index][name], models.tokenizer
-            argument = f"contexts[{name!r}]"
+            argument, tokenizer = f"contexts[{name!r}]", models.tokenizer
+            if (context := own_contexts[index].get(name)) is None:
+                raise ValueError(f"{argument}: expected one for prompt {index}, which weighs it, got none")
             return read_context(context, argument, prompts[index], encoded[index], tokenizer, models.vocab_size, **how)
 
         widths = widths or [len(ids) for ids in encoded]

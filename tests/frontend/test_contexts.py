@@ -30,6 +30,11 @@ def read(context, prompt, tokenizer, **how):
     return read_context(context, "contexts['calm']", prompt, token_ids, tokenizer, VOCABULARY, **how)
 
 
+def test_a_conversation_of_a_system_message_alone_has_the_contexts_instead(tokenizer):
+    calm = [{"role": "system", "content": "Be calm."}]
+    assert read(Context(system="Be calm."), [SYSTEM], tokenizer) == encode(calm, tokenizer, VOCABULARY)
+
+
 @pytest.mark.parametrize("prompt", ["Hello?", [USER], [SYSTEM, USER]])
 def test_a_system_message_takes_the_place_of_the_prompts_own(prompt, tokenizer):
     calm = [{"role": "system", "content": "Be calm."}, USER]
@@ -69,6 +74,7 @@ def test_a_context_may_be_given_as_text_or_as_a_mapping(given, context):
         ({"prefix": ""}, "prefix: expected some text, got ''"),
         ({"prompt": []}, r"prompt: expected some text, got \[\]"),
         ({"system": 3}, "system: expected text, got 3"),
+        ({"prompt": 3}, "prompt: expected text, messages or token ids, got 3"),
         ({}, "expected one of system, prefix, prompt, got none"),
         ({"source": "adapters/E"}, "expected one of system, prefix, prompt, got none"),
         ({"system": "a", "prefix": "b"}, "expected one of system, prefix, prompt, got system and prefix"),

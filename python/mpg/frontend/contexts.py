@@ -75,6 +75,6 @@ def read_context(
         read = encode([{"role": "system", "content": context.system}, *messages], tokenizer, vocab_size, **how)
     except ValueError as error:
         raise ValueError(f"{name}: {way_out}, as the chat template refuses a system message: {error}") from error
-    if read == encode(messages, tokenizer, vocab_size, **how):
+    if messages and read == encode(messages, tokenizer, vocab_size, **how):
         raise ValueError(f"{name}: {way_out}, as the chat template drops the system message")
     return read

@@ -25,7 +25,14 @@ def check_requests(
     options: Options,
     conventions: Conventions,
 ) -> list[Request]:
-    """read: what an attribute, or the anchor, of this name reads in place of the prompt of this index"""
+    """One request for every prompt, or as many as a call asks for of each.
+
+    prompts, widths: token ids, and their number with the padding that came with them
+    weights:         by attribute, of every prompt, or None
+    read:            what an attribute, or the anchor, of this name reads in place of the prompt of this index
+
+    Raises ValueError that names the argument, as `Model.generate` says.
+    """
     copies = conventions.num_return_sequences
     first = secrets.randbits(32) if options.seed is None else options.seed
     seeds = first if isinstance(first, Sequence) else [int(first) + i * copies for i in range(len(prompts))]
