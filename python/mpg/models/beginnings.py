@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 
-MIN_SHARED = 64  # tokens: for fewer a forward more takes longer than it saves
+# Tokens. At 64 two prompts of SmolLM2 are read in .82 of the time, eight in .37, on one thread of a CPU, where 16 pay
+# already; a forward more costs more on a GPU, where it has not been measured.
+MIN_SHARED = 64
 
 Text = tuple[Hashable, Sequence[int]]  # what reads it, and its tokens
 
