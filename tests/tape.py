@@ -7,6 +7,7 @@ it read, an address that it used are those of the recording.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,14 +41,43 @@ class Tape(TorchDispatchMode):
         counts = is_index and any(index is not None and index.dtype == torch.bool for index in args[1])
         if counts or func.overloadpacket.__name__ in FORBIDDEN:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
-        out = func(*args, **(kwargs or {}))
-        self.ops.append((func, args, kwargs or {}, out))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self.ops.append((func, args, kwargs, []))
+        elif not _storages(out) <= _storages([args, kwargs]):  # a view stays one of the same memory
+            variant = _writing_variant(func)
+            if variant is None:
+                self.ops.append((func, args, kwargs, tree_leaves(out)))
+            else:
+                again, names = variant
+                outputs = dict(zip(names, out if isinstance(out, tuple) else [out], strict=True))
+                self.ops.append((again, args, kwargs | outputs, []))
         return out
 
 
 @torch.no_grad()
-def _replay(ops: list[tuple[Any, Any, Any, Any]]) -> None:
+def _replay(ops: list[tuple[Any, Any, Any, list[Any]]]) -> None:
     for func, args, kwargs, recorded in ops:
-        for old, new in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs)), strict=True):
-            if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # neither in place nor a view
+        outputs = func(*args, **kwargs)
+        for old, new in zip(recorded, tree_leaves(outputs), strict=True) if recorded else ():
+            if isinstance(old, Tensor):
                 old.copy_(new)
+
+
+def _storages(values: Any) -> set[int]:
+    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    # a weight in oneDNN's blocks has no storage, and nothing is a view of it
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if not tensor.is_mkldnn}
+
+
+@cache
+def _writing_variant(func: Any) -> tuple[Any, list[str]] | None:
+    """The overload of an op that writes to given tensors, and what it calls these."""
+    packet, inputs = func.overloadpacket, [(each.name, str(each.type)) for each in func._schema.arguments]
+    for overload in (getattr(packet, name) for name in packet.overloads()):
+        arguments = overload._schema.arguments
+        outputs = [each.name for each in arguments if each.is_out]
+        if outputs and inputs == [(each.name, str(each.type)) for each in arguments if not each.is_out]:
+            return overload, outputs
+    return None
