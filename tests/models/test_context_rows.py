@@ -74,6 +74,8 @@ def test_text_and_log_ratios_are_those_of_forwards_without_a_cache(options, adap
         assert list(result.tokens) == text[:end]
         for found, wanted in zip(result.log_ratios, ratios[:end], strict=True):
             assert found == pytest.approx(wanted, abs=1e-3)
+    if options == {"sampler": "direct"}:  # a position of the base and of each attribute that is weighed
+        assert [result.stats["positions_per_token"] for result in results] == [4, 4, 4, 2]
 
 
 @pytest.mark.parametrize("sampler", ["direct", "exact"])
@@ -81,13 +83,17 @@ def test_text_and_log_ratios_are_those_of_forwards_without_a_cache(options, adap
 def test_guidance_is_that_of_transformers(negative, sampler, adapted):
     """Token for token; without a negative prompt it is the prompt's last token."""
     model, _ = adapted
-    plain, inputs = mpg.load(model, {}, device="cpu"), torch.tensor([PROMPTS[0]])
-    how = {"guidance_scale": 1.5, "max_new_tokens": NUM_TOKENS, "do_sample": False, "eos_token_id": 60}
-    ids = None if negative is None else torch.tensor([negative])
+    plain, inputs = mpg.load(model, {}, device="cpu"), torch.tensor([PROMPTS[0], [0, 0, *PROMPTS[2]]])
+    how = {
+        "guidance_scale": 1.5, "max_new_tokens": NUM_TOKENS, "do_sample": False, "eos_token_id": 60, "pad_token_id": 0,
+        "attention_mask": (inputs > 0).long(),
+        "negative_prompt_ids": None if negative is None else torch.tensor([negative] * 2),
+    }  # fmt: skip
     with model.disable_adapter():
-        theirs = model.generate(input_ids=inputs, negative_prompt_ids=ids, **how)
-    ours = plain.generate(input_ids=inputs, negative_prompt_ids=ids, sampler=sampler, **how)
-    assert list(ours[0].tokens) == theirs[0, inputs.shape[1] :].tolist()
+        theirs = model.generate(input_ids=inputs, **how)
+    for result, row in zip(plain.generate(input_ids=inputs, sampler=sampler, **how), theirs, strict=True):
+        new = row[inputs.shape[1] :].tolist()
+        assert new == [*result.tokens, *[0] * (len(new) - len(result.tokens))]
 
 
 def test_the_same_text_is_read_once_whatever_it_is_called_and_by_however_many_requests(adapted, monkeypatch):
@@ -106,12 +112,20 @@ def test_the_same_text_is_read_once_whatever_it_is_called_and_by_however_many_re
     assert read == [2]  # the prompt, and the context, though there are two rows of the one and four of the other
 
 
-@pytest.mark.parametrize("sampler", ["direct", "exact"])
-def test_what_texts_begin_with_alike_is_read_once(sampler, adapted, monkeypatch):
-    """By prompts that come together, and by those that come while another goes on; texts are those without it."""
+RAGGED, EQUAL = ([3], [4, 5, 6], [7, 8], [9, 10]), ([3, 4], [5, 6], [7, 8], [9, 10])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "tails", "num_rows"),
+    [("direct", RAGGED, 2), ("exact", RAGGED, 2), ("direct", EQUAL, 4), ("direct", RAGGED, 1)],
+    ids=["direct", "exact", "of equal length in all rows", "one after another"],
+)
+def test_what_texts_begin_with_alike_is_read_once(sampler, tails, num_rows, adapted, monkeypatch):
+    """By prompts that come together, by those that come while another goes on, and by those that come where another
+    was; texts are those without it."""
     model, _ = adapted
     shared = [20 + i % 30 for i in range(12)]
-    prompts = [[*shared, *tail] for tail in ([3], [4, 5, 6], [7, 8], [9, 10])]
+    prompts = [[*shared, *tail] for tail in tails]
     contexts = [{"calm": mpg.Context(prompt=[*shared, 33, *prompt[-2:]])} for prompt in prompts]
     texts, read = {}, {}
     for least in (64, 8):
@@ -126,8 +140,8 @@ def test_what_texts_begin_with_alike_is_read_once(sampler, adapted, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(ModelRunner, "forward", counting)
             results = loaded.generate(
-                prompts, contexts=contexts, weights={"E": 0.5, "calm": 0.8}, batch_size=2, seed=0, sampler=sampler,
-                max_new_tokens=[3, 5][sampler == "exact"],
+                prompts, contexts=contexts, weights={"E": 0.5, "calm": 0.8}, batch_size=num_rows, seed=0,
+                sampler=sampler, max_new_tokens=[3, 5][sampler == "exact"],
             )  # fmt: skip
         texts[least], read[least] = [result.tokens for result in results], sum(positions)
     assert texts[8] == texts[64]

@@ -100,7 +100,8 @@ class Session:
 
     Positions before a forward's start must have been fed before; feeding a position again replaces what was there, so
     rejecting tokens is starting earlier. No forward starts before the last token of a row's prompt, which every role's
-    first forward feeds: where prompts of one length fill all rows, it has been read with them.
+    first forward feeds: where prompts of one length fill all rows and none begins as another, it has been read with
+    them.
     """
 
     def __init__(
@@ -153,14 +154,13 @@ class Session:
         todo = [(pool, *self._hand_out(pool, wanted)) for pool in self._pools.values()]
         pairs = [pair for pool in self._pools.values() for pair in pool.pairs]
         held = {len(pair.prompt) for pair in pairs}
-        is_whole = len(held) == 1 and all(len(unread) == len(pool.pairs) for pool, unread, _ in todo)
+        is_whole = len(held) == 1 and all(
+            len(pool.pairs) == len(unread) and not begun for pool, unread, begun, _ in todo
+        )
         self._longest_prompt = max(len(pair.prompt) - pair.own.shift for pair in pairs)
         self._longest = max(self._longest, *held)
         self._first = {}
-        for pool, unread, copied in todo:
-            texts = {place: (pair.slot.group, pair.prompt) for place, pair in enumerate(pool.pairs)}
-            known = [place for place, pair in enumerate(pool.pairs) if pair.row not in wanted and not pair.is_spoiled]
-            begun = {} if is_whole or pool.is_merged else find_beginnings(texts, unread, known)
+        for pool, unread, begun, copied in todo:
             whole = [place for place in unread if place not in begun]
             logits = self._read(pool, dict.fromkeys(whole, 0), is_whole) if whole else None
             if begun:
@@ -297,14 +297,18 @@ class Session:
 
     def _hand_out(
         self, pool: Pool, wanted: Mapping[int, Mapping[str, tuple[int, ...]]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Note the prompts of some rows, by context. out: places where theirs has to be read, and (from, to) where it
-        is copied"""
+    ) -> tuple[list[int], dict[int, tuple[int, int]], list[tuple[int, int]]]:
+        """Note the prompts of some rows, by context.
+
+        out: places where theirs has to be read; as `find_beginnings`, where it begins as another one; and (from, to)
+        where it is copied
+        """
         holders = {
             (pair.slot.group, pair.prompt): place
             for place, pair in enumerate(pool.pairs)
             if pair.row not in wanted or wanted[pair.row][pair.slot.context] == pair.prompt
         }
+        held = [pair.prompt for pair in pool.pairs]
         unread, copied = [], []
         for place, pair in enumerate(pool.pairs):
             if (texts := wanted.get(pair.row)) is None:
@@ -320,7 +324,9 @@ class Session:
                 else:
                     copied.append((holder, place))
             pair.prompt, pair.is_spoiled = prompt, False
-        return unread, copied
+        read = {place: (pair.slot.group, pair.prompt) for place, pair in enumerate(pool.pairs)}
+        known = [place for place, pair in enumerate(pool.pairs) if pair.row not in wanted and not pair.is_spoiled]
+        return unread, {} if pool.is_merged else find_beginnings(read, unread, known, held), copied
 
     def _read(self, pool: Pool, begins: Mapping[int, int], is_whole: bool) -> Tensor | None:
         """Feed a pool the prompts of some places, each from a position on, but for their last tokens unless `is_whole`.
