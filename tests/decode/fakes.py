@@ -84,6 +84,11 @@ class FakeModels:
     ) -> FakeSession:
         return FakeSession(self, prompts, roles, capacity, num_rows or len(prompts))
 
+    def merge(self, attributes: Sequence[str], weights: Tensor) -> FakeModels:
+        """Itself: the role "merged" is a table as any."""
+        assert not {*attributes} & {*self.contexts}
+        return self
+
     def rows_to_run(self, num_rows: int, most: int) -> int:
         return num_rows
 

@@ -59,14 +59,14 @@ OF_CONTEXTS = {"E": 0.5, "calm": 0.7, "loud": -0.3}
 COMPANY_WITH_CONTEXTS = [([2, 1], 1, {"T": 0.5}), ([0], 2, {"calm": 0.4, "E": 0.3}), ([1, 1, 0], 4, {"loud": 1.0})]
 DRAFTS = {
     f"{draft}, by {verify}": {"sampler": "exact", "draft": draft, "verify": verify, "chunk_size": 2}
-    for draft in ("reference", "model", "lookup")
+    for draft in ("reference", "model", "lookup", "merged")
     for verify in ("block", "token")
 } | {"direct": {"sampler": "direct"}, "arithmetic": {"sampler": "direct", "target": "arithmetic"}}
 
 
 @pytest.mark.parametrize("name", DRAFTS)
 def test_request_with_contexts_among_others_has_the_law_of_their_texts(name, record_property):
-    models = FakeModels(3, others={"draft": 1.0}, eos_token_ids=[2], contexts=CONTEXTS, seed=5)
+    models = FakeModels(3, others={"draft": 1.0, "merged": 1.0}, eos_token_ids=[2], contexts=CONTEXTS, seed=5)
     options, weights = DRAFTS[name], OF_CONTEXTS if name != "arithmetic" else {**OF_CONTEXTS, "loud": 0.3}
     law = enumerate_in_company(models, PROMPT, NUM_TOKENS, weights, company=COMPANY_WITH_CONTEXTS, **options)
     defect = total_variation(law, target_law(models, PROMPT, NUM_TOKENS, weights, **options))
