@@ -269,6 +269,13 @@ def test_a_mistake_is_refused_with_file_and_key(old, new, message, tmp_path):
         Recipe.of(file)
 
 
+def test_a_sentence_without_its_key_is_told_how_it_is_written(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: {MODELS}\nattributes:\n  calm: Be calm and brief.\n")
+    with pytest.raises(ValueError, match=r"attributes\['calm'\]: expected a folder .*; a text is a context, {system: "):
+        Recipe.of(file)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -91,9 +91,48 @@ def test_a_neutral_sentence_may_be_the_anchor(model):
     torch.testing.assert_close(torch.tensor(found).double(), (scored[1] - scored[0]).cpu(), atol=1e-4, rtol=1e-4)
 
 
-def test_check_measures_contexts(model):
-    loaded = mpg.load(MODELS, {"calm": mpg.Context(system=CALM)}, device=model.models.device)
-    report = check(loaded, {"calm": 1.0}, [QUESTION, OTHER], num_seeds=1, max_new_tokens=4, seed=0)
+def test_an_attribute_that_is_a_sentence_may_be_anchor_and_draft_by_its_name(model):
+    """It reads its sentence there too, whether it is weighed or not."""
+    attributes = {"E": MODELS / "adapters" / "E", "calm": {"system": CALM}}
+    how = {"seed": 0, "trace": True, "max_new_tokens": 6, "weights": {"E": 1}}
+    named = mpg.load(MODELS, attributes, anchor="calm", device=model.models.device)
+    meant = mpg.load(MODELS, attributes, anchor=mpg.Context(system=CALM), device=model.models.device)
+    for result, ratios in zip(*(of.generate(QUESTION, **how).log_ratios for of in (named, meant)), strict=True):
+        assert result["E"] == pytest.approx(ratios["E"], abs=1e-4)
+    drafted = mpg.load(MODELS, attributes, draft="calm", device=model.models.device)
+    assert drafted.generate(QUESTION, weights={"calm": 1}, **GREEDY).stats["accept_rate"] == 1  # its own row
+    expected = model.generate(QUESTION, weights={"E": 1}, **GREEDY)
+    assert drafted.generate(QUESTION, weights={"E": 1}, **GREEDY).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_the_papers_methods_take_sentences_for_attributes(is_loaded, model):
+    attributes = {"E": MODELS / "adapters" / "E", **({"calm": {"system": CALM}} if is_loaded else {})}
+    loaded = mpg.load(MODELS, attributes, device=model.models.device)
+    how = {"max_new_tokens": 6, "temperature": 0} | ({} if is_loaded else {"contexts": {"calm": CALM}})
+    single = mpg.answer(loaded, "dpo-single", [QUESTION, OTHER], {"E": 1, "calm": 1}, **how)
+    told_so = [
+        model.generate(told(CALM, question), target="base", **how | {"contexts": {}}) for question in (QUESTION, OTHER)
+    ]
+    assert [result.tokens for result in single["calm"]] == [result.tokens for result in told_so]
+    [alone] = mpg.answer(loaded, "mod", [QUESTION], {"calm": 2}, **how)[""]
+    assert alone.tokens == told_so[0].tokens
+
+
+def test_guidance_of_one_is_the_base_whatever_the_negative_prompt(model):
+    plain = mpg.load(MODELS, {}, device=model.models.device)
+    result = plain.generate(QUESTION, guidance_scale=1, negative_prompt="Rude.", **GREEDY)
+    assert result.tokens == plain.generate(QUESTION, target="base", **GREEDY).tokens
+
+
+@pytest.mark.parametrize("anchor", [None, "calm"])
+def test_check_measures_contexts(anchor, model):
+    loaded = mpg.load(MODELS, {"calm": mpg.Context(system=CALM)}, anchor=anchor, device=model.models.device)
+    how = {"num_seeds": 1, "max_new_tokens": 4, "seed": 0, "contexts": {"calm": CALM}}
+    weights = {"calm": 1.0} if anchor is None else {"loud": 1.0}
+    if anchor is not None:
+        how["contexts"] = {"loud": LOUD}
+    report = check(loaded, weights, [QUESTION, OTHER], **how)
     rows = {row.sampler: row for row in report.sections[0].rows}
     assert rows["direct"].skipped is None
     assert "got none" in rows["exact, merged draft"].skipped
@@ -129,21 +168,35 @@ LONG = "calm " * 300
         ({"contexts": [{}]}, "calm"),
         ({"contexts": [{}, {}]}, r"contexts: expected one mapping, or one per prompt \(1\), got 2"),
         ({"contexts": {"E": CALM}}, r"contexts\['E'\]: 'E' is an adapter or a model already; .*source='E'"),
-        ({"contexts": {"base": CALM}}, r"contexts\['base'\]: expected another name than base, anchor, draft, merged"),
+        *(
+            ({"contexts": {name: CALM}}, rf"contexts\[{name!r}\]: expected text as a name, and none of base, anchor, ")
+            for name in ("base", "merged", "", " ", 3, None)
+        ),
+        ({"contexts": {"calm": [CALM]}}, r"contexts\['calm'\]: expected one text .*a mapping per prompt, got \["),
         (
             {"contexts": {"calm": mpg.Context(system=CALM, source="Q")}},
             r"contexts\['calm'\]: source: expected base or E; .*given to mpg.load, got 'Q'",
         ),
-        ({"contexts": {"calm": LONG}}, r"the model has 256 positions and the context 'calm' takes \d+"),
+        ({"contexts": {"calm": LONG}}, r"contexts\['calm'\]: the model has 256 .* the context 'calm' takes \d+"),
         ({"contexts": {"calm": CALM}, "raw": True}, r"contexts\['calm'\]: this call has prompts as they are .*prefix="),
         ({"weights": {"calm": 1}}, "calm"),
         ({"contexts": {"calm": CALM}, "weights": {"calm": -1}, "target": "arithmetic"}, "weights: "),
         (
             {"contexts": {"calm": CALM}, "draft": "merged"},
-            "draft 'merged', .*: expected attributes .* to merge, got none",
+            "draft 'merged', .*: expected LoRA adapters .* to merge, got none",
         ),
         ({"guidance_scale": "much"}, "guidance_scale: expected a number, got 'much'"),
         ({"guidance_scale": 2, "target": "arithmetic"}, "guidance_scale: expected target 'geometric'"),
+        ({"guidance_scale": 2, "negative_prompt": ""}, "negative_prompt: prompt: expected some text, got ''"),
+        ({"guidance_scale": 2, "negative_prompt": 3}, "negative_prompt: .*, got 3"),
+        (
+            {"guidance_scale": 2, "negative_prompt_ids": torch.zeros(1, 2)},
+            "negative_prompt_ids: .*: expected integers",
+        ),
+        (
+            {"guidance_scale": 2, "contexts": {"negative prompt": CALM}, "weights": {"negative prompt": 1}},
+            r"contexts\['negative prompt'\]: expected another name",
+        ),
         ({"negative_prompt": "Rude."}, "negative_prompt: expected guidance_scale beside it"),
         (
             {"guidance_scale": 2, "negative_prompt": ["a", "b"]},
@@ -170,6 +223,8 @@ def test_what_cannot_be_is_refused_by_name(call, message, model):
             r"attributes\['calm'\]: expected some of system, prefix, prompt, source, got 'sytem'",
         ),
         ({"draft": {"system": CALM}}, "attributes: expected names other than"),
+        ({" ": {"system": CALM}}, "attributes: expected names other than"),
+        ({"calm": CALM}, r"attributes\['calm'\]: expected a model .*; a text is a context: mpg.Context\(system=...\)"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_by_name(attributes, message):

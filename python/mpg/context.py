@@ -35,7 +35,8 @@ class Context:
         if len(given) != 1:
             raise ValueError(f"expected one of {', '.join(TEXTS)}, got {' and '.join(given) or 'none'}")
         text = getattr(self, given[0])
-        kinds, wanted = (str, "text") if given[0] != "prompt" else (str | list | tuple, "text, messages or token ids")
+        kinds: Any = str | list | tuple if given[0] == "prompt" else str
+        wanted = "text, messages or a list of token ids" if given[0] == "prompt" else "text"
         if not isinstance(text, kinds):
             raise ValueError(f"{given[0]}: expected {wanted}, got {text!r}")
         if not text or (isinstance(text, str) and not text.strip()):

@@ -159,6 +159,7 @@ class Model:
         started_at = time.perf_counter()
         models = self.models
         negative = {name: options.pop(name) for name in guidance.ARGUMENTS if name in options}
+        scale = options.get("guidance_scale", getattr(generation_config, "guidance_scale", None))
         chosen, conventions = Conventions.of(
             generation_config,
             options,
@@ -189,7 +190,9 @@ class Model:
             for index, prompt in enumerate(prompts)
         ]
         own_contexts = of_prompts(models.contexts, contexts, len(prompts))
-        scale, weights = conventions.fields.get("guidance_scale"), self._weights(weights, len(prompts), checked.target)
+        weights = self._weights(weights, len(prompts), checked.target)
+        if scale == 1 and not any(weights):  # no guidance, of nothing else
+            checked = replace(checked, target="base" if checked.target == "geometric" else checked.target)
         weights, own_contexts = guidance.guide(scale, negative, checked.target, encoded, weights, own_contexts)
         models = models.with_contexts(own_contexts)
 
@@ -232,17 +235,17 @@ class Model:
     def encode_contexts(
         self, prompt: Prompt, contexts: Contexts | None = None, *, names: Collection[str] | None = None, **how: Any
     ) -> dict[str, list[int]]:
-        """Token ids of what attributes and the anchor read in place of a prompt, by name: of these names, or of all.
+        """Token ids of what is read in place of a prompt, by context: by these roles and attributes, or by all.
 
         contexts, how: as `generate` has them, beside the loaded ones
         """
-        models, token_ids = self.models, self.encode(prompt, **how)
+        own, token_ids = of_prompts(self.models.contexts, contexts, 1), self.encode(prompt, **how)
+        models = self.models.with_contexts(own)
         return {
             name: read_context(
-                context, f"contexts[{name!r}]", prompt, token_ids, models.tokenizer, models.vocab_size, **how
+                own[0][name], f"contexts[{name!r}]", prompt, token_ids, models.tokenizer, models.vocab_size, **how
             )
-            for name, context in of_prompts(models.contexts, contexts, 1)[0].items()
-            if names is None or name in names
+            for name in (models.contexts if names is None else models.contexts_of(names))
         }
 
     def _plan(

@@ -301,7 +301,8 @@ def _source(argument: str, value: Any, folder: Path, names: Container[str] = ())
     owner, slash, _ = value.partition("/")
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and not (slash and (folder / owner).is_dir()):
         return value
-    raise ValueError(f"{argument}: expected a folder that exists or a hub name, got {value!r} ({path})")
+    hint = "; a text is a context, {system: ...}" if len(value.split()) > 2 else ""
+    raise ValueError(f"{argument}: expected a folder that exists or a hub name, got {value!r} ({path}){hint}")
 
 
 def _places(what: str, value: Any, known: Sequence[str] | None = None) -> dict[str, Any]:

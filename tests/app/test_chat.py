@@ -240,6 +240,12 @@ def test_the_oldest_turns_are_left_out_where_positions_run_short_and_stay_in_the
         chat.answer(messages, lambda token: None)
         assert len(chat.history) == 2 * (turn + 1)
     assert num_left_out
+    neutral = mpg.Context(system="You are a person. " * 20)
+    anchored = mpg.load(MODELS, {"E": MODELS / "adapters" / "E"}, anchor=neutral, device=model.models.device)
+    chat = Chat(anchored, "E=1", {"seed": 0, "max_new_tokens": 60})
+    for _ in range(3):  # the anchor reads the longest text
+        chat.answer(chat.prompt(QUESTION)[0], lambda token: None)
+    assert chat.prompt(QUESTION)[1]
 
 
 def test_models_without_a_chat_template_are_refused():

@@ -26,9 +26,11 @@ def test_command_prints_one_json_object_or_tables(prompts, run):
     printed = json.loads(done.stdout)
     assert printed["num_prompts"] == 2
     assert {row["sampler"] for row in printed["sections"][1]["rows"]} >= {"base", "scr"}
-    done = run(*SHORT, "--prompts", prompts)
+    weighed = ["--context", "calm=Be calm.", "--weights", "E=1,calm=-0.5"]  # the last weights count
+    done = run(*SHORT, "--prompts", prompts, *weighed)
     assert done.exit_code == 0, done.stderr
     assert "intended shift" in done.stdout
+    assert "calm=-0.5" in done.stdout
 
 
 def test_models_without_questions_of_their_own_are_asked_neutral_ones(run, monkeypatch):
@@ -51,6 +53,7 @@ def test_models_without_questions_of_their_own_are_asked_neutral_ones(run, monke
             "line 2: seed: expected none of a single prompt under mpg check",
         ),
         ('{"prompt": "a", "weights": {"E": 1}}\n{"prompt": "b"}', "line 1: weights: expected none of a single prompt"),
+        ('{"prompt": "a", "contexts": {"calm": "b"}}\n{"prompt": "b"}', "line 1: contexts: expected none of a single"),
         (None, "expected a file that can be read, got"),
     ],
 )

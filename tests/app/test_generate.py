@@ -359,13 +359,19 @@ def test_contexts_are_attributes_of_the_call_and_of_single_lines(model, run, tmp
     lines.write_text(json.dumps({"prompt": PROMPT, "contexts": {"calm": {"system": "Be calm."}}}))
     for arguments in (["--context", "calm=Be calm.", "--prompt", PROMPT], ["--prompts", lines]):
         assert lines_of(run("generate", *arguments, *how))[0]["tokens"] == list(expected)
+    how += ["--prompt", PROMPT]
+    done = run("generate", "--context", "calm=Be calm.", "--method", "dpo-single", *how)
+    assert [(answer["attribute"], answer["tokens"]) for answer in lines_of(done)] == [("calm", list(expected))]
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in MODELS.iterdir():
         if file.is_file() and file.name != "mpg.yaml":
             (bare / file.name).symlink_to(file)
-    done = run("generate", "--models", bare, "--context", "calm=Be calm.", "--prompt", PROMPT, *how)
+    done = run("generate", "--models", bare, "--context", "calm=Be calm.", *how)
     assert lines_of(done)[0]["tokens"] == list(expected)
+    guided = model.generate(PROMPT, guidance_scale=1.5, temperature=0, max_new_tokens=5).tokens
+    done = run("generate", "--set", "guidance_scale=1.5", *how[2:])
+    assert lines_of(done)[0]["tokens"] == list(guided)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +379,7 @@ def test_contexts_are_attributes_of_the_call_and_of_single_lines(model, run, tmp
     [
         (["--context", "calm"], "context: expected NAME=TEXT, got 'calm'"),
         (["--context", "E=Be calm."], "contexts['E']: 'E' is an adapter or a model already"),
-        (["--context", "calm=Be calm.", "--method", "mod"], "context: expected none under a method, got 'calm'"),
+        (["--context", "calm=Be calm.", "--context", "calm=Be."], "context: 'calm' is given twice, expected once"),
     ],
 )
 def test_contexts_that_cannot_be_are_refused(arguments, message, run):

@@ -74,7 +74,7 @@ def test_a_context_may_be_given_as_text_or_as_a_mapping(given, context):
         ({"prefix": ""}, "prefix: expected some text, got ''"),
         ({"prompt": []}, r"prompt: expected some text, got \[\]"),
         ({"system": 3}, "system: expected text, got 3"),
-        ({"prompt": 3}, "prompt: expected text, messages or token ids, got 3"),
+        ({"prompt": 3}, "prompt: expected text, messages or a list of token ids, got 3"),
         ({}, "expected one of system, prefix, prompt, got none"),
         ({"source": "adapters/E"}, "expected one of system, prefix, prompt, got none"),
         ({"system": "a", "prefix": "b"}, "expected one of system, prefix, prompt, got system and prefix"),

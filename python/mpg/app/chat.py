@@ -19,6 +19,7 @@ from mpg.files import whole_file
 from mpg.frontend.contexts import contexts_of
 from mpg.frontend.hf_generate import check_options
 from mpg.model import Model, Weights
+from mpg.models.ensemble import ROLES
 from mpg.options import DEFAULT_NEW_TOKENS, OPTIONS, Options, check_weights, has_option, hint
 from mpg.recipe import parse_setting
 from mpg.results import Result, Token
@@ -198,7 +199,7 @@ class Chat:
 
     def _count_positions(self, messages: list[Message], contexts: Mapping[str, str]) -> int:
         """Of the longest text that a model reads."""
-        names = {*contexts, *(name for name, weight in (self.weights or {}).items() if weight)}
+        names = {*ROLES, *contexts, *(name for name, weight in (self.weights or {}).items() if weight)}
         texts = self.model.encode_contexts(messages, contexts, names=names)
         return max(map(len, [self.model.encode(messages), *texts.values()]))
 

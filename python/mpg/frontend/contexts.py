@@ -32,6 +32,10 @@ def contexts_of(given: Any) -> dict[str, Context]:
     """The contexts that a caller means by a mapping, or by None."""
     if not isinstance(given, Mapping | None):
         raise ValueError(f"contexts: expected a mapping from names to contexts, got {given!r}")
+    for name, text in (given or {}).items():
+        if isinstance(text, list | tuple):
+            wanted = "one text for all prompts, or contexts=[{...}, ...] with a mapping per prompt"
+            raise ValueError(f"contexts[{name!r}]: expected {wanted}, got {text!r}")
     return {name: Context.of(f"contexts[{name!r}]", text) for name, text in (given or {}).items()}
 
 

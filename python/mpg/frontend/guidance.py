@@ -27,7 +27,7 @@ def guide(
 ) -> tuple[list[Any], list[dict[str, Context]]]:
     """Weights and contexts of every prompt with the guidance that a call asks for.
 
-    scale     guidance_scale, None for no guidance
+    scale     guidance_scale, None or 1 for no guidance
     negative  those of `ARGUMENTS` that are given: text or another prompt, or ids with their mask; one for all prompts,
               or one per prompt; without any it is each prompt's last token
     prompts   token ids
@@ -42,19 +42,29 @@ def guide(
         return list(weights), [dict(of_prompt) for of_prompt in contexts]
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"guidance_scale: expected a number, got {scale!r}")
+    if scale == 1:
+        return list(weights), [dict(of_prompt) for of_prompt in contexts]
     if target != "geometric":
         raise ValueError(f"guidance_scale: expected target 'geometric', which it is of, got {target!r}")
     if "negative_prompt" in given and "negative_prompt_ids" in given:
         raise ValueError("negative_prompt: expected text or negative_prompt_ids, got both")
+    if any(NAME in of_prompt for of_prompt in contexts):
+        raise ValueError(f"contexts[{NAME!r}]: expected another name beside guidance_scale, which has this one")
     negatives: list[Any] = [prompt[-1:] for prompt in prompts]
-    if "negative_prompt_ids" in given:
-        negatives, _, _ = unpad(given["negative_prompt_ids"], given.get("negative_prompt_attention_mask"), None)
-    elif "negative_prompt" in given:
-        negatives, _ = as_list(given["negative_prompt"])
+    try:
+        if "negative_prompt_ids" in given:
+            negatives, _, _ = unpad(given["negative_prompt_ids"], given.get("negative_prompt_attention_mask"), None)
+        elif "negative_prompt" in given:
+            negatives, _ = as_list(given["negative_prompt"])
+    except ValueError as error:
+        raise ValueError(f"{next(iter(given))}: {error}") from None
     if len(negatives) == 1:
         negatives *= len(prompts)
     if len(negatives) != len(prompts):
         raise ValueError(f"negative_prompt: expected one, or one per prompt ({len(prompts)}), got {len(negatives)}")
     guided = [{**(of_prompt or {}), NAME: 1 - scale} for of_prompt in weights]
-    own = [{**of, NAME: Context(prompt=prompt)} for of, prompt in zip(contexts, negatives, strict=True)]
+    own = [
+        {**of_prompt, NAME: Context.of(next(iter(given), NAME), {"prompt": negative})}
+        for of_prompt, negative in zip(contexts, negatives, strict=True)
+    ]
     return guided, own

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from mpg.decode.batch import Processor
+from mpg.frontend import guidance
 from mpg.options import OPTIONS, Options, check_truth, hint
 
 Criterion: TypeAlias = Callable[[Tensor, None], Any]
@@ -60,7 +61,8 @@ _THEIRS = {*vars(GenerationConfig()), *_THEIR_ARGUMENTS, *REASONS} - {"self", "i
 _THEIR_DEFAULTS = GenerationConfig._get_default_generation_params()
 _ARGUMENTS = (
     "weights", "raw", "on_token", "on_result", "input_ids", "attention_mask", "generation_config", "logits_processor",
-    "stopping_criteria", "streamer", "tokenizer", "continue_final_message", "chat_template_kwargs",
+    "stopping_criteria", "streamer", "tokenizer", "continue_final_message", "chat_template_kwargs", "contexts",
+    *guidance.ARGUMENTS,
 )  # fmt: skip
 _HAVE_STATE = (  # a drafted position is asked for more than once, or in vain
     "SynthIDTextWatermarkLogitsProcessor",

@@ -12,7 +12,7 @@ from typing import Any
 
 from mpg.decode.request import Request
 from mpg.frontend.hf_generate import Conventions
-from mpg.models.ensemble import ANCHOR, Ensemble
+from mpg.models.ensemble import ANCHOR, ROLES, Ensemble
 from mpg.options import DEFAULT_NEW_TOKENS, Options, check_weights
 
 
@@ -42,13 +42,15 @@ def check_requests(
     for index, (token_ids, width, chosen) in enumerate(zip(prompts, widths, weights, strict=True)):
         alpha = check_weights(chosen, models.attribute_names, options.target)
         weighed = {name for name, weight in zip(models.attribute_names, alpha, strict=True) if weight}
-        contexts = {name: read(name, index) for name in models.contexts if name in {*weighed, ANCHOR}}
+        contexts = {name: read(name, index) for name in models.contexts_of({*ROLES, *weighed})}
         texts = {f"prompt {index}": token_ids} | {f"the context {name!r}": ids for name, ids in contexts.items()}
         longest = max(texts, key=lambda name: len(texts[name]))
         room = math.inf if models.max_positions is None else models.max_positions - len(texts[longest])
         positions = f"the model has {models.max_positions} positions and {longest} takes {len(texts[longest])}"
         if room < 1:
-            raise ValueError(f"prompt: {positions}, expected at least one left for a new token")
+            context = next((name for name, ids in contexts.items() if ids is texts[longest]), None)
+            argument = "prompt" if context is None else ANCHOR if context == ANCHOR else f"contexts[{context!r}]"
+            raise ValueError(f"{argument}: {positions}, expected at least one left for a new token")
         asked = options.max_new_tokens or conventions.max_new_tokens(index, width)
         max_new_tokens = int(asked or min(DEFAULT_NEW_TOKENS, room))
         if max_new_tokens > room:

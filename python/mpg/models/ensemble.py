@@ -102,8 +102,9 @@ class Ensemble:
             if self.contexts.get(name) is context:
                 continue
             argument, known = f"contexts[{name!r}]", [BASE, *self.attribute_names]
-            if name in ROLES or name == MERGED or not name:
-                raise ValueError(f"{argument}: expected another name than {', '.join((*ROLES, MERGED))}, got {name!r}")
+            if not isinstance(name, str) or not name.strip() or name in (*ROLES, MERGED):
+                wanted = f"text as a name, and none of {', '.join((*ROLES, MERGED))}"
+                raise ValueError(f"{argument}: expected {wanted}, got {name!r}")
             source = context.source if context.source is not None else BASE
             if name in self.contexts and context.source is None:
                 source = name
@@ -127,6 +128,11 @@ class Ensemble:
         twin.attribute_names = tuple(dict.fromkeys((*self.attribute_names, *sources)))
         return twin
 
+    def contexts_of(self, roles: Collection[str]) -> list[str]:
+        """The names of the contexts that these roles read."""
+        read = {self._slots[role].context for role in roles}
+        return [name for name in self.contexts if name in read]
+
     def merge(self, attributes: Sequence[str], weights: Tensor) -> Ensemble:
         """The same loaded models with one more role: "merged", the weighted sum of LoRA adapters.
 
@@ -137,7 +143,7 @@ class Ensemble:
         Raises ValueError unless the attributes are adapters of one model.
         """
         if not attributes:
-            raise ValueError("draft 'merged', method 'soups': expected attributes with a weight to merge, got none")
+            raise ValueError("draft 'merged', method 'soups': expected LoRA adapters with a weight to merge, got none")
         slots = [self._slots[name] for name in attributes]
         for name, slot in zip(attributes, slots, strict=True):
             if slot.model is not slots[0].model or slot.group == 0 or slot.context:

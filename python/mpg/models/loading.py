@@ -94,7 +94,7 @@ def load(
             wanted += f", given here or found as {Path(host, 'adapters', 'NAME', ADAPTER_CONFIG)}"
         raise ValueError(f"attributes: expected {wanted}, got none")
     for name in names:
-        if not isinstance(name, str) or not name or name in (*ROLES, MERGED):
+        if not isinstance(name, str) or not name.strip() or name in (*ROLES, MERGED):
             wanted = f"names other than {BASE!r}, {ANCHOR!r}, {DRAFT!r} and {MERGED!r}"
             raise ValueError(f"attributes: expected {wanted}, got {name!r}")
 
@@ -103,7 +103,8 @@ def load(
     if host is anchor:
         slots[ANCHOR] = loader.add(ANCHOR, host)
     for name, source in names.items():
-        slots[name] = slots[BASE] if source is None else loader.add_attribute(_argument(name), source)
+        slot = slots[BASE] if source is None else loader.add_attribute(_argument(name), source)
+        slots[name] = slot._replace(context=name) if name in contexts else slot
     for role, source in ((ANCHOR, anchor), (DRAFT, recipe.draft)):
         if source is None:
             slots[role] = slots[BASE]
@@ -120,7 +121,8 @@ def load(
         _allow_captures(models)
     for loaded in models if compile else ():
         compile_layers(loaded.argument, loaded.model, loaded.stack)
-    slots |= {name: slots[name]._replace(context=name) for name in contexts}
+    if ANCHOR in contexts:
+        slots[ANCHOR] = slots[ANCHOR]._replace(context=ANCHOR)
     return Ensemble(models, slots, tuple(names), contexts)
 
 

@@ -47,7 +47,9 @@ def check_found(argument: str, source: Source, host: Source) -> None:
         wanted += f" or an adapter ({ADAPTER_CONFIG})"
     if not is_base and isinstance(host, PeftModel):
         wanted += f" or an adapter of {sorted(host.peft_config)}"
-    raise ValueError(f"{argument}: expected {wanted}, got {nothing_in(source, CONFIG)}")
+    is_sentence = not is_base and len(str(source).split()) > 2
+    hint = "; a text is a context: mpg.Context(system=...), {system: ...} in a recipe" if is_sentence else ""
+    raise ValueError(f"{argument}: expected {wanted}, got {nothing_in(source, CONFIG)}{hint}")
 
 
 def nothing_in(source: str | Path, name: str) -> str:

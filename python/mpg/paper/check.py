@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpg.frontend.contexts import contexts_of
 from mpg.frontend.prompts import Prompt
-from mpg.model import Model, Weights
+from mpg.model import Contexts, Model, Weights
 from mpg.models.ensemble import Ensemble
 from mpg.options import MAX_WEIGHT, MIN_WEIGHT, TARGETS, check_weights
 from mpg.paper.report import Report, Row, Section
@@ -37,6 +38,7 @@ def check(
     weights: Weights | None,
     prompts: Sequence[Any],
     *,
+    contexts: Contexts | None = None,
     target: str = "geometric",
     max_new_tokens: int | None = None,
     num_seeds: int = 1,
@@ -53,6 +55,7 @@ def check(
     exact sampler of that same target.
 
     weights      as in `Model.generate`, one for all prompts; a recipe's options do not count
+    contexts     as there, one mapping for all prompts
     prompts      at least 2, each as `Model.generate` takes one
     target       what direct and exact draw from: "arithmetic", "anchored" or "geometric"
     num_seeds    texts per prompt and sampler
@@ -68,10 +71,11 @@ def check(
     for name, value in (("num_seeds", num_seeds), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-    names = model.models.attribute_names
+    models = model.models.with_contexts([contexts_of(contexts)])
+    names = models.attribute_names
     alphas = dict(zip(names, check_weights(model.recipe.weigh(weights), names, target), strict=True))
-    model = Model(model.models)  # without the recipe's options
-    plans, notes = _plan(model.models, {name: alpha for name, alpha in alphas.items() if alpha}, target)
+    model = Model(models)  # without the recipe's options
+    plans, notes = _plan(models, {name: alpha for name, alpha in alphas.items() if alpha}, target)
     for index, prompt in enumerate(prompts):  # before anything runs
         model.encode(prompt, raw=raw, name=f"prompts[{index}]")
     on_progress = on_progress or (lambda *_: None)

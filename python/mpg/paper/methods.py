@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mpg.model import Model, OnToken, Prompt, Weights
+from mpg.frontend.contexts import contexts_of
+from mpg.model import Contexts, Model, OnToken, Prompt, Weights
 from mpg.models.ensemble import Ensemble
 from mpg.options import check_weights
 from mpg.results import Result
@@ -66,6 +67,7 @@ def answer(
     prompts: Sequence[Prompt],
     weights: Weights | None = None,
     *,
+    contexts: Contexts | None = None,
     descriptions: Mapping[str, str] | None = None,
     raw: bool = False,
     on_token: OnToken = None,
@@ -77,6 +79,7 @@ def answer(
     method        a name in `METHODS`
     prompts       a list of texts or conversations; also of token ids, except under preference prompting
     weights       as in `Model.generate`, for every prompt; the base alone ignores them
+    contexts      as there, for every prompt
     descriptions  for preference prompting: what an attribute is, in words; goes before those in `DESCRIPTIONS`
     raw           as in `Model.generate`
     on_token      as there; under `SINGLE_METHODS` one attribute's texts after another's
@@ -90,7 +93,7 @@ def answer(
     Raises ValueError, naming the argument, for an unknown method and where a method lacks what it needs.
     """
     sampler = sampler_of(method, options)
-    models = model.models
+    models = model.models.with_contexts([contexts_of(contexts)])
     if method.endswith("-specialized") and models.is_same("base", "anchor"):
         raise ValueError(f"method: {method!r} needs {_SPECIALISED}; got a base that is the anchor")
     requests = list(prompts)

@@ -110,7 +110,12 @@ def load(models: str, with_contexts: bool = False, **how: Any) -> mpg.Model:
 
 def read_contexts(given: list[str] | None) -> dict[str, str]:
     """Texts by name, of --context."""
-    return dict(parse_pair("context", "NAME=TEXT", text) for text in given or ())
+    contexts: dict[str, str] = {}
+    for name, text in (parse_pair("context", "NAME=TEXT", text) for text in given or ()):
+        if name in contexts:
+            raise ValueError(f"context: {name!r} is given twice, expected once")
+        contexts[name] = text
+    return contexts
 
 
 def _place(models: str) -> str:

@@ -24,6 +24,7 @@ PROMPTS = str(files("mpg.app") / "prompts.txt")
 @arguments.clear_errors()
 def check(
     weights: arguments.Weights = None,
+    context: arguments.Contexts = None,
     models: arguments.Models = "demo",
     prompts: Annotated[
         str | None,
@@ -53,9 +54,11 @@ def check(
         raise ValueError(f"prompts: expected at least 2, to tell a shift from chance, got {len(lines)} in {prompts}")
     for line in lines or ():
         with line.locate_errors():
-            if more := [*line.options, *["weights"] * (line.weights is not None)]:
+            own = {"weights": line.weights is not None, "contexts": line.contexts}
+            if more := [*line.options, *(name for name, given in own.items() if given)]:
                 raise ValueError(f"{more[0]}: expected none of a single prompt under mpg check")
     arguments.read_recipe(models).weigh(weights)  # before minutes of loading
+    contexts = arguments.read_contexts(context)
     from mpg.paper import report as reports
 
     if plot is not None:
@@ -70,7 +73,7 @@ def check(
     if lines is None:
         arguments.err.print(f"prompts: {len(chosen)} that come with mpg; --prompts FILE measures on yours", style="dim")
     model = arguments.load(
-        models, device=device, dtype=dtype, quantize=quantize, draft=draft,
+        models, bool(contexts), device=device, dtype=dtype, quantize=quantize, draft=draft,
         allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
     with Progress(console=arguments.err, disable=not arguments.err.is_terminal, transient=True) as progress:
@@ -82,7 +85,7 @@ def check(
             progress.update(tasks[label], completed=done)
 
         report = measure(
-            model, weights, chosen, target=target, max_new_tokens=max_new_tokens, num_seeds=seeds,
+            model, weights, chosen, contexts=contexts, target=target, max_new_tokens=max_new_tokens, num_seeds=seeds,
             seed=seed, batch_size=batch_size, raw=raw, on_progress=on_progress,
         )  # fmt: skip
     if as_json:

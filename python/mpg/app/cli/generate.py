@@ -99,8 +99,6 @@ def generate(
     targets = []
     for line in lines:  # before minutes of loading
         line.contexts = contexts | line.contexts
-        if line.contexts and method is not None:
-            raise ValueError(f"context: expected none under a method, got {next(iter(line.contexts))!r}")
         line.options = options | line.options
         line.weights = weights if line.weights is None else line.weights
         with line.locate_errors():
@@ -115,7 +113,9 @@ def generate(
     for index, (line, of_line) in enumerate(zip(lines if method is None else (), targets, strict=False)):
         with line.locate_errors():
             names = model.models.with_contexts([contexts_of(line.contexts)]).attribute_names
-            check_weights(model.recipe.weigh(line.weights, of_line), names, of_line)
+            weighed = model.recipe.weigh(line.weights, of_line)
+            if weighed is not None or line.options.get("guidance_scale") is None:
+                check_weights(weighed, names, of_line)
             model.encode(line.prompt, raw=raw, name=f"prompt[{index}]")
     is_hidden = sys.stdout.isatty() or not arguments.err.is_terminal  # the texts are progress enough
     bar = Progress(console=arguments.err, disable=is_hidden, transient=True, redirect_stdout=False)
@@ -135,7 +135,8 @@ def generate(
                 texts = [lines[index].contexts for index in indices]
                 model.generate(asked, weights=weighed, contexts=texts, on_result=partial(show, ""), **how)
             else:
-                answer(model, method, asked, weighed[0], descriptions=descriptions, on_result=show, **how)
+                how |= {"contexts": lines[indices[0]].contexts, "descriptions": descriptions}
+                answer(model, method, asked, weighed[0], on_result=show, **how)
 
 
 def _check(options: dict[str, Any], recipe: Recipe, method: str | None) -> Options:
@@ -151,11 +152,12 @@ def _check(options: dict[str, Any], recipe: Recipe, method: str | None) -> Optio
 
 
 def _alike(lines: list[Line], method: str | None) -> list[list[int]]:
-    """The indices of lines that one call can answer: of the same options, and under a method of the same weights."""
+    """The indices of lines that one call can answer: of the same options, and under a method of the same weights
+    and contexts."""
     calls: dict[str, list[int]] = {}
     for index, line in enumerate(lines):
         shared = {name: value for name, value in line.options.items() if name != "seed"}
-        key = json.dumps([shared, method and line.weights], sort_keys=True, default=str)
+        key = json.dumps([shared, method and [line.weights, line.contexts]], sort_keys=True, default=str)
         calls.setdefault(key, []).append(index)
     return list(calls.values())
 
