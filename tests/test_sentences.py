@@ -195,7 +195,13 @@ LONG = "calm " * 300
         ),
         (
             {"guidance_scale": 2, "contexts": {"negative prompt": CALM}, "weights": {"negative prompt": 1}},
-            r"contexts\['negative prompt'\]: expected another name",
+            "contexts: expected another name than 'negative prompt', which guidance_scale has",
+        ),
+        ({"guidance_scale": 2, "weights": {"negative prompt": 1}}, "weights: expected another name"),
+        ({"guidance_scale": 1e6}, "guidance_scale: expected 1, or 1e-06 to 10000 from it, got 1000000.0"),
+        (
+            {"guidance_scale": 2, "negative_prompt_attention_mask": torch.ones(1, 2)},
+            "negative_prompt_attention_mask: expected negative_prompt_ids beside it",
         ),
         ({"negative_prompt": "Rude."}, "negative_prompt: expected guidance_scale beside it"),
         (

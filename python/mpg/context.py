@@ -41,6 +41,8 @@ class Context:
             raise ValueError(f"{given[0]}: expected {wanted}, got {text!r}")
         if not text or (isinstance(text, str) and not text.strip()):
             raise ValueError(f"{given[0]}: expected some text, got {text!r}")
+        if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{given[0]}: expected text that UTF-8 can hold, got {text!r}")
 
     @classmethod
     def of(cls, name: str, given: Any) -> Context:

@@ -38,7 +38,8 @@ class FakeModels:
     same        roles that are one model with the base; the others each have rows of their own
     others      more roles, and the standard deviation of their logits around the base's
     spread      standard deviation of the attributes' logits around the base's
-    contexts    more attributes, by name: the role whose rows each has, and the tokens that it reads for a prompt
+    contexts    more attributes, by name: the role whose rows each has, and the tokens that it reads for a prompt; of
+                the name "anchor" those of the anchor
     """
 
     dtype, device, tokenizer, max_positions = torch.float64, torch.device("cpu"), None, None
@@ -65,7 +66,7 @@ class FakeModels:
             self.logits.setdefault(role, base + deviation * noise)
         self.logits.setdefault("draft", base)
         self.contexts = contexts or {}
-        self.attribute_names += tuple(self.contexts)
+        self.attribute_names += tuple(name for name in self.contexts if name != "anchor")
         for name, (role, _) in self.contexts.items():
             self.logits[name] = self.logits[role].clone()  # which is_same tells apart
         self._log_rows: dict[tuple[str, tuple[int, ...]], Tensor] = {}
@@ -319,7 +320,7 @@ def enumerate_in_company(
 
     def request(prompt: Sequence[int], limit: int, weights: dict[str, float], seed: int) -> Request:
         alpha = tuple(weights.get(name, 0.0) for name in models.attribute_names)
-        contexts = {name: list(text) for name, (_, text) in models.contexts.items() if name in weights}
+        contexts = {name: list(text) for name, (_, text) in models.contexts.items() if name in {*weights, "anchor"}}
         return Request(list(prompt), alpha, weights, limit, seed, contexts=contexts)
 
     def run(replaying: Replaying, batch_size: int) -> list[tuple[int, ...]]:

@@ -61,13 +61,26 @@ DRAFTS = {
     f"{draft}, by {verify}": {"sampler": "exact", "draft": draft, "verify": verify, "chunk_size": 2}
     for draft in ("reference", "model", "lookup", "merged")
     for verify in ("block", "token")
-} | {"direct": {"sampler": "direct"}, "arithmetic": {"sampler": "direct", "target": "arithmetic"}}
+} | {
+    "direct": {"sampler": "direct"},
+    "anchored": {"sampler": "exact", "target": "anchored", "draft": "merged", "chunk_size": 2},
+    "arithmetic": {"sampler": "direct", "target": "arithmetic"},
+    "over a span": {"sampler": "exact", "target": "arithmetic", "mixture_span": "sequence", "chunk_size": 2},
+}
 
 
-@pytest.mark.parametrize("name", DRAFTS)
-def test_request_with_contexts_among_others_has_the_law_of_their_texts(name, record_property):
-    models = FakeModels(3, others={"draft": 1.0, "merged": 1.0}, eos_token_ids=[2], contexts=CONTEXTS, seed=5)
-    options, weights = DRAFTS[name], OF_CONTEXTS if name != "arithmetic" else {**OF_CONTEXTS, "loud": 0.3}
+@pytest.mark.parametrize(
+    ("name", "anchor"),
+    [*((name, None) for name in DRAFTS), ("direct", ("base", [2, 2, 0])), ("merged, by block", ("base", [0]))],
+    ids=str,
+)
+def test_request_with_contexts_among_others_has_the_law_of_their_texts(name, anchor, record_property):
+    """Of two contexts and an adapter, also against a neutral sentence."""
+    contexts = CONTEXTS if anchor is None else {**CONTEXTS, "anchor": anchor}
+    models = FakeModels(3, others={"draft": 1.0, "merged": 1.0}, eos_token_ids=[2], contexts=contexts, seed=5)
+    options, weights = DRAFTS[name], OF_CONTEXTS
+    if options.get("target") == "arithmetic":
+        weights = {**OF_CONTEXTS, "loud": 0.3}
     law = enumerate_in_company(models, PROMPT, NUM_TOKENS, weights, company=COMPANY_WITH_CONTEXTS, **options)
     defect = total_variation(law, target_law(models, PROMPT, NUM_TOKENS, weights, **options))
     record_property("defect", defect)

@@ -72,6 +72,7 @@ def test_a_context_may_be_given_as_text_or_as_a_mapping(given, context):
         ("", "system: expected some text, got ''"),
         (" \n", "system: expected some text, got ' "),
         ({"prefix": ""}, "prefix: expected some text, got ''"),
+        ({"prefix": "a\udcff"}, "prefix: expected text that UTF-8 can hold, got 'a"),
         ({"prompt": []}, r"prompt: expected some text, got \[\]"),
         ({"system": 3}, "system: expected text, got 3"),
         ({"prompt": 3}, "prompt: expected text, messages or a list of token ids, got 3"),

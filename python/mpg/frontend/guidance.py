@@ -12,6 +12,7 @@ from typing import Any
 
 from mpg.context import Context
 from mpg.frontend.prompts import as_list, unpad
+from mpg.options import MAX_WEIGHT, MIN_WEIGHT
 
 NAME = "negative prompt"  # of the attribute
 ARGUMENTS = ("negative_prompt", "negative_prompt_ids", "negative_prompt_attention_mask")
@@ -32,8 +33,8 @@ def guide(
               or one per prompt; without any it is each prompt's last token
     prompts   token ids
 
-    Raises ValueError, naming the argument, for a scale that is no number, for another target than "geometric", for a
-    negative prompt without a scale, given twice, or as many as there are prompts.
+    Raises ValueError, naming the argument, for a scale that is no number or too far from 1, for another target than
+    "geometric", and for a negative prompt that is empty, without a scale, given twice, or not one per prompt.
     """
     given = {name: value for name, value in negative.items() if value is not None}
     if scale is None:
@@ -44,12 +45,17 @@ def guide(
         raise ValueError(f"guidance_scale: expected a number, got {scale!r}")
     if scale == 1:
         return list(weights), [dict(of_prompt) for of_prompt in contexts]
+    if not MIN_WEIGHT <= abs(1 - scale) <= MAX_WEIGHT:
+        raise ValueError(f"guidance_scale: expected 1, or {MIN_WEIGHT:g} to {MAX_WEIGHT:g} from it, got {scale!r}")
     if target != "geometric":
         raise ValueError(f"guidance_scale: expected target 'geometric', which it is of, got {target!r}")
     if "negative_prompt" in given and "negative_prompt_ids" in given:
         raise ValueError("negative_prompt: expected text or negative_prompt_ids, got both")
-    if any(NAME in of_prompt for of_prompt in contexts):
-        raise ValueError(f"contexts[{NAME!r}]: expected another name beside guidance_scale, which has this one")
+    if set(given) == {"negative_prompt_attention_mask"}:
+        raise ValueError("negative_prompt_attention_mask: expected negative_prompt_ids beside it, got none")
+    for argument, of_prompts in (("contexts", contexts), ("weights", weights)):
+        if any(NAME in (of_prompt or {}) for of_prompt in of_prompts):
+            raise ValueError(f"{argument}: expected another name than {NAME!r}, which guidance_scale has, got it")
     negatives: list[Any] = [prompt[-1:] for prompt in prompts]
     try:
         if "negative_prompt_ids" in given:
