@@ -80,7 +80,17 @@ def test_other_keys_and_roles_are_the_templates_to_judge(patched):
     assert text(called, patched(template)) == "user None True.assistant None False.tool x True."
     refuses = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('no such role') }}{% endif %}"
     with pytest.raises(ValueError, match=r"^prompt: expected messages that the chat template takes.*: no such role"):
-        encode([{"role": "judge", "content": "hi"}], patched(refuses), VOCABULARY)
+        encode([{"role": "tool", "content": "hi"}], patched(refuses), VOCABULARY)
+
+
+def test_a_role_that_neither_the_template_nor_anyone_names_is_refused(patched):
+    """A template that prints any role would tell the model of a misspelt one."""
+    prints = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    judged = [USER, {"role": "judge", "content": "hi"}]
+    with pytest.raises(ValueError, match=r"^prompt: message 1: expected a role that the chat .*assistant.*got 'judge'"):
+        encode(judged, patched(prints), VOCABULARY)
+    named = "{% for m in messages if m['role'] != 'judge' %}{{ m['content'] }}{% endfor %}"
+    assert encode(judged, patched(named), VOCABULARY)
 
 
 def test_final_message_is_continued_or_answered_as_the_caller_says(tokenizer):

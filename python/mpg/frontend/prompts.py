@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Messages | Sequence[int]
+# Of a message where the chat template names no others: a template that prints any role would print a misspelt one.
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _QUIET = {"verbose": False}  # no warning of its own about a long prompt, which is refused where the model is known
 
 
@@ -73,7 +75,11 @@ def encode(
     elif not tokenizer.chat_template:
         raise ValueError(f"{name}: this model has no chat template, expected a string, got {prompt!r}")
     else:
-        messages = [{"role": "user", "content": prompt}] if is_text else _read_messages(prompt, name)
+        messages = (
+            [{"role": "user", "content": prompt}]
+            if is_text
+            else _read_messages(prompt, name, str(tokenizer.chat_template))
+        )
         if continue_final_message is None and messages[-1]["role"] == "assistant":
             wanted = "continue_final_message=True to go on with it, or False for a turn of its own"
             raise ValueError(f"{name}: the last message is the assistant's, expected {wanted}, got neither")
@@ -92,13 +98,16 @@ def encode(
     return token_ids
 
 
-def _read_messages(messages: Messages, name: str) -> list[dict[str, Any]]:
+def _read_messages(messages: Messages, name: str, template: str) -> list[dict[str, Any]]:
     """The messages with their contents as text, everything else in them left to the chat template."""
     read = []
     for index, message in enumerate(messages):
         role, content, place = message.get("role"), message.get("content"), f"{name}: message {index}"
         if not isinstance(role, str) or not role:
             raise ValueError(f"{place}: expected a role, got {role!r}")
+        if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
+            wanted = f"a role that the chat template names, or one of {', '.join(ROLES)}"
+            raise ValueError(f"{place}: expected {wanted}, got {role!r}")
         if isinstance(content, (list, tuple)):
             content = "".join(_read_part(part, place) for part in content)
         if content is not None and not isinstance(content, str):
