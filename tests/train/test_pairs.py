@@ -6,9 +6,10 @@ import json
 import re
 
 import pytest
+from huggingface_hub import HfApi
 
 from mpg.demo import MODELS
-from mpg.train.pairs import data_hash, read_pairs, split
+from mpg.train.pairs import SOURCES, data_hash, read_pairs, split
 
 TRAITS = MODELS.parent / "traits"
 DIMENSIONS = "Extraversion (E) - Introversion (I), Judging (J) - Perceiving(P)"
@@ -113,23 +114,49 @@ def test_a_saved_dataset_is_read(tmp_path):
         read(tmp_path / "no_train")
 
 
-def test_a_dataset_of_the_hub_is_read_and_one_that_is_not_there_refused(monkeypatch):
+def test_a_dataset_of_the_hub_is_read_and_one_that_cannot_be_is_refused(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(name, split):
         asked.append((name, split))
-        if name == "no/such":
+        if name == "no/train":
             raise ConnectionError("no network")
         return [SOUND]
 
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: asked.append(name))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("some/pairs") == [tuple(SOUND.values())]
-    assert asked == [("some/pairs", "train")]
-    with pytest.raises(
-        ValueError, match=r"^data: expected a file, a folder or a dataset of the hub, got no/such: Conn"
-    ):
-        read("no/such")
+    assert asked == ["some/pairs", ("some/pairs", "train")]
+    with pytest.raises(ValueError, match=rf"^data: expected {SOURCES}, got no/train: ConnectionError: no network"):
+        read("no/train")
+
+
+def test_what_is_not_there_is_refused_after_one_question_to_the_hub_and_none_about_paths(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def dataset_info(self, name, timeout):
+        asked.append(name)
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    for name in ("./nosuch", "/no/such", "~/such", "../a/b", "here/nosuch", tmp_path / "nosuch"):
+        with pytest.raises(ValueError, match=rf"^data: expected {SOURCES}, got '.*', which is no file or folder$"):
+            read(name)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    for name in ("nosuch", "no/such"):
+        with pytest.raises(ValueError, match=rf"got '{name}', which is .* the hub: ConnectionError: no network \(with"):
+            read(name)
+    assert asked == ["nosuch", "no/such"]
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [SOUND])
+    assert read("in/cache") == [tuple(SOUND.values())]
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

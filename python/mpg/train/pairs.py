@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+
 from mpg.files import refuse_unreadable_text
 
 SUFFIXES = (".jsonl", ".json")
@@ -23,6 +26,8 @@ PREAMBLE = re.compile(
 POLES = re.compile(r"\((\w)\) - \w+ ?\((\w)\)")  # as the preamble names them: Extraversion (E) - Introversion (I)
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what `datasets` saves beside its files
 COLUMNS = ("prompt", "chosen", "rejected")
+SOURCES = "a file, a folder or a dataset of the hub"
+HUB_SECONDS = 5.0  # that it may take to answer
 
 Prompt = str | list[dict[str, str]]
 
@@ -126,7 +131,7 @@ def _rows(data: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     elif path.is_file() or path.suffix in SUFFIXES:  # no dataset of the hub is called so
         files = [path]
     else:
-        yield from _dataset_rows(path)
+        yield from _dataset_rows(str(data))
         return
     for file in files:
         for place, row in _file_rows(file):
@@ -151,20 +156,37 @@ def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{file}, line {line_number}: expected JSON; {error.msg} at column {error.colno}") from None
 
 
-def _dataset_rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _dataset_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
+    is_saved = Path(source).is_dir()
+    if not is_saved and not datasets.config.HF_HUB_OFFLINE:  # offline its cache is searched at once
+        _check_on_hub(source)
     try:
-        is_saved = source.is_dir()
-        found = datasets.load_from_disk(str(source)) if is_saved else datasets.load_dataset(str(source), split="train")
+        found = datasets.load_from_disk(source) if is_saved else datasets.load_dataset(source, split="train")
     except Exception as error:  # its types are those of a file system and of an HTTP client
-        wanted = "a file, a folder or a dataset of the hub"
-        raise ValueError(f"data: expected {wanted}, got {source}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"data: expected {SOURCES}, got {source}: {type(error).__name__}: {error}") from error
     if isinstance(found, dict):
         if "train" not in found:
             raise ValueError(f"data: expected a part 'train' in {source}, got {', '.join(found)}")
         found = found["train"]
     yield from ((f"{source}, row {number}", row) for number, row in enumerate(found))
+
+
+def _check_on_hub(name: str) -> None:
+    """Refuse what the hub, asked once, does not have. A download would be tried again for half a minute."""
+    owner, slash, _ = name.partition("/")
+    why = "no file or folder"
+    try:
+        if not (slash and Path(owner or "/").is_dir()):
+            HfApi().dataset_info(name, timeout=HUB_SECONDS)
+            return
+    except HFValidationError:  # nor can a dataset be called so
+        pass
+    except Exception as error:  # its types are those of an HTTP client, another in every version of the hub's package
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        why += f", nor found on the hub: {reason} (with HF_HUB_OFFLINE=1 its cache is searched instead)"
+    raise ValueError(f"data: expected {SOURCES}, got {name!r}, which is {why}")
 
 
 def _persona(row: dict[str, Any]) -> re.Match[str] | None:
