@@ -260,6 +260,15 @@ def test_bad_input_is_one_line_on_stderr(arguments, message, run):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", [("generate", "--prompt", PROMPT), ("check",), ("chat",)], ids=lambda c: c[0])
+def test_a_preset_of_a_folder_that_has_none_is_told_its_attributes_before_it_is_loaded(command, run, tmp_path):
+    (tmp_path / "adapters").symlink_to(MODELS / "adapters")  # beside no model
+    done = run(*command, "--models", tmp_path, "--weights", "ESTJ")
+    assert done.exit_code == 2
+    wanted = "weights: expected NAME=NUMBER,... of E, J, S, T (there are no presets), got 'ESTJ'"
+    assert wanted in " ".join(done.stderr.split())
+
+
 def test_generate_takes_stop_strings_a_batch_size_and_a_device_map(model, monkeypatch, run):
     how = {"weights": {"E": 1}, "seed": 4, "stop_strings": ["!", "ing"]}
     arguments = ["--weights", "E=1", "--prompt", PROMPT, "--seed", 4, "--stop", "!", "--stop", "ing", "--json"]

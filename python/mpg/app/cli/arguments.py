@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,10 +81,15 @@ MergeAdapters = Annotated[
 
 
 def read_recipe(models: str) -> Recipe:
-    """What --models means, where it names one."""
+    """What --models means: the recipe that it names, or one of a folder's own attributes."""
     from mpg.recipe import Recipe
 
-    return Recipe.of(_place(models))
+    recipe = Recipe.of(_place(models))
+    if recipe.attributes is not None:
+        return recipe
+    from mpg.models.sources import default_attributes
+
+    return replace(recipe, attributes=default_attributes(models))
 
 
 def load(models: str, with_contexts: bool = False, **how: Any) -> mpg.Model:
@@ -91,10 +97,8 @@ def load(models: str, with_contexts: bool = False, **how: Any) -> mpg.Model:
 
     with_contexts: whether calls bring attributes, without which a base needs some of its own
     """
-    if with_contexts and read_recipe(models).attributes is None:
-        from mpg.models.sources import default_attributes
-
-        how["attributes"] = None if default_attributes(models) else {}
+    if with_contexts and not read_recipe(models).attributes:
+        how["attributes"] = {}
     for name in ("draft", "anchor"):
         if how.get(name) is not None and not Path(how[name]).is_dir():
             raise ValueError(f"{name}: expected a model's folder, got {how[name]!r}")
