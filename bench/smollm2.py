@@ -27,8 +27,8 @@ from mpg.paper.methods import answer
 from turns import Row, Say, shares, take_turns
 
 TYPES: dict[str, dict[str, Any]] = {
-    "float32": {"dtype": torch.float32},
-    "bfloat16": {"dtype": torch.bfloat16},
+    "float32": {"dtype": torch.float32, "quantize": "int4-draft"},
+    "bfloat16": {"dtype": torch.bfloat16, "quantize": "int4-draft"},
     "int4": {"quantize": "int4"},
 }
 # Own call, other call, batch, how many times as fast by the processor's time on a CPU; of several drafts the best
@@ -42,7 +42,7 @@ GOALS = (
 LLAMA_CPP_GOAL = 0.5  # of its tokens a second, by the base of four bits that both have
 MAX_KL = 0.005  # nats a token that a type may lose against float32
 NUM_MODELS = (1, 2, 4, 8)
-DRAFTS = ("reference", "merged", "lookup")
+DRAFTS = ("reference", "merged", "lookup", "model")  # the last is the base in four bits, beside one that is not
 NUM_TEXTS, STEP = 12, 4  # that are compared, so many tokens at once: few, as when a token is decoded
 
 
@@ -97,7 +97,7 @@ def measure(new_tokens: int, runs: int, say: Say, models: str = "smollm2") -> li
     say(f"{models}, tokens a round, and what types lose")
     prompt, weights = _prompts(own["float32"], models, 1), _weights(own["float32"], 4)
     for name, model in own.items():
-        for draft in DRAFTS:
+        for draft in _drafts(model):
             result = model.generate(prompt, weights=weights, draft=draft, seed=0, max_new_tokens=new_tokens)[0]
             tokens_per_round = len(result.tokens) / result.stats["rounds"]
             rows.append(Row(f"{models}, {name}/exact_n4_{draft}_tokens_per_round", tokens_per_round))
@@ -138,12 +138,16 @@ def _calls(model: Model, prompts: list[list[int]], new_tokens: int) -> dict[str,
         if count <= len(model.models.attribute_names):
             weights = _weights(model, count)
             calls[f"direct_n{count}"] = partial(model.generate, prompts, weights=weights, sampler="direct", **how)
-    for draft in DRAFTS:
+    for draft in _drafts(model):
         options = {"weights": _weights(model, 4), "sampler": "exact", "draft": draft}
         calls[f"exact_n4_{draft}"] = partial(model.generate, prompts, **options, **how)
     for method in ("scr", "soups"):
         calls[f"{method}_n4"] = partial(answer, model, method, prompts, _weights(model, 4), **how)
     return calls
+
+
+def _drafts(model: Model) -> list[str]:
+    return [draft for draft in DRAFTS if draft != "model" or not model.models.is_same("draft", "base")]
 
 
 def _llama_cpp(base: Path, prompt: list[int], new_tokens: int) -> Callable[[], Any] | str:

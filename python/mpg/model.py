@@ -73,7 +73,7 @@ class Model:
     @property
     def precision(self) -> str:
         """What the models compute in: "float32", "bfloat16, int4 weights", ..."""
-        quantised = f", {self.recipe.quantize} weights" if self.recipe.quantize not in (None, "none") else ""
+        quantised = ", int4 weights" if self.recipe.quantize == "int4" else ""
         return str(self.models.dtype).removeprefix("torch.") + quantised
 
     @overload
@@ -317,8 +317,9 @@ def load(
                 of 16 values between the least and the greatest of 32 (llama.cpp's Q4_1). All else is bfloat16, which
                 is then `dtype`'s default and only value. Weights that were such ones before keep their values; others
                 lose what four bits lose. Layers whose inputs are no multiple of 32 or outputs none of 16 stay as they
-                are. Where memory allows, the same values lie there in bfloat16 too, for many rows at once. "none" goes
-                before a recipe's
+                are. Where memory allows, the same values lie there in bfloat16 too, for many rows at once.
+                "int4-draft": this of the draft alone, a copy of the base where none is given, for sampler="exact",
+                draft="model"; the text's law stays that of the other models. "none" goes before a recipe's
     allow_other_base: take adapters also where they name another base model than the one they get, as below
     merge_adapters: let PEFT merge an adapter in a folder that is more than LoRA on linear layers (DoRA, embeddings,
                 modules_to_save, trained tokens, biases, IA3, ...) into a further model, and warn how much memory that
@@ -347,9 +348,9 @@ def load(
     whose files cannot be compared), another name warns. allow_other_base=True turns off both.
 
     Raises ValueError, naming the argument, for what cannot be found or read, cannot be stacked or cannot run on a
-    ragged cache, for members whose dtypes or vocabularies differ, for quantize="int4" elsewhere than on the CPU, in
-    another dtype or without a layer that it fits, for graphs=True where no model can have them, and for compile=True
-    where a model's layers are not found.
+    ragged cache, for members whose vocabularies or (but for the draft's) dtypes differ, for quantize="int4" elsewhere
+    than on the CPU, in another dtype or without a layer that it fits, for graphs=True where no model can have them, and
+    for compile=True where a model's layers are not found.
 
     Instead of the base and its attributes, a recipe: a .yaml file, a folder that holds mpg.yaml, or a set that ships
     ("demo", "smollm2"). Its keys: base and attributes (required), anchor, draft, tokenizer (paths are relative to the

@@ -9,7 +9,8 @@ import pytest
 import smollm2
 from mpg.models import gguf
 
-CALLS = ["base", "direct_n1", "direct_n2", "direct_n4", *(f"exact_n4_{draft}" for draft in smollm2.DRAFTS), "scr_n4"]
+EXACT = {name: [draft for draft in smollm2.DRAFTS if (name, draft) != ("int4", "model")] for name in smollm2.TYPES}
+CALLS = ["base", "direct_n1", "direct_n2", "direct_n4", "scr_n4"]
 
 
 def test_every_type_is_measured_beside_the_others(monkeypatch):
@@ -20,7 +21,9 @@ def test_every_type_is_measured_beside_the_others(monkeypatch):
         assert all(rows[f"demo, {name}/{call}_b1_tokens_per_second"].value > 0 for call in CALLS)
         assert rows[f"demo, {name}/base_b8_tokens_per_second"].value > 0
         assert rows[f"demo, {name}/direct_n4_vs_base_b1"].value > 0
-        assert all(rows[f"demo, {name}/exact_n4_{draft}_tokens_per_round"].value >= 1 for draft in smollm2.DRAFTS)
+        assert all(rows[f"demo, {name}/exact_n4_{draft}_b1_tokens_per_second"].value > 0 for draft in EXACT[name])
+        assert all(rows[f"demo, {name}/exact_n4_{draft}_tokens_per_round"].value >= 1 for draft in EXACT[name])
+    assert "demo, int4/exact_n4_model_b1_tokens_per_second" not in rows
     wanted = {f"{own}_vs_{other}_b{batch}": goal for own, other, batch, goal in smollm2.GOALS}
     goals = {row.name: row.goal for row in rows.values() if row.goal is not None and not row.is_limit}
     other = goals.pop("demo, int4/base_vs_llama.cpp_b1")

@@ -170,11 +170,56 @@ def test_merged_adapters_are_quantised_with_their_base(tiny_model, lora_folder, 
     assert run(ensemble).isfinite().all()
 
 
+@pytest.mark.parametrize("own_draft", [False, True])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_draft_alone_in_four_bits_leaves_the_others_and_the_law_as_they_are(
+    in_memory, own_draft, adapted, tiny_model, tmp_path
+):
+    source, draft = adapted, tiny_model(tie_word_embeddings=True, attention_bias=True) if own_draft else None
+    if not in_memory:
+        copy.deepcopy(adapted).unload().save_pretrained(tmp_path / "base")
+        adapted.save_pretrained(tmp_path / "base/adapters")
+        source = tmp_path / "base"
+        if draft is not None:
+            draft.save_pretrained(tmp_path / "draft")
+            draft = tmp_path / "draft"
+    how = {"device": "cpu", "draft": draft, "quantize": "int4-draft"}
+    model, plain = mpg.load(source, **how), mpg.load(source, device="cpu")
+    assert [len(quantised(model.models, place)) for place in range(2)] == [0, 2 * 2 + 2]
+    assert (model.precision, model.models.dtype) == ("float32", torch.float32)
+    assert torch.equal(run(model.models), run(plain.models))
+    options = {"weights": {"E": 1}, "max_new_tokens": 12, "temperature": 0}
+    drafted = model.generate([3, 4, 5], draft="model", **options)
+    assert drafted.tokens == plain.generate([3, 4, 5], sampler="direct", **options).tokens
+    assert own_draft or drafted.stats["accepted_per_round"] > 0
+
+
+def test_a_draft_in_four_bits_reads_the_text_that_it_is_named_after(adapted):
+    calm = mpg.Context(prompt=[9, 8, 7, 4, 5])
+    model = mpg.load(adapted, {"E": "E", "calm": calm}, draft="calm", device="cpu", quantize="int4-draft")
+    options = {"weights": {"calm": 1}, "max_new_tokens": 12, "temperature": 0}
+    drafted = model.generate([3, 4, 5], draft="model", **options)
+    assert drafted.tokens == model.generate([3, 4, 5], sampler="direct", **options).tokens
+    other = mpg.load(adapted, {"E": "E", "calm": calm}, device="cpu", quantize="int4-draft")
+    rate = other.generate([3, 4, 5], draft="model", **options).stats["accept_rate"]
+    assert drafted.stats["accept_rate"] > max(0.5, rate)  # where the target is that text's alone
+
+
+def test_a_draft_that_cannot_be_in_four_bits_is_refused(adapted, tiny_model, tmp_path):
+    for draft in ("E", adapted):
+        with pytest.raises(ValueError, match=r"^draft: expected a model beside quantize='int4-draft', got an adapter"):
+            load(adapted, draft=draft, device="cpu", quantize="int4-draft")
+    with pytest.raises(ValueError, match=r"^draft: expected the base's vocabulary"):
+        load(adapted, draft=tiny_model(vocab_size=96), device="cpu", quantize="int4-draft")
+    with pytest.raises(ValueError, match=r"^quantize: expected base on the CPU, got meta"):
+        load(adapted, device="meta", quantize="int4-draft")
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"quantize": "int8"}, "quantize: expected 'none' or 'int4', got 'int8'"),
-        ({"quantize": True}, "quantize: expected 'none' or 'int4', got True"),
+        ({"quantize": "int8"}, "quantize: expected 'none' or 'int4' or 'int4-draft', got 'int8'"),
+        ({"quantize": True}, "quantize: expected 'none' or 'int4' or 'int4-draft', got True"),
         ({"dtype": "float32"}, "dtype: expected bfloat16 beside quantize='int4', which computes in it, got torch.f"),
         ({"device": "meta"}, "quantize: expected base on the CPU, got meta; device='cpu' puts it there"),
         ({"device_map": {"base": "meta"}}, "quantize: expected base on the CPU, got meta"),

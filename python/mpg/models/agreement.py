@@ -17,7 +17,7 @@ from mpg.models.runner import LoadedModel
 
 
 def check_agreement(base: LoadedModel, other: LoadedModel) -> None:
-    if base.model.dtype != other.model.dtype:
+    if base.model.dtype != other.model.dtype and other.argument != DRAFT:
         dtypes = f"expected the base's dtype {base.model.dtype}, got {other.model.dtype}"
         raise ValueError(f"{other.argument}: {dtypes}; dtype= converts them all")
     size, other_size = base.vocab_size, other.vocab_size

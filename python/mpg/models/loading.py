@@ -31,7 +31,7 @@ from mpg.models.linear import pack_linears
 from mpg.models.lora import Adapter, LoraStack, UnstackableError, adapter_in_memory, read_adapter, share
 from mpg.models.merging import merge_adapter
 from mpg.models.origin import Origin
-from mpg.models.quantize import QUANTIZERS, quantize_linears
+from mpg.models.quantize import INT4_DRAFT, QUANTIZERS, quantize_linears
 from mpg.models.runner import LoadedModel
 from mpg.models.sources import ADAPTER_CONFIG, Place, Source
 
@@ -106,7 +106,7 @@ def load(
         slot = slots[BASE] if source is None else loader.add_attribute(_argument(name), source)
         slots[name] = slot._replace(context=name) if name in contexts else slot
     for role, source in ((ANCHOR, anchor), (DRAFT, recipe.draft)):
-        if source is None:
+        if source is None or (role == DRAFT and recipe.quantize == INT4_DRAFT):
             slots[role] = slots[BASE]
         elif isinstance(source, str) and source in names:
             slots[role] = slots[source]
@@ -116,7 +116,11 @@ def load(
             slots[role] = loader.add(role, source)
     if tokenizer is not None:
         loader.models[0].tokenizer = tokenizer
-    models = loader.finish()
+    others = []
+    if recipe.quantize == INT4_DRAFT:
+        others.append(_int4_draft(recipe, base, names, device))
+        slots[DRAFT] = Slot(others[0], context=recipe.draft if recipe.draft in contexts else "")
+    models = loader.finish(others)
     if graphs:
         _allow_captures(models)
     for loaded in models if compile else ():
@@ -124,6 +128,20 @@ def load(
     if ANCHOR in contexts:
         slots[ANCHOR] = slots[ANCHOR]._replace(context=ANCHOR)
     return Ensemble(models, slots, tuple(names), contexts)
+
+
+def _int4_draft(recipe: Recipe, base: Source, names: Mapping[str, Source], device: Any) -> LoadedModel:
+    """The draft in four bits, or a copy of the base where there is none, beside models of another type."""
+    source = names.get(recipe.draft, recipe.draft) if isinstance(recipe.draft, str) else recipe.draft
+    if source is not None and (isinstance(source, PeftModel) or sources.is_adapter(source, base)):
+        raise ValueError(f"draft: expected a model beside quantize={INT4_DRAFT!r}, got an adapter")
+    alone = replace(
+        recipe, base=source or base, attributes={}, anchor=None, draft=None, tokenizer=None, device_map=None,
+        quantize="int4",
+    )  # fmt: skip
+    [loaded] = load(alone, device=device)._models
+    loaded.argument = DRAFT
+    return loaded
 
 
 class _Loader:
@@ -180,8 +198,8 @@ class _Loader:
             raise ValueError(f"{argument}: expected a PeftModel with one active adapter, got {got}")
         return self.add(argument, source.active_adapters[0])
 
-    def finish(self) -> list[LoadedModel]:
-        """Stack the adapters and compare the models."""
+    def finish(self, others: Sequence[LoadedModel]) -> list[LoadedModel]:
+        """Stack the adapters and compare the models, among them others that are finished."""
         if self.places:
             got = f"{next(iter(self.places))}, an adapter or a model that has another name"
             raise ValueError(f"device_map: expected names that bring a model of their own, got {got}")
@@ -196,6 +214,7 @@ class _Loader:
             pack_linears(loaded.model)
             if (given := self.given.get(id(loaded))) is not None:
                 loaded.origin = Origin(loaded.argument, given, loaded.adapters)
+        self.models += others
         for loaded in self.models[1:]:
             check_agreement(self.models[0], loaded)
         known = [(loaded.argument, loaded.tokenizer) for loaded in self.models if loaded.tokenizer is not None]

@@ -68,7 +68,10 @@ Dtype = Annotated[
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option(help="int4: linear layers in four bits, on the CPU, in bfloat16; or none. Default: the recipe's."),
+    typer.Option(
+        help="int4: linear layers in four bits, on the CPU, in bfloat16; int4-draft: those of exact's draft 'model' "
+        "alone; or none. Default: the recipe's."
+    ),
 ]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA graphs; not yet run on a GPU.")]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base.")]
