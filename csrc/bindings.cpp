@@ -604,6 +604,64 @@ Tensor draw_residual(const Tensor& target_probs, const std::optional<Tensor>& dr
   return drawn;
 }
 
+Tensor count_usable_(at::TensorList rows, const Tensor& lengths, const Tensor& limits,
+                     const Tensor& eos_token_ids, const Tensor& chunk,
+                     const std::optional<Tensor>& draft_probs, const std::optional<Tensor>& most) {
+  TORCH_CHECK_VALUE(rows.size() == 2, "rows must be the 2 tensors active and unusable, got ",
+                    rows.size());
+  const auto [B, K] = check_dims<2>("chunk", chunk, "B, K");
+  const auto [E] = check_dims<1>("eos_token_ids", eos_token_ids, "E");
+  const int64_t V =
+      draft_probs ? check_accumulated<3>("draft_probs", *draft_probs, "B, K, V")[2] : 0;
+
+  Tensor num_usable;
+  with_accumulation_type(draft_probs.value_or(chunk), [&]<class A>(Memory& memory) {
+    const mpg::CountUsable<A> args(
+        memory.in_place<bool>("active", rows[0], "B", {B}),
+        memory.in_place<bool>("unusable", rows[1], "B", {B}),
+        memory.input<int64_t>(MPG_ARG(lengths, B)), memory.input<int64_t>(MPG_ARG(limits, B)),
+        memory.input<int64_t>(MPG_ARG(eos_token_ids, E)),
+        memory.input<int64_t>(MPG_ARG(chunk, B, K)),
+        draft_probs ? memory.input<A>("draft_probs", *draft_probs, "B, K, V", {B, K, V}) : nullptr,
+        most ? memory.input<int64_t>("most", *most, "B", {B}) : nullptr, B, E, K, V,
+        memory.output<int64_t>(num_usable, {B}));
+    run(memory, B, K, args, MPG_SIDES(count_usable));
+  });
+  return num_usable;
+}
+
+Tensor commit_block_(at::TensorList rows, const Tensor& limits, const Tensor& eos_token_ids,
+                     const Tensor& chunk, const Tensor& accepted,
+                     const std::optional<Tensor>& token, const std::optional<Tensor>& log_totals) {
+  TORCH_CHECK_VALUE(rows.size() == 7, "rows must be the 7 tensors tokens, lengths, last_tokens, ",
+                    "rounds, active, unusable and empty, got ", rows.size());
+  const auto [B, C] = check_dims<2>("tokens", rows[0], "B, C");
+  const auto [chunk_rows, L] = check_dims<2>("chunk", chunk, "B, L");
+  const auto [E] = check_dims<1>("eos_token_ids", eos_token_ids, "E");
+  if (log_totals) check_accumulated<2>("log_totals", *log_totals, "B, L + 1");
+
+  Tensor done;
+  with_accumulation_type(log_totals.value_or(chunk), [&]<class A>(Memory& memory) {
+    const auto numbers = [&](const char* name, const Tensor& values) {
+      return memory.in_place<int64_t>(name, values, "B", {B});
+    };
+    const auto flags = [&](const char* name, const Tensor& values) {
+      return memory.in_place<bool>(name, values, "B", {B});
+    };
+    const mpg::CommitBlock<A> args(
+        memory.in_place<int64_t>("tokens", rows[0], "B, C", {B, C}), numbers("lengths", rows[1]),
+        numbers("last_tokens", rows[2]), numbers("rounds", rows[3]), flags("active", rows[4]),
+        flags("unusable", rows[5]), flags("empty", rows[6]),
+        memory.input<int64_t>(MPG_ARG(limits, B)), memory.input<int64_t>(MPG_ARG(eos_token_ids, E)),
+        memory.input<int64_t>(MPG_ARG(chunk, B, L)), memory.input<int64_t>(MPG_ARG(accepted, B)),
+        token ? memory.input<int64_t>("token", *token, "B", {B}) : nullptr,
+        log_totals ? memory.input<A>("log_totals", *log_totals, "B, L + 1", {B, L + 1}) : nullptr,
+        B, C, E, L, memory.output<int64_t>(done, {B, mpg::kDoneFlags + L + 1}));
+    run(memory, B, L + 1, args, MPG_SIDES(commit_block));
+  });
+  return done;
+}
+
 // Products and multiply-adds of a run of rows from which torch's own are faster than ours, though
 // they take longer to start (measured: 20 us in bfloat16).
 constexpr int64_t kGemmWork = 1 << 20;
@@ -721,6 +779,12 @@ void for_each_op(F f) {
   f("draw_residual", draw_residual,
     "(Tensor target_probs, Tensor? draft_probs, Tensor tokens, Tensor lengths, Tensor accepted, "
     "Tensor carry, Tensor uniforms) -> Tensor");
+  f("count_usable_", count_usable_,
+    "(Tensor(a!)[] rows, Tensor lengths, Tensor limits, Tensor eos_token_ids, Tensor chunk, "
+    "Tensor? draft_probs=None, Tensor? most=None) -> Tensor");
+  f("commit_block_", commit_block_,
+    "(Tensor(a!)[] rows, Tensor limits, Tensor eos_token_ids, Tensor chunk, Tensor accepted, "
+    "Tensor? token=None, Tensor? log_totals=None) -> Tensor");
   f("lora_shrink", lora_shrink, "(Tensor x, Tensor down, Tensor groups) -> Tensor");
   f("lora_expand_", lora_expand_,
     "(Tensor(a!) out, Tensor hidden, Tensor up, Tensor groups) -> ()");

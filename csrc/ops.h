@@ -239,6 +239,39 @@ struct DrawResidual {
   double* slice_masses;     // (2, B, num_slices) scratch, CUDA only
 };
 
+// What draw_fallback gives for a token where none can be drawn, and where masses are NaN.
+constexpr int64_t kNoToken = -1, kInvalidToken = -2;
+
+template <class A>
+struct CountUsable {
+  bool *active, *unusable;          // (B)
+  const int64_t *lengths, *limits;  // (B)
+  const int64_t* eos_token_ids;     // (E)
+  const int64_t* chunk;             // (B, K)
+  const A* draft_probs;             // (B, K, V) or null
+  const int64_t* most;              // (B) or null
+  int64_t B, E, K, V;
+  int64_t* num_usable;  // (B)
+};
+
+// Numbers of a sequence in `done` before its tokens: how many count, and the flags.
+constexpr int64_t kDoneFlags = 4;
+
+template <class A>
+struct CommitBlock {
+  int64_t* tokens;                          // (B, C)
+  int64_t *lengths, *last_tokens, *rounds;  // (B)
+  bool *active, *unusable, *empty;          // (B)
+  const int64_t* limits;                    // (B)
+  const int64_t* eos_token_ids;             // (E)
+  const int64_t* chunk;                     // (B, L)
+  const int64_t* accepted;                  // (B)
+  const int64_t* token;                     // (B) or null
+  const A* log_totals;                      // (B, L + 1) or null
+  int64_t B, C, E, L;
+  int64_t* done;  // (B, kDoneFlags + L + 1)
+};
+
 // Token (i, p) of R rows of q tokens: feature c lies at data[i * stride_row + p * stride_position +
 // c].
 template <class Pointer>
@@ -296,6 +329,8 @@ MPG_OP(combine_rows, CombineRows)        // slices, combined
 MPG_OP(warp_rows, WarpRows)              // rows
 MPG_OP(verify_block, VerifyBlock)        // sequences
 MPG_OP(draw_residual, DrawResidual)      // sequences
+MPG_OP(count_usable, CountUsable)        // sequences
+MPG_OP(commit_block, CommitBlock)        // sequences
 MPG_OP(lora_shrink, LoraShrink)          // rows, for each part of the rank
 MPG_OP(lora_expand, LoraExpand)          // rows, for each part of the outputs
 #undef MPG_OP

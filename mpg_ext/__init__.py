@@ -22,6 +22,8 @@ if torch.__version__.split(".")[:2] != build_info()["torch"].split(".")[:2]:
 from .ops import (  # noqa: E402
     accept_prefixes,
     combine_rows,
+    commit_block_,
+    count_usable_,
     draw_fallback,
     draw_residual,
     draw_tokens,
@@ -40,6 +42,8 @@ __all__ = [
     "accept_prefixes",
     "build_info",
     "combine_rows",
+    "commit_block_",
+    "count_usable_",
     "draw_fallback",
     "draw_residual",
     "draw_tokens",

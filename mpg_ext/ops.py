@@ -295,6 +295,65 @@ def draw_residual(
     return torch.ops.mpg.draw_residual(target_probs, draft_probs, tokens, lengths, accepted, carry, uniforms)
 
 
+def count_usable_(
+    rows: Sequence[Tensor],
+    lengths: Tensor,
+    limits: Tensor,
+    eos_token_ids: Tensor,
+    chunk: Tensor,
+    draft_probs: Tensor | None = None,
+    most: Tensor | None = None,
+) -> Tensor:
+    """How many of a chunk's first tokens could be committed: up to the first that ends the text, the limit, and `most`.
+
+    A row of which one of these was not drawn, since its draft had nothing to draw it from or was NaN there, fails: it
+    is unusable and no longer active, in place.
+
+    rows: active and unusable, (B,) bool, contiguous, written in place
+    lengths, limits: (B,) int64, committed tokens and what they may grow to
+    eos_token_ids: (E,) int64
+    chunk: (B, K) int64
+    draft_probs: (B, K, V) acc, what the tokens were drawn from; None where they were not drawn
+    most: (B,) int64, or None
+
+    out: (B,) int64 in 0..K; 0 where a row is not active
+    """
+    return torch.ops.mpg.count_usable_(rows, lengths, limits, eos_token_ids, chunk, draft_probs, most)
+
+
+def commit_block_(
+    rows: Sequence[Tensor],
+    limits: Tensor,
+    eos_token_ids: Tensor,
+    chunk: Tensor,
+    accepted: Tensor,
+    token: Tensor | None = None,
+    log_totals: Tensor | None = None,
+) -> Tensor:
+    """End a round of every active row, in place: commit the accepted tokens of its chunk and one that follows them.
+
+    Of the chunk no more is kept than there is room for, nor anything behind a token that ends the text. `token` follows
+    where the text may go on behind what is kept. A row fails as unusable where accepted is negative, or where a token
+    would follow that is -2, or that is from a row of log-total NaN; as empty where one would follow from a row of
+    log-total -inf, or where neither is there anything kept nor a token, which is then -1. What fails commits nothing
+    and is no longer active, nor is what ended. Rows that are not active keep every byte.
+
+    rows: seven contiguous tensors, written in place: tokens (B, C) int64, of which the first lengths[b] are committed;
+        lengths, last_tokens and rounds, (B,) int64; active, unusable and empty, (B,) bool
+    limits: (B,) int64, what lengths may grow to
+    eos_token_ids: (E,) int64
+    chunk: (B, L) int64
+    accepted: (B,) int64; read as if clipped to at most L
+    token: (B,) int64, or None where none follows
+    log_totals: (B, L + 1) acc, of the row that the token is from where so many tokens are kept; None where all are
+        neither NaN nor -inf
+
+    out: (B, 4 + L + 1) int64: how many tokens were committed, active, unusable and empty as they are now, and these
+    tokens, with others behind them that do not count
+    """
+    return torch.ops.mpg.commit_block_(rows, limits, eos_token_ids, chunk, accepted, token, log_totals)
+
+
 def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
     """Features of rows times the down factor of the adapter that each row runs: hidden[i] = x[i] down[groups[i]]^T.
 
@@ -364,6 +423,10 @@ _FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, ...] | None]] = {
         target_probs.new_empty(lengths.shape),
     ),
     "draw_residual": lambda target_probs, draft_probs, tokens, lengths, *_state: lengths.new_empty(lengths.shape),
+    "count_usable_": lambda rows, lengths, *_state: lengths.new_empty(lengths.shape),
+    "commit_block_": lambda rows, limits, eos_token_ids, chunk, *_state: chunk.new_empty(
+        (chunk.shape[0], 4 + chunk.shape[1] + 1)
+    ),
     "lora_shrink": lambda x, down, groups: x.new_empty((*x.shape[:2], down.shape[1])),
     "lora_expand_": lambda *_inputs: None,
 }

@@ -50,7 +50,7 @@ void draw_fallback(const DrawFallback<A>& args, int64_t begin, int64_t end) {
   const ModelLogits& logits = args.rows.logits;
   with_logit_type<A>(logits.dtype, [&]<class T>(T) {
     for (int64_t b = begin; b < end; ++b) {
-      args.tokens[b] = -1;
+      args.tokens[b] = kNoToken;
       args.scores[b] = -A(INFINITY);
       args.accept_probs[b] = 0;
       if (!logits.active[b]) continue;
@@ -67,7 +67,7 @@ void draw_fallback(const DrawFallback<A>& args, int64_t begin, int64_t end) {
         args.tokens[b] = cdf.draw(args.uniforms[b]);
         args.scores[b] = token_score<T>(args, b, args.tokens[b]);
       } else if (is_nan(cdf.total())) {
-        args.tokens[b] = -2;
+        args.tokens[b] = kInvalidToken;
         args.scores[b] = A(NAN);
       }
     }

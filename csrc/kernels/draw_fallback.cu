@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) draw_fallback_kernel(const DrawFallb
     total = total_mass(V, args.slice_masses + b * num_slices(V));
   }
   if (threadIdx.x == 0) {
-    args.tokens[b] = is_nan(total) ? -2 : -1;
+    args.tokens[b] = is_nan(total) ? kInvalidToken : kNoToken;
     args.scores[b] = is_nan(total) ? NAN : -INFINITY;
     args.accept_probs[b] = float(total);
   }

@@ -358,7 +358,7 @@ def rounds_of(sampler: Any, batch: Batch) -> Iterator[Round]:
     while batch.active.any():
         sampler.round()
         done = batch.snapshot().read()
-        batch.longest_draft = max(done.draft_lengths)
+        batch.longest_draft = max(done.draft_lengths or [0])
         yield done
 
 

@@ -17,12 +17,10 @@ def make_batch(**kwargs):
 def test_usable_chunk_ends_with_the_first_end_of_sequence_or_the_tokens_left():
     batch = make_batch()
     chunk = torch.tensor([[1, EOS, 2, 8], [1, 1, 1, 1], [1, 1, 1, 1]])
-    ends_at = batch.ends_at(chunk)
-    assert ends_at.tolist() == [2, 3, 1]
-    assert batch.count_usable(ends_at, 4).tolist() == [2, 3, 1]
-    assert batch.count_usable(batch.ends_at(chunk[:, :1]), 1).tolist() == [1, 1, 1]
-    batch.fail(unusable=torch.tensor([True, False, False]))
-    assert batch.count_usable(ends_at, 4).tolist() == [0, 3, 1]
+    assert batch.count_usable(chunk).tolist() == [2, 3, 1]
+    assert batch.count_usable(chunk[:, :1]).tolist() == [1, 1, 1]
+    batch.fail(torch.tensor([True, False, False]))
+    assert batch.count_usable(chunk).tolist() == [0, 3, 1]
 
 
 def test_commit_appends_each_sequences_own_count():
@@ -59,13 +57,18 @@ def test_end_of_sequence_in_the_prompt_does_not_end_it():
 def test_snapshot_holds_what_the_round_committed_and_no_later_one():
     batch = make_batch()
     chunk = torch.arange(100, 112).view(3, 4)
-    batch.commit(chunk, torch.tensor([2, 3, 1]), torch.arange(2 * 3 * 4, dtype=torch.float32).view(2, 3, 4))
+    batch.commit(chunk, torch.tensor([2, 3, 1]))
+    batch.trace(torch.arange(2 * 3 * 4, dtype=torch.float32).view(2, 3, 4))
     snapshot = batch.snapshot()
     batch.commit(chunk, torch.tensor([1, 0, 0]))
     done = snapshot.read()
     assert done.counts == [2, 3, 1]
     assert done.active == [1, 0, 0]
-    assert done.tokens == chunk.tolist()
+    assert [row[:count] for row, count in zip(done.tokens, done.counts, strict=True)] == [
+        [100, 101],
+        [104, 105, 106],
+        [108],
+    ]
     assert done.log_ratios[0][:2] == [[0, 12], [1, 13]]
     assert done.log_ratios[1][:3] == [[4, 16], [5, 17], [6, 18]]
     assert batch.snapshot().read().counts == [1, 0, 0]
@@ -89,9 +92,9 @@ def test_row_begins_again_with_another_request_while_the_others_go_on():
 
 def test_failed_sequence_is_no_longer_active_and_says_why():
     batch = make_batch()
-    batch.fail(empty=torch.tensor([False, True, False]))
+    batch.fail(torch.tensor([False, True, False]))
     batch.commit(torch.ones(3, 1, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
-    assert batch.empty.tolist() == [False, True, False]
+    assert batch.unusable.tolist() == [False, True, False]
     assert batch.lengths.tolist() == [3, 1, 4]
 
 

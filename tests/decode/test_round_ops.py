@@ -18,15 +18,24 @@ from mpg.decode.rng import Decisions
 from mpg.models.runner import ModelRunner
 from mpg.options import Options
 
-MOST_OPS = [  # aten's and mpg's, at batch 1 and k = 4
-    ({"sampler": "direct", "target": "geometric"}, 30),
-    ({"sampler": "exact", "target": "geometric"}, 81),
-    ({"sampler": "exact", "target": "geometric", "verify": "token"}, 91),
-    ({"sampler": "exact", "target": "geometric", "draft": "lookup"}, 110),
-    ({"sampler": "scr"}, 105),
-    ({"sampler": "token-rs"}, 69),
-    ({"sampler": "seq-rs"}, 71),
+MOST = [  # ops of aten and of mpg, at batch 1 and k = 4, and the launches that these are on a GPU
+    ({"sampler": "direct", "target": "geometric"}, 5, 9),
+    ({"sampler": "exact", "target": "geometric"}, 26, 43),
+    ({"sampler": "exact", "target": "geometric", "verify": "token"}, 36, 52),
+    ({"sampler": "exact", "target": "geometric", "draft": "lookup"}, 65, 70),
+    ({"sampler": "scr"}, 52, 88),
+    ({"sampler": "token-rs"}, 51, 59),
+    ({"sampler": "seq-rs"}, 54, 63),
 ]
+LAUNCHES = {  # kernels of an op, where it is not one (csrc/kernels)
+    "mpg.gather_logprobs.default": 2,
+    "mpg.verify_chunks.default": 2,
+    "mpg.draw_fallback.default": 4,
+    "mpg.combine_rows.default": 4,
+    "mpg.draw_tokens.default": 2,
+    "mpg.verify_block.default": 2,
+    "mpg.draw_residual.default": 2,
+}
 
 
 class CountOps(TorchDispatchMode):
@@ -35,6 +44,7 @@ class CountOps(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.num_launches = 0
         self.is_paused = False
 
     def paused(self, run: Any) -> Any:
@@ -51,7 +61,14 @@ class CountOps(TorchDispatchMode):
         is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
         if not is_view and not self.is_paused:
             self.counts[str(func)] += 1
+            self.num_launches += _launches(str(func), kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def _launches(name: str, options: dict[str, Any]) -> int:
+    if name == "mpg.warp_rows.default":  # three, and five for each cut
+        return 3 + 5 * (options.get("top_k", 0) > 0) + 5 * (options.get("top_p", 1) < 1)
+    return LAUNCHES.get(name, 1)
 
 
 @pytest.fixture(scope="module")
@@ -59,30 +76,32 @@ def models():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=50, num_key_value_heads=2, max_position_embeddings=64, **sizes)
     lora = LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(LlamaForCausalLM(config), lora, adapter_name="E")
-    model.add_adapter("T", lora)
-    return load(model, device="cpu")
+    with torch.device("meta"):
+        model = get_peft_model(LlamaForCausalLM(config), lora, adapter_name="E")
+        model.add_adapter("T", lora)
+    return load(model, device="meta")
 
 
 @torch.no_grad()
-def ops_of_a_round(models, options: Options, monkeypatch) -> Counter[str]:
-    batch = Batch([[1, 2, 3]], [40], torch.ones(1, 2), torch.tensor([0]), [49])
+def ops_of_a_round(models, options: Options, monkeypatch) -> CountOps:
+    seeds = torch.zeros(1, dtype=torch.int64, device="meta")
+    batch = Batch([[1, 2, 3]], [40], torch.ones(1, 2, device="meta"), seeds, [49])
     sampler = SAMPLERS[options.sampler](models, ("E", "T"), options)
     session = models.open([[1, 2, 3]], sampler.roles, batch.capacity)
     sampler.start(session, batch, Decisions(batch.seeds, batch.rounds))
-    sampler.round()  # the first may prepare what the others find
-    batch.snapshot().read()
+    for _ in range(2):  # the first ones prepare what the others find
+        sampler.round()
     ops = CountOps()
     monkeypatch.setattr(ModelRunner, "forward", ops.paused(ModelRunner.forward))
     with ops:
         sampler.round()
-        batch.snapshot()
-    return ops.counts
+    return ops
 
 
-@pytest.mark.parametrize(("options", "most"), MOST_OPS)
-def test_a_round_takes_no_more_ops_than_it_must(options, most, models, monkeypatch):
-    counts = ops_of_a_round(models, Options(**options), monkeypatch)
-    print(f"{options}: {counts.total()} ops, {counts}")
-    assert counts.total() <= most
-    assert counts["mpg.draw_uniforms.default"]  # the round did run, and under the counter
+@pytest.mark.parametrize(("options", "most_ops", "most_launches"), MOST)
+def test_a_round_takes_no_more_than_it_must(options, most_ops, most_launches, models, monkeypatch):
+    ops = ops_of_a_round(models, Options(**options), monkeypatch)
+    print(f"{options}: {ops.counts.total()} ops, {ops.num_launches} launches, {ops.counts}")
+    assert ops.counts.total() <= most_ops
+    assert ops.num_launches <= most_launches
+    assert ops.counts["mpg.draw_uniforms.default"]  # the round did run, and under the counter

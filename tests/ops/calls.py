@@ -92,6 +92,32 @@ def calls(
             "carry": normal(B).abs().clamp(max=1),
             "uniforms": one_uniform,
         },
+        "count_usable_": {
+            "rows": [active, integers(5, B) == 0],
+            "lengths": lengths,
+            "limits": lengths + integers(5, B),
+            "eos_token_ids": integers(V, 2),
+            "chunk": tokens,
+            "draft_probs": block["draft_probs"],
+            "most": integers(K + 1, B),
+        },
+        "commit_block_": {
+            "rows": [
+                integers(V, B, 9),
+                integers(6, B) + 1,
+                integers(V, B),
+                integers(9, B),
+                active,
+                integers(5, B) == 0,
+                integers(5, B) == 0,
+            ],
+            "limits": integers(4, B) + 6,
+            "eos_token_ids": integers(V, 2),
+            "chunk": tokens,
+            "accepted": integers(K + 2, B) - 1,
+            "token": integers(V + 1, B) - 1,
+            "log_totals": normal(B, K + 1),
+        },
         "lora_shrink": {"x": normal(B, K, V), "down": normal(3, N, V), "groups": integers(3, B).sort()[0]},
         "lora_expand_": {
             "out": normal(B, K, V),
@@ -116,4 +142,4 @@ def outputs_of(result: Any) -> list[Tensor]:
 
 def written_by(call: dict[str, Any]) -> list[Tensor]:
     """The arguments that an op writes in place."""
-    return [*call.get("bound", []), *([call["out"]] if "out" in call else [])]
+    return [*call.get("bound", []), *call.get("rows", []), *([call["out"]] if "out" in call else [])]

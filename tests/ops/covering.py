@@ -54,6 +54,8 @@ FACTORS: dict[str, dict[str, Sequence[Any]]] = {
     "draw_tokens": {"V": V, "B": B, "layout": STORED["layout"]},
     "verify_block": {"V": V, "K": K, "B": B, "layout": STORED["layout"], "has_draft": (True, False)},
     "draw_residual": {"V": V, "K": K, "B": B, "layout": STORED["layout"], "has_draft": (True, False)},
+    "count_usable_": {"K": K, "V": (1, 33, 1000), "B": B, "is_drawn": (True, False), "has_most": (True, False)},
+    "commit_block_": {"K": (0, 1, 4, 32, 70), "B": B, "has_token": (True, False), "has_totals": (True, False)},
     "lora_shrink": LORA,
     "lora_expand_": LORA,
 }

@@ -301,6 +301,75 @@ def draw_uniforms(seeds: Tensor, rounds: Tensor, *, purpose: int, count: int, fi
     return ((word0 >> 5) * 2**26 + (word1 >> 6)).double() * 2.0**-53
 
 
+def count_usable_(
+    rows: Sequence[Tensor],
+    lengths: Tensor,
+    limits: Tensor,
+    eos_token_ids: Tensor,
+    chunk: Tensor,
+    draft_probs: Tensor | None = None,
+    most: Tensor | None = None,
+) -> Tensor:
+    """Twin of `mpg_ext.count_usable_`."""
+    active, unusable = rows
+    ending, counts = set(eos_token_ids.tolist()), torch.zeros_like(lengths)
+    for b in active.nonzero()[:, 0].tolist():
+        usable = chunk[b, : max(0, int(limits[b] - lengths[b]))].tolist()
+        usable = usable[: None if most is None else max(0, int(most[b]))]
+        usable = usable[: next((k + 1 for k, token in enumerate(usable) if token in ending), None)]
+        for k, token in enumerate(usable):
+            if draft_probs is not None and not (0 <= token < draft_probs.shape[2] and draft_probs[b, k, token] > 0):
+                active[b], unusable[b] = False, True
+                break
+        else:
+            counts[b] = len(usable)
+    return counts
+
+
+def commit_block_(
+    rows: Sequence[Tensor],
+    limits: Tensor,
+    eos_token_ids: Tensor,
+    chunk: Tensor,
+    accepted: Tensor,
+    token: Tensor | None = None,
+    log_totals: Tensor | None = None,
+) -> Tensor:
+    """Twin of `mpg_ext.commit_block_`."""
+    tokens, lengths, last_tokens, rounds, active, unusable, empty = rows
+    ending, num_drafted = set(eos_token_ids.tolist()), chunk.shape[1]
+    done = []
+    for b, drafted in enumerate(chunk.tolist()):
+        length, next_token = int(lengths[b]), None if token is None else int(token[b])
+        end = min(int(limits[b]), tokens.shape[1])
+        kept = drafted[: max(0, min(int(accepted[b]), end - length))]
+        stop = next((k + 1 for k, drafted_token in enumerate(kept) if drafted_token in ending), None)
+        kept = kept[:stop]
+        goes_on = next_token is not None and stop is None and length + len(kept) < end
+        total = 0.0 if log_totals is None else float(log_totals[b, len(kept)])
+        shown = [*drafted, max(next_token or 0, 0)]
+        new: list[int] = []
+        if active[b]:
+            unusable_now = int(accepted[b]) < 0 or (goes_on and (next_token == -2 or math.isnan(total)))
+            nothing = goes_on and (total == -math.inf or (next_token == -1 and not kept))
+            if unusable_now or nothing:
+                (unusable if unusable_now else empty)[b] = True
+                active[b] = False
+            else:
+                follows = [next_token] if goes_on and next_token is not None and next_token >= 0 else []
+                new = kept + follows
+                shown[: len(new)] = new
+                tokens[b, length : length + len(new)] = torch.tensor(new, dtype=torch.int64)
+                lengths[b] += len(new)
+                rounds[b] += 1
+                if new:
+                    last_tokens[b] = new[-1]
+                if int(lengths[b]) >= int(limits[b]) or (new and new[-1] in ending):
+                    active[b] = False
+        done.append([len(new), int(active[b]), int(unusable[b]), int(empty[b]), *shown])
+    return torch.tensor(done, dtype=torch.int64, device=chunk.device).view(len(chunk), 4 + num_drafted + 1)
+
+
 def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
     """Twin of `mpg_ext.lora_shrink`."""
     return (_accumulate(x) @ _factors_of_rows(down, groups).mT).to(x.dtype)

@@ -21,7 +21,8 @@ B, K, N, V, W = 2, 3, 2, 7, 4  # as calls() has them
 
 
 def opcheck(name: str, inputs: dict) -> None:
-    is_positional = {key: value is None or isinstance(value, Tensor) or key == "bound" for key, value in inputs.items()}
+    is_positional = {key: value is None or isinstance(value, Tensor | list) for key, value in inputs.items()}
+    is_positional["constants"] = False
     positional = [value for key, value in inputs.items() if is_positional[key]]
     keywords = {key: value for key, value in inputs.items() if not is_positional[key]}
     torch.library.opcheck(getattr(torch.ops.mpg, name).default, positional, keywords)
@@ -38,6 +39,8 @@ def test_opcheck(device, name):
         ("combine_rows", {"base_logits": None, "anchor_logits": None, "target": "arithmetic"}),
         ("verify_block", {"draft_probs": None}),
         ("draw_residual", {"draft_probs": None}),
+        ("count_usable_", {"draft_probs": None, "most": None}),
+        ("commit_block_", {"token": None, "log_totals": None}),
     ],
 )
 def test_opcheck_without_optional_tensors(device, name, left_out):
@@ -161,6 +164,17 @@ ERRORS = [
     ("draw_residual", {"accepted": torch.ones(B)}, "accepted must be int64, got float32"),
     ("draw_residual", {"carry": torch.ones(B).double()}, "carry must be float32, got float64"),
     ("draw_residual", {"lengths": torch.ones(B + 1).long()}, r"lengths must be \(B,\) = \(2,\), got \(3,\)"),
+    (
+        "commit_block_",
+        {"rows": []},
+        "7 tensors tokens, lengths, last_tokens, rounds, active, unusable and empty, got 0",
+    ),
+    ("commit_block_", {"limits": torch.ones(B)}, "limits must be int64, got float32"),
+    ("commit_block_", {"chunk": torch.ones(3, K).long()}, r"chunk must be \(B, L\) = \(2, 3\), got \(3, 3\)"),
+    ("commit_block_", {"accepted": torch.ones(B, 1).long()}, r"accepted must be \(B,\) = \(2,\), got \(2, 1\)"),
+    ("commit_block_", {"token": torch.ones(B)}, "token must be int64, got float32"),
+    ("commit_block_", {"log_totals": torch.ones(B, K)}, r"log_totals must be \(B, L \+ 1\) = \(2, 4\), got \(2, 3\)"),
+    ("commit_block_", {"log_totals": torch.ones(B, K + 1).half()}, "log_totals must be float32 or float64"),
     ("lora_shrink", {"x": torch.ones(B, V)}, r"x must be \(R, q, in\), got \(2, 7\)"),
     ("lora_shrink", {"x": torch.ones(B, K, 0)}, r"x must have at least 1 feature, got \(2, 3, 0\)"),
     (

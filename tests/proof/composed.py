@@ -46,6 +46,7 @@ class Composed(Decisions):
         accept_prob = masses.sum(1).where(active, 0)
         token = self.categorical(masses, Purpose.FALLBACK, 0, lambda: accept_prob > 0)
         drawn = scores.gather(1, token[:, None])[:, 0]
+        token = token.where(~accept_prob.isnan(), -2).where(accept_prob != 0, -1)
         return token, drawn.where(accept_prob != 0, -torch.inf), accept_prob  # nothing drawn, no score to push
 
     def verify_block(

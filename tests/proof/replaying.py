@@ -52,6 +52,9 @@ class Replaying(Composed):
         self.untried: list[Tensor] = []
         self._depths = torch.zeros(len(paths), 1, dtype=torch.int64)
 
+    def draw_ahead(self, purpose: Purpose, count: int) -> None:
+        """No uniform is drawn."""
+
     def bernoulli(self, probs: Tensor, purpose: Purpose, index: int, active: Callable[[], Tensor]) -> Tensor:
         return self._follow(torch.stack([1 - probs, probs], -1), active()).bool()
 

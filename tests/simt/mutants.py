@@ -131,6 +131,24 @@ MUTANTS = {
         "args.uniforms[b * args.K + lane / 2]",
         "ops/test_verify_chunks.py Acceptance and twin",
     ),
+    "one token more than the limit": Mutant(
+        "csrc/round.h",
+        "stop > kept && kept < room",
+        "stop > kept",
+        "ops/test_round.py by_hand",
+    ),
+    "an end that only its own lane knows of": Mutant(
+        "csrc/round.h",
+        "return min_of_lanes(end);",
+        "min_of_lanes(end);\n  return end;",
+        "ops/test_round.py by_hand",
+    ),
+    "commit behind the end of a row": Mutant(
+        "csrc/round.h",
+        "(kept < room ? kept : room)",
+        "kept",
+        "ops/test_round.py no_room",
+    ),
     "packed load behind the end of a row": Mutant(
         "csrc/kernels/combine_rows.cu",
         "count >= kTokens && ",

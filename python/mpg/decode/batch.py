@@ -8,9 +8,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+import mpg_ext
 from mpg.decode.state import State
 
 Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+NUM_FLAGS = 4  # before the tokens in what `commit_block_` gives
 
 
 class Round(NamedTuple):
@@ -26,7 +28,7 @@ class Round(NamedTuple):
     active: list[int]
     unusable: list[int]
     empty: list[int]
-    draft_lengths: list[int]
+    draft_lengths: list[int] | None
     tokens: list[list[int]]
     log_ratios: list[list[list[float]]] | None
 
@@ -34,21 +36,24 @@ class Round(NamedTuple):
 class Snapshot:
     """A round on its way to the host: copied in the order of the device's work, waited for only by `read`."""
 
-    def __init__(self, state: Tensor, log_ratios: Tensor | None):
-        self._state = state.to("cpu", non_blocking=True)
+    def __init__(self, done: Tensor, draft_lengths: Tensor | None, log_ratios: Tensor | None):
+        """done: what `commit_block_` gave; draft_lengths: (B,); log_ratios: (B, L, N)"""
+        self._done = done.to("cpu", non_blocking=True)
+        self._draft_lengths = None if draft_lengths is None else draft_lengths.to("cpu", non_blocking=True)
         self._log_ratios = None if log_ratios is None else log_ratios.to("cpu", non_blocking=True)
         self._arrived: torch.cuda.Event | None = None
-        if state.is_cuda:
+        if done.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def read(self) -> Round:
         if self._arrived is not None:
             self._arrived.synchronize()
-        flags, tokens = self._state.tensor_split([5], 1)
+        flags, tokens = self._done.tensor_split([NUM_FLAGS], 1)
+        counts, active, unusable, empty = flags.T.tolist()
+        draft_lengths = None if self._draft_lengths is None else self._draft_lengths.tolist()
         log_ratios = None if self._log_ratios is None else self._log_ratios.tolist()
-        counts, active, unusable, empty, drafts = flags.T.tolist()
-        return Round(counts, active, unusable, empty, drafts, tokens.tolist(), log_ratios)
+        return Round(counts, active, unusable, empty, draft_lengths, tokens.tolist(), log_ratios)
 
 
 class Batch:
@@ -90,8 +95,7 @@ class Batch:
     empty: Tensor
     tokens: Tensor
     weights: Tensor
-    _columns: Tensor
-    _no_drafts: Tensor
+    none: Tensor  # 0 a row, for what is counted where there is nothing
 
     def __init__(
         self,
@@ -111,22 +115,19 @@ class Batch:
         needed = max((length + new for length, new in zip(lengths, max_new_tokens, strict=True)), default=0)
         self.capacity = needed if capacity is None else capacity
         self.state = State(num_rows or len(prompts), weights.shape[1], device)
-        for name in ("prompt_lengths", "lengths", "limits", "rounds", "last_tokens", "seeds", "_no_drafts"):
+        for name in ("prompt_lengths", "lengths", "limits", "rounds", "last_tokens", "seeds", "none"):
             self.state.hold(self, name, self.state.zeros())
         for name in ("active", "unusable", "empty"):
             self.state.hold(self, name, self.state.zeros(dtype=torch.bool))
-        # behind the last column is one more, for what a chunk has beyond it
-        columns = self.state.zeros(self.capacity + 1)
-        self.state.hold(self, "_columns", columns)
-        self.state.hold(self, "tokens", columns[:, : self.capacity])
+        self.state.hold(self, "tokens", self.state.zeros(self.capacity))
         self.state.hold(self, "weights", self.state.zeros(weights.shape[1], dtype=weights.dtype), by_attribute=True)
-        self._index = torch.arange(self.capacity + 1, device=device)
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         self.draft_lengths: Tensor | None = None
         self.processors = processors
         self.errors: dict[int, Exception] = {}
         self.longest, self.longest_draft = 0, 0
-        self._committed: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._done: Tensor | None = None
+        self._log_ratios: Tensor | None = None
         self.state.use(len(prompts), weights.shape[1])
         if prompts:
             self.replace(range(len(prompts)), prompts, max_new_tokens, weights, seeds)
@@ -169,11 +170,10 @@ class Batch:
 
     def snapshot(self) -> Snapshot:
         """What the last round did, on its way to the host."""
-        assert self._committed is not None, "no round has been committed"
-        chunk, counts, log_ratios = self._committed
-        drafts = self._no_drafts if self.draft_lengths is None else self.draft_lengths * self.active
-        flags = (flag[:, None] for flag in (counts, self.active, self.unusable, self.empty, drafts))
-        return Snapshot(torch.cat([*flags, chunk], 1), log_ratios)
+        assert self._done is not None, "no round has been committed"
+        # copied: the next round changes them, and the host may read them only then
+        drafts = None if self.draft_lengths is None else self.draft_lengths.clone()
+        return Snapshot(self._done, drafts, self._log_ratios)
 
     def num_new_tokens(self) -> Tensor:
         """Tokens committed since the prompt. out: (B,) int64"""
@@ -202,38 +202,39 @@ class Batch:
         is_inner = (chunk[..., None] != self.eos_token_ids).all(-1)
         return torch.minimum(is_inner.cumprod(1).sum(1) + 1, self.limits - self.lengths)
 
-    def count_usable(self, ends_at: Tensor, chunk_size: int) -> Tensor:
-        """min(K, `ends_at` of the chunk, draft length), 0 where inactive. out: (B,) int64"""
-        num_usable = ends_at.clamp_max(chunk_size)
-        if self.draft_lengths is not None:
-            num_usable = torch.minimum(num_usable, self.draft_lengths)
-        return num_usable * self.active
+    def count_usable(self, chunk: Tensor, draft_rows: Tensor | None = None, most: Tensor | None = None) -> Tensor:
+        """Tokens of the chunk (B, K) that could be committed, as the op `count_usable_` counts them. A row fails where
+        one of them was not drawn from its row.
 
-    def fail(self, *, unusable: Tensor | None = None, empty: Tensor | None = None) -> None:
-        """Stop the active rows where a mask (B,) bool says so, and note why."""
-        for flag, mask in ((self.unusable, unusable), (self.empty, empty)):
-            if mask is not None:
-                flag |= mask & self.active
-                self.active.masked_fill_(mask, False)
+        out: (B,) int64 in 0..K
+        """
+        if self.draft_lengths is not None:
+            most = self.draft_lengths if most is None else most.minimum(self.draft_lengths)
+        rows = [self.active, self.unusable]
+        return mpg_ext.count_usable_(rows, self.lengths, self.limits, self.eos_token_ids, chunk, draft_rows, most)
+
+    def fail(self, unusable: Tensor) -> None:
+        """Stop the active rows where a mask (B,) bool says that a model's numbers are unusable."""
+        self.unusable |= unusable & self.active
+        self.active.masked_fill_(unusable, False)
 
     def stop(self, rows: Sequence[int]) -> None:
         """End the requests in some rows, whose texts the host has seen to be at an end; what is committed stays."""
         self.active[torch.tensor(list(rows), dtype=torch.int64, device=self.active.device)] = False
 
-    def commit(self, chunk: Tensor, counts: Tensor, log_ratios: Tensor | None = None) -> None:
-        """Append the first counts[b] tokens of chunk[b] to every active row, and end its round.
+    def commit(
+        self, chunk: Tensor, accepted: Tensor, token: Tensor | None = None, log_totals: Tensor | None = None
+    ) -> Tensor:
+        """End the round of every active row, as the op `commit_block_` does.
 
-        chunk       (B, K) int64
-        counts      (B,) int64 in 0..K, no more than there is room for; ignored where inactive
-        log_ratios  (N, B, K) of the chunk, where they are traced
+        out: (B, L + 1) int64, the committed tokens, and behind them others that do not count
         """
-        counts, width = counts * self.active, chunk.shape[1]
-        positions = (self.lengths[:, None] + self._index[:width]).clamp_max(self.capacity)
-        self._columns.scatter_(1, positions, chunk)
-        self.lengths += counts
-        self.rounds += self.active
-        self.last_tokens.copy_(self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0])
-        has_ended = self.is_eos(self.last_tokens) & (counts > 0) | (self.lengths >= self.limits)
-        self.active.masked_fill_(has_ended, False)
-        self.longest = min(self.longest + width, self.capacity)
-        self._committed = chunk, counts, None if log_ratios is None else log_ratios.permute(1, 2, 0)
+        rows = [self.tokens, self.lengths, self.last_tokens, self.rounds, self.active, self.unusable, self.empty]
+        self._done = mpg_ext.commit_block_(rows, self.limits, self.eos_token_ids, chunk, accepted, token, log_totals)
+        self._log_ratios = None
+        self.longest = min(self.longest + chunk.shape[1] + (token is not None), self.capacity)
+        return self._done[:, NUM_FLAGS:]
+
+    def trace(self, log_ratios: Tensor) -> None:
+        """Note the log-ratios (N, B, L) of the tokens that were committed."""
+        self._log_ratios = log_ratios.permute(1, 2, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mpg.decode.batch import Batch
@@ -16,8 +15,6 @@ from mpg.options import Options
 class Direct:
     """Exact up to the floating point of the models' own forwards. See `Sampler` for the interface."""
 
-    none: Tensor  # drafted tokens of a row
-
     def __init__(self, models: Ensemble, attributes: tuple[Role, ...], options: Options):
         self.options, self.target = options, TargetRows(models, attributes, options)
         self.roles = self.target.roles
@@ -25,7 +22,6 @@ class Direct:
     def start(self, session: Session, batch: Batch, decide: Decisions) -> None:
         self.session, self.batch, self.decide = session, batch, decide
         self.target.start(batch)
-        batch.state.hold(self, "none", batch.state.zeros())
 
     def reset(self, rows: Tensor) -> None:
         self.target.reset(rows)
@@ -38,12 +34,13 @@ class Direct:
         logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))
 
         # Combine, process, warp, draw
-        rows, log_totals = self.target.of(logits, fed[:, :0], self.none)
-        batch.fail(unusable=rows[:, 0, 0].isnan(), empty=log_totals[:, 0] == -torch.inf)
-        token = self.decide.categorical(rows[:, 0], Purpose.LAST, 0, lambda: batch.active)
-        self.target.commit(logits, self.none, token)
-        log_ratios = self.target.log_ratios(logits, token[:, None]) if self.options.trace else None
-        batch.commit(token[:, None], torch.ones_like(token), log_ratios)
+        none, chunk = batch.none, fed[:, :0]
+        rows, log_totals = self.target.of(logits, chunk, none)
+        token = self.decide.categorical(rows[:, 0], Purpose.LAST, 0, lambda: batch.active & log_totals[:, 0].isfinite())
+        self.target.commit(logits, none, token)
+        committed = batch.commit(chunk, none, token, log_totals)
+        if self.options.trace:
+            batch.trace(self.target.log_ratios(logits, committed))
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return [(self.roles, 1)]

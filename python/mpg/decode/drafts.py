@@ -29,13 +29,11 @@ class Proposal(NamedTuple):
     chunk       (B, K) int64
     rows        (B, K, V), which its tokens were drawn from; None where each was the only choice
     num_usable  (B,) int64 in 0..K, its first tokens that were drafted and could be committed
-    ends_at     (B,) int64, as in `Batch.ends_at`
     """
 
     chunk: Tensor
     rows: Tensor | None
     num_usable: Tensor
-    ends_at: Tensor
 
 
 class Draft(Protocol):
@@ -76,6 +74,7 @@ class ModelDraft:
         tokens: list[Tensor] = []
         rows: list[Tensor] = []
         self.logits: list[Tensor] = []
+        self.decide.draw_ahead(Purpose.DRAFT, chunk_size)
         for index in range(chunk_size):
             self.logits.append(self._read_last() if index == 0 else self._read(tokens[-1], index))
             log_row = self.logits[-1].to(batch.weights.dtype)
@@ -85,10 +84,7 @@ class ModelDraft:
             active = partial(batch.is_open, tokens)
             tokens.append(self.decide.categorical(rows[-1], Purpose.DRAFT, index, active))
         chunk, draft_rows = torch.stack(tokens, 1), torch.stack(rows, 1)
-        ends_at = batch.ends_at(chunk)
-        num_usable = batch.count_usable(ends_at, chunk_size)
-        batch.fail(unusable=_count_drawn(draft_rows, chunk) < num_usable)
-        return Proposal(chunk, draft_rows, num_usable, ends_at)
+        return Proposal(chunk, draft_rows, batch.count_usable(chunk, draft_rows))
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return [(self.roles, 2 if index == 0 and not self.is_verified else 1) for index in range(num_drafts)]
@@ -152,8 +148,7 @@ class LookupDraft:
         following = match[:, None] + 1 + torch.arange(chunk_size, device=match.device)
         chunk = batch.tokens.gather(1, following.clamp_max(batch.capacity - 1))
         num_drafted = torch.where(match >= 0, (batch.lengths - 1 - match).clamp_max(chunk_size), 0)
-        ends_at = batch.ends_at(chunk)
-        return Proposal(chunk, None, batch.count_usable(ends_at, chunk_size).minimum(num_drafted), ends_at)
+        return Proposal(chunk, None, batch.count_usable(chunk, most=num_drafted))
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return []

@@ -57,8 +57,7 @@ class Exact:
         batch = self.batch
 
         # Draft: C ~ q, with the rows it was really drawn from
-        proposal = self.draft.propose(batch.longest_draft or self.options.chunk_size)
-        chunk, draft_rows, num_usable, ends_at = proposal
+        chunk, draft_rows, num_usable = self.draft.propose(batch.longest_draft or self.options.chunk_size)
 
         # Score: the rows p_1 .. p_{K+1} in one pass of every model of the target
         fed = torch.cat([batch.last_tokens[:, None], chunk], 1)
@@ -72,13 +71,12 @@ class Exact:
         else:
             accepted = self.decide.accept_tokens(_token_accept_probs(rows, draft_rows, chunk), num_usable)
             carry = torch.ones_like(rows[:, 0, 0])
-        is_unusable, accepted = accepted < 0, accepted.clamp_min(0)
-        goes_on = accepted < ends_at
-        log_total = log_totals.gather(1, accepted[:, None])[:, 0]
-        batch.fail(unusable=is_unusable | (log_total.isnan() & goes_on), empty=(log_total == -torch.inf) & goes_on)
-        token = self.decide.draw_residual(
-            rows, draft_rows, chunk, num_usable, accepted, carry, lambda: batch.active & goes_on
-        )
+
+        def is_drawn() -> Tensor:
+            log_total = log_totals.gather(1, accepted.clamp_min(0)[:, None])[:, 0]
+            return batch.active & (accepted >= 0) & (accepted < batch.ends_at(chunk)) & log_total.isfinite()
+
+        token = self.decide.draw_residual(rows, draft_rows, chunk, num_usable, accepted, carry, is_drawn)
 
         if batch.draft_lengths is not None:  # two more where all was accepted, one less where not
             longer = torch.where(accepted == num_usable, batch.draft_lengths + 2, batch.draft_lengths - 1)
@@ -89,10 +87,9 @@ class Exact:
         self.num_accepted += accepted
         self.num_offered += num_usable
         self.target.commit(logits, accepted, token)
-        place = accepted.masked_fill(~batch.active, chunk.shape[1])  # what failed keeps the chunk that it failed by
-        committed = torch.cat([chunk, token[:, None]], 1).scatter(1, place[:, None], token[:, None])
-        log_ratios = self.target.log_ratios(logits, committed) if self.options.trace else None
-        batch.commit(committed, accepted + goes_on, log_ratios)
+        committed = batch.commit(chunk, accepted, token, log_totals)
+        if self.options.trace:
+            batch.trace(self.target.log_ratios(logits, committed))
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return [*self.draft.passes(num_drafts), (self.target.roles, num_drafts + 1)]

@@ -86,7 +86,7 @@ class TokenRS(_Rejection):
         draft_row = draft_row.double()
         masses = torch.where(draft_row == 0, 0, draft_row * (scores - bound.log_bound[:, None]).clamp_max(0).exp())
         accept_prob = (masses.sum(1) / draft_row.sum(1)).clamp_max(1)  # a: of one try
-        batch.fail(unusable=accept_prob.isnan())
+        batch.fail(accept_prob.isnan())
         success_prob = -torch.expm1(self.options.tries * torch.log1p(-accept_prob))  # 1 - (1 - a)^tries
         is_accepted = self.decide.bernoulli(success_prob, Purpose.ACCEPT, 0, lambda: batch.active)
         taken = torch.where(is_accepted[:, None], masses, draft_row - masses)
@@ -101,11 +101,10 @@ class TokenRS(_Rejection):
         self.num_tries += num_tries.where(batch.active, 0)
         self.num_rejected += (num_tries - success_prob).where(batch.active, 0)
         self.num_capped += batch.active & ~is_accepted
-        log_ratios = None
+        batch.commit(token[:, None][:, :0], batch.none, token)
         if self.options.trace:
             logprobs = logprobs_of(scored[:, :, None], token[:, None])
-            log_ratios = logprobs[1:] - logprobs[:1]
-        batch.commit(token[:, None], torch.ones_like(token), log_ratios)
+            batch.trace(logprobs[1:] - logprobs[:1])
 
 
 class SeqRS(_Rejection):
@@ -158,7 +157,7 @@ class SeqRS(_Rejection):
         of_text = self.logprobs.sum(2).T[..., None]
         score = mpg_ext.score_prefixes(of_text[1:], of_text[0], bound.weights, score=bound.score)[1][:, 0]
         has_token = draft_row.gather(1, token[:, None])[:, 0] > 0
-        batch.fail(unusable=~has_token | score.isnan())
+        batch.fail(~has_token | score.isnan())
         is_whole = batch.active & (batch.is_eos(token) | (batch.lengths + self.sizes >= batch.limits))
         accept_prob = (score - bound.log_bound).clamp_max(0).exp()
         is_accepted = self.decide.bernoulli(accept_prob, Purpose.ACCEPT, 0, lambda: is_whole)
@@ -172,8 +171,9 @@ class SeqRS(_Rejection):
         counts = torch.where(is_whole & is_accepted | is_capped, self.sizes, 0)
         self.sizes.masked_fill_(is_whole | ~batch.active, 0)
         self.last.copy_(torch.where(is_whole, batch.last_tokens.clone(), token))
-        log_ratios = (self.logprobs[:, 1:] - self.logprobs[:, :1]).transpose(0, 1) if self.options.trace else None
-        batch.commit(self.texts, counts, log_ratios)
+        batch.commit(self.texts, counts)
+        if self.options.trace:
+            batch.trace((self.logprobs[:, 1:] - self.logprobs[:, :1]).transpose(0, 1))
         self.logprobs.masked_fill_(is_whole[:, None, None], 0)
 
     def statistics(self) -> dict[str, Tensor]:

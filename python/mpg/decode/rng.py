@@ -39,9 +39,17 @@ class Decisions:
 
     def __init__(self, seeds: Tensor, rounds: Tensor):
         self.seeds, self.rounds = seeds, rounds
+        self._ahead: dict[Purpose, Tensor] = {}
+
+    def draw_ahead(self, purpose: Purpose, count: int) -> None:
+        """Draw at once what this round will ask for of a purpose: the uniforms of index 0, ..., count - 1."""
+        drawn = mpg_ext.draw_uniforms(self.seeds, self.rounds, purpose=int(purpose), count=count)
+        self._ahead[purpose] = drawn.T.contiguous()  # (count, B): one index at a time is asked for
 
     def uniforms(self, purpose: Purpose, count: int, active: Callable[[], Tensor], first: int = 0) -> Tensor:
         """Uniforms of index first, ..., first + count - 1. out: (B, count) float64 in [0, 1)"""
+        if (ahead := self._ahead.get(purpose)) is not None:
+            return ahead[first : first + count].T
         return mpg_ext.draw_uniforms(self.seeds, self.rounds, purpose=int(purpose), count=count, first=first)
 
     def bernoulli(self, probs: Tensor, purpose: Purpose, index: int, active: Callable[[], Tensor]) -> Tensor:

@@ -86,6 +86,7 @@ class TargetRows:
         """Move the weights behind `accepted` (B,) drafted tokens and the one `token` (B,) that follows them."""
         if self.options.span == 1:
             return
+        accepted = accepted.clamp_min(0)  # of a row that has failed
         _, _, attributes = self._split(logits)
         row = accepted.view(1, -1, 1, 1).expand(len(attributes), -1, 1, attributes.shape[3])
         logprobs = logprobs_of(attributes.gather(2, row), token[:, None])[:, :, 0]

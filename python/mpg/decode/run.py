@@ -278,7 +278,7 @@ class Scheduler:
             tokens: list[Token] = []
             news.append((entry, tokens))
             entry.num_rounds[entry.num_drafts] += 1
-            if self.options.adaptive:
+            if done.draft_lengths is not None:
                 entry.num_drafts = done.draft_lengths[row]
             transcript, is_last = entry.transcript, not done.active[row]
             if is_last and (error := self._explain(row, entry, done)) is not None:

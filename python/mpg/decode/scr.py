@@ -38,6 +38,7 @@ class SCR:
     """
 
     sums: Tensor  # (B, 9)
+    prefixes: Tensor  # 1, ..., K
 
     def __init__(self, models: Ensemble, attributes: tuple[Role, ...], options: Options):
         self.options = options
@@ -52,6 +53,7 @@ class SCR:
         self.draft.start(session, batch, decide)
         self.bound = Bound(self.options, batch)
         batch.state.hold(self, "sums", batch.state.zeros(9, dtype=torch.float64))
+        self.prefixes = torch.arange(1, self.options.chunk_size + 1, device=batch.lengths.device)
 
     def reset(self, rows: Tensor) -> None:
         self.bound.reset(rows, self.batch.weights[rows])
@@ -62,7 +64,7 @@ class SCR:
         log_bound, is_warm, is_frozen = bound.log_bound.clone(), bound.is_warming_up(), bound.frozen.clone()
 
         # (Propose) a chunk from the base (Eq. 12)
-        chunk, draft_rows, num_usable, _ = self.draft.propose(self.options.chunk_size)
+        chunk, draft_rows, num_usable = self.draft.propose(self.options.chunk_size)
         assert draft_rows is not None
         base_logits, first_row = torch.stack(self.draft.logits, 1), draft_rows[:, 0]
 
@@ -77,22 +79,18 @@ class SCR:
         token, score, accept_prob = self.decide.draw_fallback(
             anchor_logits[:, 0], attribute_logits[:, :, 0], first_row, bound, is_fallback
         )
-        is_empty, is_unusable = is_fallback & (accept_prob == 0), (accepted < 0) | accept_prob.isnan()
         if self.options.empty == "base":
+            is_empty = is_fallback & (accept_prob == 0)
             token = torch.where(is_empty, self.decide.categorical(first_row, Purpose.EMPTY, 0, lambda: is_empty), token)
-        batch.fail(unusable=is_unusable, empty=is_empty if self.options.empty == "raise" else None)
-        is_fallback &= batch.active
 
         # (Update log M) by the fallback's score; `verify` has pushed the accepted ones
-        is_tested = _is_tested(accepted, num_usable, chunk.shape[1])
+        is_tested = self._is_tested(accepted, num_usable)
         pushed = score[:, None]
         if self.options.observed:
             pushed = torch.cat([_observed(scores, is_tested), pushed], 1)
         bound.update(pushed, is_fallback)
 
         # Commit
-        chunk[:, 0] = torch.where(is_fallback, token, chunk[:, 0])
-        counts = torch.where(is_fallback, 1, accepted)
         is_rejected, is_drawn = accepted < num_usable, accept_prob > 0
         num_clipped = (is_tested & (scores > log_bound[:, None])).sum(1)
         self.sums += torch.stack([
@@ -100,17 +98,17 @@ class SCR:
             is_rejected & (accepted > 0),
             is_fallback,
             is_drawn,
-            torch.where(is_drawn, 1 / accept_prob.double(), 0),
+            accept_prob.double().reciprocal().nan_to_num(0, 0),  # 0 where nothing is drawn
             is_tested.sum(1),
             num_clipped,
-            counts * is_warm,
+            (accepted + is_fallback) * is_warm,
             is_frozen & (num_clipped > 0),
         ], 1)  # fmt: skip
+        committed = batch.commit(chunk, accepted, token)
         if self.options.trace:
             # the first token may be the fallback's now
-            first = anchor_logits[:, :1], attribute_logits[:, :, :1], chunk[:, :1]
-            log_ratios = torch.cat([self._score(*first)[0], log_ratios[:, :, 1:]], 2)
-        batch.commit(chunk, counts, log_ratios)
+            first = anchor_logits[:, :1], attribute_logits[:, :, :1], committed[:, :1]
+            batch.trace(torch.cat([self._score(*first)[0], log_ratios[:, :, 1:]], 2))
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return [*self.draft.passes(num_drafts), (self.scored, num_drafts)]
@@ -142,20 +140,18 @@ class SCR:
             return self.decide.verify_chunks(anchor_logits, attribute_logits, chunk, num_usable, self.bound)
         log_ratios, scores = self._score(anchor_logits, attribute_logits, chunk)
         accepted = self.decide.accept_prefixes(scores, self.bound.log_bound, num_usable)
-        self.bound.update(_observed(scores, _is_tested(accepted, num_usable, chunk.shape[1])), accepted > 0)
+        self.bound.update(_observed(scores, self._is_tested(accepted, num_usable)), accepted > 0)
         return log_ratios, scores, accepted
+
+    def _is_tested(self, accepted: Tensor, num_usable: Tensor) -> Tensor:
+        """Which prefixes a round tested: from the longest usable one down to the accepted one. out: (B, K) bool"""
+        return (self.prefixes >= accepted[:, None]) & (self.prefixes <= num_usable[:, None])
 
     def _score(self, anchor_logits: Tensor, attribute_logits: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor]:
         """Log-ratios (N, B, K) and prefix scores (B, K) of a chunk, from logits."""
         anchor = mpg_ext.gather_logprobs(anchor_logits, chunk)
         attributes = torch.stack([mpg_ext.gather_logprobs(logits, chunk) for logits in attribute_logits])
         return mpg_ext.score_prefixes(attributes, anchor, self.bound.weights, score=self.bound.score)
-
-
-def _is_tested(accepted: Tensor, num_usable: Tensor, chunk_size: int) -> Tensor:
-    """Which prefixes a round tested: from the longest usable one down to the accepted one. out: (B, K) bool"""
-    lengths = torch.arange(1, chunk_size + 1, device=accepted.device)
-    return (lengths >= accepted[:, None]) & (lengths <= num_usable[:, None])
 
 
 def _observed(scores: Tensor, is_tested: Tensor) -> Tensor:
