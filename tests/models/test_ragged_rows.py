@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensembles import load
 from mpg.models.ensemble import Cost
@@ -151,3 +153,62 @@ def test_two_threads_may_share_a_model(tiny_model, lora_folder):
     with ThreadPoolExecutor(2) as threads:
         for role, logits in zip(expected, threads.map(forward, expected), strict=True):
             assert torch.equal(logits, expected[role])
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _ops_of(session, tokens, start, kv_length):
+    with _Ops() as ops:
+        logits = session.forward(["base"], tokens, torch.tensor(start), kv_length=kv_length)
+    return ops.counts, logits
+
+
+MASK_OPS = ("arange", "full", "le", "masked_fill_", "where")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_mask_and_positions_are_made_once_a_forward(architecture, tiny_model):
+    counts = []
+    for num_layers in (2, 4):
+        base = tiny_model(architecture, num_hidden_layers=num_layers)
+        session = load(base, {"E": base}).open(PROMPTS, ["base"], CAPACITY)
+        counts.append(_ops_of(session, torch.ones(3, 1, dtype=torch.int64), [6, 0, 2], 7)[0])
+    few, many = ([count[name] for name in MASK_OPS] for count in counts)
+    assert few == many
+    assert counts[0]["arange"] > 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_rows_that_start_together_are_written_as_a_block_and_hide_nothing(architecture, num_tokens, tiny_model):
+    """To the same logits as beside a row that starts elsewhere; a window still needs its mask."""
+    base = tiny_model(architecture)
+    ensemble = load(base, {"E": base})
+    tokens, length = torch.randint(61, (3, num_tokens)), 6 + num_tokens
+    alone = ensemble.open(PROMPTS[:1] * 2, ["base"], CAPACITY)
+    alone.forward(["base"], tokens[:2, :1], torch.tensor([6, 6]), kv_length=7)  # read with the prompts
+    counts, logits = _ops_of(alone, tokens[:2], [6, 6], length)
+    assert not counts["index_copy_"]
+    if architecture == "llama" and num_tokens == 1:
+        assert not any(counts[name] for name in MASK_OPS[1:])
+    beside = ensemble.open([*PROMPTS[:1] * 2, PROMPTS[1]], ["base"], CAPACITY)
+    counts, expected = _ops_of(beside, tokens, [6, 6, 0], length)
+    assert counts["index_copy_"]
+    torch.testing.assert_close(logits, expected[:, :2], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_start_together_past_their_end_or_at_the_first_token_are_right(tiny_model, full_logits):
+    base = tiny_model()
+    session = load(base, {"E": base}).open([[5]] * 2, ["base"], 3)
+    _, logits = _ops_of(session, torch.tensor([[5, 6, 7]] * 2), [0, 0], 3)
+    torch.testing.assert_close(logits[0, 0], full_logits(base, [5, 6, 7]), atol=1e-5, rtol=1e-5)
+    _, logits = _ops_of(session, torch.tensor([[8, 9]] * 2), [2, 2], 3)
+    assert logits.isfinite().all()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
 
 from mpg.models.cache import RaggedCache
 
@@ -49,8 +50,9 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
     """Refuse a model whose logits on ragged rows are not those of its own uncached forward.
 
     `use_ragged_attention` refuses what is known to go wrong; this is for all the others. Two rows of 4 and 3 tokens,
-    one of which has a token rejected, against one plain forward: three forwards of 16 positions in all, once, the time
-    of three to six decoded tokens. It cannot see what only long texts show.
+    one of which has a token rejected, and the other its last one read again where the host knows its place, against one
+    plain forward: four forwards of 17 positions in all, once, the time of four to seven decoded tokens. It cannot see
+    what only long texts show.
 
     argument: what the caller named the model, for the message
 
@@ -74,11 +76,14 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
                     slice(0, 2), torch.tensor(start, device=model.device), num_tokens=2, kv_length=4
                 )
                 ragged = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
+            positions = cache.place(slice(0, 1), positions[:1, 1], num_tokens=1, kv_length=4, start_at=3)
+            placed = model(input_ids=rows[:1, 3:], position_ids=positions, past_key_values=cache, use_cache=True).logits
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the forward of an unknown model raises
         raise _refusal(argument, config, f"its forward raises {type(error).__name__}: {error}") from error
-    expected = torch.stack([plain[0, 2:], plain[1, 1:3]]).float()
+    ragged = torch.cat([ragged, torch.cat([placed, ragged[1:, 1:]])], 1)
+    expected = torch.stack([plain[0, [2, 3, 3]], plain[1, [1, 2, 2]]]).float()
     if (expected == expected[..., :1]).all():
         raise _refusal(argument, config, "its logits are the same for every token, as of a head of zeros")
     deviations = (ragged.float() - expected).square().mean(-1).sqrt() / expected.std(-1)  # (rows, positions)
@@ -127,7 +132,7 @@ def ragged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -135,7 +140,7 @@ def ragged_attention(
 ) -> tuple[Tensor, None]:
     """Attention with grouped heads, optionally with capped scores (Gemma 2) or sinks (GPT-OSS).
 
-    query: (R, H * G, q, D); key, value: (R, H, kv, D); attention_mask: (R, 1, q, kv) of `ragged_mask`
+    query: (R, H * G, q, D); key, value: (R, H, kv, D); attention_mask: of `ragged_mask`
     s_aux: (H * G,) sink logits, or None
 
     out: (R, q, H * G, D)
@@ -145,8 +150,8 @@ def ragged_attention(
     # The G query heads of one key head become G times the queries. Unlike enable_gqa, this lets a fused kernel run with
     # a mask on CUDA too; the fallback there would repeat keys and values G times.
     query = query.reshape(rows, key.shape[1], groups * num_queries, head_dim)
-    mask = attention_mask.to(query.dtype)
-    if groups > 1 and num_queries > 1:  # of one query it is the same for all
+    mask = None if attention_mask is None else attention_mask.to(query.dtype)
+    if mask is not None and groups > 1 and num_queries > 1:  # of one query it is the same for all
         mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
     if softcap is None and s_aux is None:
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
@@ -154,7 +159,8 @@ def ragged_attention(
         scores = (query @ key.transpose(2, 3)).float() * (head_dim**-0.5 if scaling is None else scaling)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores + mask
+        if mask is not None:
+            scores = scores + mask
         if s_aux is not None:
             sinks = s_aux.float().view(1, key.shape[1], groups, 1, 1).expand(rows, -1, -1, num_queries, -1)
             scores = torch.cat([scores, sinks.flatten(2, 3)], dim=-1)
@@ -172,18 +178,23 @@ def ragged_mask(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | None:
     """The model's own mask function (causal, sliding, chunked) evaluated at every row's own query positions.
 
-    q_offset: (R,) int64 from RaggedCache.get_query_offset
+    q_offset: from RaggedCache.get_query_offset, (R,) int64, or where all rows start, behind their first token
 
     out: (R, 1, q, kv) in `dtype`, to be added to scores: 0 = attend, -inf = do not. Made once a forward; of a bool mask
-    every layer would make it anew
+    every layer would make it anew. None where a single query attends to all that is held
     """
-    assert isinstance(q_offset, Tensor), "the model attends without its cache"
+    assert isinstance(q_offset, Tensor) or q_offset > 0, "the model attends without its cache"
     assert mask_function is not None
-    queries = q_offset[:, None] + torch.arange(q_length, device=device)
-    queries = queries.clamp_max(kv_length - 1)  # as in place(): a row past its end would see nothing and turn NaN
+    if isinstance(q_offset, Tensor):
+        queries = q_offset[:, None] + torch.arange(q_length, device=device)
+        queries = queries.clamp_max(kv_length - 1)  # as in place(): a row past its end would see nothing and turn NaN
+    elif q_offset + 1 == kv_length and mask_function is causal_mask_function:
+        return None
+    else:
+        queries = torch.arange(q_offset, q_offset + q_length, device=device)[None]
     rows = torch.arange(batch_size, device=device)
     mask = mask_function(
         rows[:, None, None, None],

@@ -27,13 +27,17 @@ class RaggedCache(Cache):
         self.capacity = capacity
         self.current: _RaggedLayer | None = None  # the layer that a compiled forward is in, whichever it says it is
 
-    def place(self, rows: slice | Tensor, start: Tensor, num_tokens: int, kv_length: int) -> Tensor:
+    def place(
+        self, rows: slice | Tensor, start: Tensor, num_tokens: int, kv_length: int, start_at: int | None = None
+    ) -> Tensor:
         """Aim the next forward at some rows; returns the positions of its tokens.
 
         rows:       neighbours as a slice, or any R of them as numbers (R,) int64, which copies what they hold
         start:      (R,) int64, position of each row's first token
         num_tokens: q, the tokens fed to every row
         kv_length:  host upper bound on every row's end; positions from there on are neither read nor attended
+        start_at:   where all rows, which are neighbours, start behind their first token and end within kv_length, if
+                    the host knows: what is written is then one block, and a mask may hide nothing
 
         out: (R, q) int64, clamped to kv_length - 1: a row that runs past its end computes garbage and harms no other
 
@@ -44,7 +48,10 @@ class RaggedCache(Cache):
         self.first_row: int = rows.start if isinstance(rows, slice) else 0
         self.rows: Tensor | None = None if isinstance(rows, slice) else rows
         self.start = start
+        self.start_at = start_at
         self.kv_length = kv_length
+        if start_at is not None:
+            return torch.arange(start_at, start_at + num_tokens, device=start.device).expand(len(start), -1)
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
         positions = positions.clamp_max(kv_length - 1)
         numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows
@@ -79,8 +86,8 @@ class RaggedCache(Cache):
         written = [layer for layer in self.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
         return [buffer for layer in written for buffer in (layer.keys, layer.values)]
 
-    def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # one per row
-        return self.start
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # of all rows, or one per row
+        return self.start if self.start_at is None else self.start_at
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -105,16 +112,19 @@ class _RaggedLayer(CacheLayerMixin):
 
     def _write_and_read(self, buffer: Tensor, states: Tensor) -> Tensor:
         cache, device = self.cache, buffer.device
-        # A model that is split over devices has some of its layers elsewhere than its input.
-        slots = cache.slots if cache.slots.device == device else cache.slots.to(device)
-        buffer.view(-1, *buffer.shape[2:]).index_copy_(0, slots, states.transpose(1, 2).flatten(0, 1))
+        (num_rows, num_heads, num_tokens, size), (row, position, head, _) = states.shape, buffer.stride()
+        strides, first = (row, head, position, 1), cache.first_row * row
+        if cache.start_at is not None:
+            at = first + cache.start_at * position
+            buffer.as_strided((num_rows, num_heads, num_tokens, size), strides, at).copy_(states)
+        else:
+            # A model that is split over devices has some of its layers elsewhere than its input.
+            slots = cache.slots if cache.slots.device == device else cache.slots.to(device)
+            buffer.view(-1, *buffer.shape[2:]).index_copy_(0, slots, states.transpose(1, 2).flatten(0, 1))
         if cache.rows is not None:
             return buffer[cache.rows.to(device), : cache.kv_length].transpose(1, 2)
-        (num_rows, num_heads, _, size), (row, position, head, _) = states.shape, buffer.stride()
         # buffer[first_row :][:num_rows, :kv_length].transpose(1, 2), (R, H, kv, D), in one call: there are two a layer
-        return buffer.as_strided(
-            (num_rows, num_heads, cache.kv_length, size), (row, head, position, 1), cache.first_row * row
-        )
+        return buffer.as_strided((num_rows, num_heads, cache.kv_length, size), strides, first)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.kv_length, 0

@@ -125,6 +125,7 @@ def load(
         _allow_captures(models)
     for loaded in models if compile else ():
         compile_layers(loaded.argument, loaded.model, loaded.stack)
+        loaded.is_compiled = True
     if ANCHOR in contexts:
         slots[ANCHOR] = slots[ANCHOR]._replace(context=ANCHOR)
     return Ensemble(models, slots, tuple(names), contexts)

@@ -50,6 +50,7 @@ class LoadedModel:
     argument:    the first argument of `mpg.load` that named it, for messages
     devices:     one, or those that the model is split over
     new_capture: makes what captures the forwards of one runner; None where they run as they are
+    is_compiled: decoder layers run as code that is made for no forward in particular
     lock:        held by a forward, as what the stack runs is state that all threads share, and while runners are looked
                  through
     """
@@ -65,6 +66,7 @@ class LoadedModel:
     stack: LoraStack | None = None
     origin: Origin | None = None  # where the caller gave a model, not a folder
     new_capture: Callable[[], Capture] | None = None
+    is_compiled: bool = False
     lock: Any = field(default_factory=Lock)
     idle: list[ModelRunner] = field(default_factory=list)  # the latest last
     graphs: WeakSet[Graphs] = field(default_factory=WeakSet)  # of every runner there is
@@ -236,7 +238,8 @@ class ModelRunner:
         stack, device = self.loaded.stack, tokens.device
         fed = fed if isinstance(fed, slice) else fed.to(device)
         with self.loaded.lock, own_precision(device):
-            positions = self.cache.place(fed, start, tokens.shape[1], kv_length)
+            start_at = self._start_of_all(start, tokens.shape[1], kv_length) if isinstance(fed, slice) else None
+            positions = self.cache.place(fed, start, tokens.shape[1], kv_length, start_at)
             if stack is not None:
                 merge_weights = None if self.merge_weights is None else self.merge_weights[fed]
                 stack.set_active(
@@ -255,6 +258,15 @@ class ModelRunner:
         """Let the sum that the rows of a merged runner run have these weights, (B, N) or (N,), from now on."""
         assert self.merge_weights is not None
         (self.merge_weights if weights.ndim == 1 else self.merge_weights[: len(weights)]).copy_(weights)
+
+    def _start_of_all(self, start: Tensor, num_tokens: int, kv_length: int) -> int | None:
+        """Where rows (R,) that all start behind their first token do, for `place`, if the host can know: it neither
+        waits for a device nor is what a forward runs made for others too."""
+        if self.loaded.devices != (torch.device("cpu"),) or self.graphs is not None or self.loaded.is_compiled:
+            return None
+        first, *others = start.tolist()
+        is_one = 0 < first <= kv_length - num_tokens and all(other == first for other in others)
+        return first if is_one else None
 
     def _factors_of(self, layout: Layout) -> list[tuple[Tensor, Tensor]] | None:
         """Those of its groups alone, where it names none by row; None of the plain base."""
