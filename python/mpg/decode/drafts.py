@@ -70,17 +70,14 @@ class ModelDraft:
         self.session, self.batch, self.decide = session, batch, decide
 
     def propose(self, chunk_size: int) -> Proposal:
-        batch, options = self.batch, self.options
+        batch = self.batch
         tokens: list[Tensor] = []
         rows: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.decide.draw_ahead(Purpose.DRAFT, chunk_size)
         for index in range(chunk_size):
             self.logits.append(self._read_last() if index == 0 else self._read(tokens[-1], index))
-            log_row = self.logits[-1].to(batch.weights.dtype)
-            if batch.processors is not None:
-                log_row = self._process(log_row, tokens, rows)
-            rows.append(mpg_ext.warp_rows(log_row, **options.warp()))
+            rows.append(self._probs(self.logits[-1], tokens, rows))
             active = partial(batch.is_open, tokens)
             tokens.append(self.decide.categorical(rows[-1], Purpose.DRAFT, index, active))
         chunk, draft_rows = torch.stack(tokens, 1), torch.stack(rows, 1)
@@ -88,6 +85,20 @@ class ModelDraft:
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return [(self.roles, 2 if index == 0 and not self.is_verified else 1) for index in range(num_drafts)]
+
+    def _probs(self, logits: Tensor, tokens: list[Tensor], rows: list[Tensor]) -> Tensor:
+        """What the next token is drawn from, (B, V), by the logits (B, V) behind the tokens drafted so far."""
+        batch, dtype = self.batch, self.batch.weights.dtype
+        is_plain = self.options.is_uncut and self.options.temperature == 1
+        plain = logits.softmax(-1, dtype) if is_plain else None
+        if plain is not None and batch.processors is None:
+            return plain
+        log_row = logits.to(dtype)
+        if batch.processors is not None:
+            log_row = self._process(log_row, tokens, rows)
+        probs = mpg_ext.warp_rows(log_row, **self.options.warp())
+        # to the last bit what a request without a processor has alone
+        return probs if plain is None else probs.where(has_processor(batch)[:, None], plain)
 
     def _process(self, log_row: Tensor, tokens: list[Tensor], rows: list[Tensor]) -> Tensor:
         """The row (B, V) behind the tokens drafted so far, processed; as it was without a processor, and where nothing
