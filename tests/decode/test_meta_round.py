@@ -45,11 +45,11 @@ def meta_models():
 def test_round_runs_without_a_value(meta_models, options):
     checked = Options(**options)
     weights = torch.ones(3, 2, device="meta")
-    seeds = torch.zeros(3, dtype=torch.int64, device="meta")
+    seeds = [0, 0, 0]
     prompts = [[1, 2, 3], [4], [5, 6]]
     batch = Batch(prompts, [8, 8, 8], weights, seeds, [0])
     sampler = SAMPLERS[checked.sampler](meta_models, ("E", "T"), checked)
-    sampler.start(meta_models.open(prompts, sampler.roles, batch.capacity), batch, Decisions(seeds, batch.rounds))
+    sampler.start(meta_models.open(prompts, sampler.roles, batch.capacity), batch, Decisions(batch.seeds, batch.rounds))
     state = [dict(_tensors_of(owner)) for owner in (batch, sampler)]
     for _ in range(2):
         sampler.round()

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ensembles import load
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
+from mpg.decode.request import Request
 from mpg.decode.rng import Decisions
+from mpg.decode.run import Scheduler
 from mpg.models.runner import ModelRunner
 from mpg.options import Options
 
@@ -84,8 +87,7 @@ def models():
 
 @torch.no_grad()
 def ops_of_a_round(models, options: Options, monkeypatch) -> CountOps:
-    seeds = torch.zeros(1, dtype=torch.int64, device="meta")
-    batch = Batch([[1, 2, 3]], [40], torch.ones(1, 2, device="meta"), seeds, [49])
+    batch = Batch([[1, 2, 3]], [40], torch.ones(1, 2, device="meta"), [0], [49])
     sampler = SAMPLERS[options.sampler](models, ("E", "T"), options)
     session = models.open([[1, 2, 3]], sampler.roles, batch.capacity)
     sampler.start(session, batch, Decisions(batch.seeds, batch.rounds))
@@ -105,3 +107,33 @@ def test_a_round_takes_no_more_than_it_must(options, most_ops, most_launches, mo
     assert ops.counts.total() <= most_ops
     assert ops.num_launches <= most_launches
     assert ops.counts["mpg.draw_uniforms.default"]  # the round did run, and under the counter
+
+
+class CountUploads(TorchDispatchMode):
+    """Counts what is copied from the host to `meta`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            self.num_copies += out.is_meta and any(isinstance(value, Tensor) and value.is_cpu for value in args)
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_rows", "most"), [(1, 3), (4, 5)])
+def test_requests_begin_with_few_uploads_whatever_their_number_and_the_layers(num_rows, most, models, monkeypatch):
+    """Their numbers, their weights, their prompts; and of several that have one prompt which rows read it, and where
+    it is copied to."""
+    make = torch.tensor  # which copies where no mode sees it
+    monkeypatch.setattr(torch, "tensor", lambda values, device="cpu", **kwargs: make(values, **kwargs).to(device))
+    options = Options(sampler="exact", target="geometric")
+    scheduler = Scheduler(models, options, (49,), num_rows=4, capacity=40, attributes=("E", "T"), rounds_ahead=0)
+    for _ in range(num_rows):
+        scheduler.add(Request([1, 2, 3, 4], (1.0, 1.0), {"E": 1, "T": 1}, 8, 0))
+    with CountUploads() as uploads:
+        scheduler._admit()
+    assert uploads.num_copies <= most

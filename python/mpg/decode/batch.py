@@ -102,7 +102,7 @@ class Batch:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: Sequence[int],
         weights: Tensor,
-        seeds: Tensor,
+        seeds: Sequence[int] | Tensor,
         eos_token_ids: Sequence[int],
         *,
         capacity: int | None = None,
@@ -141,24 +141,29 @@ class Batch:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: Sequence[int],
         weights: Tensor,
-        seeds: Tensor,
-    ) -> None:
-        """Begin new requests in some rows in use, whatever these held; the other arguments in the order of `rows`."""
-        device = self.tokens.device
-        index = torch.tensor(list(rows), device=device)
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        self.tokens[index, :longest] = torch.tensor(padded, device=device)
-        self.prompt_lengths[index] = self.lengths[index] = torch.tensor(lengths, device=device)
-        self.last_tokens[index] = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-        self.limits[index] = self.lengths[index] + torch.tensor(list(max_new_tokens), device=device)
-        self.weights[index], self.seeds[index], self.rounds[index] = weights, seeds, 0
-        self.active[index] = self.lengths[index] < self.limits[index]
+        seeds: Sequence[int] | Tensor,
+    ) -> Tensor:
+        """Begin new requests in some rows in use, whatever these held; the other arguments in the order of `rows`.
+
+        out: the rows (R,) int64, on the device, to which all but the weights goes in one copy
+        """
+        longest = max(map(len, prompts))
+        numbers = [
+            [row, len(prompt), len(prompt) + new, int(seed), prompt[-1], *prompt, *[0] * (longest - len(prompt))]
+            for row, prompt, new, seed in zip(rows, prompts, max_new_tokens, seeds, strict=True)
+        ]
+        uploaded = torch.tensor(numbers).to(self.tokens.device)
+        index, lengths, limits, of_rows, last_tokens = uploaded[:, :5].unbind(1)
+        self.tokens[index, :longest] = uploaded[:, 5:]
+        self.prompt_lengths[index] = self.lengths[index] = lengths
+        self.limits[index], self.seeds[index], self.last_tokens[index] = limits, of_rows, last_tokens
+        self.weights[index], self.rounds[index] = weights.to(self.weights), 0
+        self.active[index] = lengths < limits
         self.unusable[index] = self.empty[index] = False
         self.longest = max(self.longest, longest)
         for row in rows:
             self.errors.pop(row, None)
+        return index
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Let the requests of some rows go on in others, whose own are over."""

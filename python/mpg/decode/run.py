@@ -109,7 +109,7 @@ class Scheduler:
         self.sampler = SAMPLERS[options.sampler](self.models, numbers, options)
         self.session = self.models.open([], self.sampler.roles, capacity, num_rows=room, expected=expected)
         none = torch.zeros(0, most, dtype=dtype, device=models.device)
-        self.batch = Batch([], [], none, torch.tensor([]), eos_token_ids, capacity=capacity, num_rows=room)
+        self.batch = Batch([], [], none, [], eos_token_ids, capacity=capacity, num_rows=room)
         self.decide = Decisions(self.batch.seeds, self.batch.rounds)
         self.sampler.start(self.session, self.batch, self.decide)
 
@@ -231,11 +231,10 @@ class Scheduler:
         for of_row, request in zip(weights, requests, strict=True):
             own = [alpha for alpha in request.alpha if alpha]
             of_row[: len(own)] = torch.tensor(own, dtype=weights.dtype)
-        seeds, device = torch.tensor([request.seed for request in requests]), self.models.device
-        self.batch.replace(rows, prompts, limits, weights.to(device), seeds.to(device))
+        begun = self.batch.replace(rows, prompts, limits, weights, [request.seed for request in requests])
         attributes, contexts = [entry.transcript.attributes for entry in entries], [r.contexts for r in requests]
         self.session.replace(rows, prompts, attributes, contexts)
-        self.sampler.reset(torch.tensor(rows, device=device))
+        self.sampler.reset(begun)
 
     def _close_ranks(self) -> None:
         """Let the last rows move to where requests have ended, so that none but those which go on are in use."""

@@ -66,17 +66,21 @@ class RaggedCache(Cache):
         self, sources: Sequence[int], targets: Sequence[int], num_positions: int, other: RaggedCache | None = None
     ) -> None:
         """Let the first positions of some rows be those that others had, of this cache or of another one."""
+        index = _Index(sources, targets)
         for own, its in zip(self.layers, (other or self).layers, strict=True) if sources and num_positions else ():
             assert isinstance(own, _RaggedLayer) and isinstance(its, _RaggedLayer)
             if its.is_initialized and not own.is_initialized:
                 own.lazy_initialization(its.keys.transpose(1, 2), its.values.transpose(1, 2))
             for buffer, of_other in ((own.keys, its.keys), (own.values, its.values)) if its.is_initialized else ():
-                buffer[list(targets), :num_positions] = of_other[list(sources), :num_positions]
+                of_sources, of_targets = index.on(buffer.device)
+                copied = of_other[:, :num_positions].index_select(0, of_sources)
+                buffer[:, :num_positions].index_copy_(0, of_targets, copied)
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what some rows hold: a NaN would reach their later forwards, though the mask hides it."""
+        index = _Index(rows)
         for buffer in self._buffers() if rows else ():
-            buffer[list(rows)] = 0
+            buffer.index_fill_(0, index.on(buffer.device)[0], 0)
 
     def bytes_per_position(self) -> int:
         """What one position of one row takes in all layers that have been written to."""
@@ -88,6 +92,20 @@ class RaggedCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # of all rows, or one per row
         return self.start if self.start_at is None else self.start_at
+
+
+class _Index:
+    """Lists of rows as tensors, which go to each device once, whatever the number of layers there."""
+
+    def __init__(self, *rows: Sequence[int]) -> None:
+        self._rows = torch.tensor([list(of_list) for of_list in rows], dtype=torch.int64)
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """out: (lists, rows)"""
+        if device not in self._on:
+            self._on[device] = self._rows.to(device)
+        return self._on[device]
 
 
 class _RaggedLayer(CacheLayerMixin):

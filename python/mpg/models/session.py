@@ -338,10 +338,11 @@ class Session:
         width = max(map(len, prompts)) - (not is_whole)
         # right-padded: what a short row writes behind its end is written again before it is seen
         padded = [[*prompt, *[0] * (width - len(prompt))][:width] for prompt in prompts]
-        tokens = torch.tensor(padded, dtype=torch.int64, device=device)
+        numbers = [[begin, *own] for begin, own in zip(begins.values(), padded, strict=True)]
+        start, tokens = torch.tensor(numbers).to(device).tensor_split([1], 1)
+        start, longest = start[:, 0], max(begins.values())
         is_run = places == list(range(places[0], places[-1] + 1))
         fed = slice(places[0], places[-1] + 1) if is_run else torch.tensor(places, device=device)
-        start, longest = torch.tensor(list(begins.values()), device=device), max(begins.values())
         for first in range(0, width, PREFILL_TOKENS):
             part = tokens[:, first : first + PREFILL_TOKENS]
             with self._ensemble.observer(True):
