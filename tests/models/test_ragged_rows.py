@@ -212,3 +212,28 @@ def test_rows_that_start_together_past_their_end_or_at_the_first_token_are_right
     torch.testing.assert_close(logits[0, 0], full_logits(base, [5, 6, 7]), atol=1e-5, rtol=1e-5)
     _, logits = _ops_of(session, torch.tensor([[8, 9]] * 2), [2, 2], 3)
     assert logits.isfinite().all()
+
+
+def test_rows_that_are_copied_or_cleared_are_named_once_for_all_layers(tiny_model):
+    """On a GPU every list of them would be an upload that the host waits for."""
+    base = tiny_model(num_hidden_layers=4)
+    session = load(base, {"E": base}).open(PROMPTS, ["base"], CAPACITY)
+    (cache,) = (pool.runner.cache for pool in session._pools.values())
+    for step in (lambda: cache.copy([0, 1], [1, 2], 5), lambda: cache.clear([0, 2])):
+        with _Indices() as indices:
+            step()
+        assert len({index.untyped_storage().data_ptr() for index in indices.seen}) == 1
+
+
+class _Indices(TorchDispatchMode):
+    """Notes the indices of what is run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "index" in func.overloadpacket.__name__:
+            is_list = func.overloadpacket.__name__ in ("index", "index_put_")
+            self.seen += [index for index in args[1] if index is not None] if is_list else [args[2]]
+        return func(*args, **(kwargs or {}))
