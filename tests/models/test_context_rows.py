@@ -54,6 +54,22 @@ def greedy(logprobs, prompt, context):
     return text, ratios
 
 
+@pytest.mark.parametrize("context", CONTEXTS, ids=len)
+def test_a_context_that_drafts_reads_its_own_text_to_the_end(context, adapted, monkeypatch):
+    """Whatever its last tokens are, and be it one token: drafts are the context's own, and the target's where that
+    is its model."""
+    model, logprobs = adapted
+    loaded = mpg.load(model, {"E": "E", "calm": mpg.Context(prompt=context)}, draft="calm", device="cpu")
+    options = {"weights": {"calm": 1}, "temperature": 0, "max_new_tokens": NUM_TOKENS, "chunk_size": 2}
+    for prompt in PROMPTS:
+        text = []
+        for _ in range(NUM_TOKENS):
+            text.append(int(logprobs(None, context + text).argmax()))
+        result = loaded.generate(prompt, draft="model", verify="token", **options)
+        assert list(result.tokens) == text[: len(result.tokens)]
+        assert result.stats["accept_rate"] == 1
+
+
 @pytest.mark.parametrize(
     "options",
     [{"sampler": "direct"}, {"draft": "reference"}, {"draft": "lookup"}, {"draft": "model", "verify": "token"}],

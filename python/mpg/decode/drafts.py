@@ -118,10 +118,11 @@ class ModelDraft:
         batch = self.batch
         if self.is_verified:
             return self._read(batch.last_tokens, 0)
-        start = (batch.lengths - 2).clamp_min(0)  # a prompt of one token has no second last: read what follows, in vain
+        has_new = batch.num_new_tokens() > 0  # of the prompt it has read all but the last: what follows is read in vain
+        start = batch.lengths - 1 - has_new.long()
         fed = batch.tokens.gather(1, torch.stack([start, start + 1], 1).clamp_max(batch.capacity - 1))
         logits = self.session.forward(self.roles, fed, start, kv_length=batch.kv_length(2))[0]
-        return torch.where((batch.lengths >= 2)[:, None], logits[:, 1], logits[:, 0])
+        return torch.where(has_new[:, None], logits[:, 1], logits[:, 0])
 
     def _read(self, token: Tensor, index: int) -> Tensor:
         start, kv_length = self.batch.lengths + (index - 1), self.batch.kv_length(index + 1)
