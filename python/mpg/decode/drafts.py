@@ -118,9 +118,9 @@ class ModelDraft:
         batch = self.batch
         if self.is_verified:
             return self._read(batch.last_tokens, 0)
-        has_new = batch.num_new_tokens() > 0  # of the prompt it has read all but the last: what follows is read in vain
+        has_new = batch.num_new_tokens() > 0  # of the prompt all but the last is read: that is fed twice, once in vain
         start = batch.lengths - 1 - has_new.long()
-        fed = batch.tokens.gather(1, torch.stack([start, start + 1], 1).clamp_max(batch.capacity - 1))
+        fed = torch.stack([batch.tokens.gather(1, start[:, None])[:, 0], batch.last_tokens], 1)
         logits = self.session.forward(self.roles, fed, start, kv_length=batch.kv_length(2))[0]
         return torch.where(has_new[:, None], logits[:, 1], logits[:, 0])
 
