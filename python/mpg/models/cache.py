@@ -55,7 +55,7 @@ class RaggedCache(Cache):
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
         positions = positions.clamp_max(kv_length - 1)
         numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows
-        self.slots = (numbers[:, None] * self.capacity + positions).flatten()
+        self.slot_mapping = (numbers[:, None] * self.capacity + positions).flatten()
         return positions
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ class _RaggedLayer(CacheLayerMixin):
             buffer.as_strided((num_rows, num_heads, num_tokens, size), strides, at).copy_(states)
         else:
             # A model that is split over devices has some of its layers elsewhere than its input.
-            slots = cache.slots if cache.slots.device == device else cache.slots.to(device)
+            slots = cache.slot_mapping.to(device)
             buffer.view(-1, *buffer.shape[2:]).index_copy_(0, slots, states.transpose(1, 2).flatten(0, 1))
         if cache.rows is not None:
             return buffer[cache.rows.to(device), : cache.kv_length].transpose(1, 2)
