@@ -126,6 +126,9 @@ class Jobs:
     def scoring(self, call: Call, number: int, num_top: int) -> Job:
         """The job that scores a prompt's own tokens."""
         request = call.requests[0]
+        if call.options.span != 1:
+            wanted = "'token' beside echo with logprobs"
+            raise ApiError(400, f"mixture_span: expected {wanted}, got {call.options.mixture_span!r}", "mixture_span")
         for name, ids in request.contexts.items():
             if ids[len(ids) - len(request.token_ids) + 1 :] != request.token_ids[1:]:
                 raise ApiError(
