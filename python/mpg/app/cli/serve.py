@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,4 +88,11 @@ def serve(
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("mpg.serve").setLevel(logging.INFO)
-    run(make_app(limits, load), limits, host, port, lambda at: arguments.err.print(f"mpg: serving at {at}/v1"))
+    stderr = sys.stderr  # another while the engine's thread loads a set that ships
+    run(
+        make_app(limits, load),
+        limits,
+        host,
+        port,
+        lambda at: print(f"mpg: serving at {at}/v1", file=stderr, flush=True),
+    )
