@@ -17,7 +17,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode docs adapters gpu clean
+.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve docs adapters gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -90,6 +90,10 @@ bench: $(BIN)/.built
 # Decoding against its goals and the loops one would write without mpg; the last line is JSON.
 bench-decode: $(BIN)/.built
 	$(BIN)/python bench/decoding.py
+
+# A server under load beside the same requests in one batch and one by one; the last line is JSON.
+bench-serve: $(BIN)/.built
+	$(BIN)/python bench/serving.py
 
 # On a machine with a GPU, with the torch that is there: no network, no virtual environment.
 #   make gpu PART=light       # or ops, decode, tests, sanitize; without PART all of them

@@ -219,3 +219,12 @@ def test_metrics_count_what_was_done(served):
     assert (
         counted(served, "mpg_rows ") == counted(served, "mpg_queue_size ") == counted(served, "mpg_cache_bytes ") == 0
     )
+
+
+def test_nobody_waits_for_an_engine_that_has_failed(precise_model, monkeypatch):
+    with serving(precise_model) as served:
+        monkeypatch.setattr(served.engine, "_admit", lambda: 1 / 0)
+        answer = served.post(TEXT, completion(CALM))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+        assert (served.get("/health").status_code, served.get("/health").json()["status"]) == (503, "failed")
+        assert served.post(TEXT, completion(CALM)).status_code == 503

@@ -112,26 +112,39 @@ class Engine:
         with self._changed:
             if not self._is_draining:
                 self.state = "ready"
-        while True:
-            with self._changed:
-                while not (self._inbox or self._given_up or self.groups or self._is_stopped):
-                    self._changed.wait()
-                new, self._inbox = self._inbox, deque()
-                given_up, self._given_up = self._given_up, deque()
-                if self._is_stopped:
-                    break
-            self._drop(given_up, new)
-            for job in new:
-                self._sort(job)
-            self._expire()
-            self._admit()
-            self._take_turn()
-            for group in [group for group in self.groups if not group.running and not group.waiting]:
-                self._close(group)
-        stopped = [*new, *(job for group in self.groups for job in (*group.running, *group.waiting))]
+        try:
+            while self._turn():
+                pass
+            reason: Exception = Refused("stopping")
+        except Exception as error:  # a mistake of this file's: nobody is to wait for ever
+            logger.exception("the engine has failed")
+            self.failure, self.state = str(error), "failed"
+            reason = RuntimeError("the engine has failed")
+        with self._changed:
+            left = [*self._inbox, *(job for group in self.groups for job in (*group.running, *group.waiting))]
+            self._inbox.clear()
         for group in list(self.groups):
             self._close(group)
-        self._deliver([(job, Refused("stopping")) for job in stopped])
+        self._deliver([(job, reason) for job in left])
+
+    def _turn(self) -> bool:
+        """Wait for something to do, and do some of it. out: False when the engine is to end"""
+        with self._changed:
+            while not (self._inbox or self._given_up or self.groups or self._is_stopped):
+                self._changed.wait()
+            if self._is_stopped:
+                return False
+            new, self._inbox = self._inbox, deque()
+            given_up, self._given_up = self._given_up, deque()
+        self._drop(given_up, new)
+        for job in new:
+            self._sort(job)
+        self._expire()
+        self._admit()
+        self._take_turn()
+        for group in [group for group in self.groups if not group.running and not group.waiting]:
+            self._close(group)
+        return True
 
     def _sort(self, job: Job) -> None:
         """Let a job wait in the group that it belongs to."""
