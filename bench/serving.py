@@ -34,7 +34,8 @@ from report import RESULTS
 
 QUESTIONS = [*DEMO_QUESTIONS, *(question.text for question in HELD_OUT_QUESTIONS)]
 WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
-SHORTEST, LONGEST = 20, 400  # tokens that a request may have
+SHORTEST, LONGEST = 20, 400  # new tokens that a request may have
+LONGEST_PROMPT = 64
 GOAL_OF_BATCH, GOAL_OF_ONE_BY_ONE = 0.9, {"demo": 5.0, "smollm2": 3.0}
 Row = dict[str, Any]
 
@@ -126,7 +127,9 @@ def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[floa
 
 
 def measure(models: str, count: int, clients: Sequence[int], longest: int, sampler: str) -> Row:
-    model, bodies = arguments.load(models), make_requests(count, longest, sampler)
+    model = arguments.load(models)
+    longest = min(longest, (model.models.max_positions or longest) - LONGEST_PROMPT)
+    bodies = make_requests(count, longest, sampler)
     generate(model, bodies[:4], 4)
     few = bodies[: max(count // 8, 4)]
     rows = []

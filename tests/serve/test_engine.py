@@ -121,6 +121,25 @@ def test_a_client_that_goes_leaves_its_rows_to_others(served, stream):
     assert counted(served, "mpg_generated_tokens_total") == tokens  # none of them came to its end
 
 
+def test_a_slow_reader_does_not_slow_others(served):
+    """Its answer, of some megabytes, is generated while it reads nothing."""
+    host, port = served.url.removeprefix("http://").split(":")
+    body = '{"model": "E", "prompt": [5, 6], "max_tokens": 100, "n": 16, "stream": true, "logprobs": 20, "trace": true}'
+    head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect((host, int(port)))
+        raw.sendall((head + body).encode())
+        served.wait_until(lambda engine: engine.num_running == 8)
+        assert served.post(TEXT, completion(CALM)).status_code == 200
+        assert served.is_idle()
+        raw.settimeout(20)
+        text = b""
+        while b"data: [DONE]" not in text:
+            text += raw.recv(65536)
+        assert text.count(b'finish_reason": "') == 16
+
+
 def test_a_full_queue_and_a_late_answer_are_told(precise_model):
     with serving(precise_model, max_rows=1, max_queue=2, max_seconds=0.5) as served, slowed(precise_model, 0.1):
         body = completion(CALM, max_tokens=200, sampler="direct")
