@@ -41,7 +41,7 @@ def score_texts(
     if options.span != 1:
         raise ValueError(f"mixture_span: expected 'token' where texts are scored, got {options.mixture_span!r}")
     if not all(texts):
-        raise ValueError("texts: expected at least one token each, got none")
+        raise ValueError("texts: expected at least one token each, got a text without any")
     knowing = ensembles or [models] * len(requests)
     names = [request.weighed(own.attribute_names) for request, own in zip(requests, knowing, strict=True)]
     prompts, contexts = [request.token_ids for request in requests], [request.contexts for request in requests]
