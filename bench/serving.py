@@ -34,7 +34,8 @@ from report import RESULTS
 
 QUESTIONS = [*DEMO_QUESTIONS, *(question.text for question in HELD_OUT_QUESTIONS)]
 WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
-SHORTEST, LONGEST = 20, 400  # new tokens that a request may have
+SHORTEST = 20  # new tokens that a request has at least, where it does not end before
+REQUESTS = {"demo": (200, 400), "smollm2": (48, 80)}  # how many, and new tokens of the longest
 LONGEST_PROMPT = 64
 GOAL_OF_BATCH, GOAL_OF_ONE_BY_ONE = 0.9, {"demo": 5.0, "smollm2": 3.0}
 Row = dict[str, Any]
@@ -126,8 +127,9 @@ def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[floa
     return sum(len(result.tokens) for result in results) / seconds, texts
 
 
-def measure(models: str, count: int, clients: Sequence[int], longest: int, sampler: str) -> Row:
-    model = arguments.load(models)
+def measure(models: str, clients: Sequence[int], sampler: str, of_all: int | None) -> Row:
+    model, (count, longest) = arguments.load(models), REQUESTS[models]
+    count = of_all or count
     longest = min(longest, (model.models.max_positions or longest) - LONGEST_PROMPT)
     bodies = make_requests(count, longest, sampler)
     generate(model, bodies[:4], 4)
@@ -186,15 +188,14 @@ def plot(found: Sequence[Row], path: Any) -> None:
 
 def main(
     models: Annotated[list[str] | None, typer.Option()] = None,
-    count: int = 200,
+    count: Annotated[int | None, typer.Option(help="Requests. Default: each set's own number.")] = None,
     clients: str = "1,8,32,64",
-    longest: int = LONGEST,
     sampler: str = "direct",
     save: bool = True,
 ) -> None:
     """Load a server with requests of mixed weights and lengths."""
     at_once = [int(number) for number in clients.split(",")]
-    found = [measure(name, count, at_once, longest, sampler) for name in models or ["demo", "smollm2"]]
+    found = [measure(name, at_once, sampler, count) for name in models or REQUESTS]
     report = {
         "hardware": describe_hardware("cpu", torch.get_num_threads()), "load_average": os.getloadavg()[0],
         "rows": judge(found), "sets": found,

@@ -18,7 +18,7 @@ from mpg.decode.plan import Plan, plan
 from mpg.decode.request import Request
 from mpg.decode.run import decode
 from mpg.frontend import guidance
-from mpg.frontend.contexts import of_prompts, read_context
+from mpg.frontend.contexts import contexts_beside, of_prompts, read_context
 from mpg.frontend.hf_generate import Conventions, stream_to
 from mpg.frontend.prompts import Messages, Prompt, as_list, encode, unpad
 from mpg.frontend.requests import Call, check_requests
@@ -251,12 +251,9 @@ class Model:
 
         widths = widths or [len(ids) for ids in encoded]
         requests = check_requests(models, encoded, widths, weights, read, checked, conventions)
-        given = [
-            {name: context for name, context in own.items() if self.models.contexts.get(name) is not context}
-            for own in own_contexts
-        ]
         is_many = is_list or conventions.num_return_sequences > 1
-        return Call(models, requests, checked, conventions.eos_token_ids, given, is_many)
+        brought = contexts_beside(self.models.contexts, own_contexts)
+        return Call(models, requests, checked, conventions.eos_token_ids, brought, is_many)
 
     def refresh(self) -> None:
         """Read models that were given in memory again: after a change of single weights through `.data`, which
