@@ -221,10 +221,8 @@ class Engine:
             events = group.step()
         except Exception as error:  # whatever a forward raises
             logger.warning("a round of %d requests failed: %s", len(group.running), error)
-            reason, is_memory = (
-                f"{type(error).__name__}: {error}",
-                isinstance(error, MemoryError | torch.OutOfMemoryError),
-            )
+            reason = f"{type(error).__name__}: {error}"
+            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             failure = MemoryError(reason) if is_memory else RuntimeError(reason)
         else:
             group.spent += perf_counter() - begun_at
