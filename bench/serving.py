@@ -36,7 +36,7 @@ QUESTIONS = [*DEMO_QUESTIONS, *(question.text for question in HELD_OUT_QUESTIONS
 WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
 SHORTEST = 20  # new tokens that a request has at least, where it does not end before
 REQUESTS = {"demo": (200, 400), "smollm2": (48, 80)}  # how many, and new tokens of the longest
-LONGEST_PROMPT = 64
+LONGEST_PROMPT, MAX_LENGTH = 64, 512
 GOAL_OF_BATCH, GOAL_OF_ONE_BY_ONE = 0.9, {"demo": 5.0, "smollm2": 3.0}
 Row = dict[str, Any]
 
@@ -56,6 +56,7 @@ def make_requests(count: int, longest: int, sampler: str) -> list[Row]:
 def started(models: str, max_rows: int) -> Iterator[str]:
     """A server process; its address."""
     command = [sys.executable, "-m", "mpg", "serve", "--models", models, "--port", "0", "--max-rows", str(max_rows)]
+    command += ["--max-length", str(MAX_LENGTH)]
     process = subprocess.Popen([*command, "--max-queue", "1000"], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

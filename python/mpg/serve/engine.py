@@ -21,7 +21,10 @@ from mpg.serve.jobs import Event, Job, Refused, TooLarge
 from mpg.serve.metrics import Metrics
 from mpg.serve.settings import Settings
 
-DEFAULT_LENGTH = 4096
+DEFAULT_LENGTH = 2048
+# Of a device's memory for caches. They are copied when they grow, and by a quarter more than is needed: at worst twice
+# and a quarter of it is taken meanwhile.
+DEFAULT_SHARE = 0.25
 EXPIRY_CHECK = 0.1  # seconds between looks for jobs that have run out of time
 
 logger = logging.getLogger("mpg.serve")
@@ -104,7 +107,7 @@ class Engine:
             models = self.model.models
             limits = [self.settings.max_length or DEFAULT_LENGTH, models.max_positions or DEFAULT_LENGTH]
             self.max_length = min(limits)
-            self.max_memory = self.settings.max_memory or int(available_bytes(models.device) / 2)
+            self.max_memory = self.settings.max_memory or int(available_bytes(models.device) * DEFAULT_SHARE)
         except Exception as error:
             logger.exception("the models could not be loaded")
             self.failure, self.state = str(error), "failed"

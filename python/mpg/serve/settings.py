@@ -15,8 +15,8 @@ class Settings:
     admin_key         that changes of the attributes must bring; none: nothing can be changed
     attribute_folders below which attributes may be added
     max_rows          requests that are decoded at once
-    max_length        tokens of a prompt and its answer; default the models' positions, 4096 at most
-    max_memory        bytes that key/value caches may take; default half of the device's
+    max_length        tokens of a prompt and its answer; default the models' positions, 2048 at most
+    max_memory        bytes that cache rows of running requests may take; default a quarter of the device's
     max_queue         choices that may wait; more are refused with 429
     max_seconds       that a request may take, its wait among them
     grace             seconds that running requests are left when the server is told to end

@@ -35,10 +35,13 @@ def serve(
     max_rows: Annotated[int, typer.Option(help="Texts that are decoded at once.")] = 32,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a prompt and its answer. Default: the model's positions, 4096 at most."),
+        typer.Option(help="Tokens of a prompt and its answer. Default: the model's positions, 2048 at most."),
     ] = None,
     max_memory: Annotated[
-        float | None, typer.Option(help="GiB that key/value caches may take. Default: half of the device's.")
+        float | None,
+        typer.Option(
+            help="GiB that cache rows of running requests may take; twice as much while they grow. Default: a quarter."
+        ),
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused.")] = 256,
     max_seconds: Annotated[float, typer.Option(help="That a request may take.")] = 600.0,
