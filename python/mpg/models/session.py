@@ -234,8 +234,7 @@ class Session:
     def blame(
         self, row: int, start: int, tokens: Sequence[int], roles: Sequence[str], ensemble: Ensemble | None = None
     ) -> str | None:
-        """What made a row unusable: "the 'E' model returned NaN", of these roles, by the names
-        of an ensemble, and of these tokens the first, or None.
+        """What made a row unusable: "the 'E' model returned NaN", of these roles and tokens the first, or None.
 
         Feeds the tokens to the row again, at positions start, start + 1, ... Waits for the device: for error messages
         only.
