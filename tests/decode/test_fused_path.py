@@ -54,6 +54,7 @@ def decode(models, sampler, weights, seeds, options, decisions=Decisions, limit=
         torch.tensor(seeds),
         models.eos_token_ids,
     )
+    batch.is_traced = sampler.options.trace
     decide = decisions(batch.seeds, batch.rounds)
     sampler.start(models.open(prompts, sampler.roles, batch.capacity), batch, decide)
     traced = [[] for _ in seeds]

@@ -48,6 +48,7 @@ def test_round_runs_without_a_value(meta_models, options):
     seeds = [0, 0, 0]
     prompts = [[1, 2, 3], [4], [5, 6]]
     batch = Batch(prompts, [8, 8, 8], weights, seeds, [0])
+    batch.is_traced = checked.trace
     sampler = SAMPLERS[checked.sampler](meta_models, ("E", "T"), checked)
     sampler.start(meta_models.open(prompts, sampler.roles, batch.capacity), batch, Decisions(batch.seeds, batch.rounds))
     state = [dict(_tensors_of(owner)) for owner in (batch, sampler)]

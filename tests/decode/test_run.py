@@ -225,6 +225,64 @@ def test_requests_of_any_arrival_get_the_results_that_they_get_alone(precise_mod
         assert_same(generated_alone(precise_model, i, way), entry.result, 1e-9)
 
 
+MIXED = [
+    {},
+    {"temperature": 0.6, "top_k": 5, "trace": True},
+    {"temperature": 0},
+    {"temperature": 1.4, "contexts": {"calm": "Be calm.", "loud": {"system": "Shout.", "source": "T"}}},
+    {"temperature": 0.6, "contexts": {"calm": {"system": "Be brief.", "source": "J"}}, "trace": True},
+    {"top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.3},
+    {"temperature": 1.4, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"sampler": "direct", **GEOMETRIC},
+        {"sampler": "exact", **GEOMETRIC},
+        {"sampler": "exact", **GEOMETRIC, "draft": "lookup"},
+        {"sampler": "exact", **GEOMETRIC, "draft": "merged", "verify": "token"},
+        {"sampler": "exact", "target": "anchored", "adaptive": True},
+    ],
+    ids=lambda way: " ".join(map(str, way.values())),
+)
+@pytest.mark.parametrize("rounds_ahead", [0, 1])
+def test_temperatures_cuts_contexts_and_traces_of_each_requests_own_share_rounds(precise_model, way, rounds_ahead):
+    """And log-probabilities of the combined row; a request that is given up leaves the others alone."""
+    options = {**way, "max_new_tokens": 12}
+    weights = [own | dict.fromkeys(asked.get("contexts", ()), 0.5) for own, asked in zip(WEIGHTS, MIXED, strict=True)]
+    asked = [
+        {**options, **own, "weights": of, "seed": i} for i, (own, of) in enumerate(zip(MIXED, weights, strict=True))
+    ]
+    alone = [precise_model.generate(QUESTIONS[i], **own) for i, own in enumerate(asked)]
+    scheduler = open_scheduler(precise_model, way, num_rows=4, capacity=120, most=6, rounds_ahead=rounds_ahead)
+    entries, given_up = [], []
+    for i, own in enumerate(asked):
+        call = precise_model.read(QUESTIONS[i], **own)
+        request = replace(call.requests[0], options=call.options, num_top=i % 3 or None)
+        if i % 2:
+            given_up.append(scheduler.add(replace(request, seed=99), contexts=call.contexts[0]))
+        entries.append(scheduler.add(request, contexts=call.contexts[0]))
+    tokens, num_rounds = {}, 0
+    while scheduler.has_work:
+        num_rounds += 1
+        for entry, new in scheduler.step():
+            tokens.setdefault(id(entry), []).extend(new)
+        for entry in given_up if num_rounds == 1 else ():
+            scheduler.cancel(entry)
+    scheduler.close()
+    assert all(entry.error is not None and entry.result is None for entry in given_up)
+    for i, (one, entry) in enumerate(zip(alone, entries, strict=True)):
+        assert entry.error is None
+        assert_same(one, entry.result, 1e-9)
+        for token in tokens[id(entry)]:
+            assert len(token.top_logprobs) == i % 3
+            assert (token.logprob is not None) == bool(i % 3)
+            if i % 3 and MIXED[i].get("temperature") == 0:
+                assert token.top_logprobs[0] == (token.id, pytest.approx(token.logprob))
+
+
 @pytest.fixture(scope="module")
 def mixed_model():
     """A whole model among the adapters, and an adapter that drafts for all and is an attribute of some."""

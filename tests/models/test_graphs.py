@@ -160,12 +160,12 @@ def test_idle_runners_make_room_before_memory_is_refused(model, graphed, monkeyp
     needed = graphed.models.cache_bytes(roles, 2, 64)
     taken = graphed.models.graph_bytes()
     assert taken > 0
-    monkeypatch.setattr(ensemble, "_available_bytes", lambda device: needed + taken - 1)
+    monkeypatch.setattr(ensemble, "available_bytes", lambda device: needed + taken - 1)
     with caplog.at_level(logging.INFO, logger="mpg"):
         results = graphed.generate(QUESTIONS[:2], **options)
     assert "dropped to make room" in caplog.text
     assert tokens(results) == tokens(model.generate(QUESTIONS[:2], **options))
-    monkeypatch.setattr(ensemble, "_available_bytes", lambda device: needed / 2)
+    monkeypatch.setattr(ensemble, "available_bytes", lambda device: needed / 2)
     with pytest.raises(MemoryError, match="batch_size, max_new_tokens"):
         graphed.generate(QUESTIONS[:3], **options)
 

@@ -52,7 +52,7 @@ def test_a_model_that_is_copied_or_pickled_says_how_to_have_another(duplicate, m
 
 def test_too_large_caches_are_refused_before_they_are_taken_and_smaller_ones_work(model, monkeypatch):
     one_row = model.models.cache_bytes(("base", "E", "T"), 1, model.models.max_positions)
-    monkeypatch.setattr(ensemble, "_available_bytes", lambda device: one_row * 2)
+    monkeypatch.setattr(ensemble, "available_bytes", lambda device: one_row * 2)
     with pytest.raises(MemoryError, match=r"batch_size, max_new_tokens: .*24 rows .* take .*expected at most .*lower"):
         model.generate([QUESTION] * 8, **OPTIONS | {"max_new_tokens": 100})
     assert len(model.generate([QUESTION] * 8, **OPTIONS, batch_size=1)) == 8

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import mpg_ext
 from mpg.decode.state import State
+from mpg.decode.warps import Warps
 
 Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 NUM_FLAGS = 4  # before the tokens in what `commit_block_` gives
@@ -22,6 +23,7 @@ class Round(NamedTuple):
     active, unusable, empty, draft_lengths  as in `Batch`, after the round
     tokens      the committed tokens, and behind them others that do not count
     log_ratios  of these tokens, one list of N a token, or None where they are not traced
+    logprobs    of these tokens, as `Logprobs` has them, or None where nobody asks
     """
 
     counts: list[int]
@@ -31,13 +33,29 @@ class Round(NamedTuple):
     draft_lengths: list[int] | None
     tokens: list[list[int]]
     log_ratios: list[list[list[float]]] | None
+    logprobs: tuple[list[list[float]], list[list[list[float]]], list[list[list[int]]]] | None
+
+
+class Logprobs(NamedTuple):
+    """Of tokens in the combined rows that they were drawn from, before processors and warp.
+
+    own   (B, K), of each token
+    top   (B, K, T), the largest of its row, and `ids` (B, K, T) int64, whose these are
+    """
+
+    own: Tensor
+    top: Tensor
+    ids: Tensor
 
 
 class Snapshot:
     """A round on its way to the host: copied in the order of the device's work, waited for only by `read`."""
 
-    def __init__(self, done: Tensor, draft_lengths: Tensor | None, log_ratios: Tensor | None):
+    def __init__(
+        self, done: Tensor, draft_lengths: Tensor | None, log_ratios: Tensor | None, logprobs: Logprobs | None
+    ):
         """done: what `commit_block_` gave; draft_lengths: (B,); log_ratios: (B, L, N)"""
+        self._logprobs = None if logprobs is None else [part.to("cpu", non_blocking=True) for part in logprobs]
         self._done = done.to("cpu", non_blocking=True)
         self._draft_lengths = None if draft_lengths is None else draft_lengths.to("cpu", non_blocking=True)
         self._log_ratios = None if log_ratios is None else log_ratios.to("cpu", non_blocking=True)
@@ -53,7 +71,11 @@ class Snapshot:
         counts, active, unusable, empty = flags.T.tolist()
         draft_lengths = None if self._draft_lengths is None else self._draft_lengths.tolist()
         log_ratios = None if self._log_ratios is None else self._log_ratios.tolist()
-        return Round(counts, active, unusable, empty, draft_lengths, tokens.tolist(), log_ratios)
+        logprobs = None
+        if self._logprobs is not None:
+            own, top, ids = self._logprobs
+            logprobs = own.tolist(), top.tolist(), ids.tolist()
+        return Round(counts, active, unusable, empty, draft_lengths, tokens.tolist(), log_ratios, logprobs)
 
 
 class Batch:
@@ -75,6 +97,9 @@ class Batch:
     draft_lengths  (B,) int64, tokens that each request drafts next, where its sampler adapts them, else None
     processors  per row what the target's rows pass through before the warp (see `rows`), or None; None where no
                 request has any
+    warps       how each request's rows are warped, or None where all are as the sampler's options say
+    is_traced   whether some request wants its log-ratios
+    num_top     the most that some request has of `Request.num_top`, or None
     errors      what a processor raised, by row, whose request is then no longer active
 
     What the host steers by, without waiting for the device:
@@ -124,10 +149,14 @@ class Batch:
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         self.draft_lengths: Tensor | None = None
         self.processors = processors
+        self.warps: Warps | None = None
+        self.is_traced = False
+        self.num_top: int | None = None
         self.errors: dict[int, Exception] = {}
         self.longest, self.longest_draft = 0, 0
         self._done: Tensor | None = None
         self._log_ratios: Tensor | None = None
+        self._logprobs: Logprobs | None = None
         self.state.use(len(prompts), weights.shape[1])
         if prompts:
             self.replace(range(len(prompts)), prompts, max_new_tokens, weights, seeds)
@@ -178,7 +207,7 @@ class Batch:
         assert self._done is not None, "no round has been committed"
         # copied: the next round changes them, and the host may read them only then
         drafts = None if self.draft_lengths is None else self.draft_lengths.clone()
-        return Snapshot(self._done, drafts, self._log_ratios)
+        return Snapshot(self._done, drafts, self._log_ratios, self._logprobs)
 
     def num_new_tokens(self) -> Tensor:
         """Tokens committed since the prompt. out: (B,) int64"""
@@ -236,10 +265,14 @@ class Batch:
         """
         rows = [self.tokens, self.lengths, self.last_tokens, self.rounds, self.active, self.unusable, self.empty]
         self._done = mpg_ext.commit_block_(rows, self.limits, self.eos_token_ids, chunk, accepted, token, log_totals)
-        self._log_ratios = None
+        self._log_ratios = self._logprobs = None
         self.longest = min(self.longest + chunk.shape[1] + (token is not None), self.capacity)
         return self._done[:, NUM_FLAGS:]
 
     def trace(self, log_ratios: Tensor) -> None:
         """Note the log-ratios (N, B, L) of the tokens that were committed."""
         self._log_ratios = log_ratios.permute(1, 2, 0)
+
+    def tell(self, logprobs: Logprobs) -> None:
+        """Note the log-probabilities of the tokens that were committed."""
+        self._logprobs = logprobs

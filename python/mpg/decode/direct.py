@@ -39,8 +39,10 @@ class Direct:
         token = self.decide.categorical(rows[:, 0], Purpose.LAST, 0, lambda: batch.active & log_totals[:, 0].isfinite())
         self.target.commit(logits, none, token)
         committed = batch.commit(chunk, none, token, log_totals)
-        if self.options.trace:
+        if batch.is_traced:
             batch.trace(self.target.log_ratios(logits, committed))
+        if batch.num_top is not None:
+            batch.tell(self.target.logprobs(logits, committed, batch.num_top))
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return [(self.roles, 1)]

@@ -88,17 +88,21 @@ class ModelDraft:
 
     def _probs(self, logits: Tensor, tokens: list[Tensor], rows: list[Tensor]) -> Tensor:
         """What the next token is drawn from, (B, V), by the logits (B, V) behind the tokens drafted so far."""
-        batch, dtype = self.batch, self.batch.weights.dtype
-        is_plain = self.options.is_uncut and self.options.temperature == 1
-        plain = logits.softmax(-1, dtype) if is_plain else None
-        if plain is not None and batch.processors is None:
+        batch, dtype, warps = self.batch, self.batch.weights.dtype, self.batch.warps
+        common = self.options if warps is None else warps.common
+        plain = logits.softmax(-1, dtype) if common is None or common.is_plain else None
+        if common is not None and plain is not None and batch.processors is None:
             return plain
         log_row = logits.to(dtype)
         if batch.processors is not None:
             log_row = self._process(log_row, tokens, rows)
-        probs = mpg_ext.warp_rows(log_row, **self.options.warp())
+        probs = mpg_ext.warp_rows(log_row, **(self.options.warp() if warps is None else warps.keywords(1)))
+        if plain is None:
+            return probs
         # to the last bit what a request without a processor has alone
-        return probs if plain is None else probs.where(has_processor(batch)[:, None], plain)
+        if batch.processors is not None:
+            plain = probs.where(has_processor(batch)[:, None], plain)
+        return plain if warps is None or common is not None else plain.where(warps.is_plain[:, None], probs)
 
     def _process(self, log_row: Tensor, tokens: list[Tensor], rows: list[Tensor]) -> Tensor:
         """The row (B, V) behind the tokens drafted so far, processed; as it was without a processor, and where nothing

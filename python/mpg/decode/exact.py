@@ -88,8 +88,10 @@ class Exact:
         self.num_offered += num_usable
         self.target.commit(logits, accepted, token)
         committed = batch.commit(chunk, accepted, token, log_totals)
-        if self.options.trace:
+        if batch.is_traced:
             batch.trace(self.target.log_ratios(logits, committed))
+        if batch.num_top is not None:
+            batch.tell(self.target.logprobs(logits, committed, batch.num_top))
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return [*self.draft.passes(num_drafts), (self.target.roles, num_drafts + 1)]

@@ -102,7 +102,7 @@ class TokenRS(_Rejection):
         self.num_rejected += (num_tries - success_prob).where(batch.active, 0)
         self.num_capped += batch.active & ~is_accepted
         batch.commit(token[:, None][:, :0], batch.none, token)
-        if self.options.trace:
+        if batch.is_traced:
             logprobs = logprobs_of(scored[:, :, None], token[:, None])
             batch.trace(logprobs[1:] - logprobs[:1])
 
@@ -172,7 +172,7 @@ class SeqRS(_Rejection):
         self.sizes.masked_fill_(is_whole | ~batch.active, 0)
         self.last.copy_(torch.where(is_whole, batch.last_tokens.clone(), token))
         batch.commit(self.texts, counts)
-        if self.options.trace:
+        if batch.is_traced:
             batch.trace((self.logprobs[:, 1:] - self.logprobs[:, :1]).transpose(0, 1))
         self.logprobs.masked_fill_(is_whole[:, None, None], 0)
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from mpg.decode.batch import Processor
+from mpg.decode.batch import Processor, Round
 from mpg.models.session import Role
+from mpg.options import Options
 from mpg.results import Result, Transcript
+
+if TYPE_CHECKING:
+    from mpg.models.ensemble import Ensemble
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,9 @@ class Request:
     processor  as in `Batch.processors`
     ends       as in `Transcript`
     contexts   what attributes, and the anchor, read in place of the prompt, by name
+    options    its own temperature, cuts and trace, where its scheduler's may be others; None for those
+    num_top    tokens of the combined row whose log-probabilities are told beside that of each new one; None for none
+               of them, not even its own
     """
 
     token_ids: list[int]
@@ -28,6 +36,8 @@ class Request:
     processor: Processor | None = None
     ends: Callable[[Sequence[int]], bool] | None = None
     contexts: Mapping[str, list[int]] = field(default_factory=dict)
+    options: Options | None = None
+    num_top: int | None = None
 
     @property
     def num_positions(self) -> int:
@@ -47,6 +57,7 @@ class Request:
 class Entry:
     """A request that a scheduler has taken, and what becomes of it: in the end a result or an error.
 
+    models      those that it is decoded with: the scheduler's, with the contexts that it brings
     added_at    by `perf_counter`, as are all times
     entered_at  when it got its row, or when it was added to a row that was free
     row         where it is decoded
@@ -58,6 +69,7 @@ class Entry:
     transcript: Transcript
     added_at: float
     num_drafts: int
+    models: Ensemble
     entered_at: float = 0.0
     row: int = 0
     num_rounds: Counter[int] = field(default_factory=Counter)
@@ -74,6 +86,20 @@ class Entry:
         return tuple(
             own[role] if isinstance(role, int) else role for role in roles if isinstance(role, str) or role in own
         )
+
+    def told(self, done: Round, row: int, options: Options) -> tuple[Any, Any]:
+        """What a round says of the tokens that it committed to its row, as `Transcript.extend` takes it: log-ratios and
+        log-probabilities, each None where the request does not ask. options: where it has none of its own"""
+        count, log_ratios, logprobs = done.counts[row], None, None
+        if done.log_ratios is not None and (self.request.options or options).trace:
+            num_attributes = len(self.transcript.attributes)
+            log_ratios = [of_token[:num_attributes] for of_token in done.log_ratios[row][:count]]
+        if done.logprobs is not None and (num_top := self.request.num_top) is not None:
+            every_own, every_top, every_id = done.logprobs
+            own, top, ids = every_own[row][:count], every_top[row][:count], every_id[row][:count]
+            tops = [tuple(zip(i[:num_top], t[:num_top], strict=True)) for i, t in zip(ids, top, strict=True)]
+            logprobs = list(zip(own, tops, strict=True))
+        return log_ratios, logprobs
 
     def idle(self) -> Entry:
         """One that asks for nothing and is over."""

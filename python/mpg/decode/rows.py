@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import mpg_ext
-from mpg.decode.batch import Batch
+from mpg.decode.batch import Batch, Logprobs
 from mpg.decode.targets import TARGETS, is_one_model, references
 from mpg.models.ensemble import Ensemble
 from mpg.models.session import Role
@@ -66,9 +66,11 @@ class TargetRows:
         """
         base, anchor, attributes = self._split(logits)
         self.chunk_weights = self._weights_along(attributes, chunk)
-        is_fused, processors = self.options.is_uncut, self.batch.processors
-        if is_fused:
-            own_probs, own_totals = self.combine(base, anchor, attributes, self.chunk_weights, self.options.temperature)
+        warps, processors = self.batch.warps, self.batch.processors
+        common = self.options if warps is None else warps.common
+        is_fused = common is not None and common.is_uncut
+        if common is not None and is_fused:
+            own_probs, own_totals = self.combine(base, anchor, attributes, self.chunk_weights, common.temperature)
             if processors is None:
                 return own_probs, own_totals
         log_rows, log_totals = self.combine(base, anchor, attributes, self.chunk_weights, None)
@@ -77,10 +79,26 @@ class TargetRows:
             scores = self._scores(base, attributes, log_rows)
             log_rows = process_rows(self.batch, scores, chunk, num_rows * self.batch.active)
             log_totals = log_totals.where(log_rows.amax(-1) != -torch.inf, -torch.inf)
-        probs = mpg_ext.warp_rows(log_rows.flatten(0, 1), **self.options.warp()).view_as(log_rows)
+        warp = self.options.warp() if warps is None else warps.keywords(log_rows.shape[1])
+        probs = mpg_ext.warp_rows(log_rows.flatten(0, 1), **warp).view_as(log_rows)
+        if warps is not None and common is None:
+            self._warp_as_alone(probs, base, anchor, attributes)
         if is_fused:  # to the last bit what a request without a processor has alone
             probs = probs.where(has_processor(self.batch)[:, None, None], own_probs)
         return probs, log_totals
+
+    def _warp_as_alone(self, probs: Tensor, base: Tensor | None, anchor: Tensor | None, attributes: Tensor) -> None:
+        """Let the probabilities of requests without cuts and processors be to the last bit what each has alone."""
+        assert self.batch.warps is not None
+        for temperature, rows in self.batch.warps.fused.items():
+            own_base = None if base is None else base.index_select(0, rows)
+            own_anchor = own_base if anchor is base or anchor is None else anchor.index_select(0, rows)
+            weights = self.chunk_weights.index_select(0, rows)
+            own, _ = self.combine(own_base, own_anchor, attributes.index_select(1, rows), weights, temperature)
+            if self.batch.processors is not None:
+                is_processed = has_processor(self.batch).index_select(0, rows)[:, None, None]
+                own = torch.where(is_processed, probs.index_select(0, rows), own)
+            probs.index_copy_(0, rows, own)
 
     def commit(self, logits: Tensor, accepted: Tensor, token: Tensor) -> None:
         """Move the weights behind `accepted` (B,) drafted tokens and the one `token` (B,) that follows them."""
@@ -103,6 +121,12 @@ class TargetRows:
             return ratios - logprobs_of(anchor[None], tokens)
         log_rows, _ = self.combine(base, anchor, attributes, self.chunk_weights, None)
         return ratios - log_rows.gather(2, tokens[..., None])[..., 0]
+
+    def logprobs(self, logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+        """The combined rows' log-probabilities of the tokens (B, K + 1) that `logits` came before, and the largest."""
+        log_rows, _ = self.combine(*self._split(logits), self.chunk_weights, None)
+        top, ids = log_rows.topk(min(num_top, log_rows.shape[-1]), -1)
+        return Logprobs(log_rows.gather(2, tokens[..., None])[..., 0], top, ids)
 
     def _scores(self, base: Tensor | None, attributes: Tensor, log_rows: Tensor) -> Tensor:
         """What processors get: log-probabilities (B, K + 1, V), or the logits of the model whose row alone it is, as

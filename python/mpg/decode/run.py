@@ -6,16 +6,18 @@ Knows what runs and when; what a round does is its sampler's business (`decode`)
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 
 import torch
 
+from mpg.context import Context
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch, Round, Snapshot
 from mpg.decode.drafts import merged_shares
 from mpg.decode.request import Entry, Request
 from mpg.decode.rng import Decisions
+from mpg.decode.warps import Warps
 from mpg.models.ensemble import Cost, Ensemble
 from mpg.options import Options
 from mpg.results import Result, Token, Transcript
@@ -76,6 +78,7 @@ class Scheduler:
     rounds_ahead  how many rounds the device may be ahead of what `step` has read
     expected      the attributes that each request will weigh, where they are known: caches are then as large as the
                   `num_rows` largest of them need, and else grow with what comes
+    most          attributes that one request may weigh, default all; contexts that requests bring are such too
     plan          as in `Result`
     """
 
@@ -90,6 +93,7 @@ class Scheduler:
         attributes: tuple[str, ...],
         rounds_ahead: int,
         expected: Sequence[tuple[str, ...]] = (),
+        most: int | None = None,
         plan: str | None = None,
     ):
         self.options, self.eos_token_ids, self.attributes, self.plan = options, eos_token_ids, attributes, plan
@@ -101,7 +105,8 @@ class Scheduler:
         self.num_rows, self.num_added, self.read_at = num_rows, 0, 0.0
         self._ahead: deque[tuple[Snapshot, list[Entry]]] = deque()
 
-        room, most = models.rows_to_run(num_rows, num_rows), max(map(len, expected), default=len(attributes))
+        self.most = most = most or max(map(len, expected), default=len(attributes))
+        room = models.rows_to_run(num_rows, num_rows)
         dtype = torch.promote_types(models.dtype, torch.float32)
         self.shares = torch.zeros(room, len(self.merged), dtype=dtype, device=models.device)
         self.models = models.merge(self.merged, self.shares) if options.draft == "merged" else models
@@ -160,21 +165,30 @@ class Scheduler:
             self.close()
         return [entry.result for entry in entries if entry.result is not None]
 
-    def add(self, request: Request, added_at: float | None = None) -> Entry:
-        """Let a request wait for a row. `added_at`: when it came, default now.
+    def add(
+        self, request: Request, added_at: float | None = None, contexts: Mapping[str, Context] | None = None
+    ) -> Entry:
+        """Let a request wait for a row.
 
-        Raises ValueError where the scheduler was opened for shorter ones, or for other attributes.
+        added_at  when it came, default now
+        contexts  that it brings, beside those of the models
+
+        Raises ValueError where the scheduler was opened for shorter ones, or for other or fewer attributes.
         """
         if (length := request.num_positions) > self.batch.capacity:
             raise ValueError(f"max_new_tokens: expected at most {self.batch.capacity} with the prompt's, got {length}")
-        own = request.weighed(self.models.attribute_names)
-        if unknown := sorted(set(own).difference(self.attributes)):
-            raise ValueError(f"weights: expected some of {', '.join(self.attributes)}, got {unknown[0]!r}")
+        models = self.models.with_contexts([contexts]) if contexts else self.models
+        own, known = request.weighed(models.attribute_names), (*self.attributes, *(contexts or ()))
+        if unknown := sorted(set(own).difference(known)):
+            raise ValueError(f"weights: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        if len(own) > self.most:
+            raise ValueError(f"weights: expected at most {self.most} that are not 0, got {len(own)}")
         entry = Entry(
             request,
             Transcript(self.models.tokenizer, own, self.num_added, len(request.token_ids), request.ends),
             added_at=perf_counter() if added_at is None else added_at,
             num_drafts=self.options.chunk_size or 0,
+            models=models,
         )
         self.waiting.append(entry)
         self.num_added += 1
@@ -200,6 +214,16 @@ class Scheduler:
             return []
         snapshot, rows = self._ahead.popleft()
         return self._read(snapshot.read(), rows)
+
+    def cancel(self, entry: Entry) -> None:
+        """Give up a request: its row is free from the next round on."""
+        if entry.is_over:
+            return
+        entry.error = RuntimeError("the request was given up")
+        if entry in self.waiting:
+            self.waiting.remove(entry)
+        else:
+            self.batch.stop([entry.row])
 
     def close(self) -> None:
         """Give up the caches, and the requests that are not over."""
@@ -233,7 +257,7 @@ class Scheduler:
             of_row[: len(own)] = torch.tensor(own, dtype=weights.dtype)
         begun = self.batch.replace(rows, prompts, limits, weights, [request.seed for request in requests])
         attributes, contexts = [entry.transcript.attributes for entry in entries], [r.contexts for r in requests]
-        self.session.replace(rows, prompts, attributes, contexts)
+        self.session.replace(rows, prompts, attributes, contexts, [entry.models for entry in entries])
         self.sampler.reset(begun)
 
     def _close_ranks(self) -> None:
@@ -259,10 +283,16 @@ class Scheduler:
         most = max((len(entry.transcript.attributes) for entry in self.rows), default=0)
         self.batch.state.use(len(self.rows), most)
         self.decide.seeds, self.decide.rounds = self.batch.seeds, self.batch.rounds
+        own = [entry.request.options or self.options for entry in self.rows]
+        is_own = any(entry.request.options is not None for entry in self.rows)
+        self.batch.warps = Warps(own, self.models.device) if is_own else None
+        self.batch.is_traced = any(options.trace for options in own)
+        wanted = [entry.request.num_top for entry in self.rows if entry.request.num_top is not None]
+        self.batch.num_top = max(wanted, default=None)
         processors = [entry.request.processor for entry in self.rows]
         self.batch.processors = processors if any(processor is not None for processor in processors) else None
         if self.options.draft == "merged" and self.rows:
-            alpha = [entry.request.alpha_of(self.merged, self.models.attribute_names) for entry in self.rows]
+            alpha = [entry.request.alpha_of(self.merged, entry.models.attribute_names) for entry in self.rows]
             weights = torch.tensor(alpha, dtype=self.shares.dtype)
             self.shares[: len(self.rows)] = merged_shares(weights, self.options.target)
 
@@ -283,11 +313,9 @@ class Scheduler:
             if is_last and (error := self._explain(row, entry, done)) is not None:
                 entry.error = error
                 continue
-            count, log_ratios = done.counts[row], None
-            if done.log_ratios is not None:
-                log_ratios = [of_token[: len(transcript.attributes)] for of_token in done.log_ratios[row][:count]]
+            new, told = done.tokens[row][: done.counts[row]], entry.told(done, row, self.options)
             try:
-                for token in transcript.extend(done.tokens[row][:count], log_ratios, is_last=is_last):
+                for token in transcript.extend(new, *told, is_last=is_last):
                     tokens.append(token)
             except Exception as error:  # whatever a stopping criterion raises
                 entry.error = error
@@ -330,7 +358,7 @@ class Scheduler:
                     "time_to_first_token": transcript.first_token_at - entry.added_at,
                     **counted,
                 },
-                log_ratios=tuple(transcript.log_ratios) if self.options.trace else None,
+                log_ratios=tuple(transcript.log_ratios) if (request.options or self.options).trace else None,
                 plan=self.plan,
             )
 
@@ -340,7 +368,7 @@ class Scheduler:
         for num_drafts, num_rounds in entry.num_rounds.items():
             for roles, num_tokens in self.sampler.passes(num_drafts):
                 passes[entry.names(roles), num_tokens] += num_rounds
-        return self.models.cost(passes, entry.names(self.sampler.roles))
+        return entry.models.cost(passes, entry.names(self.sampler.roles))
 
     def _explain(self, row: int, entry: Entry, done: Round) -> Exception | None:
         """Why a request failed in a round, if it did."""
@@ -351,7 +379,7 @@ class Scheduler:
             request = entry.request
             tokens = [request.token_ids[-1], *entry.transcript.tokens, *done.tokens[row]]
             roles = entry.names(self.sampler.roles)
-            blamed = self.session.blame(entry.row, len(request.token_ids) - 1, tokens, roles)
+            blamed = self.session.blame(entry.row, len(request.token_ids) - 1, tokens, roles, entry.models)
             if blamed is not None:
                 return ValueError(f"{where}: {blamed}, expected finite logits or -inf")
             return ValueError(

@@ -105,7 +105,7 @@ class SCR:
             is_frozen & (num_clipped > 0),
         ], 1)  # fmt: skip
         committed = batch.commit(chunk, accepted, token)
-        if self.options.trace:
+        if batch.is_traced:
             # the first token may be the fallback's now
             first = anchor_logits[:, :1], attribute_logits[:, :, :1], committed[:, :1]
             batch.trace(torch.cat([self._score(*first)[0], log_ratios[:, :, 1:]], 2))

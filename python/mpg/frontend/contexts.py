@@ -39,6 +39,13 @@ def contexts_of(given: Any) -> dict[str, Context]:
     return {name: Context.of(f"contexts[{name!r}]", text) for name, text in (given or {}).items()}
 
 
+def contexts_beside(
+    loaded: Mapping[str, Context], per_prompt: Sequence[Mapping[str, Context]]
+) -> list[dict[str, Context]]:
+    """The contexts of every prompt that are not the loaded ones."""
+    return [{name: own for name, own in of.items() if loaded.get(name) is not own} for of in per_prompt]
+
+
 def read_context(
     context: Context,
     name: str,

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mpg.model import Model, Weights, stream_to
+from mpg.frontend.hf_generate import stream_to
+from mpg.model import Model, Weights
 
 # What the caller of generate gave and transformers does not hand on, or only as prepared for its own padded batch.
 _OF_THE_CALL = (

@@ -12,7 +12,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import transformers
@@ -22,6 +22,10 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from mpg.decode.batch import Processor
 from mpg.frontend import guidance
 from mpg.options import OPTIONS, Options, check_truth, hint
+from mpg.results import Token
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
 
 Criterion: TypeAlias = Callable[[Tensor, None], Any]
 # Honoured: what each does here it does there. Beside it the value other than None that asks for nothing.
@@ -363,3 +367,14 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 def _is_neutral(name: str, value: Any) -> bool:
     neutral = HONOURED[name]
     return neutral is not None and not isinstance(value, (bool, Tensor)) and value == neutral
+
+
+def stream_to(streamer: BaseStreamer, on_token: Callable[[Token], None] | None = None) -> Callable[[Token], None]:
+    """on_token, and each token's id to the streamer as transformers puts it there, (1,) int64."""
+
+    def put(token: Token) -> None:
+        streamer.put(torch.tensor([token.id]))
+        if on_token is not None:
+            on_token(token)
+
+    return put

@@ -7,13 +7,34 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from mpg.context import Context
 from mpg.decode.request import Request
 from mpg.frontend.hf_generate import Conventions
 from mpg.models.ensemble import ANCHOR, ROLES, Ensemble
 from mpg.options import DEFAULT_NEW_TOKENS, Options, check_weights
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call asks for.
+
+    models         with the contexts that it brings
+    options        those of its sampler; each request's own are the same
+    eos_token_ids  what ends a text
+    contexts       that each prompt brings, by name, beside those of the models
+    is_many        whether a list is to be returned
+    """
+
+    models: Ensemble
+    requests: list[Request]
+    options: Options
+    eos_token_ids: tuple[int, ...]
+    contexts: Sequence[Mapping[str, Context]]
+    is_many: bool
 
 
 def check_requests(

@@ -292,7 +292,7 @@ class Ensemble:
     def _room(self, devices: Sequence[torch.device]) -> float:
         """Bytes that new caches can take: what is available, but for what graphs keep to themselves."""
         kept = sum(model.graph_bytes() for model in self._models if set(model.devices) & set(devices))
-        return sum(_available_bytes(device) for device in devices) - kept
+        return sum(available_bytes(device) for device in devices) - kept
 
 
 def _runs(view: Sequence[Slot], slots: Collection[Slot]) -> list[range]:
@@ -303,7 +303,7 @@ def _runs(view: Sequence[Slot], slots: Collection[Slot]) -> list[range]:
     return list(map(range, starts, stops))
 
 
-def _available_bytes(device: torch.device) -> float:
+def available_bytes(device: torch.device) -> float:
     """Memory that a session could take: what is free on a GPU, on the CPU all that the machine has."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

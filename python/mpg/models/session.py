@@ -120,7 +120,7 @@ class Session:
         self._routes: dict[tuple[tuple[Role, ...], frozenset[Slot]], Route] = {}
         self._first: dict[Slot, Tensor] = {}  # logits (R, 1, V) behind the prompts, until a slot's first forward
         self._longest_prompt = self._longest = 0  # of prompts that are held; of positions that have been fed
-        counts = [Counter(map(_view, set(self._slots_of(names).values()))) for names in expected]
+        counts = [Counter(map(_view, set(self._slots_of(names, ensemble).values()))) for names in expected]
         sizes = {}
         for view in dict.fromkeys(view for count in counts for view in count):
             of_view = sorted((count[view] for count in counts), reverse=True)
@@ -133,19 +133,22 @@ class Session:
         prompts: Sequence[Sequence[int]],
         attributes: Sequence[Sequence[str]] | None = None,
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
+        ensembles: Sequence[Ensemble] | None = None,
     ) -> None:
         """Let some rows hold these prompts but for their last tokens, whatever was there; new ones follow the last row.
 
         attributes: of every prompt, what the roles 0, 1, ... are; default none
         contexts:   of every prompt, what roles of these names read in its place; default none
+        ensembles:  of every prompt, what knows its attributes: the session's, or that with contexts of its own
 
         A prompt is read once by a model, or not at all where a row has it still, and copied, as its beginning is where
         many tokens of it are another one's. Only a merged model, another one in every row, reads each of them.
 
         Raises MemoryError where caches have to grow and would not fit.
         """
-        for row, names in zip(rows, attributes or [()] * len(prompts), strict=True):
-            self._rows[row : row + 1] = [self._slots_of(names)]
+        knowing = ensembles or [self._ensemble] * len(prompts)
+        for row, names, ensemble in zip(rows, attributes or [()] * len(prompts), knowing, strict=True):
+            self._rows[row : row + 1] = [self._slots_of(names, ensemble)]
         self._arrange()
         wanted = {
             row: {name: tuple(text) for name, text in {"": prompt, **of_row}.items()}
@@ -228,7 +231,9 @@ class Session:
             pool.runner.loaded.leave(pool.runner)
         self._pools, self._routes = {}, {}
 
-    def blame(self, row: int, start: int, tokens: Sequence[int], roles: Sequence[str]) -> str | None:
+    def blame(
+        self, row: int, start: int, tokens: Sequence[int], roles: Sequence[str], ensemble: Ensemble | None = None
+    ) -> str | None:
         """What made a row unusable: "the 'E' model returned NaN", of these roles and tokens the first, or None.
 
         Feeds the tokens to the row again, at positions start, start + 1, ... Waits for the device: for error messages
@@ -254,14 +259,14 @@ class Session:
                 largest |= zip((pool.pairs[place].slot for place in places), of_place, strict=True)
             for place in range(len(part)):
                 for role in roles:
-                    if not math.isfinite(value := largest[self._ensemble._slots[role]][place]):
+                    if not math.isfinite(value := largest[(ensemble or self._ensemble)._slots[role]][place]):
                         cause = {math.inf: "+inf", -math.inf: "nothing but -inf"}.get(value, "NaN")
                         return f"the {role!r} model returned {cause}"
         return None
 
-    def _slots_of(self, names: Sequence[str]) -> dict[Role, Slot]:
+    def _slots_of(self, names: Sequence[str], ensemble: Ensemble) -> dict[Role, Slot]:
         """The slots of a row with these attributes, by role."""
-        return self._fixed | {number: self._ensemble._slots[name] for number, name in enumerate(names)}
+        return self._fixed | {number: ensemble._slots[name] for number, name in enumerate(names)}
 
     def _open(self, sizes: Mapping[View, int]) -> None:
         """Give every view a runner with so many cache rows, at least; what rows hold goes with them."""

@@ -16,6 +16,7 @@ from mpg.app.cli.check import check
 from mpg.app.cli.demo import demo
 from mpg.app.cli.generate import generate
 from mpg.app.cli.info import info
+from mpg.app.cli.serve import serve
 from mpg.app.cli.train import train
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, chat, check, train, info):
+for command in (demo, generate, chat, serve, check, train, info):
     app.command()(command)
 
 

@@ -1,0 +1,101 @@
+"""`mpg serve`: OpenAI's API in front of the models."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpg.app.cli import arguments
+
+if TYPE_CHECKING:
+    from mpg.model import Model
+    from mpg.recipe import Recipe
+
+
+@arguments.clear_errors()
+def serve(
+    models: arguments.Models = "demo",
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A key that requests must bring; repeat it. Default: MPG_API_KEY.")
+    ] = None,
+    admin_key: Annotated[
+        str | None, typer.Option(help="The key that adding and removing attributes takes. Default: MPG_ADMIN_KEY.")
+    ] = None,
+    allow_open: Annotated[bool, typer.Option("--allow-open", help="Serve beyond loopback without a key.")] = False,
+    attribute_folder: Annotated[
+        list[Path] | None, typer.Option(help="A folder below which attributes may be added; repeat it.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(help="Texts that are decoded at once.")] = 32,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a prompt and its answer. Default: the model's positions, 2048 at most."),
+    ] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB that cache rows of running requests may take; twice as much while they grow. Default: a quarter."
+        ),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused.")] = 256,
+    max_seconds: Annotated[float, typer.Option(help="That a request may take.")] = 600.0,
+    grace: Annotated[float, typer.Option(help="Seconds that running requests have when the server ends.")] = 30.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what requests say, too.")] = False,
+    settings: arguments.Settings = None,
+    device: arguments.Device = None,
+    dtype: arguments.Dtype = None,
+    quantize: arguments.Quantize = None,
+    graphs: arguments.Graphs = False,
+    allow_other_base: arguments.OtherBase = False,
+    merge_adapters: arguments.MergeAdapters = False,
+) -> None:
+    """Serve the models under OpenAI's API; needs mpg[serve]."""
+    try:
+        from mpg.serve.server import check_host, make_app
+        from mpg.serve.server import serve as run
+        from mpg.serve.settings import Settings
+    except ImportError as error:
+        raise ValueError(f"{error.name}: expected it installed: pip install 'mpg[serve]'") from None
+    from dataclasses import replace
+
+    from mpg.frontend.hf_generate import check_options
+    from mpg.model import Model
+    from mpg.models import loading
+    from mpg.recipe import parse_setting
+
+    keys = api_key or [key for key in [os.environ.get("MPG_API_KEY")] if key]
+    check_host(host, bool(keys), allow_open)
+    recipe, options = arguments.read_recipe(models), dict(map(parse_setting, settings or ()))
+    check_options(options, recipe.options)
+    limits = Settings(
+        name=Path(models).stem or "mpg", api_keys=tuple(keys), admin_key=admin_key or os.environ.get("MPG_ADMIN_KEY"),
+        attribute_folders=tuple(attribute_folder or ()), max_rows=max_rows, max_length=max_length,
+        max_memory=None if max_memory is None else int(max_memory * 2**30), max_queue=max_queue,
+        max_seconds=max_seconds, grace=grace, log_prompts=log_prompts,
+    )  # fmt: skip
+
+    def load(other: Recipe | None) -> Model:
+        if other is not None:
+            return Model(loading.load(other, dtype=dtype, device=device, graphs=graphs), other)
+        model = arguments.load(
+            models, device=device, dtype=dtype, quantize=quantize, graphs=graphs, allow_other_base=allow_other_base,
+            merge_adapters=merge_adapters,
+        )  # fmt: skip
+        return Model(model.models, replace(model.recipe, options={**model.recipe.options, **options}))
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("mpg.serve").setLevel(logging.INFO)
+    stderr = sys.stderr  # another while the engine's thread loads a set that ships
+    run(
+        make_app(limits, load),
+        limits,
+        host,
+        port,
+        lambda at: print(f"mpg: serving at {at}/v1", file=stderr, flush=True),
+    )

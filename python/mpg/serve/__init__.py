@@ -1,0 +1,1 @@
+"""A server of OpenAI's API in front of one combination of models: any weights in every request, one batch for all."""

@@ -1,0 +1,173 @@
+"""What a checked request means: the jobs that it takes, by what `Model.read` makes of it.
+
+Knows the names of models and the server's limits; no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from time import monotonic
+from typing import Any
+
+from mpg.decode.request import Request
+from mpg.frontend.requests import Call
+from mpg.model import Model
+from mpg.serve.engine import Engine
+from mpg.serve.errors import ApiError, of_library
+from mpg.serve.jobs import Event, Job
+from mpg.serve.protocol import Asked, ChatRequest, CompletionRequest
+
+BASE = "base"
+OPTIONS = (
+    "target", "sampler", "draft", "chunk_size", "verify", "adaptive", "mixture_span", "top_k", "min_p", "temperature",
+    "top_p", "repetition_penalty", "trace",
+)  # fmt: skip
+ROW_SAMPLERS = ("exact", "direct")  # those that draw from the combined row
+
+
+def model_names(model: Model, name: str) -> list[str]:
+    """What `model=` may be: the combination, the base, every attribute, every preset."""
+    return list(dict.fromkeys([name, BASE, *model.models.attribute_names, *model.recipe.presets]))
+
+
+def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:
+    """Weights and target that a request asks for by its model's name, its own weights going with the combination's.
+
+    Raises ApiError for a name that there is not, and for weights beside one that says them already.
+    """
+    if asked.model == name:
+        has_any = asked.weights is not None or model.recipe.weights or asked.target is not None
+        return asked.weights, asked.target if has_any else "base"
+    if asked.weights is not None:
+        wanted = f"none beside model {asked.model!r}, which says them; model {name!r} takes them"
+        raise ApiError(400, f"weights: expected {wanted}", "weights")
+    if asked.model == BASE:
+        return None, "base"
+    if asked.model in model.recipe.presets or "=" in asked.model:
+        return asked.model, asked.target
+    if asked.model in model.models.attribute_names:
+        return {asked.model: 1.0}, asked.target
+    known = ", ".join(model_names(model, name))
+    message = f"model: expected {known} or weights such as 'E=1,T=0.5', got {asked.model!r}"
+    raise ApiError(404, message, "model", "model_not_found")
+
+
+def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int | None, **how: Any) -> Call:
+    """What one prompt is asked with: a call whose requests are its choices.
+
+    Raises ApiError that names the field.
+    """
+    weights, target = weights_of(asked, model, limits.name)
+    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    if len(stops) > limits.max_stops or any(len(stop) > limits.max_stop_length for stop in stops):
+        wanted = f"at most {limits.max_stops} of at most {limits.max_stop_length} characters"
+        raise ApiError(400, f"stop: expected {wanted}, got {len(stops)}", "stop")
+    n = asked.n or 1
+    if n > limits.max_n:
+        raise ApiError(400, f"n: expected at most {limits.max_n}, got {n}", "n")
+    options = {name: getattr(asked, name) for name in OPTIONS} | {"target": target}
+    if asked.sampler == "auto":
+        wanted = "exact, direct, scr, token-rs or seq-rs, as a server has no time for the trial of 'auto'"
+        raise ApiError(400, f"sampler: expected {wanted}", "sampler")
+    contexts = {
+        name: context if isinstance(context, str) else context.model_dump(exclude_none=True)
+        for name, context in (asked.contexts or {}).items()
+    }
+    max_tokens = asked.max_tokens
+    if isinstance(asked, ChatRequest) and asked.max_completion_tokens is not None:
+        if max_tokens not in (None, asked.max_completion_tokens):
+            raise ApiError(
+                400, "max_completion_tokens: expected one of it and max_tokens, got both", "max_completion_tokens"
+            )
+        max_tokens = asked.max_completion_tokens
+    names = {"prompt": "messages" if isinstance(asked, ChatRequest) else "prompt"}
+    try:
+        return model.read(
+            prompt, weights=weights, contexts=contexts or None, num_return_sequences=n, stop_strings=stops or None,
+            max_new_tokens=max_tokens or (1 if max_tokens == 0 else None), seed=seed, **options, **how,
+        )  # fmt: skip
+    except ValueError as error:
+        raise of_library(error, names) from error
+
+
+class Jobs:
+    """Makes the jobs of one request.
+
+    take  called in the handler's loop with the number of a choice and every event of its
+    """
+
+    def __init__(self, engine: Engine, model: Model, request_id: str, take: Callable[[int, Event], None]):
+        self.engine, self.model, self.id, self.take = engine, model, request_id, take
+        self.loop = asyncio.get_running_loop()
+        self.deadline = monotonic() + engine.settings.max_seconds
+
+    def of(self, call: Call, first: int, num_top: int | None, is_limited: bool) -> list[Job]:
+        """The jobs of one prompt's choices, numbered from `first` on. is_limited: whether the request says how long
+        they may be"""
+        if num_top is not None and call.options.sampler not in ROW_SAMPLERS:
+            wanted = f"sampler {' or '.join(ROW_SAMPLERS)}, which have combined rows"
+            raise ApiError(400, f"logprobs: expected {wanted}, got {call.options.sampler!r}", "logprobs")
+        jobs = []
+        for index, request in enumerate(call.requests):
+            room = self.engine.max_length - (request.num_positions - request.max_new_tokens)
+            if room < 1 or (is_limited and request.max_new_tokens > room):
+                message = (
+                    f"max_tokens: this server takes {self.engine.max_length} tokens of prompt and answer, expected at "
+                    f"most {max(room, 0)} beside this prompt, got {request.max_new_tokens}"
+                )
+                raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+            fitting = replace(request, num_top=num_top, max_new_tokens=min(request.max_new_tokens, room))
+            jobs.append(self._job(call, fitting, first + index))
+        return jobs
+
+    def scoring(self, call: Call, number: int, num_top: int) -> Job:
+        """The job that scores a prompt's own tokens."""
+        request = call.requests[0]
+        if call.options.span != 1:
+            wanted = "'token' beside echo with logprobs"
+            raise ApiError(400, f"mixture_span: expected {wanted}, got {call.options.mixture_span!r}", "mixture_span")
+        for name, ids in request.contexts.items():
+            if ids[len(ids) - len(request.token_ids) + 1 :] != request.token_ids[1:]:
+                raise ApiError(
+                    400,
+                    f"echo: the context {name!r} does not end with the prompt, expected logprobs of new tokens alone",
+                    "echo",
+                )
+        return self._job(call, replace(request, num_top=num_top), number, scores_prompt=True)
+
+    def _job(self, call: Call, request: Request, number: int, scores_prompt: bool = False) -> Job:
+        return Job(
+            id=self.id,
+            model=self.model,
+            call=call,
+            request=request,
+            loop=self.loop,
+            take=lambda event: self.take(number, event),
+            deadline=self.deadline,
+            scores_prompt=scores_prompt,
+        )
+
+
+def seeds(asked: Asked, num_prompts: int) -> list[int]:
+    """The seed of every prompt's first choice: they count up through all choices."""
+    first = secrets.randbits(32) if asked.seed is None else asked.seed
+    return [(first + index * (asked.n or 1)) % 2**63 for index in range(num_prompts)]
+
+
+def prompts_of(asked: CompletionRequest, max_prompts: int) -> list[Any]:
+    """The prompts of a request, each as text or token ids."""
+    given = asked.prompt
+    prompts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+    if not prompts or not all(prompts):
+        raise ApiError(400, f"prompt: expected text or token ids, not empty, got {given!r}", "prompt")
+    if len(prompts) > max_prompts:
+        raise ApiError(400, f"prompt: expected at most {max_prompts} prompts, got {len(prompts)}", "prompt")
+    return prompts
+
+
+def messages_of(asked: ChatRequest) -> list[Mapping[str, Any]]:
+    """The conversation as `Model.read` takes it."""
+    return [message.model_dump(exclude_none=True) for message in asked.messages]

@@ -1,0 +1,131 @@
+"""One choice of an answer: its text without what ended it, and its tokens as the API tells them.
+
+Knows tokens and a tokenizer; nothing of requests or of how answers are sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpg.results import Result, Token
+
+LARGEST = -9999.0  # what JSON has for a token that a row excludes
+
+
+@dataclass
+class Text:
+    """New text as it comes, held back where it may yet turn out to begin a stop string."""
+
+    stops: Sequence[str]
+    held: str = ""
+    is_cut: bool = False
+
+    def add(self, text: str, *, is_last: bool) -> str:
+        """What may be shown now that some more text has come."""
+        if self.is_cut:
+            return ""
+        self.held += text
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        keep = 0
+        if found:
+            self.held, self.is_cut = self.held[: min(found)], True
+        elif not is_last:
+            keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the text's last characters are the stop string's first."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Choice:
+    """What has come of one choice.
+
+    offset  characters of text before its next token, the echoed prompt among them
+    """
+
+    tokenizer: Any
+    stops: Sequence[str]
+    tokens: list[Token] = field(default_factory=list)
+    result: Result | None = None
+    shown: str = ""
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        self._text = Text(self.stops)
+
+    def add(self, tokens: Sequence[Token]) -> str:
+        """Take a round's tokens. out: the text that they bring to be shown"""
+        self.tokens += tokens
+        return self._show("".join(token.text for token in tokens), is_last=False)
+
+    def end(self, result: Result) -> str:
+        """Take the result. out: the text that was held back"""
+        self.result = result
+        return self._show("", is_last=True)
+
+    def _show(self, text: str, *, is_last: bool) -> str:
+        shown = self._text.add(text, is_last=is_last)
+        self.shown += shown
+        return shown
+
+    @property
+    def finish_reason(self) -> str:
+        assert self.result is not None
+        return self.result.finish_reason
+
+    def own(self, tokens: Sequence[Token], is_traced: bool) -> dict[str, Any]:
+        """What mpg says beside the API: log-ratios of tokens, and at the end seed and statistics."""
+        said: dict[str, Any] = {}
+        if is_traced:
+            said["tokens"] = [token.id for token in tokens]
+            said["log_ratios"] = [token.log_ratios for token in tokens]
+        if self.result is not None:
+            said |= {"seed": self.result.seed, "weights": self.result.weights, "stats": self.result.stats}
+        return said
+
+    def chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        def tell(token_id: int, logprob: float) -> dict[str, Any]:
+            text = self.spell(token_id)
+            return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+
+        content = [
+            {**tell(token.id, token.logprob or 0.0), "top_logprobs": [tell(*top) for top in token.top_logprobs]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def completion_logprobs(
+        self, scored: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]]
+    ) -> dict[str, Any]:
+        """Of tokens by id, with their log-probabilities and the likeliest of their rows."""
+        texts = [self.spell(token_id) for token_id, _, _ in scored]
+        offsets = []
+        for text in texts:
+            offsets.append(self.offset)
+            self.offset += len(text)
+        tops: list[dict[str, float] | None] = []
+        for text, (_, logprob, top) in zip(texts, scored, strict=True):
+            by_text: dict[str, float] = {}
+            for token_id, value in top:  # of those that are spelled alike the likeliest
+                by_text.setdefault(self.spell(token_id), finite(value))
+            tops.append(None if logprob is None else by_text | ({} if text in by_text else {text: finite(logprob)}))
+        logprobs = [None if logprob is None else finite(logprob) for _, logprob, _ in scored]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def spell(self, token_id: int) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode([token_id])
+
+
+def scored(tokens: Sequence[Token]) -> list[tuple[int, float | None, Sequence[tuple[int, float]]]]:
+    """New tokens as `Choice.completion_logprobs` takes them."""
+    return [(token.id, token.logprob, token.top_logprobs) for token in tokens]
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LARGEST)

@@ -1,0 +1,303 @@
+"""The thread that owns the models: it lets jobs in, gives every group its turn, and hands out what rounds bring.
+
+Knows jobs and groups of them; nothing of HTTP. Handlers only queue jobs and listen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from threading import Condition, Thread
+from time import monotonic, perf_counter
+
+import torch
+
+from mpg.model import Model
+from mpg.models.ensemble import available_bytes
+from mpg.serve.groups import DecodeGroup, Group, ScoreGroup, group_key
+from mpg.serve.jobs import Event, Job, Refused, TooLarge
+from mpg.serve.metrics import Metrics
+from mpg.serve.settings import Settings
+
+DEFAULT_LENGTH = 2048
+# Of a device's memory for caches. They are copied when they grow, and by a quarter more than is needed: at worst twice
+# and a quarter of it is taken meanwhile.
+DEFAULT_SHARE = 0.25
+EXPIRY_CHECK = 0.1  # seconds between looks for jobs that have run out of time
+
+logger = logging.getLogger("mpg.serve")
+
+
+class Engine:
+    """Runs jobs on one model, which may be replaced while it runs.
+
+    state  "loading", "ready", "failed" or "stopping"
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics):
+        self.settings, self.metrics = settings, metrics
+        self.state, self.failure = "loading", ""
+        self.groups: list[Group] = []
+        self._keys: dict[int, Hashable] = {}  # of groups that jobs may join, by id
+        self._inbox: deque[Job] = deque()
+        self._given_up: deque[Job] = deque()
+        self._changed = Condition()
+        self._num_waiting, self._expired_at = 0, 0.0
+        self._is_draining = self._is_stopped = False
+        self._thread = Thread(target=self._run, name="mpg-engine", daemon=True)
+        metrics.watch(self)
+
+    def start(self, load: Callable[[], Model]) -> None:
+        """Load a model in the engine's thread, and run jobs from then on."""
+        self._load = load
+        self._thread.start()
+
+    def replace(self, model: Model) -> None:
+        """Let new requests be read by another model; those that run go on with theirs."""
+        self.model = model
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs, all or none. Raises Refused."""
+        with self._changed:
+            if self._is_draining or self.state != "ready":
+                raise Refused(self.state if not self._is_draining else "stopping")
+            if self._num_waiting + len(jobs) > self.settings.max_queue:
+                raise Refused("full")
+            self._num_waiting += len(jobs)
+            self._inbox.extend(jobs)
+            self._changed.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Give up jobs; nobody listens any more."""
+        with self._changed:
+            self._given_up.extend(job for job in jobs if not job.is_over)
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Take no new jobs."""
+        self._is_draining = True
+        if self.state == "ready":
+            self.state = "stopping"
+
+    def stop(self) -> None:
+        """Give up what runs, and end the thread."""
+        self.drain()
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(group.running) for group in self.groups)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(group.held for group in self.groups)
+
+    def _run(self) -> None:
+        try:
+            self.model = self._load()
+            models = self.model.models
+            limits = [self.settings.max_length or DEFAULT_LENGTH, models.max_positions or DEFAULT_LENGTH]
+            self.max_length = min(limits)
+            self.max_memory = self.settings.max_memory or int(available_bytes(models.device) * DEFAULT_SHARE)
+        except Exception as error:
+            logger.exception("the models could not be loaded")
+            self.failure, self.state = str(error), "failed"
+            return
+        with self._changed:
+            if not self._is_draining:
+                self.state = "ready"
+        try:
+            while self._turn():
+                pass
+            reason: Exception = Refused("stopping")
+        except Exception as error:  # a mistake of this file's: nobody is to wait for ever
+            logger.exception("the engine has failed")
+            self.failure, self.state = str(error), "failed"
+            reason = RuntimeError("the engine has failed")
+        with self._changed:
+            left = [*self._inbox, *(job for group in self.groups for job in (*group.running, *group.waiting))]
+            self._inbox.clear()
+        for group in list(self.groups):
+            self._close(group)
+        self._deliver([(job, reason) for job in left])
+
+    def _turn(self) -> bool:
+        """Wait for something to do, and do some of it. out: False when the engine is to end"""
+        with self._changed:
+            while not (self._inbox or self._given_up or self.groups or self._is_stopped):
+                self._changed.wait()
+            if self._is_stopped:
+                return False
+            new, self._inbox = self._inbox, deque()
+            given_up, self._given_up = self._given_up, deque()
+        self._drop(given_up, new)
+        for job in new:
+            self._sort(job)
+        self._expire()
+        self._admit()
+        self._take_turn()
+        for group in [group for group in self.groups if not group.running and not group.waiting]:
+            self._close(group)
+        return True
+
+    def _sort(self, job: Job) -> None:
+        """Let a job wait in the group that it belongs to."""
+        key = group_key(job)
+        group = next((group for group in self.groups if self._keys.get(id(group)) == key), None)
+        try:
+            group = group or self._open([job], key)
+            needed = group.num_bytes(job)
+            if needed > self.max_memory:
+                sizes = f"{needed / 2**20:.1f} MiB, expected at most {self.max_memory / 2**20:.1f} MiB"
+                raise TooLarge(f"max_tokens: the key/value cache rows of this request alone take {sizes}")
+        except Exception as error:
+            self._end_waiting(job)
+            self._deliver([(job, error)])
+        else:
+            group.waiting.append(job)
+
+    def _open(self, jobs: Sequence[Job], key: Hashable | None) -> Group:
+        """A new group. key: what jobs have that may join it, None where none may"""
+        first, sizes = jobs[0], (self.settings.max_rows, self.max_length)
+        group: Group = ScoreGroup(first) if first.scores_prompt else DecodeGroup(first, *sizes)
+        # no turn before those that have waited for theirs
+        group.spent = min((other.spent for other in self.groups), default=0.0)
+        self.groups.append(group)
+        if key is not None:
+            self._keys[id(group)] = key
+        return group
+
+    def _close(self, group: Group) -> None:
+        self.groups.remove(group)
+        self._keys.pop(id(group), None)
+        group.close()
+
+    def _admit(self) -> None:
+        """Let jobs begin while there are rows and memory: of the group first that has the fewest rows. One that does
+        not fit yet keeps all others waiting, so that its turn comes."""
+        while self.num_running < self.settings.max_rows:
+            waiting = [group for group in self.groups if group.waiting]
+            if not waiting:
+                return
+            group = min(waiting, key=lambda group: len(group.running))
+            job = group.waiting[0]
+            needed = sum(map(group.num_bytes, group.running)) + group.num_bytes(job)
+            if self.held_bytes - group.held + max(group.held, needed) > self.max_memory:
+                # the memory of a group that has nothing to run is given back before anybody waits for it
+                if idle := next((other for other in self.groups if other.held and not other.running), None):
+                    idle.close()
+                    self._reopen(idle)
+                    continue
+                return
+            group.waiting.popleft()
+            self._end_waiting(job)
+            try:
+                group.begin(job)
+                group.held = max(group.held, needed)
+                self.metrics.waited(monotonic() - job.added_at)
+            except ValueError as error:
+                self._deliver([(job, error)])
+
+    def _reopen(self, group: Group) -> None:
+        """Let what waits in a group that was closed wait in a new one."""
+        key, waiting = self._keys.pop(id(group), None), list(group.waiting)
+        self.groups.remove(group)
+        if waiting:
+            self._open(waiting, key).waiting.extend(waiting)
+
+    def _take_turn(self) -> None:
+        """A round of the group that has had the least time."""
+        group = min((group for group in self.groups if group.running), key=lambda group: group.spent, default=None)
+        if group is None:
+            return
+        begun_at = perf_counter()
+        try:
+            events = group.step()
+        except Exception as error:  # whatever a forward raises
+            logger.warning("a round of %d requests failed: %s", len(group.running), error)
+            reason = f"{type(error).__name__}: {error}"
+            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            failure = MemoryError(reason) if is_memory else RuntimeError(reason)
+        else:
+            group.spent += perf_counter() - begun_at
+            self.metrics.round(perf_counter() - begun_at)
+            self._deliver(events)
+            return
+        self._split(group, failure)  # here, where nothing holds the caches any more: the error's traceback did
+
+    def _split(self, group: Group, failure: Exception) -> None:
+        """Find out whose fault a failed round was: each half of its requests begins again by itself, and one that fails
+        alone has failed. The others' texts are those that they would have been."""
+        jobs, key = list(group.running), self._keys.pop(id(group), None)
+        self.groups.remove(group)
+        group.close()
+        while self.model.models.drop_idle():
+            pass
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(jobs) == 1:
+            self._deliver([(jobs[0], failure)])
+            jobs = []
+        for half in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]):
+            if half:
+                self._open(half, None).waiting.extend(half)
+                self._num_waiting += len(half)
+        if group.waiting:
+            self._open(list(group.waiting), key).waiting.extend(group.waiting)
+
+    def _drop(self, given_up: Sequence[Job] | deque[Job], new: deque[Job]) -> None:
+        for job in given_up:
+            if job.is_over:
+                continue
+            job.is_over = True
+            if job in new:
+                new.remove(job)
+                self._end_waiting(job)
+            for group in self.groups:
+                if job in group.running:
+                    group.cancel(job)
+                elif job in group.waiting:
+                    group.waiting.remove(job)
+                    self._end_waiting(job)
+
+    def _expire(self) -> None:
+        """End the jobs that have run out of time."""
+        now = monotonic()
+        if now - self._expired_at < EXPIRY_CHECK:
+            return
+        self._expired_at = now
+        late = [job for group in self.groups for job in (*group.running, *group.waiting) if job.deadline < now]
+        self._drop(late, deque())
+        for job in late:
+            job.is_over = False
+        self._deliver([(job, TimeoutError(f"it took longer than {self.settings.max_seconds:g} s")) for job in late])
+
+    def _end_waiting(self, job: Job) -> None:
+        with self._changed:
+            self._num_waiting -= 1
+
+    def _deliver(self, events: Sequence[tuple[Job, Event]]) -> None:
+        """Hand events to their handlers, of one round all at once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Event]]] = {}
+        for job, event in events:
+            if job.is_over:
+                continue
+            job.is_over = not isinstance(event, list) or job.scores_prompt
+            by_loop.setdefault(job.loop, []).append((job, event))
+        for loop, of_loop in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_hand_out, of_loop)
+
+
+def _hand_out(events: Sequence[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        job.take(event)

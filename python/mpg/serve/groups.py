@@ -1,0 +1,191 @@
+"""Jobs that share rounds: those of one sampler, target and draft in one scheduler, and prompts scored in one pass.
+
+Knows one group; which of them runs, and who may join, is the engine's business.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from mpg.decode.batch import Logprobs
+from mpg.decode.run import ROUNDS_AHEAD, Scheduler
+from mpg.decode.scoring import score_texts
+from mpg.model import Model
+from mpg.options import Options
+from mpg.serve.jobs import Event, Job
+
+MOST_ATTRIBUTES = 64  # that one request may weigh, contexts among them
+OWN_OPTIONS = ("temperature", "top_k", "top_p", "min_p")  # of every request, under samplers that take them per row
+SCORED_AT_ONCE = 8
+
+
+class Group(Protocol):
+    """Jobs that run together.
+
+    waiting  jobs that have not begun
+    running  those that have
+    spent    seconds of rounds, by which turns are taken
+    held     bytes of cache rows that have been needed at once
+    """
+
+    waiting: deque[Job]
+    running: list[Job]
+    spent: float
+    held: int
+
+    def num_bytes(self, job: Job) -> int:
+        """What the cache rows of a job take."""
+
+    def begin(self, job: Job) -> None:
+        """Let a job run from the next round on. Raises ValueError where it cannot be run."""
+
+    def step(self) -> list[tuple[Job, Event]]:
+        """One round, and what it brought. Jobs whose last event it is are no longer running."""
+
+    def cancel(self, job: Job) -> None:
+        """Give up a running job."""
+
+    def close(self) -> None:
+        """Give up all memory."""
+
+
+def group_key(job: Job) -> Hashable:
+    """What jobs must agree in to share rounds."""
+    options, models = job.call.options, job.model.models
+    if job.scores_prompt:
+        return id(models), "score", options.target, options.mixture_span
+    # the sum that a merged draft is has the rank of its members: of these alone, as in a call of its own
+    names = job.request.weighed(job.call.models.attribute_names) if options.draft == "merged" else ()
+    return id(models), shared_options(options), tuple(name for name in names if name not in job.call.models.contexts)
+
+
+def shared_options(options: Options) -> Options:
+    """Options without those that each request may have for itself."""
+    fields = {**vars(options), "seed": None, "max_new_tokens": None, "trace": False, "batch_size": None}
+    if options.sampler in ("exact", "direct"):
+        fields |= dict.fromkeys(OWN_OPTIONS)
+    return Options(**fields)
+
+
+class DecodeGroup:
+    """Jobs in one scheduler. See `Group` for the interface."""
+
+    def __init__(self, first: Job, num_rows: int, capacity: int):
+        models, names = first.model.models, first.model.models.attribute_names
+        if first.call.options.draft == "merged":
+            weighed = first.request.weighed(first.call.models.attribute_names)
+            names = tuple(name for name in names if name in weighed)
+        self.capacity = capacity
+        self.waiting, self.running = deque[Job](), list[Job]()
+        self.spent, self.held = 0.0, 0
+        self.scheduler = Scheduler(
+            models, shared_options(first.call.options), first.call.eos_token_ids, num_rows=num_rows, capacity=capacity,
+            attributes=names, most=MOST_ATTRIBUTES, rounds_ahead=ROUNDS_AHEAD[models.device.type],
+        )  # fmt: skip
+
+    def num_bytes(self, job: Job) -> int:
+        fixed = [role for role in self.scheduler.sampler.roles if isinstance(role, str)]
+        models = self.scheduler.models.with_contexts([job.call.contexts[0]])
+        return models.cache_bytes([*fixed, *job.request.weighed(models.attribute_names)], 1, self.capacity)
+
+    def begin(self, job: Job) -> None:
+        request = replace(job.request, options=job.call.options)
+        job.num_seen = 0
+        job.entry = self.scheduler.add(request, contexts=job.call.contexts[0])
+        self.running.append(job)
+
+    def step(self) -> list[tuple[Job, Event]]:
+        by_entry = {id(job.entry): job for job in self.running}
+        events: list[tuple[Job, Event]] = []
+        for entry, tokens in self.scheduler.step():
+            if (job := by_entry.get(id(entry))) is None:  # given up
+                continue
+            if new := job.unsent(tokens):
+                events.append((job, new))
+            if entry.is_over:
+                self.running.remove(job)
+                last = entry.error or entry.result
+                assert last is not None
+                events.append((job, last))
+        return events
+
+    def cancel(self, job: Job) -> None:
+        self.running.remove(job)
+        assert job.entry is not None
+        self.scheduler.cancel(job.entry)
+
+    def close(self) -> None:
+        self.scheduler.close()
+
+
+class ScoreGroup:
+    """Prompts whose tokens are scored, some at a time. See `Group` for the interface."""
+
+    def __init__(self, first: Job):
+        self.model: Model = first.model
+        self.waiting, self.running = deque[Job](), list[Job]()
+        self.spent, self.held = 0.0, 0
+        self._scored: list[Job] = []  # by the pass that is under way
+        self._pass: Iterator[Logprobs] | None = None
+        self._parts: list[Logprobs] = []
+
+    def num_bytes(self, job: Job) -> int:
+        models = job.call.models
+        names = {"base", "anchor", *job.request.weighed(models.attribute_names)}
+        return models.cache_bytes(sorted(names), 1, job.request.num_positions)
+
+    def begin(self, job: Job) -> None:
+        self.running.append(job)
+
+    def step(self) -> list[tuple[Job, Event]]:
+        if self._pass is None:
+            self._scored = self.running[:SCORED_AT_ONCE]
+            self._parts = []
+            self._pass = self._start(self._scored)
+        part = next(self._pass, None)
+        if part is not None:
+            self._parts.append(part)
+            return []
+        self._pass = None
+        whole = Logprobs(*(torch.cat(parts, 1) for parts in zip(*self._parts, strict=True)))
+        events: list[tuple[Job, Event]] = []
+        for row, job in enumerate(self._scored):
+            if job in self.running:
+                self.running.remove(job)
+                events.append((job, _of_row(whole, row, job)))
+        return events
+
+    def cancel(self, job: Job) -> None:
+        self.running.remove(job)  # what is under way goes on to its end
+
+    def close(self) -> None:
+        self._pass = None
+
+    def _start(self, jobs: Sequence[Job]) -> Iterator[Logprobs]:
+        """The pass over some prompts from their second token on."""
+        prompts = [job.request.token_ids for job in jobs]
+        cut = [
+            replace(
+                job.request,
+                token_ids=prompt[:1],
+                contexts={name: ids[: len(ids) - len(prompt) + 1] for name, ids in job.request.contexts.items()},
+            )
+            for job, prompt in zip(jobs, prompts, strict=True)
+        ]
+        num_top = max(job.request.num_top or 0 for job in jobs)
+        texts, ensembles = [prompt[1:] for prompt in prompts], [job.call.models for job in jobs]
+        return score_texts(self.model.models, cut, texts, jobs[0].call.options, num_top, ensembles)
+
+
+def _of_row(whole: Logprobs, row: int, job: Job) -> Event:
+    """(log-probability, the largest by token id) of every token of a prompt but the first."""
+    count, num_top = len(job.request.token_ids) - 1, job.request.num_top or 0
+    own, top, ids = (part[row, :count].tolist() for part in whole)
+    if any(value != value for value in own):
+        return ArithmeticError("a model returned NaN for the prompt, expected finite logits or -inf")
+    return [(lp, tuple(zip(i[:num_top], t[:num_top], strict=True))) for lp, t, i in zip(own, top, ids, strict=True)]

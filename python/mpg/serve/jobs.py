@@ -1,0 +1,59 @@
+"""One choice of one request, on its way between its handler and the engine. Knows neither."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, TypeAlias
+
+from mpg.decode.request import Entry, Request
+from mpg.frontend.requests import Call
+from mpg.model import Model
+from mpg.results import Result, Token
+
+# New tokens of one round; the result at the end; or why there is none
+Event: TypeAlias = list[Token] | Result | list[Any] | Exception
+
+
+class Refused(Exception):
+    """The server does not take a request that may be as it should be: too many wait, or it is about to end."""
+
+
+class TooLarge(ValueError):
+    """A request that this server can never run."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A text that is to be generated, or, with `scores_prompt`, a prompt whose tokens are to be scored.
+
+    call      that it belongs to, of one prompt
+    model     that the call was read by
+    loop      of its handler, where `take` is called with every event
+    entry     while it is decoded
+    num_sent  tokens that its handler has got, and `num_seen` those that its entry has brought: fewer where it had to
+              begin again, as it does with the same uniforms
+    """
+
+    id: str
+    model: Model
+    call: Call
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    take: Callable[[Event], None]
+    deadline: float
+    scores_prompt: bool = False
+    added_at: float = field(default_factory=monotonic)
+    entry: Entry | None = None
+    num_sent: int = 0
+    num_seen: int = 0
+    is_over: bool = False
+
+    def unsent(self, tokens: list[Token]) -> list[Token]:
+        """Those of a round's tokens that its handler has not got yet."""
+        skipped = min(max(self.num_sent - self.num_seen, 0), len(tokens))
+        self.num_seen += len(tokens)
+        self.num_sent = max(self.num_sent, self.num_seen)
+        return tokens[skipped:]

@@ -1,0 +1,66 @@
+"""What a server counts, as Prometheus reads it. Knows numbers and no requests."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from mpg.results import Result
+    from mpg.serve.engine import Engine
+
+SHORT = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+STATES = ("loading", "ready", "failed", "stopping")
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        add: Any = {"registry": self.registry}
+        self._requests = Counter("mpg_requests", "requests answered, by route and status", ("route", "status"), **add)
+        self._seconds = Histogram("mpg_request_seconds", "from a request to its last byte", buckets=SHORT, **add)
+        self._first = Histogram("mpg_first_token_seconds", "from a request to its first token", buckets=SHORT, **add)
+        self._waited = Histogram("mpg_queue_seconds", "from a request to its row", buckets=SHORT, **add)
+        self._round = Histogram("mpg_round_seconds", "of one round of one group", buckets=SHORT, **add)
+        self._prompt_tokens = Counter("mpg_prompt_tokens", "tokens of prompts that were answered", **add)
+        self._tokens = Counter("mpg_generated_tokens", "tokens of answers", **add)
+        self._rounds = Counter("mpg_rounds", "rounds of requests, each request's counted", **add)
+        self._accepted = Counter("mpg_accepted_tokens", "drafted tokens that were accepted", **add)
+
+    def watch(self, engine: Engine) -> None:
+        """Read what an engine holds whenever somebody asks."""
+        gauges = {
+            "mpg_queue_size": ("choices that wait for a row", lambda: engine.num_waiting),
+            "mpg_rows": ("choices that are decoded", lambda: engine.num_running),
+            "mpg_groups": ("schedulers that take turns", lambda: len(engine.groups)),
+            "mpg_cache_bytes": ("of key/value cache rows that groups hold", lambda: engine.held_bytes),
+        }
+        for name, (meaning, read) in gauges.items():
+            Gauge(name, meaning, registry=self.registry).set_function(read)
+        state = Gauge("mpg_state", "1 for the state that the server is in", ("state",), registry=self.registry)
+        for name in STATES:
+            state.labels(name).set_function(partial(lambda name: float(engine.state == name), name))
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.observe(seconds)
+
+    def waited(self, seconds: float) -> None:
+        self._waited.observe(seconds)
+
+    def round(self, seconds: float) -> None:
+        self._round.observe(seconds)
+
+    def finished(self, result: Result) -> None:
+        self._first.observe(result.stats["time_to_first_token"])
+        self._prompt_tokens.inc(result.prompt_tokens)
+        self._tokens.inc(len(result.tokens))
+        self._rounds.inc(result.stats["rounds"])
+        self._accepted.inc(result.stats.get("accepted_per_round", 0.0) * result.stats["rounds"])
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

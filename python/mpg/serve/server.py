@@ -1,0 +1,193 @@
+"""The application: its routes, and the process that serves it. What routes do is in the files beside this one."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from ipaddress import ip_address
+from time import monotonic
+from typing import Any
+
+import anyio
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from mpg.model import Model
+from mpg.recipe import Recipe
+from mpg.serve.asks import model_names
+from mpg.serve.attributes import Attributes
+from mpg.serve.chat import answer_chat
+from mpg.serve.completions import answer_completion
+from mpg.serve.engine import Engine
+from mpg.serve.errors import ApiError
+from mpg.serve.guard import Guard
+from mpg.serve.metrics import Metrics
+from mpg.serve.protocol import AttributeRequest, ChatRequest, CompletionRequest
+from mpg.serve.settings import Settings
+from mpg.serve.streams import ClientGone, as_json
+
+CLIENT_CLOSED = 499
+END_SECONDS = 5  # beyond the grace, for answers that are cut off to be told so
+
+
+def make_app(settings: Settings, load: Callable[[Recipe | None], Model]) -> FastAPI:
+    """The application, which loads its models when it starts.
+
+    load: the models of a recipe, or of the one that the server is started for
+    """
+    metrics = Metrics()
+    engine = Engine(settings, metrics)
+    attributes = Attributes(engine, load)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start(lambda: load(None))
+        yield
+        await anyio.to_thread.run_sync(engine.stop)
+
+    app = FastAPI(title="mpg", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.engine, app.state.begun_at = engine, int(monotonic())
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    _handle_errors(app)
+
+    def ready() -> Engine:
+        if engine.state != "ready":
+            raise ApiError(503, f"the server is {engine.state}", code=engine.state)
+        return engine
+
+    @app.get("/health")
+    async def health() -> Response:
+        is_ready = engine.state == "ready"
+        return as_json({"status": engine.state, "reason": engine.failure or None}, 200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def measure() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        names = model_names(ready().model, settings.name)
+        return as_json({"object": "list", "data": [_describe(name) for name in names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name not in model_names(ready().model, settings.name):
+            raise ApiError(404, f"model: there is no {name!r}", "model", "model_not_found")
+        return as_json(_describe(name))
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        return await answer_chat(ready(), asked, request, request.state.id)
+
+    @app.post("/v1/completions")
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        return await answer_completion(ready(), asked, request, request.state.id)
+
+    @app.post("/v1/attributes")
+    async def add(asked: AttributeRequest) -> Response:
+        ready()
+        await anyio.to_thread.run_sync(attributes.add, asked.name, asked.source)
+        return as_json(_describe(asked.name), 201)
+
+    @app.delete("/v1/attributes/{name}")
+    async def remove(name: str) -> Response:
+        ready()
+        await anyio.to_thread.run_sync(attributes.remove, name)
+        return as_json({"id": name, "object": "model", "deleted": True})
+
+    return app
+
+
+def _describe(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "mpg"}
+
+
+def _handle_errors(app: FastAPI) -> None:
+    """Let every error have the API's shape."""
+
+    def show(request: Request, error: ApiError) -> Response:
+        return as_json(error.body(request.state.id), error.status, error.headers)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return show(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"][1:]]
+        if first["type"] == "json_invalid":
+            return show(request, ApiError(400, f"expected a JSON object; {first['ctx']['error']}"))
+        param = place[0] if place else None
+        message, code = first["msg"], None
+        if first["type"] == "extra_forbidden":
+            message, code = "there is no such field", "unknown_parameter"
+        got = "" if first["type"] == "missing" else f", got {str(first.get('input'))[:100]!r}"
+        return show(request, ApiError(400, f"{'.'.join(place) or 'body'}: {message}{got}", param, code))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return show(request, ApiError(error.status_code, str(error.detail)))
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return show(request, ApiError(500, "internal error"))
+
+
+def check_host(host: str, has_key: bool, allow_open: bool) -> None:
+    """Raises ValueError for a host beyond loopback without a key, unless that is what is wanted."""
+    try:
+        is_loopback = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not (is_loopback or has_key or allow_open):
+        raise ValueError(
+            f"host: expected a loopback address without api_key, got {host!r}; --allow-open serves it openly"
+        )
+
+
+class _Server(uvicorn.Server):
+    """Tells the engine when the process is to end, and cuts off after the grace what has not ended by itself."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[str], None]):
+        super().__init__(config)
+        self.app, self.on_ready = app, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self.on_ready(f"http://{host}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        engine: Engine = self.app.state.engine
+        engine.drain()
+
+        async def cut() -> None:
+            await asyncio.sleep(engine.settings.grace)
+            await anyio.to_thread.run_sync(engine.stop)
+
+        cutting = asyncio.create_task(cut())
+        await super().shutdown(sockets)
+        cutting.cancel()
+
+
+def serve(app: FastAPI, settings: Settings, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; what runs then is finished, or cut off after the grace."""
+    config = uvicorn.Config(
+        app, host=host, port=port, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=int(settings.grace) + END_SECONDS,
+    )  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises what it was ended by again, when all is done
+        signal.signal(number, lambda *_: None)
+    _Server(config, app, on_ready).run()

@@ -1,0 +1,57 @@
+"""What a server is told when it starts. Knows no request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Limits, keys and names of one server; sizes are checked against the models when the engine starts.
+
+    name              of the combination with the recipe's weights, as `model=` has it
+    api_keys          one of which a request must bring; none: everybody is let in
+    admin_key         that changes of the attributes must bring; none: nothing can be changed
+    attribute_folders below which attributes may be added
+    max_rows          requests that are decoded at once
+    max_length        tokens of a prompt and its answer; default the models' positions, 2048 at most
+    max_memory        bytes that cache rows of running requests may take; default a quarter of the device's
+    max_queue         choices that may wait; more are refused with 429
+    max_seconds       that a request may take, its wait among them
+    grace             seconds that running requests are left when the server is told to end
+    max_body          bytes of a request
+    log_prompts       whether the log has prompts and answers
+    """
+
+    name: str = "mpg"
+    api_keys: tuple[str, ...] = ()
+    admin_key: str | None = None
+    attribute_folders: tuple[Path, ...] = ()
+    max_rows: int = 32
+    max_length: int | None = None
+    max_memory: int | None = None
+    max_queue: int = 256
+    max_seconds: float = 600.0
+    grace: float = 30.0
+    max_body: int = 4 * 2**20
+    max_n: int = 16
+    max_prompts: int = 64
+    max_stops: int = 16
+    max_stop_length: int = 256
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_queue", "max_body", "max_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
+        for name in ("max_length", "max_memory"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
+        if self.grace < 0:
+            raise ValueError(f"grace: expected seconds, 0 at least, got {self.grace!r}")
+        if not all(self.api_keys) or self.admin_key == "":
+            raise ValueError("api_key, admin_key: expected some text, got an empty key")
+        for folder in self.attribute_folders:
+            if not folder.is_dir():
+                raise ValueError(f"attribute_folder: expected a folder, got {str(folder)!r}")

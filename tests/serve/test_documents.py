@@ -1,0 +1,41 @@
+"""What the README shows of the server does what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+ADDRESS = "http://127.0.0.1:8000"
+QUESTION = "How do you like to spend a free weekend?"
+
+
+def blocks(language):
+    section = README[README.index("## Serving") : README.index("## From transformers")]
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+
+
+def test_the_curl_of_the_readme_answers(served):
+    [command] = blocks("bash")
+    assert command.count(ADDRESS) == 1
+    done = subprocess.run(command.replace(ADDRESS, served.url), shell=True, capture_output=True, text=True)
+    if done.returncode == 127:
+        pytest.skip("needs curl")
+    text = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    wanted = served.model.generate(QUESTION, weights="E=2,T=0.5", seed=0, max_new_tokens=32)
+    assert text == wanted.text
+
+
+def test_the_client_of_the_readme_answers(served):
+    [code] = blocks("python")
+    assert code.count(ADDRESS) == code.count('"smollm2"') == 1
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(compile(code.replace(ADDRESS, served.url).replace('"smollm2"', '"demo"'), "README.md", "exec"), {})
+    assert shown.getvalue().strip()

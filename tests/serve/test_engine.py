@@ -1,0 +1,249 @@
+"""The engine under load and under faults: each request has its own, and nobody else's."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import torch
+
+from mpg.demo import MODELS
+from serving import serving
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+POISON = 77
+CALM = [5, 6, 7]
+
+
+def completion(prompt, **fields):
+    return {"model": "E", "prompt": prompt, "max_tokens": 8, "seed": 3, **fields}
+
+
+def counted(served, name):
+    """A number of /metrics."""
+    lines = served.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+@contextmanager
+def hooked(model, hook):
+    """Let a function see, and spoil, the output of every forward of the base."""
+    handle = model.models._models[0].model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def raise_for_poison(module, args, kwargs, output):
+    if (kwargs["input_ids"] == POISON).any():
+        raise RuntimeError("a broken kernel")
+
+
+def spoil_for_poison(module, args, kwargs, output):
+    is_poisoned = (kwargs["input_ids"] == POISON).any(1)
+    output.logits[is_poisoned] = torch.nan
+    return output
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("hook", "message"), [(raise_for_poison, "a broken kernel"), (spoil_for_poison, "returned NaN")]
+)
+def test_a_forward_that_fails_fails_its_own_request_alone(served, hook, message, stream):
+    prompts = [CALM, [5, 6, POISON], [8, 9], [POISON, POISON], [11]]
+    wanted = [served.model.generate(ids, weights={"E": 1}, seed=3, max_new_tokens=8).text for ids in prompts]
+    with hooked(served.model, hook), ThreadPoolExecutor(5) as pool:
+        post = lambda ids: served.post(TEXT, completion(ids, stream=stream))  # noqa: E731
+        answers = list(pool.map(post, prompts))
+    for ids, answer, text in zip(prompts, answers, wanted, strict=True):
+        if POISON in ids:
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (500, "engine_error")
+            assert message in error["message"] and answer.headers["x-request-id"] in error["message"]
+        elif not stream:
+            assert answer.json()["choices"][0]["text"] == text
+        else:
+            assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
+    assert served.is_idle()
+    assert served.post(TEXT, completion(CALM)).json()["choices"][0]["text"] == wanted[0]
+
+
+def test_too_little_memory_for_many_at_once_is_enough_for_fewer(served):
+    prompts = [[5 + index, 6] for index in range(8)]
+    wanted = [served.model.generate(ids, weights={"E": 1}, seed=3, max_new_tokens=8).text for ids in prompts]
+
+    def refuse_many(module, args, kwargs, output):
+        if len(kwargs["input_ids"]) > 4:
+            raise torch.OutOfMemoryError("tried to allocate too much")
+
+    with hooked(served.model, refuse_many), ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda ids: served.post(TEXT, completion(ids)), prompts))
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == wanted
+    with hooked(served.model, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all"))):
+        answer = served.post(TEXT, completion(CALM))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "out_of_memory")
+    assert served.is_idle()
+
+
+def test_a_request_that_makes_its_own_row_empty_is_its_own_fault(served):
+    body = {"model": "demo", "weights": {"E": -1e4, "T": 1e-6}, "sampler": "scr", "target": "geometric"}
+    answer = served.post(TEXT, {**completion(CALM), **body})
+    assert answer.status_code in (200, 400)
+    if answer.status_code == 400:
+        assert answer.json()["error"]["param"] == "weights"
+
+
+@contextmanager
+def slowed(model, seconds):
+    with hooked(model, lambda *_: time.sleep(seconds)):
+        yield
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_leaves_its_rows_to_others(served, stream):
+    tokens = counted(served, "mpg_generated_tokens_total")
+    host, port = served.url.removeprefix("http://").split(":")
+    body = f'{{"model": "E", "prompt": [5, 6], "max_tokens": 200, "n": 8, "stream": {str(stream).lower()}}}'
+    head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with slowed(served.model, 0.02):
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall((head + body).encode())
+            served.wait_until(lambda engine: engine.num_running == 8)
+        served.wait_until(lambda engine: engine.num_running == 0)
+    assert served.is_idle()
+    assert counted(served, "mpg_generated_tokens_total") == tokens  # none of them came to its end
+
+
+def test_a_slow_reader_does_not_slow_others(served):
+    """Its answer, of some megabytes, is generated while it reads nothing."""
+    host, port = served.url.removeprefix("http://").split(":")
+    body = '{"model": "E", "prompt": [5, 6], "max_tokens": 100, "n": 16, "stream": true, "logprobs": 20, "trace": true}'
+    head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect((host, int(port)))
+        raw.sendall((head + body).encode())
+        served.wait_until(lambda engine: engine.num_running == 8)
+        assert served.post(TEXT, completion(CALM)).status_code == 200
+        assert served.is_idle()
+        raw.settimeout(20)
+        text = b""
+        while b"data: [DONE]" not in text:
+            text += raw.recv(65536)
+        assert text.count(b'finish_reason": "') == 16
+
+
+def test_a_full_queue_and_a_late_answer_are_told(precise_model):
+    with serving(precise_model, max_rows=1, max_queue=2, max_seconds=0.5) as served, slowed(precise_model, 0.1):
+        body = completion(CALM, max_tokens=200, sampler="direct")
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: served.post(TEXT, body), range(8)))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) <= {429, 504} and statuses.count(504) in (2, 3)
+        refused = answers[statuses.index(429)]
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert served.is_idle()
+
+
+def test_memory_lets_in_what_fits_and_refuses_what_never_will(precise_model):
+    models = precise_model.models
+    row = models.cache_bytes(["base", "E"], 1, 100)
+    limits = {"max_rows": 8, "max_length": 100, "max_memory": 2 * row}
+    with serving(precise_model, **limits) as served:
+        most = 0
+
+        def look(*_):
+            nonlocal most
+            most = max(most, served.engine.num_running)
+
+        with hooked(precise_model, look), ThreadPoolExecutor(6) as pool:
+            bodies = [completion(CALM, sampler=("exact", "direct")[index % 2]) for index in range(6)]
+            answers = list(pool.map(lambda body: served.post(TEXT, body), bodies))
+        assert [answer.status_code for answer in answers] == [200] * 6
+        assert most == 2  # each has two rows
+        wide = {**completion(CALM), "model": "demo", "weights": {"E": 1, "S": 1, "T": 1, "J": 1}}
+        error = served.post(TEXT, wide).json()["error"]
+        assert error["code"] == "request_too_large" and "MiB" in error["message"]
+        long = served.post(TEXT, completion(CALM, max_tokens=98)).json()["error"]
+        assert (long["param"], long["code"]) == ("max_tokens", "context_length_exceeded")
+        assert served.is_idle()
+
+
+def test_groups_take_turns_and_each_gets_its_rows(precise_model):
+    """A flood of one kind does not keep another kind from its first token."""
+    with serving(precise_model, max_rows=2) as served, slowed(precise_model, 0.002):
+        ended = []
+
+        def ask(kind):
+            answer = served.post(TEXT, completion(CALM, max_tokens=30, sampler=kind))
+            ended.append(kind)
+            assert answer.status_code == 200
+
+        flood = [threading.Thread(target=ask, args=("direct",)) for _ in range(12)]
+        for thread in flood:
+            thread.start()
+        served.wait_until(lambda engine: engine.num_waiting >= 8)
+        late = threading.Thread(target=ask, args=("exact",))
+        late.start()
+        for thread in (*flood, late):
+            thread.join()
+        assert ended.index("exact") < 6
+
+
+def test_attributes_come_and_go_while_others_run(precise_model, tmp_path):
+    shutil.copytree(MODELS / "adapters" / "T", tmp_path / "mine")
+    (tmp_path / "empty").mkdir()
+    limits = {"admin_key": "key", "attribute_folders": (tmp_path,)}
+    admin = {"authorization": "Bearer key"}
+    with serving(precise_model, **limits) as served:
+        before = served.post(TEXT, completion(CALM, model="T")).json()["choices"][0]["text"]
+        with slowed(precise_model, 0.01), ThreadPoolExecutor(1) as pool:
+            running = pool.submit(lambda: served.post(TEXT, completion(CALM, model="T", max_tokens=40)))
+            served.wait_until(lambda engine: engine.num_running == 1)
+            added = served.post("/v1/attributes", {"name": "mine", "source": "mine"}, **admin)
+            assert added.status_code == 201, added.text
+        text = served.model.generate(CALM, weights={"T": 1}, seed=3, max_new_tokens=40).text
+        assert running.result().json()["choices"][0]["text"] == text
+        assert "mine" in [model["id"] for model in served.get("/v1/models").json()["data"]]
+        assert served.post(TEXT, completion(CALM, model="mine")).json()["choices"][0]["text"] == before
+        for name, source, status in [
+            ("mine", "mine", 409), ("base", "mine", 409), ("other", str(MODELS / "adapters" / "T"), 400),
+            ("other", "../..", 400), ("other", "empty", 400), ("other", "a/b", 400), ("../x", "mine", 400),
+        ]:  # fmt: skip
+            answer = served.post("/v1/attributes", {"name": name, "source": source}, **admin)
+            assert answer.status_code == status, answer.text
+        deleted = [httpx.delete(f"{served.url}/v1/attributes/{name}", headers=admin) for name in ("mine", "mine", "E")]
+        assert [answer.status_code for answer in deleted] == [200, 404, 409]
+        assert served.post(TEXT, completion(CALM, model="mine")).status_code == 404
+        assert served.post(TEXT, completion(CALM, model="T")).json()["choices"][0]["text"] == before
+
+
+def test_metrics_count_what_was_done(served):
+    before = {name: counted(served, name) for name in ("mpg_generated_tokens_total", "mpg_prompt_tokens_total")}
+    answer = served.post(TEXT, completion(CALM)).json()
+    assert (
+        counted(served, "mpg_generated_tokens_total") - before["mpg_generated_tokens_total"]
+        == (answer["usage"]["completion_tokens"])
+    )
+    assert counted(served, "mpg_prompt_tokens_total") - before["mpg_prompt_tokens_total"] == len(CALM)
+    assert counted(served, 'mpg_state{state="ready"}') == 1
+    assert (
+        counted(served, "mpg_rows ") == counted(served, "mpg_queue_size ") == counted(served, "mpg_cache_bytes ") == 0
+    )
+
+
+def test_nobody_waits_for_an_engine_that_has_failed(precise_model, monkeypatch):
+    with serving(precise_model) as served:
+        monkeypatch.setattr(served.engine, "_admit", lambda: 1 / 0)
+        answer = served.post(TEXT, completion(CALM))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+        assert (served.get("/health").status_code, served.get("/health").json()["status"]) == (503, "failed")
+        assert served.post(TEXT, completion(CALM)).status_code == 503

@@ -1,0 +1,107 @@
+"""`mpg serve` as a process: its signals, its start and its end, and what documents show of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from mpg.app.cli.command import app
+
+TEXT = "/v1/completions"
+BODY = {"model": "E", "prompt": [5, 6, 7], "max_tokens": 60, "seed": 3, "sampler": "direct", "n": 16}
+
+
+@contextmanager
+def started(*arguments):
+    """The command in a process of its own, and the address that it says it serves at."""
+    command = [sys.executable, "-m", "mpg", "serve", "--models", "demo", "--port", "0", "--device", "cpu", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        found = next(filter(None, (re.search(r"serving at (http://\S+)/v1", line) for line in process.stderr)))
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # else a full pipe stops it
+        wait_for(lambda: httpx.get(f"{found[1]}/health").json()["status"] == "ready")
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(is_so, seconds=60):
+    ends_at = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < ends_at, "it did not come to pass"
+        time.sleep(0.02)
+
+
+def post(url, **fields):
+    return httpx.post(f"{url}{TEXT}", json={**BODY, **fields}, timeout=60)
+
+
+def texts_of(answer):
+    """Of all choices of an answer, streamed or not."""
+    if not answer.text.startswith("data: "):
+        return [choice["text"] for choice in answer.json()["choices"]]
+    texts = [""] * BODY["n"]
+    for line in answer.text.splitlines():
+        for choice in json.loads(line.removeprefix("data: "))["choices"] if line.startswith("data: {") else ():
+            texts[choice["index"]] += choice["text"]
+    return texts
+
+
+def is_running(url):
+    return not re.search(r"^mpg_rows 0", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+
+
+def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
+    """The latter in the long form."""
+    with started("--grace", "50", "--max-rows", "4") as (process, url), ThreadPoolExecutor(4) as pool:
+        wanted = texts_of(post(url))
+        answers = [pool.submit(post, url, stream=index % 2 == 1) for index in range(4)]
+        wait_for(lambda: is_running(url))
+        process.send_signal(signal.SIGTERM)
+        assert [texts_of(answer.result()) for answer in answers] == [wanted] * 4
+        assert process.wait(60) == 0
+    port = url.rsplit(":", 1)[1]
+    if "MPG_LONG" in os.environ:
+        with started("--port", port) as (process, again):
+            assert again == url and post(url, n=1).status_code == 200
+            process.kill()
+            process.wait()
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{url}/health")
+    with started("--port", port, "--grace", "0", "--max-rows", "1") as (process, again), ThreadPoolExecutor(4) as pool:
+        assert texts_of(post(again)) == wanted
+        answers = [pool.submit(post, url) for _ in range(4)]
+        wait_for(lambda: is_running(url))
+        process.send_signal(signal.SIGTERM)
+        statuses = [answer.result().status_code for answer in answers]
+        assert set(statuses) <= {200, 503} and 503 in statuses  # what outlasts the grace is told so
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "host: expected a loopback address"),
+        (["--models", "nowhere"], "models: expected"),
+        (["--set", "temperature=hot"], "temperature: expected a number"),
+        (["--max-rows", "0"], "max_rows: expected"),
+        (["--attribute-folder", "nowhere"], "attribute_folder: expected a folder"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_told_before_anything_is_loaded(arguments, message):
+    done = CliRunner().invoke(app, ["serve", *arguments])
+    assert done.exit_code == 2
+    assert message in done.stderr

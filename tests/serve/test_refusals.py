@@ -1,0 +1,181 @@
+"""What is refused: by which status, and by the name of the field that is at fault."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import httpx
+import openai
+import pytest
+
+from mpg.serve.server import check_host
+from mpg.serve.settings import Settings
+from serving import serving
+
+USER = [{"role": "user", "content": "Hello?"}]
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+# (what a request says beside what makes it whole, status, the field that is named)
+MALFORMED = [
+    (CHAT, {"messages": None}, 400, "messages"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": "Hello?"}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": ""}]}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages"),
+    (CHAT, {"messages": [*USER, {"role": "assistant", "content": "I"}]}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "messages"),
+    (CHAT, {"model": None}, 400, "model"),
+    (CHAT, {"model": "gpt-4"}, 404, "model"),
+    (CHAT, {"model": "E=x"}, 400, "weights"),
+    (CHAT, {"model": "E=1,Q=1"}, 400, "weights"),
+    (CHAT, {"model": "E", "weights": {"T": 1}}, 400, "weights"),
+    (CHAT, {"weights": {"Q": 1}}, 400, "weights"),
+    (CHAT, {"weights": {"E": "much"}}, 400, "weights"),
+    (CHAT, {"weights": {"E": 1e9}}, 400, "weights"),
+    (CHAT, {"weights": {"E": 0}}, 400, "weights"),
+    (CHAT, {"weights": {"E": -1}, "target": "arithmetic"}, 400, "weights"),
+    (CHAT, {"target": "harmonic"}, 400, "target"),
+    (CHAT, {"sampler": "beam"}, 400, "sampler"),
+    (CHAT, {"sampler": "auto"}, 400, "sampler"),
+    (CHAT, {"draft": "a friend"}, 400, "draft"),
+    (CHAT, {"sampler": "direct", "draft": "model"}, 400, "draft"),
+    (CHAT, {"weights": {"a": 1}, "contexts": {"a": {"system": "x", "prefix": "y"}}}, 400, "contexts"),
+    (CHAT, {"weights": {"a": 1}, "contexts": {"a": {"system": "x", "source": "/etc"}}}, 400, "contexts"),
+    (CHAT, {"contexts": {"a": {"file": "/etc/passwd"}}}, 400, "contexts"),
+    (CHAT, {"temperature": -1}, 400, "temperature"),
+    (CHAT, {"temperature": "hot"}, 400, "temperature"),
+    (CHAT, {"top_p": 0}, 400, "top_p"),
+    (CHAT, {"top_k": -2}, 400, "top_k"),
+    (CHAT, {"min_p": 2}, 400, "min_p"),
+    (CHAT, {"repetition_penalty": -1}, 400, "repetition_penalty"),
+    (CHAT, {"repetition_penalty": 1.2, "sampler": "scr"}, 400, "repetition_penalty"),
+    (CHAT, {"n": 0}, 400, "n"),
+    (CHAT, {"n": 99}, 400, "n"),
+    (CHAT, {"n": 2, "temperature": 0}, 400, "n"),
+    (CHAT, {"seed": -1}, 400, "seed"),
+    (CHAT, {"seed": 2**63}, 400, "seed"),
+    (CHAT, {"max_tokens": -1}, 400, "max_tokens"),
+    (CHAT, {"max_tokens": 0}, 400, "max_tokens"),
+    (CHAT, {"max_tokens": 10**6}, 400, "max_tokens"),
+    (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_completion_tokens"),
+    (CHAT, {"stop": ["x"] * 17}, 400, "stop"),
+    (CHAT, {"stop": ["x" * 1000]}, 400, "stop"),
+    (CHAT, {"stop": [""]}, 400, "stop"),
+    (CHAT, {"top_logprobs": 2}, 400, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    (CHAT, {"logprobs": True, "sampler": "scr"}, 400, "logprobs"),
+    (CHAT, {"stream_options": {"other": 1}}, 400, "stream_options"),
+    (CHAT, {"tools": [{"type": "function"}]}, 400, "tools"),
+    (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format"),
+    (CHAT, {"logit_bias": {"5": 1}}, 400, "logit_bias"),
+    (CHAT, {"presence_penalty": 0.5}, 400, "presence_penalty"),
+    (CHAT, {"logits_processor": "os.system"}, 400, "logits_processor"),
+    (CHAT, {"guidance": 3}, 400, "guidance"),
+    (TEXT, {"prompt": ""}, 400, "prompt"),
+    (TEXT, {"prompt": []}, 400, "prompt"),
+    (TEXT, {"prompt": [5, "x"]}, 400, "prompt"),
+    (TEXT, {"prompt": [10**6]}, 400, "prompt"),
+    (TEXT, {"prompt": [-1]}, 400, "prompt"),
+    (TEXT, {"prompt": ["x"] * 65}, 400, "prompt"),
+    (TEXT, {"logprobs": 21}, 400, "logprobs"),
+    (TEXT, {"suffix": "end"}, 400, "suffix"),
+    (TEXT, {"best_of": 2}, 400, "best_of"),
+    (TEXT, {"max_tokens": 0}, 400, "max_tokens"),
+    (TEXT, {"echo": True, "logprobs": 1, "stream": True}, 400, "stream"),
+    (TEXT, {"weights": {"a": 1}, "contexts": {"a": "Be calm."}}, 400, "contexts"),
+    (TEXT, {"weights": {"a": 1}, "contexts": {"a": {"prompt": "x"}}, "echo": True, "logprobs": 1}, 400, "echo"),
+    (TEXT, {"echo": True, "logprobs": 1, "target": "arithmetic", "mixture_span": 4}, 400, "mixture_span"),
+]
+
+
+@pytest.mark.parametrize(("path", "wrong", "status", "param"), MALFORMED, ids=lambda value: json.dumps(value)[:60])
+def test_a_malformed_request_is_refused_by_name(served, path, wrong, status, param):
+    whole = {"model": "demo", "weights": {"E": 1}, "max_tokens": 3}
+    whole |= {"messages": USER} if path == CHAT else {"prompt": "Hello?"}
+    if "model" in wrong:
+        del whole["weights"]
+    body = {name: value for name, value in {**whole, **wrong}.items() if value is not None}
+    content = json.dumps(body)
+    answer = httpx.post(
+        f"{served.url}{path}", content=content, headers={"content-type": "application/json"}, timeout=60
+    )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param), error
+    assert param.split("_")[0] in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"", b"\xff", b"[" * 100_000, b'{"temperature": NaN}'])
+def test_a_body_that_is_no_object_is_refused(served, body):
+    answer = httpx.post(f"{served.url}{CHAT}", content=body, headers={"content-type": "application/json"}, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_what_asks_for_nothing_is_taken(served, client):
+    idle = {
+        "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}, 
+        "tools": [], "user": "somebody", "store": False, "metadata": {"a": "b"},
+    }  # fmt: skip
+    assert client.chat.completions.create(model="E", messages=USER, max_tokens=2, **idle).choices[0].message.content
+
+
+def test_other_paths_and_methods_have_the_shape_of_errors_too(served, client):
+    for answer in (served.get("/v1/embeddings"), served.get(CHAT), served.post("/nowhere", {})):
+        assert answer.status_code in (404, 405)
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    with pytest.raises(openai.NotFoundError, match="expected demo, base, E"):
+        client.chat.completions.create(model="gpt-4", messages=USER)
+    with pytest.raises(openai.BadRequestError, match="tools") as refused:
+        client.chat.completions.create(model="E", messages=USER, tools=[{"type": "function"}])
+    assert refused.value.param == "tools"
+
+
+def test_keys_sizes_and_logs(precise_model, caplog):
+    caplog.set_level("INFO", logger="mpg.serve")
+    body = {"model": "E", "messages": USER, "max_tokens": 2}
+    with serving(precise_model, api_keys=("one", "two"), admin_key="three", max_body=500) as served:
+        assert served.get("/health").json()["status"] == "ready"
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "one"}, {"authorization": "Bearer é"}):
+            encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+            answer = httpx.post(f"{served.url}{CHAT}", json=body, headers=encoded)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert served.get("/metrics").status_code == 401
+        for key in ("one", "two"):
+            answer = served.post(CHAT, body, authorization=f"Bearer {key}", **{"x-request-id": f"mine-{key}"})
+            assert answer.status_code == 200
+            assert answer.headers["x-request-id"] == f"mine-{key}"
+            assert "access-control-allow-origin" not in answer.headers
+        assert served.post("/v1/attributes", {}, authorization="Bearer one").status_code == 401
+        long = {**body, "messages": [{"role": "user", "content": "secret " * 200}]}
+        assert served.post(CHAT, long, authorization="Bearer one").status_code == 413
+        host, port = served.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as raw:  # of a size that it does not say
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer one\r\ntransfer-encoding: chunked\r\n\r\n"
+            raw.sendall(head.encode() + b"400\r\n" + b"x" * 1024 + b"\r\n")
+            assert b" 413 " in raw.recv(1000).split(b"\r\n")[0]
+    lines = [json.loads(record.message) for record in caplog.records if record.message.startswith("{")]
+    assert {line["id"] for line in lines} >= {"mine-one", "mine-two"}
+    assert "Hello" not in caplog.text and "Bearer" not in caplog.text
+    caplog.clear()
+    with serving(precise_model, log_prompts=True) as served:
+        served.post(CHAT, body)
+    assert "Hello" in caplog.text
+
+
+def test_beyond_loopback_a_key_is_needed():
+    for host in ("127.0.0.1", "localhost", "::1"):
+        check_host(host, has_key=False, allow_open=False)
+    for host in ("0.0.0.0", "192.168.0.1", "example.org", "::"):
+        with pytest.raises(ValueError, match="host: expected a loopback address"):
+            check_host(host, has_key=False, allow_open=False)
+        check_host(host, has_key=True, allow_open=False)
+        check_host(host, has_key=False, allow_open=True)
+    for wrong in ({"max_rows": 0}, {"max_memory": -1}, {"grace": -1}, {"api_keys": ("",)}):
+        with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("s")):
+            Settings(**wrong)
