@@ -114,7 +114,8 @@ class FakeSession:
         self.models = models
         self.passes: list[Pass] = []
         self.attributes: list[Sequence[str]] = []  # of every row
-        names = {role for role in roles if isinstance(role, str)} or {*models.attribute_names}
+        self.fixed = [role for role in roles if isinstance(role, str)]
+        names = {*self.fixed} or {*models.attribute_names}
         names |= {*models.attribute_names} if any(isinstance(role, int) for role in roles) else set()
         unread = torch.full((num_rows, capacity), 7)  # a token that no vocabulary here has
         self.read = {id(models.logits[name]): unread.clone() for name in names}
@@ -155,6 +156,13 @@ class FakeSession:
             read[len(rows) :] = 7
         for of_rows in (*self.shifts.values(), self.prompt_lengths):
             of_rows[: len(rows)] = of_rows[list(rows)]
+
+    def retire(self, row: int, tokens: Sequence[int]) -> None:
+        """What later texts may begin with, which every role of the row must have read but for the last token."""
+        for name in (*self.fixed, *self.attributes[row]):
+            first = int(self.prompt_lengths[row] + (self.shifts[name][row] if name in self.shifts else 0))
+            read = self.read[id(self.models.logits[name])][row, first : first + len(tokens)]
+            assert name == "merged" or read.tolist()[: len(tokens) - 1] == list(tokens[:-1])
 
     def forward(self, roles: Sequence[Role], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         self.passes.append((tuple(roles), tokens.shape[1]))

@@ -62,6 +62,7 @@ class Entry:
     entered_at  when it got its row, or when it was added to a row that was free
     row         where it is decoded
     num_drafts  tokens that it drafts in its next round, 0 where its sampler drafts none
+    num_read    tokens that were there when its last round began, which every model has read but for the last
     num_rounds  its rounds so far, by the tokens that it could draft in them
     """
 
@@ -72,6 +73,7 @@ class Entry:
     models: Ensemble
     entered_at: float = 0.0
     row: int = 0
+    num_read: int = 0
     num_rounds: Counter[int] = field(default_factory=Counter)
     result: Result | None = None
     error: Exception | None = None

@@ -307,6 +307,7 @@ class Scheduler:
             tokens: list[Token] = []
             news.append((entry, tokens))
             entry.num_rounds[entry.num_drafts] += 1
+            entry.num_read = len(entry.transcript.tokens)
             if done.draft_lengths is not None:
                 entry.num_drafts = done.draft_lengths[row]
             transcript, is_last = entry.transcript, not done.active[row]
@@ -339,6 +340,7 @@ class Scheduler:
         columns = torch.stack([values.double() for values in statistics.values()], 1).tolist()  # all in one copy
         for entry in ended:
             request, transcript = entry.request, entry.transcript
+            self.session.retire(entry.row, transcript.tokens[: entry.num_read])
             num_tokens, is_stopped = len(transcript.tokens), transcript.is_stopped
             counted = dict(zip(statistics, columns[entry.row], strict=True))
             cost = self._cost(entry)

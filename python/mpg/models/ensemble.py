@@ -21,11 +21,14 @@ from torch import Tensor
 
 from mpg.context import Context
 from mpg.models.graphs import bucket
+from mpg.models.kept import Kept
+from mpg.models.pool import View
 from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
-from mpg.models.session import Role, Session, View
+from mpg.models.session import Role, Session
 
 ROLES = BASE, ANCHOR, DRAFT = "base", "anchor", "draft"
 MERGED = "merged"
+KEPT_SHARE = 1 / 16  # of a device's memory, that texts kept for later ones may take
 
 logger = logging.getLogger("mpg")
 
@@ -80,6 +83,7 @@ class Ensemble:
         self.max_positions: int | None = min(limits, default=None)
         self.device, self.dtype = base.model.device, base.model.dtype
         self.observer: Observer = nullcontext
+        self.kept = Kept(KEPT_SHARE * available_bytes(self.device) if self.device.type in ("cpu", "cuda") else 0)
 
     def is_same(self, role_a: str, role_b: str) -> bool:
         """Whether two roles are one model with one adapter, so that one row serves both."""
@@ -247,8 +251,8 @@ class Ensemble:
         return sum(model.graph_bytes() for model in self._models)
 
     def drop_idle(self) -> bool:
-        """Free the oldest idle caches and graphs of a model; whether there were any."""
-        return any(model.drop_idle() for model in self._models)
+        """Free the oldest idle caches and graphs of a model, or else what is kept of texts; whether there were any."""
+        return any(model.drop_idle() for model in self._models) or self.kept.clear()
 
     def _views(self, roles: Sequence[str]) -> list[tuple[Slot, ...]]:
         """The slots behind the roles, by what one runner runs: those of one model, and each sum by itself."""
@@ -290,8 +294,9 @@ class Ensemble:
                 )
 
     def _room(self, devices: Sequence[torch.device]) -> float:
-        """Bytes that new caches can take: what is available, but for what graphs keep to themselves."""
+        """Bytes that new caches can take: what is available, but for what graphs and texts keep to themselves."""
         kept = sum(model.graph_bytes() for model in self._models if set(model.devices) & set(devices))
+        kept += self.kept.num_bytes if self.device.type == "cpu" else 0  # of a GPU it is not available anyway
         return sum(available_bytes(device) for device in devices) - kept
 
 

@@ -70,6 +70,7 @@ class LoadedModel:
     lock: Any = field(default_factory=Lock)
     idle: list[ModelRunner] = field(default_factory=list)  # the latest last
     graphs: WeakSet[Graphs] = field(default_factory=WeakSet)  # of every runner there is
+    version: int = 0  # grows where the weights change
 
     @property
     def vocab_size(self) -> int:
@@ -111,6 +112,7 @@ class LoadedModel:
             if self.origin is not None and (self.origin.has_changed() or always):
                 self.origin.read(self.model, self.adapters, self.stack)
                 self.idle.clear()  # they hold addresses, and copies
+                self.version += 1
 
     def graph_bytes(self) -> int:
         with self.lock:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mpg.models.beginnings import find_beginnings
+from mpg.models.cache import RaggedCache
 from mpg.models.graphs import bucket
 from mpg.models.lora import Layout
-from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
-from mpg.models.shift import PROMPT, OwnText, Shift
+from mpg.models.pool import Pair, Pool, View
+from mpg.models.runner import Slot
+from mpg.models.shift import OwnText, Shift
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
@@ -26,47 +27,6 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 512  # of a prompt, read at once: what a forward needs beside the cache does not grow with the prompt
 
 Role: TypeAlias = str | int  # a number: of each text, its own attribute of this number
-View: TypeAlias = tuple[LoadedModel, Merge | None]  # what one runner runs: a model, or a sum of its adapters
-
-
-@dataclass(eq=False)
-class Pair:
-    """A text, by its row, under a slot: what a cache row is for.
-
-    prompt      that the cache row holds, but for the last token; () where it may have lost some of it
-    own         how the text that it is read for differs from the base's prompt
-    is_spoiled  it may hold NaN
-    """
-
-    row: int
-    slot: Slot
-    prompt: tuple[int, ...] = ()
-    own: OwnText = PROMPT
-    is_spoiled: bool = False
-
-
-@dataclass(eq=False)
-class Pool:
-    """A runner with what its cache rows are for, in order: by adapter, and then by row."""
-
-    runner: ModelRunner
-    pairs: list[Pair] = field(default_factory=list)
-
-    @property
-    def is_merged(self) -> bool:
-        return bool(self.runner.key.merged)
-
-    def places(self, slots: Iterable[Slot]) -> list[range]:
-        """Where the pairs of some slots are, as runs of neighbours."""
-        wanted, places = set(slots), list[range]()
-        for place, pair in enumerate(self.pairs):
-            if pair.slot in wanted:
-                start = places.pop().start if places and places[-1].stop == place else place
-                places.append(range(start, place + 1))
-        return places
-
-    def layout(self, places: Iterable[int]) -> Layout:
-        return Layout.of([self.pairs[place].slot.group for place in places], self.runner.loaded.model.device)
 
 
 class Forward(NamedTuple):
@@ -167,9 +127,8 @@ class Session:
             whole = [place for place in unread if place not in begun]
             logits = self._read(pool, dict.fromkeys(whole, 0), is_whole) if whole else None
             if begun:
-                sources, lengths = zip(*begun.values(), strict=True)
-                pool.runner.cache.copy(sources, list(begun), max(lengths))
-                self._read(pool, dict(zip(begun, lengths, strict=True)), is_whole)
+                _copy_beginnings(pool.runner.cache, begun)
+                self._read(pool, {place: shared for place, (_, shared) in begun.items()}, is_whole)
             pool.runner.cache.copy(*_columns(copied), max(held) - 1)
             if is_whole and logits is not None:
                 for slot in dict.fromkeys(pair.slot for pair in pool.pairs):
@@ -184,6 +143,14 @@ class Session:
             for pair in pool.pairs:
                 pair.row = numbers.get(pair.row, -1)
         self._arrange()
+
+    def retire(self, row: int, tokens: Sequence[int]) -> None:
+        """Keep what is held of a row, whose prompt these tokens followed, for later texts that begin like it."""
+        for pool in self._pools.values():
+            for place, pair in enumerate(pool.pairs) if not pool.is_merged else ():
+                if pair.row == row and pair.prompt:
+                    text = *pair.prompt, *tokens
+                    self._ensemble.kept.add(pool.reader(pair.slot.group), text, pool.runner.cache, place)
 
     def forward(self, roles: Sequence[Role], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         """Feed tokens[b] at positions start[b], start[b] + 1, ... to every role; the logits behind each of them.
@@ -302,7 +269,7 @@ class Session:
 
     def _hand_out(
         self, pool: Pool, wanted: Mapping[int, Mapping[str, tuple[int, ...]]]
-    ) -> tuple[list[int], dict[int, tuple[int, int]], list[tuple[int, int]]]:
+    ) -> tuple[list[int], dict[int, tuple[Any, int]], list[tuple[int, int]]]:
         """Note the prompts of some rows, by context.
 
         out: places where theirs has to be read; as `find_beginnings`, where it begins as another one; and (from, to)
@@ -331,7 +298,11 @@ class Session:
             pair.prompt, pair.is_spoiled = prompt, False
         read = {place: (pair.slot.group, pair.prompt) for place, pair in enumerate(pool.pairs)}
         known = [place for place, pair in enumerate(pool.pairs) if pair.row not in wanted and not pair.is_spoiled]
-        return unread, {} if pool.is_merged else find_beginnings(read, unread, known, held), copied
+        if pool.is_merged:
+            return unread, {}, copied
+        kept = self._ensemble.kept
+        begun = find_beginnings(read, unread, known, held, lambda group, text: kept.find(pool.reader(group), text))
+        return unread, begun, copied
 
     def _read(self, pool: Pool, begins: Mapping[int, int], is_whole: bool) -> Tensor | None:
         """Feed a pool the prompts of some places, each from a position on, but for their last tokens unless `is_whole`.
@@ -394,6 +365,16 @@ class Session:
 
 def _view(slot: Slot) -> View:
     return slot.model, slot.merge
+
+
+def _copy_beginnings(cache: RaggedCache, begun: Mapping[int, tuple[Any, int]]) -> None:
+    """Let some rows begin as others of the cache do, or as one of another cache."""
+    within = {place: begin for place, begin in begun.items() if isinstance(begin[0], int)}
+    sources = [source for source, _ in within.values()]
+    cache.copy(sources, list(within), max((shared for _, shared in within.values()), default=0))
+    for place, (other, shared) in begun.items():
+        if place not in within:
+            cache.copy([0], [place], shared, other)
 
 
 def _columns(moves: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:

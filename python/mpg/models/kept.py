@@ -1,0 +1,78 @@
+"""Beginnings of texts that models have read, kept beside the caches for later texts that begin like them.
+
+Knows cache rows and token ids; nothing of who asks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from threading import Lock
+
+from mpg.models import beginnings
+from mpg.models.beginnings import Text, count_common
+from mpg.models.cache import RaggedCache
+
+
+class Kept:
+    """Texts by what has read them, each with its keys and values; the least recently used go first. Prefix caching, as
+    servers call it.
+
+    max_bytes  that they may take together; 0 keeps nothing
+    """
+
+    def __init__(self, max_bytes: float) -> None:
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._texts: OrderedDict[Text, RaggedCache] = OrderedDict()
+        self._lock = Lock()  # several threads may decode on one model
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def add(self, reader: Hashable, text: Sequence[int], cache: RaggedCache, row: int) -> None:
+        """Copy what a cache row holds of a text, which is all but its last token.
+
+        reader  a model with an adapter, and all else that what it reads depends on
+        """
+        num_positions = len(text) - 1
+        num_bytes = num_positions * cache.bytes_per_position()
+        if num_positions < beginnings.MIN_SHARED or not 0 < num_bytes <= self.max_bytes:
+            return
+        if (found := self.find(reader, text)) is not None and found[1] == num_positions:
+            return
+        own = RaggedCache(len(cache.layers), 1, num_positions)
+        own.copy([row], [0], num_positions, cache)
+        with self._lock:
+            for other in [other for other in self._alike(reader, text) if len(other[1]) <= len(text)]:
+                if count_common(other[1], text) == len(other[1]) - 1:  # what goes on from it has all of it
+                    self._drop(other)
+            self._texts[reader, tuple(text)] = own
+            self.num_bytes += num_bytes
+            while self.num_bytes > self.max_bytes:
+                self._drop(next(iter(self._texts)))
+
+    def find(self, reader: Hashable, text: Sequence[int]) -> tuple[RaggedCache, int] | None:
+        """The cache, of one row, that holds most of what a text begins with, and how many positions that is; None where
+        that is not worth a copy."""
+        with self._lock:
+            shared = {other: count_common(text, other[1]) for other in self._alike(reader, text)}
+            best = max(shared, key=shared.__getitem__, default=None)
+            if best is None or shared[best] < beginnings.MIN_SHARED:
+                return None
+            self._texts.move_to_end(best)
+            return self._texts[best], shared[best]
+
+    def clear(self) -> bool:
+        """Drop all of them; whether there were any."""
+        with self._lock:
+            had_some = bool(self._texts)
+            self._texts.clear()
+            self.num_bytes = 0
+        return had_some
+
+    def _alike(self, reader: Hashable, text: Sequence[int]) -> list[Text]:
+        return [other for other in self._texts if other[0] == reader and other[1][0] == text[0]]
+
+    def _drop(self, text: Text) -> None:
+        cache = self._texts.pop(text)
+        self.num_bytes -= cache.capacity * cache.bytes_per_position()

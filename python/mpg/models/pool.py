@@ -1,0 +1,60 @@
+"""What the cache rows of a runner are for: texts, each under a model or adapter.
+
+Knows which row is whose; nothing of forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from mpg.models.lora import Layout
+from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
+from mpg.models.shift import PROMPT, OwnText
+
+View: TypeAlias = tuple[LoadedModel, Merge | None]  # what one runner runs: a model, or a sum of its adapters
+
+
+@dataclass(eq=False)
+class Pair:
+    """A text, by its row, under a slot: what a cache row is for.
+
+    prompt      that the cache row holds, but for the last token; () where it may have lost some of it
+    own         how the text that it is read for differs from the base's prompt
+    is_spoiled  it may hold NaN
+    """
+
+    row: int
+    slot: Slot
+    prompt: tuple[int, ...] = ()
+    own: OwnText = PROMPT
+    is_spoiled: bool = False
+
+
+@dataclass(eq=False)
+class Pool:
+    """A runner with what its cache rows are for, in order: by adapter, and then by row."""
+
+    runner: ModelRunner
+    pairs: list[Pair] = field(default_factory=list)
+
+    @property
+    def is_merged(self) -> bool:
+        return bool(self.runner.key.merged)
+
+    def reader(self, group: Hashable) -> Hashable:
+        """What the keys and values of a text depend on, beside its tokens."""
+        return self.runner.loaded, self.runner.loaded.version, self.runner.key.stream, group
+
+    def places(self, slots: Iterable[Slot]) -> list[range]:
+        """Where the pairs of some slots are, as runs of neighbours."""
+        wanted, places = set(slots), list[range]()
+        for place, pair in enumerate(self.pairs):
+            if pair.slot in wanted:
+                start = places.pop().start if places and places[-1].stop == place else place
+                places.append(range(start, place + 1))
+        return places
+
+    def layout(self, places: Iterable[int]) -> Layout:
+        return Layout.of([self.pairs[place].slot.group for place in places], self.runner.loaded.model.device)
