@@ -103,6 +103,11 @@ class Entry:
             logprobs = list(zip(own, tops, strict=True))
         return log_ratios, logprobs
 
+    @property
+    def text(self) -> tuple[Any, ...]:
+        """What models have to read, as `Session.asked` takes it."""
+        return self.request.token_ids, self.transcript.attributes, self.request.contexts, self.models
+
     def idle(self) -> Entry:
         """One that asks for nothing and is over."""
         contexts = {name: [0] for name in self.request.contexts}

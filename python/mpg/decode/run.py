@@ -17,6 +17,7 @@ from mpg.decode.batch import Batch, Round, Snapshot
 from mpg.decode.drafts import merged_shares
 from mpg.decode.request import Entry, Request
 from mpg.decode.rng import Decisions
+from mpg.decode.waiting import Waiting
 from mpg.decode.warps import Warps
 from mpg.models.ensemble import Cost, Ensemble
 from mpg.options import Options
@@ -78,6 +79,7 @@ class Scheduler:
     rounds_ahead  how many rounds the device may be ahead of what `step` has read
     expected      the attributes that each request will weigh, where they are known: caches are then as large as the
                   `num_rows` largest of them need, and else grow with what comes
+    part          tokens of prompts that each model reads between two rounds, at most; default all that wait
     most          attributes that one request may weigh, default all; contexts that requests bring are such too
     plan          as in `Result`
     """
@@ -94,13 +96,13 @@ class Scheduler:
         rounds_ahead: int,
         expected: Sequence[tuple[str, ...]] = (),
         most: int | None = None,
+        part: int | None = None,
         plan: str | None = None,
     ):
         self.options, self.eos_token_ids, self.attributes, self.plan = options, eos_token_ids, attributes, plan
         self.merged = [name for name in attributes if name not in models.contexts]  # by a draft that is their sum
         # an adaptive chunk is as long as the host has read that it may be
         self.rounds_ahead = 0 if options.adaptive else rounds_ahead
-        self.waiting: deque[Entry] = deque()
         self.rows: list[Entry] = []  # of those in use
         self.num_rows, self.num_added, self.read_at = num_rows, 0, 0.0
         self._ahead: deque[tuple[Snapshot, list[Entry]]] = deque()
@@ -113,6 +115,7 @@ class Scheduler:
         numbers = tuple(range(most))  # a sampler's attributes are each request's own
         self.sampler = SAMPLERS[options.sampler](self.models, numbers, options)
         self.session = self.models.open([], self.sampler.roles, capacity, num_rows=room, expected=expected)
+        self.waiting = Waiting(self.session, part)
         none = torch.zeros(0, most, dtype=dtype, device=models.device)
         self.batch = Batch([], [], none, [], eos_token_ids, capacity=capacity, num_rows=room)
         self.decide = Decisions(self.batch.seeds, self.batch.rounds)
@@ -190,7 +193,7 @@ class Scheduler:
             num_drafts=self.options.chunk_size or 0,
             models=models,
         )
-        self.waiting.append(entry)
+        self.waiting.add(entry)
         self.num_added += 1
         return entry
 
@@ -202,8 +205,7 @@ class Scheduler:
     def step(self) -> list[tuple[Entry, list[Token]]]:
         """Let requests that wait begin in free rows, run a round, and read one.
 
-        out: the requests that ran in the round that was read, by row, with their new tokens; none while the device is
-        less than `rounds_ahead` ahead
+        out: the requests that ran in it, by row, with their new tokens; none while fewer than `rounds_ahead` are unread
         """
         self._admit()
         if not self.rows:
@@ -233,13 +235,12 @@ class Scheduler:
         """Let requests that wait begin in rows that are free, and give up those that are left."""
         free = [row for row, entry in enumerate(self.rows) if entry.is_over]
         free += range(len(self.rows), self.num_rows)
-        if self.waiting and free:
-            self._begin(free[: len(self.waiting)])
+        if entries := self.waiting.take(len(free)):
+            self._begin(free[: len(entries)], entries)
         self._close_ranks()
 
-    def _begin(self, rows: list[int]) -> None:
-        """Let the requests that have waited longest begin in these rows, of which new ones follow those in use."""
-        entries = [self.waiting.popleft() for _ in rows]
+    def _begin(self, rows: list[int], entries: list[Entry]) -> None:
+        """Let requests begin in these rows, of which new ones follow those in use."""
         for row, entry in zip(rows, entries, strict=True):
             self.rows[row : row + 1] = [entry]
             entry.row, entry.entered_at = row, max(entry.added_at, self.read_at)

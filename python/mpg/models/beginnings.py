@@ -19,7 +19,7 @@ def find_beginnings(
     unread: Sequence[int],
     known: Sequence[int],
     held: Sequence[Sequence[int]],
-    find_kept: Callable[[Hashable, Sequence[int]], tuple[Any, int] | None] = lambda reader, text: None,
+    find_kept: Callable[[Hashable, tuple[int, ...]], tuple[Any, int] | None] = lambda reader, text: None,
 ) -> dict[int, tuple[Any, int]]:
     """Which of the unread texts begin as another one does: the place of that one, and how many positions they share.
 

@@ -5,7 +5,7 @@ Knows nothing of tokens, adapters or decoding: a forward says where its rows sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import proxy
 
@@ -75,6 +75,15 @@ class RaggedCache(Cache):
                 of_sources, of_targets = index.on(buffer.device)
                 copied = of_other[:, :num_positions].index_select(0, of_sources)
                 buffer[:, :num_positions].index_copy_(0, of_targets, copied)
+
+    def begin(self, begun: Mapping[int, tuple[int | RaggedCache, int]]) -> None:
+        """Let rows begin as another row of this cache, or as one of one row, does: for so many positions."""
+        within = {row: (source, shared) for row, (source, shared) in begun.items() if isinstance(source, int)}
+        sources = [source for source, _ in within.values()]
+        self.copy(sources, list(within), max((shared for _, shared in within.values()), default=0))
+        for row, (source, shared) in begun.items():
+            if isinstance(source, RaggedCache):
+                self.copy([0], [row], shared, source)
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what some rows hold: a NaN would reach their later forwards, though the mask hides it."""

@@ -5,10 +5,13 @@ Knows which row is whose; nothing of forwards.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from mpg.models import beginnings
+from mpg.models.beginnings import count_common
+from mpg.models.cache import RaggedCache
 from mpg.models.lora import Layout
 from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
 from mpg.models.shift import PROMPT, OwnText
@@ -43,9 +46,14 @@ class Pool:
     def is_merged(self) -> bool:
         return bool(self.runner.key.merged)
 
-    def reader(self, group: Hashable) -> Hashable:
-        """What the keys and values of a text depend on, beside its tokens."""
-        return self.runner.loaded, self.runner.loaded.version, self.runner.key.stream, group
+    def begins_as(self, group: int, text: Sequence[int]) -> list[tuple[RaggedCache | None, int, int]]:
+        """The places that an adapter has read much of what a text begins with in: cache, place, and how much."""
+        shared = [
+            (self.runner.cache, place, count_common(text, pair.prompt))
+            for place, pair in enumerate(self.pairs)
+            if pair.slot.group == group and not pair.is_spoiled
+        ]
+        return [found for found in shared if found[2] >= beginnings.MIN_SHARED]
 
     def places(self, slots: Iterable[Slot]) -> list[range]:
         """Where the pairs of some slots are, as runs of neighbours."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple, NoReturn
@@ -90,11 +90,17 @@ class LoadedModel:
                 return (ids,) if isinstance(ids, int) else tuple(ids)
         return ()
 
-    def runner_key(self, merged: Sequence[int], num_rows: int, capacity: int) -> RunnerKey:
+    def reader(self, group: Hashable) -> Hashable:
+        """What the keys and values of a text under one of its adapters depend on, beside its tokens."""
+        return self, self.version, self._stream(), group
+
+    def _stream(self) -> torch.cuda.Stream | None:
         device = self.model.device
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def runner_key(self, merged: Sequence[int], num_rows: int, capacity: int) -> RunnerKey:
         sizes = self._cache_sizes(num_rows, capacity)
-        return RunnerKey(tuple(merged), *sizes, stream, torch.is_inference_mode_enabled())
+        return RunnerKey(tuple(merged), *sizes, self._stream(), torch.is_inference_mode_enabled())
 
     def cache_bytes(self, num_rows: int, capacity: int) -> int:
         return self.bytes_per_position * math.prod(self._cache_sizes(num_rows, capacity))

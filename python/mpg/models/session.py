@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from mpg.models.ahead import Ahead, Asked
 from mpg.models.beginnings import find_beginnings
-from mpg.models.cache import RaggedCache
 from mpg.models.graphs import bucket
 from mpg.models.lora import Layout
 from mpg.models.pool import Pair, Pool, View
@@ -77,6 +77,7 @@ class Session:
         self._fixed: dict[Role, Slot] = {role: ensemble._slots[role] for role in roles if isinstance(role, str)}
         self._rows: list[dict[Role, Slot]] = []  # the slots of every row
         self._pools: dict[View, Pool] = {}
+        self.ahead = Ahead(ensemble, self._pools)
         self._routes: dict[tuple[tuple[Role, ...], frozenset[Slot]], Route] = {}
         self._first: dict[Slot, Tensor] = {}  # logits (R, 1, V) behind the prompts, until a slot's first forward
         self._longest_prompt = self._longest = 0  # of prompts that are held; of positions that have been fed
@@ -127,13 +128,26 @@ class Session:
             whole = [place for place in unread if place not in begun]
             logits = self._read(pool, dict.fromkeys(whole, 0), is_whole) if whole else None
             if begun:
-                _copy_beginnings(pool.runner.cache, begun)
+                pool.runner.cache.begin(begun)
                 self._read(pool, {place: shared for place, (_, shared) in begun.items()}, is_whole)
             pool.runner.cache.copy(*_columns(copied), max(held) - 1)
             if is_whole and logits is not None:
                 for slot in dict.fromkeys(pair.slot for pair in pool.pairs):
                     (places,) = pool.places([slot])
                     self._first[slot] = logits[places.start : places.stop]
+        self.ahead.forget()
+
+    def asked(
+        self,
+        prompt: Sequence[int],
+        attributes: Sequence[str],
+        contexts: Mapping[str, Sequence[int]],
+        ensemble: Ensemble,
+    ) -> Asked:
+        """What every model would have to read of a text, which is given as to `replace`."""
+        texts = {name: tuple(text) for name, text in {"": prompt, **contexts}.items()}
+        slots = dict.fromkeys(self._slots_of(attributes, ensemble).values())
+        return [(slot, texts[slot.context]) for slot in slots]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let these rows go on, as rows 0, 1, ..., and no others."""
@@ -149,8 +163,8 @@ class Session:
         for pool in self._pools.values():
             for place, pair in enumerate(pool.pairs) if not pool.is_merged else ():
                 if pair.row == row and pair.prompt:
-                    text = *pair.prompt, *tokens
-                    self._ensemble.kept.add(pool.reader(pair.slot.group), text, pool.runner.cache, place)
+                    text, slot = (*pair.prompt, *tokens), pair.slot
+                    self._ensemble.kept.add(slot.model.reader(slot.group), text, pool.runner.cache, place)
 
     def forward(self, roles: Sequence[Role], tokens: Tensor, start: Tensor, *, kv_length: int) -> Tensor:
         """Feed tokens[b] at positions start[b], start[b] + 1, ... to every role; the logits behind each of them.
@@ -196,7 +210,8 @@ class Session:
         is_spoiled = any(pair.is_spoiled for pool in self._pools.values() for pair in pool.pairs)
         for pool in () if is_spoiled else self._pools.values():
             pool.runner.loaded.leave(pool.runner)
-        self._pools, self._routes = {}, {}
+        self._pools.clear()
+        self._routes = {}
 
     def blame(
         self, row: int, start: int, tokens: Sequence[int], roles: Sequence[str], ensemble: Ensemble | None = None
@@ -300,8 +315,10 @@ class Session:
         known = [place for place, pair in enumerate(pool.pairs) if pair.row not in wanted and not pair.is_spoiled]
         if pool.is_merged:
             return unread, {}, copied
-        kept = self._ensemble.kept
-        begun = find_beginnings(read, unread, known, held, lambda group, text: kept.find(pool.reader(group), text))
+        loaded = pool.runner.loaded
+        begun = find_beginnings(
+            read, unread, known, held, lambda group, text: self.ahead.find(loaded.reader(group), text)
+        )
         return unread, begun, copied
 
     def _read(self, pool: Pool, begins: Mapping[int, int], is_whole: bool) -> Tensor | None:
@@ -365,16 +382,6 @@ class Session:
 
 def _view(slot: Slot) -> View:
     return slot.model, slot.merge
-
-
-def _copy_beginnings(cache: RaggedCache, begun: Mapping[int, tuple[Any, int]]) -> None:
-    """Let some rows begin as others of the cache do, or as one of another cache."""
-    within = {place: begin for place, begin in begun.items() if isinstance(begin[0], int)}
-    sources = [source for source, _ in within.values()]
-    cache.copy(sources, list(within), max((shared for _, shared in within.values()), default=0))
-    for place, (other, shared) in begun.items():
-        if place not in within:
-            cache.copy([0], [place], shared, other)
 
 
 def _columns(moves: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
