@@ -6,7 +6,7 @@ Knows what callers may say; how requests are decoded is `run`'s business.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
@@ -27,7 +27,7 @@ from mpg.models.ensemble import Ensemble
 from mpg.models.sources import Source
 from mpg.options import Options
 from mpg.recipe import Recipe
-from mpg.results import Result, Token
+from mpg.results import OnResult, OnToken, Result
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -37,8 +37,6 @@ MAX_PLANS = 256  # of sampler "auto" that a model keeps; each distinct set of we
 
 Weights: TypeAlias = Mapping[str, float] | str
 Contexts: TypeAlias = Mapping[str, Context | str | Mapping[str, Any]]
-OnToken: TypeAlias = Callable[[Token], None] | None
-OnResult: TypeAlias = Callable[[int, Result], None] | None
 
 
 class Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from mpg.decode import STATISTICS as SAMPLER_STATISTICS
 
@@ -155,3 +155,7 @@ class Transcript:
         if self.tokenizer is None:
             return ""
         return self.tokenizer.decode(self.tokens[start:end], skip_special_tokens=True)
+
+
+OnToken: TypeAlias = Callable[[Token], None] | None
+OnResult: TypeAlias = Callable[[int, Result], None] | None

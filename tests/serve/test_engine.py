@@ -247,3 +247,24 @@ def test_nobody_waits_for_an_engine_that_has_failed(precise_model, monkeypatch):
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
         assert (served.get("/health").status_code, served.get("/health").json()["status"]) == (503, "failed")
         assert served.post(TEXT, completion(CALM)).status_code == 503
+
+
+def test_long_prompts_are_read_in_parts_and_what_they_begin_with_once(precise_model):
+    """By each model; and not again when they are asked once more."""
+    system, kept = list(range(10, 150)), precise_model.models.kept
+    prompts = [system + [200 + index] * (1 + 9 * index) for index in range(6)]
+    wanted = [precise_model.generate(ids, weights={"E": 1}, seed=3, max_new_tokens=8).text for ids in prompts]
+    kept.clear()
+    fed = []
+    with (
+        serving(precise_model, prefill_tokens=32, max_rows=4) as served,
+        hooked(precise_model, lambda module, args, kwargs, output: fed.append(kwargs["input_ids"].shape)),
+        ThreadPoolExecutor(len(prompts)) as pool,
+    ):
+        for most in (2 * (len(system) + 32 + 64 * len(prompts)), 2 * 64 * len(prompts)):
+            fed.clear()
+            answers = list(pool.map(lambda ids: served.post(TEXT, completion(ids)), prompts))
+            assert [answer.json()["choices"][0]["text"] for answer in answers] == wanted
+            assert max(width for _, width in fed) <= 32
+            assert sum(rows * width for rows, width in fed if width > 9) <= most  # what no round of eight tokens fed
+        assert counted(served, "mpg_kept_bytes") == kept.num_bytes > 0

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from mpg.frontend.contexts import contexts_of
-from mpg.model import Contexts, Model, OnToken, Prompt, Weights
+from mpg.model import Contexts, Model, Prompt, Weights
 from mpg.models.ensemble import Ensemble
 from mpg.options import check_weights
-from mpg.results import Result
+from mpg.results import OnToken, Result
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Engine:
 
     def replace(self, model: Model) -> None:
         """Let new requests be read by another model; those that run go on with theirs."""
+        if self.settings.max_kept is not None:
+            model.models.kept.max_bytes = self.settings.max_kept
         self.model = model
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -101,9 +103,13 @@ class Engine:
     def held_bytes(self) -> int:
         return sum(group.held for group in self.groups)
 
+    @property
+    def kept_bytes(self) -> int:
+        return self.model.models.kept.num_bytes if self.state == "ready" else 0
+
     def _run(self) -> None:
         try:
-            self.model = self._load()
+            self.replace(self._load())
             models = self.model.models
             limits = [self.settings.max_length or DEFAULT_LENGTH, models.max_positions or DEFAULT_LENGTH]
             self.max_length = min(limits)
@@ -168,7 +174,9 @@ class Engine:
     def _open(self, jobs: Sequence[Job], key: Hashable | None) -> Group:
         """A new group. key: what jobs have that may join it, None where none may"""
         first, sizes = jobs[0], (self.settings.max_rows, self.max_length)
-        group: Group = ScoreGroup(first) if first.scores_prompt else DecodeGroup(first, *sizes)
+        group: Group = (
+            ScoreGroup(first) if first.scores_prompt else DecodeGroup(first, *sizes, self.settings.prefill_tokens)
+        )
         # no turn before those that have waited for theirs
         group.spent = min((other.spent for other in self.groups), default=0.0)
         self.groups.append(group)

@@ -75,7 +75,7 @@ def shared_options(options: Options) -> Options:
 class DecodeGroup:
     """Jobs in one scheduler. See `Group` for the interface."""
 
-    def __init__(self, first: Job, num_rows: int, capacity: int):
+    def __init__(self, first: Job, num_rows: int, capacity: int, part: int):
         models, names = first.model.models, first.model.models.attribute_names
         if first.call.options.draft == "merged":
             weighed = first.request.weighed(first.call.models.attribute_names)
@@ -85,7 +85,7 @@ class DecodeGroup:
         self.spent, self.held = 0.0, 0
         self.scheduler = Scheduler(
             models, shared_options(first.call.options), first.call.eos_token_ids, num_rows=num_rows, capacity=capacity,
-            attributes=names, most=MOST_ATTRIBUTES, rounds_ahead=ROUNDS_AHEAD[models.device.type],
+            attributes=names, most=MOST_ATTRIBUTES, part=part, rounds_ahead=ROUNDS_AHEAD[models.device.type],
         )  # fmt: skip
 
     def num_bytes(self, job: Job) -> int:

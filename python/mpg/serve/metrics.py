@@ -38,6 +38,7 @@ class Metrics:
             "mpg_rows": ("choices that are decoded", lambda: engine.num_running),
             "mpg_groups": ("schedulers that take turns", lambda: len(engine.groups)),
             "mpg_cache_bytes": ("of key/value cache rows that groups hold", lambda: engine.held_bytes),
+            "mpg_kept_bytes": ("of earlier texts, kept for those that begin like them", lambda: engine.kept_bytes),
         }
         for name, (meaning, read) in gauges.items():
             Gauge(name, meaning, registry=self.registry).set_function(read)

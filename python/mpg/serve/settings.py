@@ -17,6 +17,9 @@ class Settings:
     max_rows          requests that are decoded at once
     max_length        tokens of a prompt and its answer; default the models' positions, 2048 at most
     max_memory        bytes that cache rows of running requests may take; default a quarter of the device's
+    prefill_tokens    of prompts that each model reads between two rounds of the requests that run
+    max_kept          bytes that earlier texts may take, kept for those that begin like them; default a sixteenth of
+                      the device's
     max_queue         choices that may wait; more are refused with 429
     max_seconds       that a request may take, its wait among them
     grace             seconds that running requests are left when the server is told to end
@@ -31,6 +34,8 @@ class Settings:
     max_rows: int = 32
     max_length: int | None = None
     max_memory: int | None = None
+    prefill_tokens: int = 256
+    max_kept: int | None = None
     max_queue: int = 256
     max_seconds: float = 600.0
     grace: float = 30.0
@@ -42,7 +47,7 @@ class Settings:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_queue", "max_body", "max_seconds"):
+        for name in ("max_rows", "prefill_tokens", "max_queue", "max_body", "max_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
         for name in ("max_length", "max_memory"):

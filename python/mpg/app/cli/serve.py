@@ -43,6 +43,13 @@ def serve(
             help="GiB that cache rows of running requests may take; twice as much while they grow. Default: a quarter."
         ),
     ] = None,
+    prefill_tokens: Annotated[
+        int, typer.Option(help="Of prompts, that each model reads between two rounds of running requests.")
+    ] = 256,
+    max_kept: Annotated[
+        float | None,
+        typer.Option(help="GiB of earlier texts kept for prompts that begin like them. Default: a sixteenth; 0: none."),
+    ] = None,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused.")] = 256,
     max_seconds: Annotated[float, typer.Option(help="That a request may take.")] = 600.0,
     grace: Annotated[float, typer.Option(help="Seconds that running requests have when the server ends.")] = 30.0,
@@ -77,6 +84,7 @@ def serve(
         name=Path(models).stem or "mpg", api_keys=tuple(keys), admin_key=admin_key or os.environ.get("MPG_ADMIN_KEY"),
         attribute_folders=tuple(attribute_folder or ()), max_rows=max_rows, max_length=max_length,
         max_memory=None if max_memory is None else int(max_memory * 2**30), max_queue=max_queue,
+        prefill_tokens=prefill_tokens, max_kept=None if max_kept is None else int(max_kept * 2**30),
         max_seconds=max_seconds, grace=grace, log_prompts=log_prompts,
     )  # fmt: skip
 
