@@ -24,7 +24,7 @@ FLOORS = [
     ["mpg.decode", "mpg.results"],
     ["mpg.models"],
     ["mpg.recipe"],
-    ["mpg.options", "mpg.files", "mpg.context", "mpg.demo"],  # of the demo where its files are
+    ["mpg.options", "mpg.files", "mpg.context", "mpg.pages", "mpg.demo"],  # of the demo where its files are
 ]
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import math
+import re
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -124,6 +126,46 @@ def test_trace_is_the_log_ratio_of_every_token(model, way):
         expected = (logprobs[name] - anchor).gather(1, tokens)[:, 0]
         traced = torch.tensor([ratios[name] for ratios in result.log_ratios])
         torch.testing.assert_close(traced, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", [{"draft": "lookup"}, {"verify": "token"}, {"sampler": "scr"}], ids=str)
+def test_marks_are_what_the_sampler_counted(model, way):
+    """Of texts that no stop string cuts."""
+    rejected = Counter()
+    for seed in range(3):
+        pieces = []
+        how = {"weights": BOTH, "seed": seed, "max_new_tokens": 33, "trace": True, "on_token": pieces.append, **way}
+        result = model.generate(DEMO_QUESTIONS[1], **how)
+        trace, stats = result.trace, result.stats
+        assert trace.texts == tuple(piece.text for piece in pieces) and "".join(trace.texts) == result.text
+        assert trace.marks == tuple(piece.mark for piece in pieces)
+        assert trace.rejected == tuple(piece.rejected for piece in pieces)
+        marks = Counter(trace.marks)
+        rejected += Counter(mark for mark, number in zip(trace.marks, trace.rejected, strict=True) if number)
+        if "accept_rate" in stats:
+            assert marks["accepted"] / stats["rounds"] == pytest.approx(stats["accepted_per_round"])
+            offered = marks["accepted"] + sum(trace.rejected)
+            assert marks["accepted"] / max(offered, 1) == pytest.approx(stats["accept_rate"])
+        else:
+            assert marks["residual"] / stats["rounds"] == pytest.approx(stats["fallback_rate"])
+            assert sum(map(bool, trace.rejected)) / stats["rounds"] == pytest.approx(stats["reject_rate"])
+    assert rejected["residual"] and not rejected["drawn"]
+    assert bool(rejected["accepted"]) == ("sampler" in way)  # a prefix that scr keeps has no token behind it
+
+
+def test_a_trace_tells_prompt_and_options_and_is_a_page_without_markup_in_its_texts(model):
+    nasty = "</script><script>alert(1)</script>"
+    result = model.generate(nasty, weights=BOTH, seed=4, max_new_tokens=5, trace=True, sampler="direct", top_k=9)
+    assert nasty in result.trace.prompt and result.trace.marks == (None,) * len(result.tokens)
+    wanted = {"sampler": "direct", "top_k": 9, "max_new_tokens": 5, "target": "geometric", "temperature": 1.0}
+    assert wanted.items() <= result.trace.options.items() and "seed" not in result.trace.options
+    page = result.to_html()
+    assert page.count("<script>") == page.count("</script>") == 1 and "alert(1)" in page
+    assert not re.search(r"{{|https?://|\b(src|href)=(?!.data:)|@import|url\(", page)
+    untraced = model.generate(nasty, weights=BOTH, seed=4, max_new_tokens=5)
+    assert untraced.trace is None
+    with pytest.raises(ValueError, match="trace: expected"):
+        untraced.to_html()
 
 
 def test_identical_attributes_are_always_accepted_up_to_the_bound(model):

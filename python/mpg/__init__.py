@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from mpg.model import Model, load
     from mpg.options import Options
     from mpg.paper.methods import METHODS, answer
-    from mpg.results import STATISTICS, Result, Token
+    from mpg.results import STATISTICS, Result, Token, Trace
 else:
     # each is imported when it is first asked for, so that `mpg --help` need not wait for torch
     _HOMES = {
         "Context": "context", "custom_generate": "frontend.custom_generate", "Model": "model", "load": "model",
         "Options": "options",
         "METHODS": "paper.methods", "answer": "paper.methods", "STATISTICS": "results", "Result": "results",
-        "Token": "results",
+        "Token": "results", "Trace": "results",
     }  # fmt: skip
 
     def __getattr__(name):
@@ -45,6 +45,7 @@ __all__ = [
     "Options",
     "Result",
     "Token",
+    "Trace",
     "answer",
     "custom_generate",
     "load",

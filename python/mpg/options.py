@@ -179,6 +179,11 @@ class Options:
         """The keywords of `warp_rows`: what is done to a row before it is drawn from."""
         return dict(temperature=self.temperature, top_k=self.top_k or 0, top_p=self.top_p, min_p=self.min_p or 0.0)
 
+    def told(self) -> dict[str, Any]:
+        """What a request is decoded with, by name: the options that its sampler has, but for the seed."""
+        told = {name: getattr(self, name) for name in OPTIONS if name not in ("seed", "trace")}
+        return {name: value for name, value in told.items() if value is not None}
+
     @property
     def is_uncut(self) -> bool:
         """Whether rows keep all of their tokens, at a temperature that `combine_rows` takes."""

@@ -200,6 +200,20 @@ def test_prompts_that_are_not_there_are_refused(run):
     assert (done.exit_code, done.stderr) == (2, expected)
 
 
+@pytest.mark.parametrize("method", [[], ["--method", "mod"]])
+def test_a_trace_is_a_page_beside_the_texts(method, tmp_path, run):
+    file = tmp_path / "trace.html"
+    arguments = ["--weights", "E=1,T=1", "--prompt", PROMPT, "--prompt", "</script>?", "--max-new-tokens", 4, "--json"]
+    done = run("generate", *arguments, "--trace", file, *method)
+    lines = lines_of(done)
+    assert [line["trace"]["options"]["max_new_tokens"] for line in lines] == [4, 4]
+    page = file.read_text()
+    for line in lines:
+        assert json.dumps(line["trace"]).replace("<", r"\u003c") in page
+    assert run("generate", *arguments, "--trace", tmp_path / "trace.json").exit_code == 2
+    assert "trace: expected a file" in run("generate", *arguments, "--trace", tmp_path / "no" / "t.html").stderr
+
+
 def test_neither_prompt_nor_prompts_is_refused(run):
     done = run("generate", "--weights", "E=1")
     assert (done.exit_code, done.stderr) == (2, "mpg: prompt: expected --prompt TEXT or --prompts FILE, got neither\n")

@@ -23,6 +23,8 @@ class Round(NamedTuple):
     active, unusable, empty, draft_lengths  as in `Batch`, after the round
     tokens      the committed tokens, and behind them others that do not count
     log_ratios  of these tokens, one list of N a token, or None where they are not traced
+    drafts      of the round's drafted tokens how many were accepted, and how many judged, where it is traced and its
+                sampler drafts, else None
     logprobs    of these tokens, as `Logprobs` has them, or None where nobody asks
     """
 
@@ -33,6 +35,7 @@ class Round(NamedTuple):
     draft_lengths: list[int] | None
     tokens: list[list[int]]
     log_ratios: list[list[list[float]]] | None
+    drafts: tuple[list[int], list[int]] | None
     logprobs: tuple[list[list[float]], list[list[list[float]]], list[list[list[int]]]] | None
 
 
@@ -52,13 +55,19 @@ class Snapshot:
     """A round on its way to the host: copied in the order of the device's work, waited for only by `read`."""
 
     def __init__(
-        self, done: Tensor, draft_lengths: Tensor | None, log_ratios: Tensor | None, logprobs: Logprobs | None
+        self,
+        done: Tensor,
+        draft_lengths: Tensor | None,
+        log_ratios: Tensor | None,
+        drafts: tuple[Tensor, Tensor] | None,
+        logprobs: Logprobs | None,
     ):
-        """done: what `commit_block_` gave; draft_lengths: (B,); log_ratios: (B, L, N)"""
+        """done: what `commit_block_` gave; draft_lengths: (B,); log_ratios: (B, L, N); drafts: (B,) each"""
         self._logprobs = None if logprobs is None else [part.to("cpu", non_blocking=True) for part in logprobs]
         self._done = done.to("cpu", non_blocking=True)
         self._draft_lengths = None if draft_lengths is None else draft_lengths.to("cpu", non_blocking=True)
         self._log_ratios = None if log_ratios is None else log_ratios.to("cpu", non_blocking=True)
+        self._drafts = None if drafts is None else [part.to("cpu", non_blocking=True) for part in drafts]
         self._arrived: torch.cuda.Event | None = None
         if done.is_cuda:
             self._arrived = torch.cuda.Event()
@@ -71,11 +80,15 @@ class Snapshot:
         counts, active, unusable, empty = flags.T.tolist()
         draft_lengths = None if self._draft_lengths is None else self._draft_lengths.tolist()
         log_ratios = None if self._log_ratios is None else self._log_ratios.tolist()
+        drafts = None
+        if self._drafts is not None:
+            accepted, judged = self._drafts
+            drafts = accepted.tolist(), judged.tolist()
         logprobs = None
         if self._logprobs is not None:
             own, top, ids = self._logprobs
             logprobs = own.tolist(), top.tolist(), ids.tolist()
-        return Round(counts, active, unusable, empty, draft_lengths, tokens.tolist(), log_ratios, logprobs)
+        return Round(counts, active, unusable, empty, draft_lengths, tokens.tolist(), log_ratios, drafts, logprobs)
 
 
 class Batch:
@@ -156,6 +169,7 @@ class Batch:
         self.longest, self.longest_draft = 0, 0
         self._done: Tensor | None = None
         self._log_ratios: Tensor | None = None
+        self._drafts: tuple[Tensor, Tensor] | None = None
         self._logprobs: Logprobs | None = None
         self.state.use(len(prompts), weights.shape[1])
         if prompts:
@@ -207,7 +221,7 @@ class Batch:
         assert self._done is not None, "no round has been committed"
         # copied: the next round changes them, and the host may read them only then
         drafts = None if self.draft_lengths is None else self.draft_lengths.clone()
-        return Snapshot(self._done, drafts, self._log_ratios, self._logprobs)
+        return Snapshot(self._done, drafts, self._log_ratios, self._drafts, self._logprobs)
 
     def num_new_tokens(self) -> Tensor:
         """Tokens committed since the prompt. out: (B,) int64"""
@@ -265,13 +279,14 @@ class Batch:
         """
         rows = [self.tokens, self.lengths, self.last_tokens, self.rounds, self.active, self.unusable, self.empty]
         self._done = mpg_ext.commit_block_(rows, self.limits, self.eos_token_ids, chunk, accepted, token, log_totals)
-        self._log_ratios = self._logprobs = None
+        self._log_ratios = self._drafts = self._logprobs = None
         self.longest = min(self.longest + chunk.shape[1] + (token is not None), self.capacity)
         return self._done[:, NUM_FLAGS:]
 
-    def trace(self, log_ratios: Tensor) -> None:
-        """Note the log-ratios (N, B, L) of the tokens that were committed."""
-        self._log_ratios = log_ratios.permute(1, 2, 0)
+    def trace(self, log_ratios: Tensor, drafts: tuple[Tensor, Tensor] | None = None) -> None:
+        """Note the log-ratios (N, B, L) of the tokens that were committed, and of drafted ones how many were accepted
+        and how many judged, each (B,) int64."""
+        self._log_ratios, self._drafts = log_ratios.permute(1, 2, 0), drafts
 
     def tell(self, logprobs: Logprobs) -> None:
         """Note the log-probabilities of the tokens that were committed."""

@@ -89,7 +89,7 @@ class Exact:
         self.target.commit(logits, accepted, token)
         committed = batch.commit(chunk, accepted, token, log_totals)
         if batch.is_traced:
-            batch.trace(self.target.log_ratios(logits, committed))
+            batch.trace(self.target.log_ratios(logits, committed), (accepted, num_usable))
         if batch.num_top is not None:
             batch.tell(self.target.logprobs(logits, committed, batch.num_top))
 

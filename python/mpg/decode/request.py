@@ -89,19 +89,20 @@ class Entry:
             own[role] if isinstance(role, int) else role for role in roles if isinstance(role, str) or role in own
         )
 
-    def told(self, done: Round, row: int, options: Options) -> tuple[Any, Any]:
-        """What a round says of the tokens that it committed to its row, as `Transcript.extend` takes it: log-ratios and
-        log-probabilities, each None where the request does not ask. options: where it has none of its own"""
-        count, log_ratios, logprobs = done.counts[row], None, None
+    def told(self, done: Round, row: int, options: Options) -> tuple[Any, Any, Any]:
+        """What a round says of the tokens that it committed to its row, as `Transcript.extend` takes it: log-ratios,
+        log-probabilities and drafts, each None where the request does not ask. options: where it has none of its own"""
+        count, log_ratios, logprobs, drafts = done.counts[row], None, None, None
         if done.log_ratios is not None and (self.request.options or options).trace:
             num_attributes = len(self.transcript.attributes)
             log_ratios = [of_token[:num_attributes] for of_token in done.log_ratios[row][:count]]
+            drafts = None if done.drafts is None else tuple(of_rows[row] for of_rows in done.drafts)
         if done.logprobs is not None and (num_top := self.request.num_top) is not None:
             every_own, every_top, every_id = done.logprobs
             own, top, ids = every_own[row][:count], every_top[row][:count], every_id[row][:count]
             tops = [tuple(zip(i[:num_top], t[:num_top], strict=True)) for i, t in zip(ids, top, strict=True)]
             logprobs = list(zip(own, tops, strict=True))
-        return log_ratios, logprobs
+        return log_ratios, logprobs, drafts
 
     @property
     def text(self) -> tuple[Any, ...]:

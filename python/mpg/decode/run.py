@@ -340,7 +340,7 @@ class Scheduler:
         statistics = {"rounds": self.batch.rounds, **self.sampler.statistics()}
         columns = torch.stack([values.double() for values in statistics.values()], 1).tolist()  # all in one copy
         for entry in ended:
-            request, transcript = entry.request, entry.transcript
+            request, transcript, options = entry.request, entry.transcript, entry.request.options or self.options
             self.session.retire(entry.row, transcript.tokens[: entry.num_read])
             num_tokens, is_stopped = len(transcript.tokens), transcript.is_stopped
             counted = dict(zip(statistics, columns[entry.row], strict=True))
@@ -361,8 +361,9 @@ class Scheduler:
                     "time_to_first_token": transcript.first_token_at - entry.added_at,
                     **counted,
                 },
-                log_ratios=tuple(transcript.log_ratios) if (request.options or self.options).trace else None,
+                log_ratios=tuple(transcript.log_ratios) if options.trace else None,
                 plan=self.plan,
+                trace=transcript.trace(request.token_ids, options.told()) if options.trace else None,
             )
 
     def _cost(self, entry: Entry) -> Cost:

@@ -108,7 +108,8 @@ class SCR:
         if batch.is_traced:
             # the first token may be the fallback's now
             first = anchor_logits[:, :1], attribute_logits[:, :, :1], committed[:, :1]
-            batch.trace(torch.cat([self._score(*first)[0], log_ratios[:, :, 1:]], 2))
+            log_ratios = torch.cat([self._score(*first)[0], log_ratios[:, :, 1:]], 2)
+            batch.trace(log_ratios, (accepted, num_usable))
 
     def passes(self, num_drafts: int) -> list[Pass]:
         return [*self.draft.passes(num_drafts), (self.scored, num_drafts)]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from rich.progress import Progress
 
 from mpg.app.cli import arguments
 from mpg.app.cli.prompts import Line, read_prompts, read_text
+from mpg.files import check_writable, whole_file
 from mpg.options import DRAFTS, Options, check_weights, parse_pair
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ def generate(
     graphs: arguments.Graphs = False,
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Also write a page (.html) that shows which attribute pushed which token.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON Lines on stdout, one a text, and nothing else.")
     ] = False,
@@ -80,6 +85,10 @@ def generate(
         raise ValueError("prompt: expected --prompt TEXT or --prompts FILE, got neither")
     if stop and not all(stop):
         raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
+    if trace is not None:
+        if trace.suffix != ".html":
+            raise ValueError(f"trace: expected a file whose name ends in .html, got {str(trace)!r}")
+        check_writable("trace", trace)
     own_draft = None if draft in (None, *DRAFTS) else draft
     options: dict[str, Any] = {
         "sampler": sampler, "target": target, "max_new_tokens": max_new_tokens, "temperature": temperature,
@@ -99,7 +108,7 @@ def generate(
     targets = []
     for line in lines:  # before minutes of loading
         line.contexts = contexts | line.contexts
-        line.options = options | line.options
+        line.options = options | line.options | ({} if trace is None else {"trace": True})
         line.weights = weights if line.weights is None else line.weights
         with line.locate_errors():
             recipe.weigh(line.weights)
@@ -137,6 +146,11 @@ def generate(
             else:
                 how |= {"contexts": lines[indices[0]].contexts, "descriptions": descriptions}
                 answer(model, method, asked, weighed[0], on_result=show, **how)
+    if trace is not None:
+        from mpg.results import to_html
+
+        with whole_file("trace", trace) as file:
+            file.write_text(to_html(answers.shown), encoding="utf-8")
 
 
 def _check(options: dict[str, Any], recipe: Recipe, method: str | None) -> Options:
@@ -181,6 +195,7 @@ class _Answers:
         self.streams = streams and len(self.prompts) == 1
         self.waiting: dict[str, dict[int, Result]] = {}  # by attribute under a method for single ones
         self.num_shown: dict[str, int] = {}
+        self.shown: list[Result] = []
 
     def close(self) -> None:
         for name, results in self.waiting.items():
@@ -206,6 +221,7 @@ class _Answers:
 
     def _show(self, name: str, text: int, result: Result) -> None:
         index = self.prompts[text]
+        self.shown.append(result)
         if self.as_json:
             answer = {"index": index, "attribute": name or None, **dataclasses.asdict(result)}
             print(json.dumps(answer, allow_nan=False), flush=True)
