@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -63,7 +64,10 @@ def test_texts_of_all_kinds_at_once_are_those_of_generate(served, client):
 def test_models_are_the_combination_the_base_attributes_presets_and_weights_as_a_name(served, client):
     names = [model.id for model in client.models.list()]
     assert names == ["demo", "base", "E", "S", "T", "J", "ESTJ", "INFP"]
-    assert client.models.retrieve("E").id == "E"
+    assert client.models.retrieve("E").mpg == {"kind": "attribute", "weights": {"E": 1}}
+    own = {model.id: model.mpg for model in client.models.list()}
+    assert [own[name]["kind"] for name in ("demo", "base", "ESTJ")] == ["combination", "base", "preset"]
+    assert own["ESTJ"]["weights"] == served.model.recipe.presets["ESTJ"]
     for name in [*names, "E=1,T=0.5"]:
         weights = {"demo": None, "base": None, "E=1,T=0.5": name}.get(name, name)
         weights = {name: 1} if name in served.model.models.attribute_names else weights
@@ -112,6 +116,8 @@ def test_logprobs_and_traces_are_told_token_by_token(served, client, stream):
     tokens = [token for choice in choices for token in choice.mpg.get("tokens", [])]
     ratios = [ratio for choice in choices for ratio in choice.mpg.get("log_ratios", [])]
     assert tokens == list(wanted.tokens)
+    for name in ("texts", "marks", "rejected"):
+        assert [one for choice in choices for one in choice.mpg.get(name, [])] == list(getattr(wanted.trace, name))
     for ratio, expected in zip(ratios, wanted.log_ratios, strict=True):
         assert ratio == pytest.approx(expected, abs=1e-9)
     told = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
@@ -167,3 +173,10 @@ def test_echoed_prompts_have_the_log_probabilities_of_the_law_that_new_tokens_ha
         assert scored.tokens[len(prompt) : len(whole)] == first.choices[0].logprobs.tokens
         for top, value in zip(scored.top_logprobs[1:], scored.token_logprobs[1:], strict=True):
             assert value in top.values() and 2 <= len(top) <= 3
+
+
+def test_the_playground_is_one_page_that_names_no_other_place(served):
+    answer = served.get("/")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    assert "mpg playground" in answer.text and '"geometric"' in answer.text
+    assert not re.search(r"{{|https?://|\b(src|href)=(?!.data:)|@import|url\(", answer.text)

@@ -28,9 +28,15 @@ OPTIONS = (
 ROW_SAMPLERS = ("exact", "direct")  # those that draw from the combined row
 
 
-def model_names(model: Model, name: str) -> list[str]:
-    """What `model=` may be: the combination, the base, every attribute, every preset."""
-    return list(dict.fromkeys([name, BASE, *model.models.attribute_names, *model.recipe.presets]))
+def describe_models(model: Model, name: str) -> dict[str, dict[str, Any]]:
+    """What `model=` may be, with its kind and weights: the combination, the base, every attribute, every preset."""
+    kinds: dict[str, dict[str, Any]] = {name: {"kind": "combination", "weights": model.recipe.weights or {}}}
+    kinds.setdefault(BASE, {"kind": "base", "weights": {}})
+    for attribute in model.models.attribute_names:
+        kinds.setdefault(attribute, {"kind": "attribute", "weights": {attribute: 1.0}})
+    for preset, weights in model.recipe.presets.items():
+        kinds.setdefault(preset, {"kind": "preset", "weights": dict(weights)})
+    return kinds
 
 
 def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:
@@ -50,7 +56,7 @@ def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:
         return asked.model, asked.target
     if asked.model in model.models.attribute_names:
         return {asked.model: 1.0}, asked.target
-    known = ", ".join(model_names(model, name))
+    known = ", ".join(describe_models(model, name))
     message = f"model: expected {known} or weights such as 'E=1,T=0.5', got {asked.model!r}"
     raise ApiError(404, message, "model", "model_not_found")
 

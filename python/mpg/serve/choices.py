@@ -84,7 +84,12 @@ class Choice:
         said: dict[str, Any] = {}
         if is_traced:
             said["tokens"] = [token.id for token in tokens]
-            said["log_ratios"] = [token.log_ratios for token in tokens]
+            said["log_ratios"] = [
+                {name: finite(ratio) for name, ratio in (token.log_ratios or {}).items()} for token in tokens
+            ]
+            said["texts"] = [token.text for token in tokens]
+            said["marks"] = [token.mark for token in tokens]
+            said["rejected"] = [token.rejected for token in tokens]
         if self.result is not None:
             said |= {"seed": self.result.seed, "weights": self.result.weights, "stats": self.result.stats}
         return said

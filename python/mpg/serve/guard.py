@@ -17,7 +17,7 @@ from mpg.serve.metrics import Metrics
 from mpg.serve.settings import Settings
 from mpg.serve.streams import as_json
 
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/", "/health")  # "/" is a page that knows nothing
 ADMIN_PATHS = "/v1/attributes"
 BODY_SECONDS = 30  # that a body may take to come
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")

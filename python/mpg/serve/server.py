@@ -18,9 +18,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from mpg import pages
 from mpg.model import Model
+from mpg.options import SCORE_SAMPLERS, TARGETS
 from mpg.recipe import Recipe
-from mpg.serve.asks import model_names
+from mpg.serve.asks import ROW_SAMPLERS, describe_models
 from mpg.serve.attributes import Attributes
 from mpg.serve.chat import answer_chat
 from mpg.serve.completions import answer_completion
@@ -61,6 +63,12 @@ def make_app(settings: Settings, load: Callable[[Recipe | None], Model]) -> Fast
             raise ApiError(503, f"the server is {engine.state}", code=engine.state)
         return engine
 
+    @app.get("/")
+    async def playground() -> Response:
+        samplers = [*ROW_SAMPLERS, *SCORE_SAMPLERS]
+        page = pages.fill("playground.html", {"samplers": samplers, "targets": [t for t in TARGETS if t != "base"]})
+        return Response(page, media_type="text/html")
+
     @app.get("/health")
     async def health() -> Response:
         is_ready = engine.state == "ready"
@@ -72,14 +80,15 @@ def make_app(settings: Settings, load: Callable[[Recipe | None], Model]) -> Fast
 
     @app.get("/v1/models")
     async def models() -> Response:
-        names = model_names(ready().model, settings.name)
-        return as_json({"object": "list", "data": [_describe(name) for name in names]})
+        known = describe_models(ready().model, settings.name)
+        return as_json({"object": "list", "data": [_describe(name, mpg=own) for name, own in known.items()]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        if name not in model_names(ready().model, settings.name):
+        known = describe_models(ready().model, settings.name)
+        if name not in known:
             raise ApiError(404, f"model: there is no {name!r}", "model", "model_not_found")
-        return as_json(_describe(name))
+        return as_json(_describe(name, mpg=known[name]))
 
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
@@ -104,8 +113,8 @@ def make_app(settings: Settings, load: Callable[[Recipe | None], Model]) -> Fast
     return app
 
 
-def _describe(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "mpg"}
+def _describe(name: str, **own: Any) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "mpg", **own}
 
 
 def _handle_errors(app: FastAPI) -> None:
