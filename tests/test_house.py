@@ -53,3 +53,9 @@ def test_imports_go_one_way(module):
 
 def test_no_file_is_long():
     assert {name: lines for name, file in MODULES.items() if (lines := file.read_text().count("\n")) > MAX_LINES} == {}
+
+
+def test_no_two_test_files_have_one_name():
+    """Which one worker cannot import, and another can."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
