@@ -33,6 +33,7 @@ def test_a_training_prints_its_scores_and_says_what_the_preset_changes(run, few,
     done = run("train", "--base", "demo", "--data", few, "--pole", "T", "--out", out, "--base-name", "a/b", *FEW)
     assert done.exit_code == 0, done.stderr
     assert "preset small: learning_rate 0.0003 for 5e-05" in done.stderr
+    assert "max_answer 96 for none" in done.stderr
     assert "epoch 2: held out, accuracy " in done.stderr
     assert f"{out}: 20 pairs, 4 held out: accuracy " in done.stdout.replace("\n", "")
     card = json.loads((out / "training.json").read_text())

@@ -176,6 +176,9 @@ def test_what_is_not_there_is_refused_after_one_question_to_the_hub_and_none_abo
         ({**SOUND, "rejected": " "}, r"line 2: expected text for rejected, got ' '"),
         ({**SOUND, "chosen": None}, r"line 2: expected text for chosen, got None"),
         ({**SOUND, "prompt": ""}, r"line 2: expected text for prompt, got ''"),
+        ({**SOUND, "prompt": []}, r"line 2: expected text or messages for prompt, got \[\]"),
+        ({**SOUND, "prompt": ["a"]}, r"line 2: expected text or messages for prompt, got \['a'\]"),
+        ({**SOUND, "prompt": {"a": 1}}, r"line 2: expected text or messages for prompt, got \{'a': 1\}"),
         ({**SOUND, "rejected": "Fine. "}, r"line 2: expected two different answers, got equal ones; drop_identical"),
         ({**SOUND, "prompt": [say("user", "a")]}, r"line 2: expected text or messages as in .*line 1, got the other"),
         (

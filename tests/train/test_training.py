@@ -263,6 +263,35 @@ def test_pairs_longer_than_the_model_are_refused_and_so_are_answers_that_are_equ
         train(pairs=read_pairs(long), settings=changed(max_answer=1))
 
 
+def test_messages_are_read_as_generation_reads_them_and_others_are_refused(train, file, monkeypatch):
+    def pairs(message):
+        said = {"role": "user", "content": "Well?"}
+        rows = [{"prompt": [message, said], "chosen": "yes", "rejected": "no"}]
+        rows += [{**rows[0], "prompt": [{**said, "content": f"Question {n}?"}]} for n in range(2)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return read_pairs(file)
+
+    one = changed(held_out=1)
+    for message, reason in (
+        ({"role": "bot", "content": "a"}, "expected a role that the chat template names.*, got 'bot'"),
+        ({"content": "a"}, "expected a role, got None"),
+        ({"role": "user", "content": 5}, "expected text or a list of text parts as content, got 5"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}, line 1: prompt: message 0: {reason}"):
+            train(pairs=pairs(message), settings=one)
+    read = []
+
+    def trainer(model, tokenizer, trained, held_out, *others):
+        read.extend(pair.prompt[0]["content"] for pair in (*trained, *held_out))
+        interrupt()
+
+    monkeypatch.setattr(run, "_trainer", trainer)
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "are you?"}]
+    with pytest.raises(KeyboardInterrupt):
+        train(pairs=pairs({"role": "user", "content": parts}), settings=one)
+    assert sorted(read) == ["How are you?", "Question 0?", "Question 1?"]
+
+
 def test_a_base_that_cannot_be_trained_on_is_refused(train, tmp_path):
     base = shutil.copytree(MODELS, tmp_path / "base", ignore=shutil.ignore_patterns("adapters"))
     config = json.loads((base / "config.json").read_text())
@@ -324,7 +353,10 @@ def test_a_warm_up_that_outlasts_the_training_is_said(train):
     with pytest.raises(KeyboardInterrupt):
         train(settings=changed(epochs=1, warmup_steps=100, accumulation=4), on_note=note)
     assert len(notes) == 1 and notes[0].startswith("warmup_steps: 100 at 4 x 4 pairs are 1,600 pairs, but 20 pairs")
-    assert "make 2 steps" in notes[0]
+    assert "make 2 steps" in notes[0] and notes[0].endswith("want fewer (preset 'small' has 5)")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings=changed(epochs=1, warmup_steps=5), on_note=note)
+    assert notes[1].endswith("want fewer or more epochs")
 
 
 @pytest.mark.parametrize(("held_out", "batch_size", "expected"), [(7, 5, 1), (9, 6, 3), (4, 8, 4)])

@@ -78,7 +78,7 @@ def encode(
         messages = (
             [{"role": "user", "content": prompt}]
             if is_text
-            else _read_messages(prompt, name, str(tokenizer.chat_template))
+            else read_messages(prompt, name, str(tokenizer.chat_template))
         )
         if continue_final_message is None and messages[-1]["role"] == "assistant":
             wanted = "continue_final_message=True to go on with it, or False for a turn of its own"
@@ -98,8 +98,11 @@ def encode(
     return token_ids
 
 
-def _read_messages(messages: Messages, name: str, template: str) -> list[dict[str, Any]]:
-    """The messages with their contents as text, everything else in them left to the chat template."""
+def read_messages(messages: Messages, name: str, template: str) -> list[dict[str, Any]]:
+    """The messages with their contents as text, everything else in them left to the chat template.
+
+    Raises ValueError, with the name, for one without text, and for a role that neither the template nor anyone names.
+    """
     read = []
     for index, message in enumerate(messages):
         role, content, place = message.get("role"), message.get("content"), f"{name}: message {index}"

@@ -85,9 +85,10 @@ def read_pairs(
             continue
         other = next(text for name, text in answers.items() if name != side)
         pair = Pair(prompt, answers[side], other, question, place)
+        is_sound = _is_sound(pair, drop_identical)
         if pairs and isinstance(pair.prompt, str) != isinstance(pairs[0].prompt, str):
             raise ValueError(f"{place}: expected text or messages as in {pairs[0].place}, got the other")
-        if _is_sound(pair, drop_identical):
+        if is_sound:
             pairs.append(pair)
     if poles and pole not in poles:
         raise ValueError(f"pole: expected one of {', '.join(sorted(poles))} (an adapter learns one), got {pole!r}")
@@ -232,6 +233,10 @@ def _is_sound(pair: Pair, drop_identical: bool) -> bool:
     for name, text in (("prompt", pair.question), ("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{pair.place}: expected text for {name}, got {text!r}")
+    if not isinstance(pair.prompt, str):
+        is_list = isinstance(pair.prompt, list) and bool(pair.prompt)
+        if not is_list or not all(isinstance(message, dict) for message in pair.prompt):
+            raise ValueError(f"{pair.place}: expected text or messages for prompt, got {pair.prompt!r:.60}")
     is_identical = pair.chosen.strip() == pair.rejected.strip()
     if is_identical and not drop_identical:
         raise ValueError(f"{pair.place}: expected two different answers, got equal ones; drop_identical drops them")

@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 import mpg
+from mpg.frontend.prompts import read_messages
 from mpg.models import gguf, sources
 from mpg.options import one_of
 from mpg.train.pairs import Pair, data_hash, split
@@ -88,6 +89,8 @@ def train(
     base = gguf.resolve("base", base)
     start = time.perf_counter()
     model, tokenizer = _read_base(base, trained, settings, device, dtype)
+    template = str(tokenizer.chat_template)
+    trained, held_out = ([_read_prompt(pair, template) for pair in part] for part in (trained, held_out))
     card = {
         "base": name,
         "base_sha256": sources.weights_hash(model),
@@ -109,12 +112,13 @@ def train(
         steps_per_epoch = -(-len(trained) // (settings.batch_size * settings.accumulation))
         total = steps_per_epoch * settings.epochs
         if settings.warmup_steps >= total:
+            small = PRESETS["small"]["warmup_steps"]
+            hint = f" (preset 'small' has {small})" if settings.warmup_steps > small else " or more epochs"
             of_warmup = settings.warmup_steps * settings.batch_size * settings.accumulation
             on_note(
                 f"warmup_steps: {settings.warmup_steps} at {settings.batch_size} x {settings.accumulation} pairs are "
                 f"{of_warmup:,} pairs, but {len(trained):,} pairs in {settings.epochs} epochs make {total} steps: the "
-                f"learning rate never reaches {settings.learning_rate:g}; so few pairs want fewer (preset 'small' has "
-                f"{PRESETS['small']['warmup_steps']})"
+                f"learning rate never reaches {settings.learning_rate:g}; so few pairs want fewer{hint}"
             )
         reports = _Reports(steps_per_epoch, settings.checkpoint_steps, on_step, on_epoch)
         trainer.add_callback(reports)
@@ -218,6 +222,13 @@ def _read_base(
     model = sources.read_model("base", base, getattr(torch, dtype) if dtype else None, torch.device(device))
     _check_trainable(base, model, settings)
     return model, tokenizer
+
+
+def _read_prompt(pair: Pair, template: str) -> Pair:
+    """The pair with its prompt as generation reads it. Refuses messages that are refused there."""
+    if isinstance(pair.prompt, str):
+        return pair
+    return dataclasses.replace(pair, prompt=read_messages(pair.prompt, f"{pair.place}: prompt", template))
 
 
 def _trainer(

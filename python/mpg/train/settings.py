@@ -77,8 +77,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def default_of(name: str) -> str:
+    """The default of a setting, in words."""
+    default = SETTINGS[name].default
+    return "none" if default is None else str(default)
+
+
 def describe(name: str) -> str:
     """What a setting means and its defaults, on one line."""
-    default = SETTINGS[name].default
     small = f" (small: {PRESETS['small'][name]})" if name in PRESETS["small"] else ""
-    return f"{SETTINGS[name].metadata['meaning']}. Default: {'none' if default is None else default}{small}"
+    return f"{SETTINGS[name].metadata['meaning']}. Default: {default_of(name)}{small}"

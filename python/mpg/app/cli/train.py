@@ -11,7 +11,7 @@ import typer
 from rich.progress import Progress
 
 from mpg.app.cli.arguments import clear_errors, err
-from mpg.train.settings import PRESETS, SETTINGS, Settings, describe
+from mpg.train.settings import PRESETS, SETTINGS, Settings, default_of, describe
 
 
 def _with_settings(command: Any) -> Any:
@@ -81,7 +81,7 @@ def train(
         raise ValueError(f"pole: expected one, got {', '.join(map(repr, pole))}")
     own_pole = pole[0] if pole else None
     if preset != "paper":
-        changes = ", ".join(f"{name} {value} for {SETTINGS[name].default}" for name, value in PRESETS[preset].items())
+        changes = ", ".join(f"{name} {value} for {default_of(name)}" for name, value in PRESETS[preset].items())
         err.print(f"preset {preset}: {changes}", style="dim", highlight=False, soft_wrap=True)
     from mpg.demo import MODELS, TRAITS
     from mpg.train.pairs import read_pairs
