@@ -153,6 +153,11 @@ def test_the_page_on_training_makes_an_attribute_that_answers(tmp_path, monkeypa
     assert len(read_pairs("pairs.jsonl")) == 1
     asked = ({**poles, "question": f"{poles['question']} {number}"} for number in range(12))
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    train, generate = commands("training.md")[:2]
+    train, *others = commands("training.md")
+    generate = [command for command in others if command[:2] == ["mpg", "generate"]]
     assert "10 pairs, 2 held out" in execute([*train, "--held-out", "2", "--device", "cpu"], PATH="base")
-    assert execute([*generate, "--max-new-tokens", "2", "--device", "cpu"], PATH="base").strip()
+    Path("both.yaml").write_text(blocks("training.md", "yaml")[0].replace("smollm2", "base", 1))
+    shutil.copytree("base/adapters", "adapters")
+    generate.append(["mpg", "generate", "--models", "both.yaml", "--prompt", "How was your day?"])
+    for command in generate:
+        assert execute([*command, "--max-new-tokens", "2", "--device", "cpu"], PATH="base").strip()
