@@ -250,6 +250,8 @@ def test_paths_are_the_recipes_own_and_other_names_are_the_hubs(tmp_path, monkey
         ("draft: E", f"draft: {MODELS}/none", "draft: expected a folder that exists or a hub name, got"),
         ("draft: E", "? [E]\n: E", "expected YAML: while constructing a mapping"),
         (f"{MODELS}/adapters/E", "a b", "attributes['E']: expected a folder that exists or a hub name, got 'a b' ("),
+        (f"{MODELS}/adapters/E", "/a b c", "attributes['E']: expected a folder that exists or a hub name, got "
+            "'/a b c'; a text is a context"),
         (f"E: {MODELS}/adapters/E", "E: {}", "attributes['E']: expected one of system, prefix, prompt, got none"),
         ("window: 30", "windo: 30", "options: windo: unknown option; did you mean 'window'?"),
         ("window: 30", "window: 0", "options: window: expected an integer 1..65536, got 0"),

@@ -302,7 +302,8 @@ def _source(argument: str, value: Any, folder: Path, names: Container[str] = ())
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and not (slash and (folder / owner).is_dir()):
         return value
     hint = "; a text is a context, {system: ...}" if len(value.split()) > 2 else ""
-    raise ValueError(f"{argument}: expected a folder that exists or a hub name, got {value!r} ({path}){hint}")
+    place = "" if str(path) == value else f" ({path})"
+    raise ValueError(f"{argument}: expected a folder that exists or a hub name, got {value!r}{place}{hint}")
 
 
 def _places(what: str, value: Any, known: Sequence[str] | None = None) -> dict[str, Any]:
