@@ -286,6 +286,7 @@ def test_a_sentence_without_its_key_is_told_how_it_is_written(tmp_path):
         ("base: gpt2", ": attributes: expected in every recipe, got base"),
         ("base: gpt2\nattributes: {}", ": attributes: expected at least one, got none"),
         ("base: \0", ": expected YAML: "),
+        pytest.param("[" * 10**4, ": expected YAML: ", id="nested"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
@@ -327,8 +328,10 @@ def test_values_are_read_as_a_person_means_them(text, value):
 
 
 def test_a_value_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"^tau: expected a number, true, false or a word, got '\{'"):
-        parse_setting("tau={")
+    for value in ("{", "2026-13-01", "[" * 10**4):
+        message = f"tau: expected a number, true, false or a word, got {value!r}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            parse_setting(f"tau={value}")
     for text in ("tau", "=1", "tau="):
         with pytest.raises(ValueError, match=f"^set: expected NAME=VALUE, got '{text}'"):
             parse_setting(text)

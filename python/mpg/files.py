@@ -1,12 +1,14 @@
 """Files that are written whole or not at all, and whether one can be, before the work that fills it; and what to say of
-one that cannot be read."""
+one that cannot be read or parsed."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 PROBE_BYTES = 2**18  # more than a picture or a table takes
 
@@ -21,6 +23,14 @@ def refuse_unreadable_text(argument: str, name: str | Path) -> Iterator[None]:
         raise ValueError(f"{argument}: expected {wanted}, got {name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{argument}: expected text in UTF-8, got {name}: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """What a text of JSON holds. Raises JSONDecodeError, also for lists in lists without end."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("Nested too deeply", text, 0) from None
 
 
 @contextmanager

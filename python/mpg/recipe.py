@@ -162,7 +162,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     name, value = parse_pair("set", "NAME=VALUE", text)
     try:
         return name, yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a ValueError for a date that there is not
         raise ValueError(f"{name}: expected a number, true, false or a word, got {value!r}") from None
 
 
@@ -216,7 +216,7 @@ def _read(file: Path) -> Recipe:
         text = file.read_text(encoding="utf-8-sig")
     try:
         document = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError for a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError for a date that there is not
         what = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
         raise ValueError(f"{file}: expected YAML: {what}") from error
     try:

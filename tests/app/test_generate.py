@@ -160,6 +160,8 @@ def test_a_line_of_a_file_has_weights_a_seed_and_options_of_its_own(model, tmp_p
         ('{"a"', "line 1: expected JSON; Expecting ':' delimiter at column 5"),
         ('\n{"prompt": "a"}\nb', "line 3: expected JSON; Expecting value at column 1"),
         ('["a", ', "line 1: expected a JSON list; Expecting value"),
+        pytest.param("[" * 10**5, "line 1: expected a JSON list; Nested too deeply", id="lists"),
+        pytest.param('{"a":' * 10**5, "line 1: expected JSON; Nested too deeply at column 1", id="objects"),
         ('["a", 2]', "entry 2: expected a JSON object or string, got 2"),
         ('{"prompt": "a"}\n3', "line 2: expected a JSON object or string, got 3"),
         ('{"text": "a"}', "line 1: expected one of prompt and messages, got text"),

@@ -163,6 +163,9 @@ def test_what_is_not_there_is_refused_after_one_question_to_the_hub_and_none_abo
     ("row", "message"),
     [
         ('{"prompt": "a", ', r"line 2: expected JSON; .* at column 17"),
+        pytest.param("[" * 10**5, r"line 2: expected JSON; Nested too deeply at col", id="nested"),
+        ({**SOUND, "rejected": "\ud800"}, r"line 2: expected text that UTF-8 can hold, got .*ud800"),
+        ({**SOUND, "prompt": "\ud800"}, r"line 2: expected text that UTF-8 can hold, got .*ud800"),
         ("[1]", r"line 2: expected a JSON object, got \[1\]"),
         (
             {"prompt": "a", "chosen": "b"},

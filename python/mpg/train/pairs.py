@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 
-from mpg.files import refuse_unreadable_text
+from mpg.files import parse_json, refuse_unreadable_text
 
 SUFFIXES = (".jsonl", ".json")
 RELEASE = Path("mbti", "preferences")  # where the paper's data release keeps its pairs
@@ -146,12 +146,12 @@ def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
         text = file.read_text(encoding="utf-8-sig")
     try:
         if text.lstrip().startswith("["):
-            yield from ((f"{file}, entry {number}", row) for number, row in enumerate(json.loads(text), 1))
+            yield from ((f"{file}, entry {number}", row) for number, row in enumerate(parse_json(text), 1))
             return
         number = 0
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield f"{file}, line {number}", json.loads(line)
+                yield f"{file}, line {number}", parse_json(line)
     except json.JSONDecodeError as error:
         line_number = error.lineno if text.lstrip().startswith("[") else number
         raise ValueError(f"{file}, line {line_number}: expected JSON; {error.msg} at column {error.colno}") from None
@@ -237,6 +237,10 @@ def _is_sound(pair: Pair, drop_identical: bool) -> bool:
         is_list = isinstance(pair.prompt, list) and bool(pair.prompt)
         if not is_list or not all(isinstance(message, dict) for message in pair.prompt):
             raise ValueError(f"{pair.place}: expected text or messages for prompt, got {pair.prompt!r:.60}")
+    try:
+        json.dumps(pair.columns(), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{pair.place}: expected text that UTF-8 can hold, got {pair.columns()!r:.200}") from None
     is_identical = pair.chosen.strip() == pair.rejected.strip()
     if is_identical and not drop_identical:
         raise ValueError(f"{pair.place}: expected two different answers, got equal ones; drop_identical drops them")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpg.files import refuse_unreadable_text
+from mpg.files import parse_json, refuse_unreadable_text
 
 
 @dataclass
@@ -61,7 +61,7 @@ def read_prompts(path: str) -> list[Line]:
     text = read_text("prompts", path)
     if text.lstrip().startswith("["):
         try:
-            entries = json.loads(text)
+            entries = parse_json(text)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"prompts: {_name(path)}, line {error.lineno}: expected a JSON list; {error.msg}"
@@ -73,7 +73,7 @@ def read_prompts(path: str) -> list[Line]:
         if line.strip():
             place = f"{_name(path)}, line {number}"
             try:
-                lines.append(_read_entry(json.loads(line), place) if is_json else Line(line.strip("\r"), place=place))
+                lines.append(_read_entry(parse_json(line), place) if is_json else Line(line.strip("\r"), place=place))
             except json.JSONDecodeError as error:
                 raise ValueError(f"prompts: {place}: expected JSON; {error.msg} at column {error.colno}") from None
     return lines
