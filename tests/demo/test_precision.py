@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import mpg
 from mpg.demo import MODELS
@@ -21,24 +22,39 @@ def converted(tmp_path):
     return tmp_path / "models"
 
 
-@pytest.mark.parametrize(("plain", "int4", "chosen"), [(11, 18, "bfloat16, int4 weights"), (18.6, 11, "float32")])
-def test_the_quicker_one_is_taken_whichever_warms_up_longer(plain, int4, chosen, converted, monkeypatch):
-    model, turns = mpg.load(converted, device="cpu"), []
+INT4 = "bfloat16, int4 weights"
+SPEEDS = {("float32", 2): 12, ("float32", 1): 14, (INT4, 2): 9, (INT4, 1): 11}
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Torch's number of threads, which is two, and then what it is told."""
+    numbers = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1])
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    return numbers
+
+
+@pytest.mark.parametrize("best", SPEEDS, ids=str)
+def test_the_quickest_way_is_taken_whichever_warms_up_longer(best, converted, threads, monkeypatch):
+    model, turns, speeds = mpg.load(converted, device="cpu"), [], SPEEDS | {best: 29.4}
 
     def generate(self, question, **how):
-        turns.append((self.precision, question, how["max_new_tokens"]))
-        speed = 1.0 if len(turns) <= 2 else plain if self is model else int4
-        return SimpleNamespace(stats={"tokens_per_second": speed})
+        turns.append((self.precision, threads[-1]))
+        assert (question, how["max_new_tokens"]) == ("Why?", TOKENS)
+        return SimpleNamespace(stats={"tokens_per_second": 99.0 if len(turns) <= 4 else speeds[turns[-1]]})
 
     monkeypatch.setattr(mpg.Model, "generate", generate)
     found, why = quicker(model, lambda: mpg.load(converted, device="cpu", quantize="int4"), "Why?")
-    assert found.precision == chosen
-    assert (found is model) == (chosen == "float32")
-    assert turns == [("float32", "Why?", TOKENS), ("bfloat16, int4 weights", "Why?", TOKENS)] * TURNS
-    assert why.startswith(f"Computed in {chosen}, which wrote {max(plain, int4):.0f} tokens/s")
+    assert (found.precision, threads[-1]) == best
+    assert (found is model) == (best[0] == "float32")
+    assert turns == list(SPEEDS) * TURNS
+    told = f"{best[0]} on {'1 thread' if best[1] == 1 else '2 threads'} 29 tokens/s"
+    assert why.startswith(f"Computed in {told} by a trial here (")
+    assert sum(f"{precision} on {number}" in why for precision, number in SPEEDS) == 4
 
 
-def test_four_bits_are_tried_and_say_how_fast_they_were(converted):
+def test_four_bits_are_tried_and_say_how_fast_they_were(converted, threads):
     model = mpg.load(converted, device="cpu")
     int4 = mpg.load(converted, device="cpu", quantize="int4")
     found, why = quicker(model, lambda: int4, "Why?")
