@@ -20,6 +20,7 @@ import reference
 
 N, K, WINDOW = 4, 4, 20
 RANK = 16
+MOST_TOKENS = 2**15  # of a text: more than what the calls of one timing commit
 SCORE = "arithmetic"
 CONSTANTS = {"constants": [0.7, 0.18, 0.01]}
 NUCLEUS = {"temperature": 0.7, "top_p": 0.9}
@@ -101,7 +102,7 @@ class Cases:
         return anchor.to(self.dtype), attributes
 
     def tokens(self) -> Tensor:
-        return torch.randint(self.V, (self.B, K), generator=self.generator, device=self.device)
+        return self.integers(0, self.V, self.B, K)
 
     def lengths(self) -> Tensor:
         return self.full(K, self.B, dtype=torch.int64)
@@ -211,6 +212,31 @@ class Cases:
             return reference.residual_rows(*arguments[:6])
 
         return self.case("draw_residual", arguments, read=(block[0][:, 1], block[1][:, 1]), masses=masses)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device)
+
+    def texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Lengths, limits, tokens that end a text, and a chunk. No text ends, however often the op is called."""
+        lengths, limits = self.integers(1, 9, self.B), self.full(2**40, self.B, dtype=torch.int64)
+        return lengths, limits, self.full(self.V, 1, dtype=torch.int64), self.tokens()
+
+    def flags(self, *values: bool) -> list[Tensor]:
+        return [self.full(value, self.B, dtype=torch.bool) for value in values]
+
+    def count_usable_(self) -> Case:
+        texts, probs = self.texts(), self.normal(self.B, K, self.V).exp()
+        arguments = (self.flags(True, False), *texts, probs, self.integers(0, K + 1, self.B))
+        # of the probabilities those of the chunk alone
+        return self.case("count_usable_", arguments, read=(*texts, texts[-1]))
+
+    def commit_block_(self) -> Case:
+        lengths, *texts = self.texts()
+        tokens, numbers = self.integers(0, self.V, self.B, MOST_TOKENS), self.integers(0, self.V, 2, self.B)
+        rows = [tokens, lengths, *numbers, *self.flags(True, False, False)]
+        accepted, token = self.integers(0, K + 1, self.B), self.integers(0, self.V, self.B)
+        arguments = (rows, *texts, accepted, token, self.normal(self.B, K + 1))
+        return self.case("commit_block_", arguments, read=(lengths, *numbers, *texts, accepted, token))
 
     def adapters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of N rows a sequence, each of one token and another adapter: features of a size V, factors, groups."""

@@ -171,6 +171,61 @@ def draw_residual(
     return draw_tokens(residual.where((accepted < lengths)[:, None], target), uniforms)
 
 
+def count_usable_(
+    rows: Sequence[Tensor],
+    lengths: Tensor,
+    limits: Tensor,
+    eos_token_ids: Tensor,
+    chunk: Tensor,
+    draft_probs: Tensor,
+    most: Tensor,
+) -> Tensor:
+    active, unusable = rows
+    is_end = _is_end(chunk, eos_token_ids)
+    position = torch.arange(chunk.shape[1], device=chunk.device)
+    is_usable = (position < (limits - lengths).minimum(most)[:, None]) & (is_end.cumsum(1) - is_end.long() == 0)
+    is_drawn = draft_probs.gather(2, chunk[..., None])[..., 0] > 0
+    has_failed = active & (is_usable & ~is_drawn).any(1)
+    unusable |= has_failed
+    active &= ~has_failed
+    return is_usable.sum(1) * active
+
+
+def commit_block_(
+    rows: Sequence[Tensor],
+    limits: Tensor,
+    eos_token_ids: Tensor,
+    chunk: Tensor,
+    accepted: Tensor,
+    token: Tensor,
+    log_totals: Tensor,
+) -> Tensor:
+    tokens, lengths, last_tokens, rounds, active, unusable, empty = rows
+    until_end = (_is_end(chunk, eos_token_ids).cumsum(1) == 0).sum(1) + 1
+    kept = accepted.minimum(until_end).minimum(limits - lengths)
+    goes_on = active & (kept < until_end) & (lengths + kept < limits)
+    log_total = log_totals.gather(1, kept[:, None])[:, 0]
+    unusable |= goes_on & log_total.isnan()
+    empty |= goes_on & (log_total == -torch.inf)
+    active &= ~(unusable | empty)
+    counts = (kept + goes_on) * active
+    shown = torch.cat([chunk, token[:, None]], 1)
+    shown.scatter_(1, kept[:, None], token.where(goes_on, shown.gather(1, kept[:, None])[:, 0])[:, None])
+    place = torch.arange(shown.shape[1], device=chunk.device)
+    places = (lengths[:, None] + place).clamp(max=tokens.shape[1] - 1)
+    tokens.scatter_(1, places, shown.where(place < counts[:, None], tokens.gather(1, places)))
+    latest = shown.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+    last_tokens.copy_(latest.where(counts > 0, last_tokens))
+    lengths += counts
+    rounds += active
+    active &= (lengths < limits) & ~_is_end(last_tokens, eos_token_ids)
+    return torch.cat([torch.stack([counts, active, unusable, empty], 1), shown], 1)
+
+
+def _is_end(tokens: Tensor, eos_token_ids: Tensor) -> Tensor:
+    return (tokens[..., None] == eos_token_ids).any(-1)
+
+
 def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
     """Of groups of one size, in order: what a batched product can do."""
     num_groups = len(down) - 1

@@ -35,7 +35,14 @@ MORE_THAN_CACHE = {"cpu": 2**26, "cuda": 2**28}  # bytes
 ON_LOGITS = ("gather_logprobs", "verify_chunks", "draw_fallback", "combine_geometric", "combine_arithmetic")
 ON_ROWS = ("warp_temperature", "warp_top_p", "draw_tokens", "draw_top_p", "verify_block", "draw_residual")
 ON_FEATURES = ("lora_shrink", "lora_expand_")
-ON_SCORES = ("score_prefixes", "accept_prefixes", "update_bound_", "draw_uniforms")
+ON_SCORES = (
+    "score_prefixes",
+    "accept_prefixes",
+    "update_bound_",
+    "draw_uniforms",
+    "count_usable_",
+    "commit_block_",
+)
 
 
 @dataclass(frozen=True)

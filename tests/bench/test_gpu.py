@@ -176,7 +176,7 @@ def test_every_part_but_sanitizers_can_be_rehearsed(tmp_path):
     reports = {report["part"]: report for report in map(json.loads, finished.stdout.splitlines())}
     assert all(report["passed"] for report in reports.values())
     light = reports["light"]
-    assert light["ops"]["ops"] == 15 and not light["ops"]["wrong"]
+    assert light["ops"]["ops"] == 17 and not light["ops"]["wrong"]
     assert {row["graphs"] for row in light["rounds"]["rows"]} == {True, False}
     assert light["rounds"]["graph_bytes"] > 0
     assert all(light["attention"]["kernels"].values())

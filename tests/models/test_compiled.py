@@ -9,12 +9,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
+import mpg
 from architectures import ARCHITECTURES
 from ensembles import load
-from mpg.models import linear
+from mpg.demo import MODELS
+from mpg.demo.corpus import DEMO_QUESTIONS
+from mpg.models import compiled, graphs, linear
 from mpg.models.compiled import compile_layers
+from tape import Tape
 
 LONG = pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes in all; make check sets MPG_LONG")
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -168,3 +172,73 @@ def test_a_model_whose_layers_are_not_found_is_refused(tiny_model):
     model.model.layers = nn.ModuleList(model.model.layers[:1])  # as if the other were of a class of its own
     with pytest.raises(ValueError, match=r"compile: expected 2 decoder layers in base, got 1"):
         compile_layers("base", model, None)
+
+
+class WarmTape(Tape):
+    """A tape that, as a capture of CUDA, is no mode to compiled layers, which run once before they are recorded."""
+
+    num_compiled = 0  # runs of compiled code that tapes have recorded
+
+    def __call__(self, step):
+        step()
+        made = counters["stats"]["unique_graphs"]
+        captured = super().__call__(step)
+        assert counters["stats"]["unique_graphs"] == made  # compiling while CUDA captures would end the capture
+        return captured
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.float64:
+            return func(*args)  # a layer's own number, which its code gets as a tensor of the host
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture
+def tape_of_compiled(monkeypatch):
+    """Lets a tape, which torch.compile would refuse as a mode, see what compiled code runs."""
+    tapes = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            if tapes[-1] is None:
+                return graph(*args)
+            WarmTape.num_compiled += 1
+            with tapes[-1]:
+                return graph(*args)
+
+        return run
+
+    def compile(function, *, dynamic, options, compile=torch.compile):
+        run = compile(function, dynamic=dynamic, backend=backend)
+
+        def unwatched(*args):
+            tapes.append(_get_current_dispatch_mode())
+            try:
+                with _disable_current_modes():
+                    return run(*args)
+            finally:
+                tapes.pop()
+
+        return unwatched
+
+    def current_mode():
+        mode = _get_current_dispatch_mode()
+        return None if isinstance(mode, WarmTape) else mode
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(compiled, "_get_current_dispatch_mode", current_mode)
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", WarmTape)
+
+
+def test_compiled_layers_are_captured_and_give_the_same_texts(tape_of_compiled, recwarn):
+    """Forwards of a token and of a chunk, of the base and of adapters that lie apart; and all of them once more."""
+    plain, model = (mpg.load(MODELS, dtype="float32", graphs=captured, compile=captured) for captured in (False, True))
+    settings = dict(weights={"E": 1, "J": 0.5}, seed=4, max_new_tokens=16, trace=True)
+    expected = plain.generate(DEMO_QUESTIONS[:1], **settings)
+    for _ in range(2):
+        before = WarmTape.num_compiled
+        for text, wanted in zip(model.generate(DEMO_QUESTIONS[:1], **settings), expected, strict=True):
+            assert text.tokens == wanted.tokens
+            torch.testing.assert_close(text.log_ratios, wanted.log_ratios, atol=1e-4, rtol=1e-4)
+    assert WarmTape.num_compiled == before > 0  # the second time all was replayed
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    assert not [warning for warning in recwarn if "captured" in str(warning.message)]

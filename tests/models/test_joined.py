@@ -30,7 +30,7 @@ def test_every_layer_gives_what_it_gave(shape):
     assert [part.out_features for part in (own.q_proj, own.k_proj, own.v_proj)] == [24, 8, 8]
     for got, wanted in zip(own(x, x), before, strict=True):
         torch.testing.assert_close(got, wanted)
-    assert own.q_proj.joined.latest is None  # nothing is held from forward to forward
+    assert not own.q_proj.joined.latest  # nothing is held from forward to forward
 
 
 def test_layers_that_read_something_else_after_all_are_right_too():

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ensembles import load
+from mpg.models import graphs
 from mpg.models.runner import ModelRunner
+from tape import Tape
 
 CAPACITY = 24
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -129,3 +131,59 @@ def test_what_is_not_finite_stays_with_the_row_that_it_came_from(models):
     rows, attributes = [rows[0], rows[2], [14, 15]], [["E"], ["E"], ["T"]]
     session.replace([2], [rows[2]], [["T"]])
     _check(models, session, rows, attributes)
+
+
+@pytest.fixture
+def captured(tiny_model, lora_folder, monkeypatch):
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", Tape)
+    adapters = {name: lora_folder(name, "llama", target_modules=["q_proj"]) for name in ("E", "T", "J", "P")}
+    return load(tiny_model("llama"), adapters, device="cpu", graphs=True)
+
+
+def test_captured_forwards_of_unlike_texts_have_few_sizes(captured):
+    """Of 9 to 12 rows two, as spare ones run what the last does; the logits are those of each text by itself."""
+    session, before = captured.open([], ["base", 0, 1, 2], CAPACITY, num_rows=4), Tape.num_recorded
+    rows = [list(range(3, 7 + row)) for row in range(3)]
+    for attributes in (
+        [["E", "T"], ["J", "E"], ["T", "P"]],
+        [["E", "T"], ["J", "E"], ["T", "P", "J"]],
+        [["E", "T", "J"], ["J", "E"], ["T", "P", "J"]],
+        [["T", "P"], ["J"], ["P", "E", "J"]],
+    ):
+        session.replace(range(3), rows, attributes)
+        runs = [forward.places for forward in session._find_route(("base", 0, 1, 2), ()).forwards]
+        assert [len(places) for places in runs] == [10 if sum(map(len, attributes)) < 8 else 12]
+        together = _last(session, ["base", 0, 1, 2], rows)
+        for row, names in enumerate(attributes):
+            for place, name in enumerate(["base", *names]):
+                alone = _last(captured.open([rows[row]], [name], CAPACITY), [name], [rows[row]])[0, 0]
+                torch.testing.assert_close(together[place, row], alone, atol=1e-5, rtol=1e-5)
+    of_one = 3 * 4  # of each text by itself: under the base and three adapters, but three lengths are one cache length
+    assert Tape.num_recorded - before <= 2 + of_one
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_nan_in_a_spare_row_does_not_reach_the_text_that_gets_it(is_known, captured):
+    """Whether or not the host knows by then that the last text has failed."""
+    session = captured.open([], ["base", 0, 1], CAPACITY, num_rows=4)
+    rows, attributes = [[*range(40, 46)], [11, 12, 13], [*range(20, 30), 10]], [["E", "T"], ["J", "E"], ["T", "P"]]
+    session.replace(range(3), rows, attributes)
+    hook = (
+        captured._models[0]
+        .model.get_input_embeddings()
+        .register_forward_hook(lambda module, args, out: out.masked_fill(args[0][..., None] == 10, float("nan")))
+    )
+    assert _last(session, ["base", 0, 1], rows)[:, 2].isnan().all()
+    if is_known:
+        session.blame(2, 10, [10], ["base"])
+    hook.remove()
+    (pool,) = session._pools.values()
+    if is_known:
+        session.keep([0, 1])
+        assert all(buffer.isfinite().all() for buffer in pool.runner.cache._buffers())  # another session may get them
+        session.replace([2], [[20, 21]], [["T", "P"]])
+    session.replace([1, 3], [[11], [14, 15]], [["E"], ["P"]])
+    assert [(pair.row, pair.slot.group) for pair in pool.pairs].index((3, 4)) == 9
+    sound = [place for place, pair in enumerate(pool.pairs) if is_known or pair.row != 2]
+    assert all(buffer[sound].isfinite().all() for buffer in pool.runner.cache._buffers())
+    assert is_known == all(buffer.isfinite().all() for buffer in pool.runner.cache._buffers())

@@ -30,16 +30,19 @@ class JoinedLinear(nn.Module):
         self.linear.weight = _join([layer.weight for layer in layers])
         if first.bias is not None:
             self.linear.bias = _join([layer.bias for layer in layers])
-        self.latest: tuple[Tensor, Sequence[Tensor]] | None = None
+        # The latest x and what the layers made of it, or nothing. Written to in place: setting an attribute of a module
+        # costs more than a small product.
+        self.latest: list[Tensor] = []
 
     def read(self, place: int, x: Tensor) -> Tensor:
         """What the layer in this place makes of x, which the last one reads last."""
-        if self.latest is None or self.latest[0] is not x:
+        latest = self.latest
+        if not latest or latest[0] is not x:
             # Tensor.split is Python, which takes longer than this call
-            self.latest = x, self.linear(x).split_with_sizes(self.sizes, -1)
-        out = self.latest[1][place]
+            latest[:] = x, *self.linear(x).split_with_sizes(self.sizes, -1)
+        out = latest[1 + place]
         if place == len(self.sizes) - 1:
-            self.latest = None
+            latest.clear()
         return out
 
 

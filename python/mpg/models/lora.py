@@ -375,7 +375,11 @@ class LoraLinear(nn.Module):
 
 
 def _stack(adapters: Sequence[Adapter], layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The factors of one layer, (G, r, in) and (G, r, out); those of joined layers in rows and columns of their own."""
+    """The factors of one layer, (G, r, in) and (G, r, out); those of joined layers in rows and columns of their own.
+
+    The other columns of such a row are zeros, read with the rest so that one launch does for all: with rank 16 on every
+    linear layer of Llama-3-8B in bfloat16 they are 42 MB a group, .3 % of what a token reads of the base.
+    """
     pairs = [[adapter.factors.get(module) for adapter in adapters] for module in layer.sizes]
     ranks = [max((pair[0].shape[1] for pair in of_module if pair is not None), default=0) for of_module in pairs]
     size_in = next(pair[0].shape[0] for of_module in pairs for pair in of_module if pair is not None)

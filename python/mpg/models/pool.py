@@ -12,6 +12,7 @@ from typing import TypeAlias
 from mpg.models import beginnings
 from mpg.models.beginnings import count_common
 from mpg.models.cache import RaggedCache
+from mpg.models.graphs import bucket
 from mpg.models.lora import Layout
 from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
 from mpg.models.shift import PROMPT, OwnText
@@ -37,10 +38,14 @@ class Pair:
 
 @dataclass(eq=False)
 class Pool:
-    """A runner with what its cache rows are for, in order: by adapter, and then by row."""
+    """A runner with what its cache rows are for, in order: by adapter, and then by row.
+
+    spare  cache rows beyond these that forwards have filled up their number with, and which may hold anything
+    """
 
     runner: ModelRunner
     pairs: list[Pair] = field(default_factory=list)
+    spare: set[int] = field(default_factory=set)
 
     @property
     def is_merged(self) -> bool:
@@ -63,6 +68,15 @@ class Pool:
                 start = places.pop().start if places and places[-1].stop == place else place
                 places.append(range(start, place + 1))
         return places
+
+    def fill_up(self, places: range) -> int:
+        """How many spare rows to run behind these places, so that captured forwards which name their adapters by row,
+        as those of unlike requests do, have few sizes."""
+        if self.runner.graphs is None or places.stop < len(self.pairs) or self.layout(places).groups is None:
+            return 0
+        stop = min(places.start + bucket(len(places), 1), self.runner.num_rows)
+        self.spare.update(range(places.stop, stop))
+        return stop - places.stop
 
     def layout(self, places: Iterable[int]) -> Layout:
         return Layout.of([self.pairs[place].slot.group for place in places], self.runner.loaded.model.device)

@@ -31,7 +31,7 @@ Role: TypeAlias = str | int  # a number: of each text, its own attribute of this
 
 class Forward(NamedTuple):
     """One forward of a route: neighbours of a pool, the rows that they are of, None for all in order, and where they
-    read something else than the base."""
+    read something else than the base. Spare rows among them run what the last pair does."""
 
     pool: Pool
     places: range
@@ -268,8 +268,12 @@ class Session:
         for row, slots in enumerate(self._rows):
             for slot in dict.fromkeys(slots.values()):
                 pairs.setdefault(_view(slot), []).append(before.get((row, slot)) or Pair(row, slot))
-        for pool in self._pools.values():  # before any of them moves
-            pool.runner.cache.clear([place for place, pair in enumerate(pool.pairs) if pair.is_spoiled])
+        for view, pool in self._pools.items():  # before any of them moves
+            spoiled = [place for place, pair in enumerate(pool.pairs) if pair.is_spoiled]
+            # NaN of a request that is not known to have failed may be in a spare row already
+            ending = {place for place in pool.spare if spoiled or place < len(pairs[view])}
+            pool.runner.cache.clear([*spoiled, *ending])
+            pool.spare -= ending
         room = {view: pool.runner.num_rows for view, pool in self._pools.items()}
         self._open({view: bucket(len(of), 1) for view, of in pairs.items() if len(of) > room.get(view, 0)})
         for view, of_view in pairs.items():
@@ -357,13 +361,16 @@ class Session:
         for pool in self._pools.values():
             for places in pool.places(wanted.difference(read)):
                 fed = pool.pairs[places.start : places.stop]
+                fed += fed[-1:] * pool.fill_up(places)
                 rows = [pair.row for pair in fed]
                 index = None if rows == every_row else torch.tensor(rows).to(device)
-                forwards.append(
-                    Forward(pool, places, pool.layout(places), index, Shift.of([pair.own for pair in fed], device))
-                )
+                layout = Layout.of([pair.slot.group for pair in fed], pool.runner.loaded.model.device)
+                places = range(places.start, places.start + len(fed))
+                forwards.append(Forward(pool, places, layout, index, Shift.of([pair.own for pair in fed], device)))
                 pairs += fed
-        numbers = {(pair.row, pair.slot): number for number, pair in enumerate(pairs)}
+        numbers: dict[tuple[int, Slot], int] = {}
+        for number, pair in enumerate(pairs):
+            numbers.setdefault((pair.row, pair.slot), number)  # not that of a spare row
         found = []
         for role in roles:
             for row, slots in enumerate(self._rows):
