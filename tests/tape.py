@@ -43,9 +43,10 @@ class Tape(TorchDispatchMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        is_new = not _storages(out) <= _storages([args, kwargs])  # a view stays one of the same memory
         if func._schema.is_mutable:
-            self.ops.append((func, args, kwargs, []))
-        elif not _storages(out) <= _storages([args, kwargs]):  # a view stays one of the same memory
+            self.ops.append((func, args, kwargs, tree_leaves(out) if is_new else []))
+        elif is_new:
             variant = _writing_variant(func)
             if variant is None:
                 self.ops.append((func, args, kwargs, tree_leaves(out)))
