@@ -132,6 +132,7 @@ class FakeSession:
         attributes: Sequence[Sequence[str]] | None = None,
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         ensembles: Any = None,
+        ends: Any = None,
     ) -> None:
         for row, own in zip(rows, attributes or [()] * len(rows), strict=True):
             self.attributes[row : row + 1] = [own]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -155,8 +157,12 @@ def test_a_full_queue_and_a_late_answer_are_told(precise_model):
 
 def test_memory_lets_in_what_fits_and_refuses_what_never_will(precise_model):
     models = precise_model.models
-    row = models.cache_bytes(["base", "E"], 1, 100)
-    limits = {"max_rows": 8, "max_length": 100, "max_memory": 2 * row}
+    row = models.cache_bytes(["base", "E"], 1, 64)  # as many positions as a short request is given
+    limits = {
+        "max_rows": 8,
+        "max_length": 100,
+        "max_memory": int(2.5 * row),
+    }  # a quarter is copied: of two layers one half
     with serving(precise_model, **limits) as served:
         most = 0
 
@@ -175,6 +181,53 @@ def test_memory_lets_in_what_fits_and_refuses_what_never_will(precise_model):
         long = served.post(TEXT, completion(CALM, max_tokens=98)).json()["error"]
         assert (long["param"], long["code"]) == ("max_tokens", "context_length_exceeded")
         assert served.is_idle()
+
+
+@pytest.fixture
+def buffers(monkeypatch):
+    """The bytes of all buffers of caches that there were at once, whenever one was made."""
+    live, sums, new_zeros = weakref.WeakSet(), [], torch.Tensor.new_zeros
+
+    def record(self, *sizes, **options):
+        made = new_zeros(self, *sizes, **options)
+        if made.ndim == 4:
+            live.add(made)
+            sums.append(sum(buffer.nbytes for buffer in live))
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", record)
+    return sums
+
+
+def test_caches_never_take_more_than_max_memory_whatever_comes(precise_model, buffers, monkeypatch):
+    """Growing in rows and positions, read ahead, and given back for others, in two groups."""
+    rng = random.Random(0)
+    bodies = [
+        {
+            "model": "demo", "weights": dict.fromkeys(rng.sample("ESTJ", rng.randint(1, 3)), 0.5), "seed": index,
+            "prompt": [rng.randrange(5, 300) for _ in range(rng.choice([3, 3, 20, 100]))],
+            "max_tokens": rng.choice([4, 30, 60]), "sampler": rng.choice(["direct", "direct", "exact"]),
+        }
+        for index in range(40)
+    ]  # fmt: skip
+    wanted = [
+        precise_model.generate(
+            body["prompt"], weights=body["weights"], seed=body["seed"], max_new_tokens=body["max_tokens"],
+            sampler=body["sampler"],
+        ).text
+        for body in bodies
+    ]  # fmt: skip
+    precise_model.models.kept.clear()
+    monkeypatch.setattr(precise_model.models.kept, "max_bytes", 0)  # which counts for itself
+    most = precise_model.models.cache_bytes(["base"], 1, 160) * 20
+    buffers.clear()
+    with (
+        serving(precise_model, max_memory=most, prefill_tokens=32) as served,
+        ThreadPoolExecutor(len(bodies)) as pool,
+    ):
+        answers = list(pool.map(lambda body: served.post(TEXT, body), bodies))
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == wanted
+    assert most / 2 < max(buffers) <= most
 
 
 def test_groups_take_turns_and_each_gets_its_rows(precise_model):

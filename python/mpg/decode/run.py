@@ -78,7 +78,7 @@ class Scheduler:
                   takes is not run
     rounds_ahead  how many rounds the device may be ahead of what `step` has read
     expected      the attributes that each request will weigh, where they are known: caches are then as large as the
-                  `num_rows` largest of them need, and else grow with what comes
+                  `num_rows` largest of them need; else they grow with what comes, in rows and positions
     part          tokens of prompts that each model reads between two rounds, at most; default all that wait
     most          attributes that one request may weigh, default all; contexts that requests bring are such too
     plan          as in `Result`
@@ -232,20 +232,21 @@ class Scheduler:
         self.session.close()
 
     def _admit(self) -> None:
-        """Let requests that wait begin in rows that are free, and give up those that are left."""
-        free = [row for row, entry in enumerate(self.rows) if entry.is_over]
-        free += range(len(self.rows), self.num_rows)
-        if entries := self.waiting.take(len(free)):
-            self._begin(free[: len(entries)], entries)
-        self._close_ranks()
+        """Let requests that wait begin in rows that are free, once those are given up for which there is none."""
+        num_live = sum(not entry.is_over for entry in self.rows)
+        entries = self.waiting.take(self.num_rows - num_live)
+        self._close_ranks(num_live + len(entries))
+        if entries:
+            self._begin(entries)
 
-    def _begin(self, rows: list[int], entries: list[Entry]) -> None:
-        """Let requests begin in these rows, of which new ones follow those in use."""
+    def _begin(self, entries: list[Entry]) -> None:
+        """Let requests begin in rows that are free, of which new ones follow those in use."""
+        free = [row for row, entry in enumerate(self.rows) if entry.is_over]
+        rows = [*free, *range(len(self.rows), self.num_rows)][: len(entries)]
         for row, entry in zip(rows, entries, strict=True):
             self.rows[row : row + 1] = [entry]
             entry.row, entry.entered_at = row, max(entry.added_at, self.read_at)
-        size = self.models.rows_to_run(len(self.rows), self.num_rows)
-        for _ in range(len(self.rows), size):  # an idle row runs what the last one does
+        for _ in range(len(self.rows), self.models.rows_to_run(len(self.rows), self.num_rows)):  # as the last one does
             rows.append(len(self.rows))
             entries.append(entries[-1].idle())
             self.rows.append(entries[-1])
@@ -258,17 +259,17 @@ class Scheduler:
             of_row[: len(own)] = torch.tensor(own, dtype=weights.dtype)
         begun = self.batch.replace(rows, prompts, limits, weights, [request.seed for request in requests])
         attributes, contexts = [entry.transcript.attributes for entry in entries], [r.contexts for r in requests]
-        self.session.replace(rows, prompts, attributes, contexts, [entry.models for entry in entries])
+        ensembles, ends = [entry.models for entry in entries], [r.num_positions for r in requests]
+        self.session.replace(rows, prompts, attributes, contexts, ensembles, ends)
         self.sampler.reset(begun)
 
-    def _close_ranks(self) -> None:
-        """Let the last rows move to where requests have ended, so that none but those which go on are in use."""
+    def _close_ranks(self, num_rows: int) -> None:
+        """Let the last rows move to where requests have ended, so that no more are in use than these."""
         live = [row for row, entry in enumerate(self.rows) if not entry.is_over]
-        size = self.models.rows_to_run(len(live), self.num_rows)
+        size = self.models.rows_to_run(num_rows, self.num_rows)
         if size >= len(self.rows):
             return
-        kept = list(range(size))
-        sources = [row for row in live if row >= size]
+        kept, sources = list(range(size)), [row for row in live if row >= size]
         targets = [row for row in kept if self.rows[row].is_over][: len(sources)]
         for source, target in zip(sources, targets, strict=True):
             kept[target] = source
@@ -317,8 +318,7 @@ class Scheduler:
                 continue
             new, told = done.tokens[row][: done.counts[row]], entry.told(done, row, self.options)
             try:
-                for token in transcript.extend(new, *told, is_last=is_last):
-                    tokens.append(token)
+                tokens.extend(transcript.extend(new, *told, is_last=is_last))
             except Exception as error:  # whatever a stopping criterion raises
                 entry.error = error
             if entry.error is not None or transcript.is_stopped:

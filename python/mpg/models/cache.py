@@ -85,6 +85,20 @@ class RaggedCache(Cache):
             if isinstance(source, RaggedCache):
                 self.copy([0], [row], shared, source)
 
+    def resize(self, num_rows: int, capacity: int, num_positions: int) -> None:
+        """Have room for so many rows and positions, of which the first `num_positions` keep what they hold, as far as
+        there are as many. One buffer after another, so that none but one is there twice."""
+        for layer in self.layers:
+            if isinstance(layer, _RaggedLayer) and layer.is_initialized:
+                for name in ("keys", "values"):
+                    old = getattr(layer, name)
+                    new = old.new_zeros(num_rows, capacity, *old.shape[2:])
+                    rows, kept = min(num_rows, len(old)), min(capacity, num_positions)
+                    new[:rows, :kept] = old[:rows, :kept]
+                    setattr(layer, name, new)
+                    del old
+        self.num_rows, self.capacity = num_rows, capacity
+
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what some rows hold: a NaN would reach their later forwards, though the mask hides it."""
         index = _Index(rows)

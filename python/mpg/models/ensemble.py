@@ -202,7 +202,8 @@ class Ensemble:
         capacity: positions per sequence, those of drafted tokens included
         contexts: of every prompt, what roles of these names read in its place
         num_rows, expected: sequences that there will be at once, and the attributes of any of them that are known:
-                  caches have room for as many, and grow where others need more; default the prompts
+                  caches have room for as many, and grow where others need more; default the prompts. Without either,
+                  caches grow from nothing to what the sequences need that are there
 
         Raises ValueError for an empty prompt, a token outside the vocabulary, an unknown role, and a capacity that the
         prompts do not fit into or that exceeds max_positions; MemoryError where the caches would not fit.
@@ -226,7 +227,7 @@ class Ensemble:
         named = [role for role in roles if isinstance(role, str)]
         for loaded in {self._slots[name].model for name in (*named, *attributes)}:
             loaded.follow()
-        session = Session(self, roles, capacity, num_rows or len(prompts), expected or [()])
+        session = Session(self, roles, capacity, num_rows or len(prompts), expected or [()] * bool(prompts))
         if prompts:
             session.replace(range(len(prompts)), prompts, contexts=contexts)
         return session
@@ -263,17 +264,17 @@ class Ensemble:
         slots = sorted({self._slots[role] for role in roles}, key=place)
         return [tuple(view) for _, view in groupby(slots, key=lambda slot: (slot.model, slot.merge))]
 
-    def _open_runners(self, sizes: Mapping[View, int], capacity: int) -> dict[View, ModelRunner]:
+    def open_runners(self, sizes: Mapping[View, int], capacity: int) -> dict[View, ModelRunner]:
         """A runner of each view with a cache of so many rows: idle ones where there are, else new ones."""
         keys = {}
         for model, merge in sorted(sizes, key=lambda view: (view[1] is not None, self._models.index(view[0]))):
             groups = () if merge is None else merge.groups
             keys[model, merge] = model.runner_key(groups, sizes[model, merge], capacity)
         runners = {view: view[0].take(key) for view, key in keys.items()}
-        self._check_memory([(view[0], sizes[view]) for view, runner in runners.items() if runner is None], capacity)
+        self.check_memory([(view[0], sizes[view]) for view, runner in runners.items() if runner is None], capacity)
         return {view: runner or ModelRunner(view[0], keys[view]) for view, runner in runners.items()}
 
-    def _check_memory(self, sizes: Sequence[tuple[LoadedModel, int]], capacity: int) -> None:
+    def check_memory(self, sizes: Sequence[tuple[LoadedModel, int]], capacity: int) -> None:
         """Report what new caches will take, device by device, and raise MemoryError where there is not as much once
         idle ones have been dropped. `sizes`: their models and numbers of rows"""
         for devices in {model.devices for model, _ in sizes}:

@@ -81,6 +81,10 @@ class LoadedModel:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def num_layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Those of the generation config, else of the config, else of the tokenizer."""
         generation = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
@@ -182,8 +186,7 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, key: RunnerKey) -> None:
         self.loaded, self.key, self.num_rows = loaded, key, key.num_rows
-        num_layers = loaded.model.config.get_text_config().num_hidden_layers
-        self.cache = RaggedCache(num_layers, key.num_rows, key.capacity)
+        self.cache = RaggedCache(loaded.num_layers, key.num_rows, key.capacity)
         self.merge_weights: Tensor | None = None  # (num_rows, N) in the model's dtype
         self._factors: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # of groups from one to another
         self.graphs: Graphs | None = None
@@ -198,6 +201,14 @@ class ModelRunner:
         if key.merged:
             dtype, device = loaded.model.dtype, loaded.model.device
             self.merge_weights = torch.zeros(key.num_rows, len(key.merged), dtype=dtype, device=device)
+
+    def resize(self, num_rows: int, capacity: int, num_positions: int) -> None:
+        """As `RaggedCache.resize`, where no graphs hold addresses; a sum has no weights until it gets new ones."""
+        self.key = self.loaded.runner_key(self.key.merged, num_rows, capacity)
+        self.num_rows = self.key.num_rows
+        self.cache.resize(self.key.num_rows, self.key.capacity, num_positions)
+        if self.merge_weights is not None:
+            self.merge_weights = self.merge_weights.new_zeros(self.num_rows, self.merge_weights.shape[1])
 
     def forward(
         self,

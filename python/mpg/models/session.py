@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mpg.models.ahead import Ahead, Asked
 from mpg.models.beginnings import find_beginnings
-from mpg.models.graphs import bucket
 from mpg.models.lora import Layout
 from mpg.models.pool import Pair, Pool, View
+from mpg.models.room import Room
 from mpg.models.runner import Slot
 from mpg.models.shift import OwnText, Shift
 
@@ -72,21 +72,25 @@ class Session:
         num_rows: int,
         expected: Sequence[Sequence[str]],
     ) -> None:
-        """expected: attributes of texts, any `num_rows` of which caches are to have room for; for others they grow"""
-        self._ensemble, self._capacity = ensemble, capacity
+        """expected: attributes of texts, any `num_rows` of which caches are to have room for; for others they grow, and
+        without any in positions too"""
+        self._ensemble = ensemble
         self._fixed: dict[Role, Slot] = {role: ensemble._slots[role] for role in roles if isinstance(role, str)}
         self._rows: list[dict[Role, Slot]] = []  # the slots of every row
+        self._ends: list[int] = []  # positions that the text of every row needs
         self._pools: dict[View, Pool] = {}
+        self.room = Room(ensemble, self._pools, capacity)
         self.ahead = Ahead(ensemble, self._pools)
         self._routes: dict[tuple[tuple[Role, ...], frozenset[Slot]], Route] = {}
         self._first: dict[Slot, Tensor] = {}  # logits (R, 1, V) behind the prompts, until a slot's first forward
         self._longest_prompt = self._longest = 0  # of prompts that are held; of positions that have been fed
-        counts = [Counter(map(_view, set(self._slots_of(names, ensemble).values()))) for names in expected]
+        counts = [self.count_rows(names, ensemble) for names in expected]
         sizes = {}
         for view in dict.fromkeys(view for count in counts for view in count):
             of_view = sorted((count[view] for count in counts), reverse=True)
             sizes[view] = sum(of_view[:num_rows]) + of_view[0] * max(0, num_rows - len(of_view))
-        self._open(sizes)
+        if sizes:
+            self.room.open(sizes, capacity)
 
     def replace(
         self,
@@ -95,12 +99,14 @@ class Session:
         attributes: Sequence[Sequence[str]] | None = None,
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         ensembles: Sequence[Ensemble] | None = None,
+        ends: Sequence[int] | None = None,
     ) -> None:
         """Let some rows hold these prompts but for their last tokens, whatever was there; new ones follow the last row.
 
         attributes: of every prompt, what the roles 0, 1, ... are; default none
         contexts:   of every prompt, what roles of these names read in its place; default none
         ensembles:  of every prompt, what knows its attributes: the session's, or that with contexts of its own
+        ends:       positions that the text of every prompt will need, contexts among them; default the capacity
 
         A prompt is read once by a model, or not at all where a row has it still, and copied, as its beginning is where
         many tokens of it are another one's. Only a merged model, another one in every row, reads each of them.
@@ -108,8 +114,10 @@ class Session:
         Raises MemoryError where caches have to grow and would not fit.
         """
         knowing = ensembles or [self._ensemble] * len(prompts)
-        for row, names, ensemble in zip(rows, attributes or [()] * len(prompts), knowing, strict=True):
+        ends = ends or [self.room.capacity] * len(prompts)
+        for row, names, ensemble, end in zip(rows, attributes or [()] * len(prompts), knowing, ends, strict=True):
             self._rows[row : row + 1] = [self._slots_of(names, ensemble)]
+            self._ends[row : row + 1] = [end]
         self._arrange()
         wanted = {
             row: {name: tuple(text) for name, text in {"": prompt, **of_row}.items()}
@@ -152,7 +160,7 @@ class Session:
     def keep(self, rows: Sequence[int]) -> None:
         """Let these rows go on, as rows 0, 1, ..., and no others."""
         numbers = {row: number for number, row in enumerate(rows)}
-        self._rows = [self._rows[row] for row in rows]
+        self._rows, self._ends = [self._rows[row] for row in rows], [self._ends[row] for row in rows]
         for pool in self._pools.values():
             for pair in pool.pairs:
                 pair.row = numbers.get(pair.row, -1)
@@ -177,6 +185,7 @@ class Session:
         out: (R, B, q, V) in the models' dtype, in the order of `roles` but for the numbers that no row has an attribute
         of; roles of one slot are run once. Where a row has none, its logits are those of another role.
         """
+        kv_length = min(kv_length, self.room.positions)
         if self._first and kv_length > self._longest_prompt:  # a row goes beyond its prompt
             self._first = {}
         key = tuple(roles), frozenset(self._first)
@@ -187,7 +196,7 @@ class Session:
             own, length = (tokens, start), kv_length
             if shift is not None:
                 own = own if rows is None else (tokens.index_select(0, rows), start.index_select(0, rows))
-                own, length, rows = shift.apply(*own), min(kv_length + shift.longest, self._capacity), None
+                own, length, rows = shift.apply(*own), min(kv_length + shift.longest, self.room.positions), None
             with self._ensemble.observer(False):
                 fed = slice(places.start, places.stop)
                 outputs.append(pool.runner.forward(fed, layout, *own, length, rows))
@@ -200,10 +209,16 @@ class Session:
         self._forget_beyond(kv_length)
         return logits.unflatten(0, (route.num_roles, len(self._rows)))
 
-    def cache_bytes(self) -> int:
-        """What its caches take, or will when they have been written to."""
-        runners = [pool.runner for pool in self._pools.values()]
-        return sum(runner.loaded.cache_bytes(runner.num_rows, self._capacity) for runner in runners)
+    def count_rows(self, names: Sequence[str], ensemble: Ensemble) -> Counter[View]:
+        """The cache rows that a text with these attributes takes, by what runs them."""
+        return Counter(map(_view, set(self._slots_of(names, ensemble).values())))
+
+    def fit(self) -> None:
+        """Give back the rows and positions that no text needs."""
+        self._routes = {}
+        rows = {view: len(pool.pairs) for view, pool in self._pools.items() if pool.pairs}
+        self.room.fit(rows, max(self._ends, default=0), self._longest)
+        self._longest = min(self._longest, self.room.positions)
 
     def close(self) -> None:
         """Leave what graphs run on to the next session of these sizes, unless NaN is left in it; this one is over."""
@@ -226,8 +241,8 @@ class Session:
         for pool, places in own:
             for place in places:
                 pool.pairs[place].prompt, pool.pairs[place].is_spoiled = (), True
-        for first in range(start, min(start + len(tokens), self._capacity), PREFILL_TOKENS):
-            part = tokens[first - start : min(first - start + PREFILL_TOKENS, self._capacity - start)]
+        for first in range(start, min(start + len(tokens), self.room.positions), PREFILL_TOKENS):
+            part = tokens[first - start : min(first - start + PREFILL_TOKENS, self.room.positions - start)]
             largest: dict[Slot, list[float]] = {}
             for pool, places in [(pool, places) for pool, places in own if places]:
                 index = torch.tensor(places, device=device)
@@ -235,7 +250,7 @@ class Session:
                 if (shift := Shift.of([pool.pairs[place].own for place in places], device)) is not None:
                     fed, at = shift.apply(fed, at)
                 with self._ensemble.observer(True):  # all of the row, as a captured forward may have read it
-                    logits = pool.runner.forward(index, pool.layout(places), fed, at, self._capacity)
+                    logits = pool.runner.forward(index, pool.layout(places), fed, at, self.room.positions)
                 # NaN and +inf reach a row's maximum, -inf only where there is nothing else
                 of_place = logits[..., : self._ensemble.vocab_size].amax(-1).tolist()
                 largest |= zip((pool.pairs[place].slot for place in places), of_place, strict=True)
@@ -249,16 +264,6 @@ class Session:
     def _slots_of(self, names: Sequence[str], ensemble: Ensemble) -> dict[Role, Slot]:
         """The slots of a row with these attributes, by role."""
         return self._fixed | {number: ensemble._slots[name] for number, name in enumerate(names)}
-
-    def _open(self, sizes: Mapping[View, int]) -> None:
-        """Give every view a runner with so many cache rows, at least; what rows hold goes with them."""
-        runners = self._ensemble._open_runners(sizes, self._capacity)
-        for view, runner in runners.items():
-            if (old := self._pools.get(view)) is not None:
-                places = range(len(old.pairs))
-                runner.cache.copy(places, places, self._longest, old.runner.cache)
-                old.runner.loaded.leave(old.runner)
-            self._pools[view] = Pool(runner, [] if old is None else old.pairs)
 
     def _arrange(self) -> None:
         """Give every row its pairs, and every pair its place."""
@@ -274,8 +279,8 @@ class Session:
             ending = {place for place in pool.spare if spoiled or place < len(pairs[view])}
             pool.runner.cache.clear([*spoiled, *ending])
             pool.spare -= ending
-        room = {view: pool.runner.num_rows for view, pool in self._pools.items()}
-        self._open({view: bucket(len(of), 1) for view, of in pairs.items() if len(of) > room.get(view, 0)})
+        rows = {view: len(of) for view, of in pairs.items()}
+        self.room.grow(rows, max(self._ends, default=0), self._longest)
         for view, of_view in pairs.items():
             pool = self._pools[view]
             of_view.sort(key=lambda pair: (pair.slot.group, pair.slot.context, pair.row))
@@ -343,7 +348,7 @@ class Session:
         for first in range(0, width, PREFILL_TOKENS):
             part = tokens[:, first : first + PREFILL_TOKENS]
             with self._ensemble.observer(True):
-                kv_length = min(longest + first + part.shape[1], self._capacity)
+                kv_length = min(longest + first + part.shape[1], self.room.positions)
                 logits = pool.runner.forward(fed, pool.layout(places), part, start + first, kv_length, logits_to_keep=1)
         return logits
 

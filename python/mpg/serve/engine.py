@@ -22,9 +22,7 @@ from mpg.serve.metrics import Metrics
 from mpg.serve.settings import Settings
 
 DEFAULT_LENGTH = 2048
-# Of a device's memory for caches. They are copied when they grow, and by a quarter more than is needed: at worst twice
-# and a quarter of it is taken meanwhile.
-DEFAULT_SHARE = 0.25
+DEFAULT_SHARE = 0.25  # of a device's memory for caches: models, forwards and what is kept of texts take some too
 EXPIRY_CHECK = 0.1  # seconds between looks for jobs that have run out of time
 
 logger = logging.getLogger("mpg.serve")
@@ -45,6 +43,7 @@ class Engine:
         self._given_up: deque[Job] = deque()
         self._changed = Condition()
         self._num_waiting, self._expired_at = 0, 0.0
+        self.held_bytes = 0  # of the groups' caches
         self._is_draining = self._is_stopped = False
         self._thread = Thread(target=self._run, name="mpg-engine", daemon=True)
         metrics.watch(self)
@@ -100,10 +99,6 @@ class Engine:
         return sum(len(group.running) for group in self.groups)
 
     @property
-    def held_bytes(self) -> int:
-        return sum(group.held for group in self.groups)
-
-    @property
     def kept_bytes(self) -> int:
         return self.model.models.kept.num_bytes if self.state == "ready" else 0
 
@@ -153,6 +148,7 @@ class Engine:
         self._take_turn()
         for group in [group for group in self.groups if not group.running and not group.waiting]:
             self._close(group)
+        self.held_bytes = sum(group.num_bytes() for group in self.groups)
         return True
 
     def _sort(self, job: Job) -> None:
@@ -161,7 +157,7 @@ class Engine:
         group = next((group for group in self.groups if self._keys.get(id(group)) == key), None)
         try:
             group = group or self._open([job], key)
-            needed = group.num_bytes(job)
+            needed = group.alone(job)
             if needed > self.max_memory:
                 sizes = f"{needed / 2**20:.1f} MiB, expected at most {self.max_memory / 2**20:.1f} MiB"
                 raise TooLarge(f"max_tokens: the key/value cache rows of this request alone take {sizes}")
@@ -198,19 +194,21 @@ class Engine:
                 return
             group = min(waiting, key=lambda group: len(group.running))
             job = group.waiting[0]
-            needed = sum(map(group.num_bytes, group.running)) + group.num_bytes(job)
-            if self.held_bytes - group.held + max(group.held, needed) > self.max_memory:
+            left = self.max_memory - sum(other.num_bytes() for other in self.groups if other is not group)
+            if group.num_bytes(job) > left:
                 # the memory of a group that has nothing to run is given back before anybody waits for it
-                if idle := next((other for other in self.groups if other.held and not other.running), None):
+                if idle := next((other for other in self.groups if other.num_bytes() and not other.running), None):
                     idle.close()
                     self._reopen(idle)
                     continue
-                return
+                if group.num_bytes(job, is_fitted=True) <= left:
+                    group.fit()
+                if group.num_bytes(job) > left:
+                    return
             group.waiting.popleft()
             self._end_waiting(job)
             try:
                 group.begin(job)
-                group.held = max(group.held, needed)
                 self.metrics.waited(monotonic() - job.added_at)
             except ValueError as error:
                 self._deliver([(job, error)])

@@ -5,7 +5,7 @@ Knows one group; which of them runs, and who may join, is the engine's business.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -16,6 +16,7 @@ from mpg.decode.batch import Logprobs
 from mpg.decode.run import ROUNDS_AHEAD, Scheduler
 from mpg.decode.scoring import score_texts
 from mpg.model import Model
+from mpg.models.pool import View
 from mpg.options import Options
 from mpg.serve.jobs import Event, Job
 
@@ -30,16 +31,20 @@ class Group(Protocol):
     waiting  jobs that have not begun
     running  those that have
     spent    seconds of rounds, by which turns are taken
-    held     bytes of cache rows that have been needed at once
     """
 
     waiting: deque[Job]
     running: list[Job]
     spent: float
-    held: int
 
-    def num_bytes(self, job: Job) -> int:
-        """What the cache rows of a job take."""
+    def num_bytes(self, *jobs: Job, is_fitted: bool = False) -> int:
+        """What caches take, at most, once these jobs run beside those that do; with `is_fitted` after `fit`."""
+
+    def alone(self, job: Job) -> int:
+        """What they take where a job runs alone."""
+
+    def fit(self) -> None:
+        """Give back what caches have more than running jobs need."""
 
     def begin(self, job: Job) -> None:
         """Let a job run from the next round on. Raises ValueError where it cannot be run."""
@@ -80,18 +85,22 @@ class DecodeGroup:
         if first.call.options.draft == "merged":
             weighed = first.request.weighed(first.call.models.attribute_names)
             names = tuple(name for name in names if name in weighed)
-        self.capacity = capacity
+        self.part = part
         self.waiting, self.running = deque[Job](), list[Job]()
-        self.spent, self.held = 0.0, 0
+        self.spent = 0.0
         self.scheduler = Scheduler(
             models, shared_options(first.call.options), first.call.eos_token_ids, num_rows=num_rows, capacity=capacity,
             attributes=names, most=MOST_ATTRIBUTES, part=part, rounds_ahead=ROUNDS_AHEAD[models.device.type],
         )  # fmt: skip
 
-    def num_bytes(self, job: Job) -> int:
-        fixed = [role for role in self.scheduler.sampler.roles if isinstance(role, str)]
-        models = self.scheduler.models.with_contexts([job.call.contexts[0]])
-        return models.cache_bytes([*fixed, *job.request.weighed(models.attribute_names)], 1, self.capacity)
+    def num_bytes(self, *jobs: Job, is_fitted: bool = False) -> int:
+        return self._bytes_of([*self.running, *jobs], is_fitted)
+
+    def alone(self, job: Job) -> int:
+        return self._bytes_of([job], is_fitted=True)
+
+    def fit(self) -> None:
+        self.scheduler.session.fit()
 
     def begin(self, job: Job) -> None:
         request = replace(job.request, options=job.call.options)
@@ -122,6 +131,30 @@ class DecodeGroup:
     def close(self) -> None:
         self.scheduler.close()
 
+    def _bytes_of(self, jobs: Sequence[Job], is_fitted: bool) -> int:
+        rows, every = Counter[View](), list(map(self._rows_of, jobs))
+        for of_job in every:
+            rows.update(of_job)
+        if spare := self.scheduler.models.rows_to_run(len(jobs), self.scheduler.num_rows) - len(jobs):
+            rows.update({view: spare * max(of_job[view] for of_job in every) for view in rows})
+        longest = max((job.request.num_positions for job in jobs), default=0)
+        # a long prompt is read ahead in rows of its own
+        long = [job for job in jobs if job.request.num_positions - job.request.max_new_tokens > self.part]
+        ahead = max((_bytes_of(self._rows_of(job), job.request.num_positions) for job in long), default=0)
+        return self.scheduler.session.room.num_bytes(rows, longest, is_fitted) + ahead
+
+    def _rows_of(self, job: Job) -> Counter[View]:
+        """The cache rows that a job takes, by what runs them."""
+        if job.rows is None:
+            models = self.scheduler.models.with_contexts([job.call.contexts[0]])
+            names = job.request.weighed(models.attribute_names)
+            job.rows = self.scheduler.session.count_rows(names, models)
+        return job.rows
+
+
+def _bytes_of(rows: Counter[View], num_positions: int) -> int:
+    return sum(view[0].cache_bytes(count, num_positions) for view, count in rows.items())
+
 
 class ScoreGroup:
     """Prompts whose tokens are scored, some at a time. See `Group` for the interface."""
@@ -129,15 +162,21 @@ class ScoreGroup:
     def __init__(self, first: Job):
         self.model: Model = first.model
         self.waiting, self.running = deque[Job](), list[Job]()
-        self.spent, self.held = 0.0, 0
+        self.spent = 0.0
         self._scored: list[Job] = []  # by the pass that is under way
         self._pass: Iterator[Logprobs] | None = None
         self._parts: list[Logprobs] = []
 
-    def num_bytes(self, job: Job) -> int:
-        models = job.call.models
-        names = {"base", "anchor", *job.request.weighed(models.attribute_names)}
-        return models.cache_bytes(sorted(names), 1, job.request.num_positions)
+    def num_bytes(self, *jobs: Job, is_fitted: bool = False) -> int:
+        every = [*self.running, *jobs]
+        longest = max((job.request.num_positions for job in every), default=0)
+        return sum(sorted(self._bytes_of(job, longest) for job in every)[-SCORED_AT_ONCE:])
+
+    def alone(self, job: Job) -> int:
+        return self._bytes_of(job, job.request.num_positions)
+
+    def fit(self) -> None:
+        pass
 
     def begin(self, job: Job) -> None:
         self.running.append(job)
@@ -165,6 +204,11 @@ class ScoreGroup:
 
     def close(self) -> None:
         self._pass = None
+
+    def _bytes_of(self, job: Job, num_positions: int) -> int:
+        models = job.call.models
+        names = {"base", "anchor", *job.request.weighed(models.attribute_names)}
+        return models.cache_bytes(sorted(names), 1, num_positions)
 
     def _start(self, jobs: Sequence[Job]) -> Iterator[Logprobs]:
         """The pass over some prompts from their second token on."""

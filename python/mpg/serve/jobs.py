@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 from mpg.decode.request import Entry, Request
 from mpg.frontend.requests import Call
 from mpg.model import Model
+from mpg.models.pool import View
 from mpg.results import Result, Token
 
 # New tokens of one round; the result at the end; or why there is none
@@ -33,6 +35,7 @@ class Job:
     model     that the call was read by
     loop      of its handler, where `take` is called with every event
     entry     while it is decoded
+    rows      of caches that it takes, once that has been asked
     num_sent  tokens that its handler has got, and `num_seen` those that its entry has brought: fewer where it had to
               begin again, as it does with the same uniforms
     """
@@ -47,6 +50,7 @@ class Job:
     scores_prompt: bool = False
     added_at: float = field(default_factory=monotonic)
     entry: Entry | None = None
+    rows: Counter[View] | None = None
     num_sent: int = 0
     num_seen: int = 0
     is_over: bool = False
