@@ -40,7 +40,7 @@ def serve(
     max_memory: Annotated[
         float | None,
         typer.Option(
-            help="GiB that cache rows of running requests may take; twice as much while they grow. Default: a quarter."
+            help="GiB that cache rows of running requests may take, also while they grow. Default: a quarter of all."
         ),
     ] = None,
     prefill_tokens: Annotated[
