@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -36,8 +38,10 @@ QUESTIONS = [*DEMO_QUESTIONS, *(question.text for question in HELD_OUT_QUESTIONS
 WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
 SHORTEST = 20  # new tokens that a request has at least, where it does not end before
 REQUESTS = {"demo": (200, 400), "smollm2": (48, 80)}  # how many, and new tokens of the longest
-LONGEST_PROMPT, MAX_LENGTH = 64, 512
-GOAL_OF_BATCH, GOAL_OF_ONE_BY_ONE = 0.9, {"demo": 5.0, "smollm2": 3.0}
+LONGEST_PROMPT = 64
+LONG_PROMPT, AFTER_IT = 1000, 60  # tokens, where there are positions for both
+REPEATS = 5  # of a system prompt
+GOAL_OF_BATCH, GOAL_OF_ONE_BY_ONE, GOAL_OF_REUSE = 0.9, {"demo": 5.0, "smollm2": 3.0}, 5.0
 Row = dict[str, Any]
 
 
@@ -53,21 +57,50 @@ def make_requests(count: int, longest: int, sampler: str) -> list[Row]:
 
 
 @contextmanager
-def started(models: str, max_rows: int) -> Iterator[str]:
-    """A server process; its address."""
-    command = [sys.executable, "-m", "mpg", "serve", "--models", models, "--port", "0", "--max-rows", str(max_rows)]
-    command += ["--max-length", str(MAX_LENGTH)]
-    process = subprocess.Popen([*command, "--max-queue", "1000"], stderr=subprocess.PIPE, text=True)
+def started(models: str, *options: str) -> Iterator[tuple[str, int]]:
+    """A server process: its address and its number."""
+    command = [sys.executable, "-m", "mpg", "serve", "--models", models, "--port", "0", "--max-queue", "1000"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
         url = next(filter(None, (re.search(r"serving at (http://\S+)/v1", line) for line in process.stderr)))[1]
         threading.Thread(target=process.stderr.read, daemon=True).start()
         while httpx.get(f"{url}/health").json()["status"] == "loading":
             time.sleep(0.1)
-        yield url
+        yield url, process.pid
     finally:
         process.terminate()
         process.wait()
+
+
+def processor_seconds(pid: int) -> float:
+    """Of a process, all its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def most_memory(pid: int) -> float:
+    """GiB that a process has had at once."""
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**20
+
+
+async def stream(http: httpx.AsyncClient, url: str, body: Row) -> tuple[list[float], str, int]:
+    """Ask for one answer: seconds from before each of its events to it, its text, and its tokens."""
+    at, seconds, text, num_tokens = time.perf_counter(), list[float](), "", 0
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    async with http.stream("POST", f"{url}/v1/chat/completions", json={**body, **options}) as answer:
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk, now = json.loads(line.removeprefix("data: ")), time.perf_counter()
+            if chunk["choices"]:
+                text += chunk["choices"][0]["delta"].get("content", "")
+                seconds.append(now - at)
+                at = now
+            else:
+                num_tokens = chunk["usage"]["completion_tokens"]
+    return seconds, text, num_tokens
 
 
 async def load(url: str, bodies: Sequence[Row], num_clients: int) -> Row:
@@ -82,20 +115,10 @@ async def load(url: str, bodies: Sequence[Row], num_clients: int) -> Row:
         nonlocal num_tokens
         while waiting:
             body = waiting.pop()
-            begun_at = at = time.perf_counter()
-            options, text = {"stream": True, "stream_options": {"include_usage": True}}, ""
-            async with http.stream("POST", f"{url}/v1/chat/completions", json={**body, **options}) as answer:
-                async for line in answer.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    chunk, now = json.loads(line.removeprefix("data: ")), time.perf_counter()
-                    if chunk["choices"]:
-                        text += chunk["choices"][0]["delta"].get("content", "")
-                        (firsts if at == begun_at else gaps).append(now - at)
-                        at = now
-                    else:
-                        num_tokens += chunk["usage"]["completion_tokens"]
-            texts[body["seed"]] = text
+            (first, *others), texts[body["seed"]], count = await stream(http, url, body)
+            firsts.append(first)
+            gaps.extend(others)
+            num_tokens += count
 
     async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as http:
         begun_at = time.perf_counter()
@@ -108,8 +131,46 @@ async def load(url: str, bodies: Sequence[Row], num_clients: int) -> Row:
     }  # fmt: skip
 
 
-def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[float, dict[int, str]]:
-    """Tokens a second of the same requests without a server, so many at once; and the texts by seed."""
+async def read_long(url: str, model: Model) -> Row:
+    """Seconds to the first token behind a system prompt that is repeated, and the longest gap between two tokens of a
+    stream while a long prompt is read."""
+    positions = model.models.max_positions or LONG_PROMPT * 2
+    size = min(LONG_PROMPT, positions - LONGEST_PROMPT - AFTER_IT)
+    ask = {"model": "E=1", "sampler": "direct", "seed": 0}
+
+    def messages(first: str, size: int, question: str) -> list[Row]:
+        text, words = first, cycle(" ".join(QUESTIONS).split())
+        while len(model.tokenizer.encode(text)) < size:
+            text += f" {next(words)}"
+        return [{"role": "system", "content": text}, {"role": "user", "content": question}]
+
+    async with httpx.AsyncClient(timeout=None) as http:
+        repeated = [messages("Be brief.", size, question) for question in QUESTIONS[: REPEATS + 1]]
+        firsts = [(await stream(http, url, {**ask, "messages": one, "max_tokens": 2}))[0][0] for one in repeated]
+        short = [{"role": "user", "content": QUESTIONS[0]}]
+        running = asyncio.create_task(stream(http, url, {**ask, "messages": short, "max_tokens": AFTER_IT, "seed": 1}))
+        await asyncio.sleep(0.3)
+        await stream(http, url, {**ask, "messages": messages("Be kind.", size, QUESTIONS[1]), "max_tokens": 2})
+        gaps = (await running)[0][1:]
+    return {
+        "prompt": size, "first_of_all": firsts[0], "first_token": statistics.median(firsts[1:]),
+        "worst_gap": max(gaps), "median_gap": statistics.median(gaps),
+    }  # fmt: skip
+
+
+def measure_long(models: str, model: Model) -> Row:
+    """`read_long` with what the server does of itself, and without reuse and parts."""
+    found = {}
+    for name, options in [("served", ()), ("plain", ("--max-kept", "0", "--prefill-tokens", "100000"))]:
+        with started(models, *options) as (url, _):
+            asyncio.run(load(url, make_requests(4, SHORTEST, "direct"), 4))  # warm
+            found[name] = {key: round(value, 4) for key, value in asyncio.run(read_long(url, model)).items()}
+            print(models, name, found[name], flush=True)
+    return found
+
+
+def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[float, dict[int, str], float]:
+    """Tokens a second of the same requests without a server, so many at once; the texts by seed; processor time."""
     calls = [
         model.read(
             body["messages"],
@@ -121,11 +182,11 @@ def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[floa
         for body in bodies
     ]
     options = replace(calls[0].options, batch_size=batch_size, seed=None, max_new_tokens=None)
-    begun_at = time.perf_counter()
+    begun_at, worked = time.perf_counter(), time.process_time()
     results = decode(model.models, [call.requests[0] for call in calls], options, calls[0].eos_token_ids)
-    seconds = time.perf_counter() - begun_at
+    seconds, worked = time.perf_counter() - begun_at, time.process_time() - worked
     texts = {body["seed"]: result.text for body, result in zip(bodies, results, strict=True)}
-    return sum(len(result.tokens) for result in results) / seconds, texts
+    return sum(len(result.tokens) for result in results) / seconds, texts, worked
 
 
 def measure(models: str, clients: Sequence[int], sampler: str, of_all: int | None) -> Row:
@@ -136,21 +197,25 @@ def measure(models: str, clients: Sequence[int], sampler: str, of_all: int | Non
     generate(model, bodies[:4], 4)
     few = bodies[: max(count // 8, 4)]
     rows = []
-    with started(models, max(clients)) as url:
+    with started(models, "--max-rows", str(max(clients))) as (url, pid):
         asyncio.run(load(url, few, 4))  # warm
-        alone, _ = generate(model, few, 1)
+        alone, *_ = generate(model, few, 1)
         for num_clients in clients:
-            in_batch, wanted = generate(model, bodies, num_clients)
+            in_batch, wanted, worked = generate(model, bodies, num_clients)
+            before = processor_seconds(pid)
             row = asyncio.run(load(url, bodies, num_clients))
+            served = processor_seconds(pid) - before
             texts = row.pop("texts")
             row |= {
                 "equal_texts": sum(texts[seed] == text for seed, text in wanted.items()) / len(wanted),
                 "batch_tokens_per_second": in_batch, "one_by_one_tokens_per_second": alone,
                 "of_batch": row["tokens_per_second"] / in_batch, "of_one_by_one": row["tokens_per_second"] / alone,
+                "processor_seconds": served, "batch_processor_seconds": worked, "memory_gib": most_memory(pid),
             }  # fmt: skip
             rows.append({name: round(value, 4) for name, value in row.items()})
             print(models, rows[-1], flush=True)
-    return {"models": models, "requests": count, "longest": longest, "sampler": sampler, "rows": rows}
+    found = {"models": models, "requests": count, "longest": longest, "sampler": sampler, "rows": rows}
+    return {**found, "long_prompts": measure_long(models, model)}
 
 
 def judge(found: Sequence[Row]) -> list[Row]:
@@ -162,6 +227,9 @@ def judge(found: Sequence[Row]) -> list[Row]:
             if row["clients"] == 32:
                 goal = GOAL_OF_ONE_BY_ONE[of_set["models"]]
                 rows.append({"name": f"{name}: of one by one", "value": row["of_one_by_one"], "goal": goal})
+        served, plain = of_set["long_prompts"]["served"], of_set["long_prompts"]["plain"]
+        name = f"{of_set['models']}, {served['prompt']} tokens read again: first token without reuse, of with"
+        rows.append({"name": name, "value": plain["first_token"] / served["first_token"], "goal": GOAL_OF_REUSE})
     return [{**row, "pass": row["value"] >= row["goal"]} for row in rows]
 
 

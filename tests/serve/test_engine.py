@@ -267,6 +267,9 @@ def test_attributes_come_and_go_while_others_run(precise_model, tmp_path):
         assert running.result().json()["choices"][0]["text"] == text
         assert "mine" in [model["id"] for model in served.get("/v1/models").json()["data"]]
         assert served.post(TEXT, completion(CALM, model="mine")).json()["choices"][0]["text"] == before
+        [old], [new] = served.model.models._models, served.engine.model.models._models
+        weights = {id(parameter) for parameter in old.model.parameters()}
+        assert weights == {id(parameter) for parameter in new.model.parameters()}  # the base is there once
         for name, source, status in [
             ("mine", "mine", 409), ("base", "mine", 409), ("other", str(MODELS / "adapters" / "T"), 400),
             ("other", "../..", 400), ("other", "empty", 400), ("other", "a/b", 400), ("../x", "mine", 400),

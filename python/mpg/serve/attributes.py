@@ -64,6 +64,8 @@ class Attributes:
 
     def _load(self, recipe: Recipe) -> None:
         try:
-            self.engine.replace(self.load(recipe))
+            model = self.load(recipe)
         except ValueError as error:
             raise of_library(error, {"attributes": "source"}) from error
+        model.models.reuse_weights(self.engine.model.models)
+        self.engine.replace(model)
