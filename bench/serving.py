@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timezone
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ SHORTEST = 20  # new tokens that a request has at least, where it does not end b
 REQUESTS = {"demo": (200, 400), "smollm2": (48, 80)}  # how many, and new tokens of the longest
 LONGEST_PROMPT = 64
 LONG_PROMPT, AFTER_IT = 1000, 60  # tokens, where there are positions for both
-REPEATS = 5  # of a system prompt
+REPEATS = 3  # of a system prompt
 GOAL_OF_BATCH, GOAL_OF_ONE_BY_ONE, GOAL_OF_REUSE = 0.9, {"demo": 5.0, "smollm2": 3.0}, 5.0
 Row = dict[str, Any]
 
@@ -166,7 +167,7 @@ def measure_long(models: str, model: Model) -> Row:
             asyncio.run(load(url, make_requests(4, SHORTEST, "direct"), 4))  # warm
             found[name] = {key: round(value, 4) for key, value in asyncio.run(read_long(url, model)).items()}
             print(models, name, found[name], flush=True)
-    return found
+    return {"long_prompts": found}
 
 
 def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[float, dict[int, str], float]:
@@ -189,8 +190,8 @@ def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[floa
     return sum(len(result.tokens) for result in results) / seconds, texts, worked
 
 
-def measure(models: str, clients: Sequence[int], sampler: str, of_all: int | None) -> Row:
-    model, (count, longest) = arguments.load(models), REQUESTS[models]
+def measure(models: str, model: Model, clients: Sequence[int], sampler: str, of_all: int | None) -> Row:
+    count, longest = REQUESTS[models]
     count = of_all or count
     longest = min(longest, (model.models.max_positions or longest) - LONGEST_PROMPT)
     bodies = make_requests(count, longest, sampler)
@@ -214,19 +215,20 @@ def measure(models: str, clients: Sequence[int], sampler: str, of_all: int | Non
             }  # fmt: skip
             rows.append({name: round(value, 4) for name, value in row.items()})
             print(models, rows[-1], flush=True)
-    found = {"models": models, "requests": count, "longest": longest, "sampler": sampler, "rows": rows}
-    return {**found, "long_prompts": measure_long(models, model)}
+    return {"requests": count, "longest": longest, "sampler": sampler, "rows": rows}
 
 
 def judge(found: Sequence[Row]) -> list[Row]:
     rows = []
     for of_set in found:
-        for row in of_set["rows"]:
+        for row in of_set.get("rows", ()):
             name = f"{of_set['models']}, {row['clients']} clients"
             rows.append({"name": f"{name}: of one batch", "value": row["of_batch"], "goal": GOAL_OF_BATCH})
             if row["clients"] == 32:
                 goal = GOAL_OF_ONE_BY_ONE[of_set["models"]]
                 rows.append({"name": f"{name}: of one by one", "value": row["of_one_by_one"], "goal": goal})
+        if "long_prompts" not in of_set:
+            continue
         served, plain = of_set["long_prompts"]["served"], of_set["long_prompts"]["plain"]
         name = f"{of_set['models']}, {served['prompt']} tokens read again: first token without reuse, of with"
         rows.append({"name": name, "value": plain["first_token"] / served["first_token"], "goal": GOAL_OF_REUSE})
@@ -239,6 +241,9 @@ def plot(found: Sequence[Row], path: Any) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    found = [of_set for of_set in found if "rows" in of_set]
+    if not found:
+        return
     figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 3.6), squeeze=False)
     for axis, of_set in zip(axes[0], found, strict=True):
         clients = [row["clients"] for row in of_set["rows"]]
@@ -258,20 +263,31 @@ def plot(found: Sequence[Row], path: Any) -> None:
 def main(
     models: Annotated[list[str] | None, typer.Option()] = None,
     count: Annotated[int | None, typer.Option(help="Requests. Default: each set's own number.")] = None,
-    clients: str = "1,8,32,64",
+    clients: Annotated[str, typer.Option(help="At once; '' for long prompts alone.")] = "1,8,32,64",
+    long: Annotated[bool, typer.Option(help="Measure long prompts.")] = True,
     sampler: str = "direct",
     save: bool = True,
 ) -> None:
-    """Load a server with requests of mixed weights and lengths."""
-    at_once = [int(number) for number in clients.split(",")]
-    found = [measure(name, at_once, sampler, count) for name in models or REQUESTS]
-    report = {
-        "hardware": describe_hardware("cpu", torch.get_num_threads()), "load_average": os.getloadavg()[0],
-        "rows": judge(found), "sets": found,
-    }  # fmt: skip
-    if save:
-        (RESULTS / "serving-cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-        plot(found, RESULTS / "serving-cpu.png")
+    """Load a server with requests of mixed weights and lengths, and with long prompts. What is not measured keeps its
+    latest figures, each with the time and the load of the machine that it had."""
+    at_once, path = [int(number) for number in clients.split(",") if number], RESULTS / "serving-cpu.json"
+    sets = {of_set["models"]: of_set for of_set in json.loads(path.read_text())["sets"]} if path.exists() else {}
+    report: Row = {}
+    for name in models or REQUESTS:
+        model, of_set = arguments.load(name), sets.setdefault(name, {"models": name})
+        parts = [lambda: measure_long(name, model)] if long else []  # noqa: B023
+        parts += [lambda: measure(name, model, at_once, sampler, count)] if at_once else []  # noqa: B023
+        for part in parts:
+            found = part()
+            when = datetime.now(timezone.utc).isoformat(timespec="minutes")
+            of_set |= found
+            of_set[f"machine_of_{'rows' if 'rows' in found else 'long_prompts'}"] = {
+                **describe_hardware("cpu", torch.get_num_threads()), "load_average": os.getloadavg()[0], "time": when,
+            }  # fmt: skip
+            report = {"rows": judge(list(sets.values())), "sets": list(sets.values())}
+            if save:
+                path.write_text(json.dumps(report, indent=1) + "\n")
+                plot(report["sets"], path.with_suffix(".png"))
     print(json.dumps(report))
 
 

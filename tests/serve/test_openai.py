@@ -81,7 +81,7 @@ def test_choices_and_usage_streamed_and_not(served, client):
     results = served.model.generate(
         MESSAGES, weights={"E": 1}, seed=5, max_new_tokens=9, num_return_sequences=3, stop_strings=["e ", "zzz"]
     )
-    fields = {"model": "E", "messages": MESSAGES, "seed": 5, "n": 3, "stop": ["e ", "zzz"]}
+    fields = {"model": "E", "messages": MESSAGES, "seed": 5, "n": 3, "stop": ["e ", "zzz"], "logprobs": True}
     answer = client.chat.completions.create(max_completion_tokens=9, **fields)
     texts = [choice.message.content for choice in answer.choices]
     assert texts == [result.text.split("e ")[0] for result in results]
@@ -96,11 +96,15 @@ def test_choices_and_usage_streamed_and_not(served, client):
         client.chat.completions.create(max_tokens=9, stream=True, stream_options={"include_usage": True}, **fields)
     )
     assert chunks[-1].usage == answer.usage and chunks[-1].choices == []
+    assert all(chunk.usage is None and "usage" in chunk.model_fields_set for chunk in chunks[:-1])
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
     for index, text in enumerate(texts):
         own = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].index == index]
         assert "".join(choice.delta.content or "" for choice in own) == text
         assert [choice.finish_reason for choice in own[:-1]] == [None] * (len(own) - 1)
-        assert own[0].delta.role == "assistant"
+        assert [choice.delta.role for choice in own] == ["assistant", *[None] * (len(own) - 1)]
+        told = [token for choice in own if choice.logprobs for token in choice.logprobs.content]
+        assert told == answer.choices[index].logprobs.content
         # one event a round, and one for the end
         assert len(own) <= results[index].stats["rounds"] + 1
 
@@ -129,6 +133,24 @@ def test_logprobs_and_traces_are_told_token_by_token(served, client, stream):
         assert token.top_logprobs[0].token == token.token  # the likeliest, as the temperature is 0
         assert token.top_logprobs[0].logprob == pytest.approx(token.logprob)
         assert sum(2.718281828**top.logprob for top in token.top_logprobs) <= 1 + 1e-6
+
+
+def test_streamed_completions_tell_the_same_log_probabilities_as_whole_ones(client):
+    fields = {
+        "model": "E=1",
+        "prompt": ["Once upon a", "The weather"],
+        "seed": 4,
+        "n": 2,
+        "max_tokens": 7,
+        "logprobs": 2,
+    }
+    answer = client.completions.create(**fields)
+    told = {index: {} for index in range(4)}
+    for chunk in client.completions.create(stream=True, **fields):
+        [choice] = chunk.choices
+        for name, values in choice.logprobs.model_dump().items() if choice.logprobs else ():
+            told[choice.index].setdefault(name, []).extend(values)
+    assert told == {choice.index: choice.logprobs.model_dump() for choice in answer.choices}
 
 
 def test_completions_take_text_token_ids_and_lists_of_them(served, client):

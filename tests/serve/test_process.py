@@ -15,9 +15,11 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mpg.app.cli.command import app
+from mpg.serve import server
 
 TEXT = "/v1/completions"
 BODY = {"model": "E", "prompt": [5, 6, 7], "max_tokens": 60, "seed": 3, "sampler": "direct", "n": 16}
@@ -89,6 +91,20 @@ def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
         statuses = [answer.result().status_code for answer in answers]
         assert set(statuses) <= {200, 503} and 503 in statuses  # what outlasts the grace is told so
         assert process.wait(60) == 0
+
+
+def test_models_that_are_loaded_anew_are_loaded_as_the_first_ones(monkeypatch):
+    loads = []
+    monkeypatch.setattr(server, "make_app", lambda limits, load: loads.append(load))
+    monkeypatch.setattr(server, "serve", lambda *arguments: None)
+    options = ["--merge-adapters", "--allow-other-base", "--dtype", "float64", "--device", "cpu"]
+    assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
+    model = loads[0](None)
+    again = loads[0](model.recipe)
+    for loaded in (model, again):
+        assert loaded.recipe.merge_adapters and loaded.recipe.allow_other_base
+        assert loaded.models.dtype == torch.float64
+    assert loaded.models.attribute_names == model.models.attribute_names
 
 
 @pytest.mark.parametrize(
