@@ -38,7 +38,7 @@ from report import RESULTS
 QUESTIONS = [*DEMO_QUESTIONS, *(question.text for question in HELD_OUT_QUESTIONS)]
 WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
 SHORTEST = 20  # new tokens that a request has at least, where it does not end before
-REQUESTS = {"demo": (200, 400), "smollm2": (48, 80)}  # how many, and new tokens of the longest
+REQUESTS = {"demo": (200, 400), "smollm2": (16, 32)}  # how many, and new tokens of the longest
 LONGEST_PROMPT = 64
 LONG_PROMPT, AFTER_IT = 1000, 60  # tokens, where there are positions for both
 REPEATS = 3  # of a system prompt
@@ -271,10 +271,13 @@ def main(
     """Load a server with requests of mixed weights and lengths, and with long prompts. What is not measured keeps its
     latest figures, each with the time and the load of the machine that it had."""
     at_once, path = [int(number) for number in clients.split(",") if number], RESULTS / "serving-cpu.json"
-    sets = {of_set["models"]: of_set for of_set in json.loads(path.read_text())["sets"]} if path.exists() else {}
+
+    def latest() -> dict[str, Row]:
+        return {of_set["models"]: of_set for of_set in json.loads(path.read_text())["sets"]} if path.exists() else {}
+
     report: Row = {}
     for name in models or REQUESTS:
-        model, of_set = arguments.load(name), sets.setdefault(name, {"models": name})
+        model, of_set = arguments.load(name), latest().get(name, {"models": name})
         parts = [lambda: measure_long(name, model)] if long else []  # noqa: B023
         parts += [lambda: measure(name, model, at_once, sampler, count)] if at_once else []  # noqa: B023
         for part in parts:
@@ -284,6 +287,7 @@ def main(
             of_set[f"machine_of_{'rows' if 'rows' in found else 'long_prompts'}"] = {
                 **describe_hardware("cpu", torch.get_num_threads()), "load_average": os.getloadavg()[0], "time": when,
             }  # fmt: skip
+            sets = latest() | {name: of_set}
             report = {"rows": judge(list(sets.values())), "sets": list(sets.values())}
             if save:
                 path.write_text(json.dumps(report, indent=1) + "\n")
