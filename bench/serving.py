@@ -254,6 +254,7 @@ def plot(found: Sequence[Row], path: Any) -> None:
         ]:
             axis.plot(clients, [row[name] for row in of_set["rows"]], marker="o", label=label)
         axis.set(title=of_set["models"], xlabel="clients at once", ylabel="tokens/s", xscale="log", ylim=(0, None))
+        axis.minorticks_off()
         axis.set_xticks(clients, clients)
         axis.legend()
     figure.tight_layout()
