@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
+import tracemalloc
 
 import httpx
 import openai
 import pytest
 
+from mpg.serve.errors import ApiError
+from mpg.serve.protocol import ChatRequest, CompletionRequest, parse
 from mpg.serve.server import check_host
 from mpg.serve.settings import Settings
 from serving import serving
@@ -32,10 +36,13 @@ MALFORMED = [
     (CHAT, {"model": "E=x"}, 400, "weights"),
     (CHAT, {"model": "E=1,Q=1"}, 400, "weights"),
     (CHAT, {"model": "E", "weights": {"T": 1}}, 400, "weights"),
+    (CHAT, {"model": "gpt-4", "weights": {"T": 1}}, 404, "model"),
     (CHAT, {"weights": {"Q": 1}}, 400, "weights"),
     (CHAT, {"weights": {"E": "much"}}, 400, "weights"),
     (CHAT, {"weights": {"E": 1e9}}, 400, "weights"),
     (CHAT, {"weights": {"E": 0}}, 400, "weights"),
+    (CHAT, {"weights": {f"E{index}": 1 for index in range(65)}}, 400, "weights"),
+    (CHAT, {"contexts": {f"a{index}": "Be calm." for index in range(65)}}, 400, "contexts"),
     (CHAT, {"weights": {"E": -1}, "target": "arithmetic"}, 400, "weights"),
     (CHAT, {"target": "harmonic"}, 400, "target"),
     (CHAT, {"sampler": "beam"}, 400, "sampler"),
@@ -51,6 +58,7 @@ MALFORMED = [
     (CHAT, {"top_k": -2}, 400, "top_k"),
     (CHAT, {"min_p": 2}, 400, "min_p"),
     (CHAT, {"repetition_penalty": -1}, 400, "repetition_penalty"),
+    *((CHAT, {name: math.inf}, 400, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
     (CHAT, {"repetition_penalty": 1.2, "sampler": "scr"}, 400, "repetition_penalty"),
     (CHAT, {"n": 0}, 400, "n"),
     (CHAT, {"n": 99}, 400, "n"),
@@ -64,6 +72,7 @@ MALFORMED = [
     (CHAT, {"stop": ["x"] * 17}, 400, "stop"),
     (CHAT, {"stop": ["x" * 1000]}, 400, "stop"),
     (CHAT, {"stop": [""]}, 400, "stop"),
+    (CHAT, {"stop": ["\ud800"]}, 400, "stop"),
     (CHAT, {"top_logprobs": 2}, 400, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     (CHAT, {"logprobs": True, "sampler": "scr"}, 400, "logprobs"),
@@ -109,11 +118,59 @@ def test_a_malformed_request_is_refused_by_name(served, path, wrong, status, par
     assert answer.headers["x-request-id"]
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"", b"\xff", b"[" * 100_000, b'{"temperature": NaN}'])
-def test_a_body_that_is_no_object_is_refused(served, body):
-    answer = httpx.post(f"{served.url}{CHAT}", content=body, headers={"content-type": "application/json"}, timeout=60)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"]
+JSON = "application/json"
+NESTED = [f'{{"weights": {"[" * depth}{"]" * depth}}}'.encode() for depth in (10, 900, 950, 980, 100_000)]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        *((body, JSON, 400) for body in (b"{", b"[]", b'"x"', b"5", b"", b"\xff", b'{"seed": ' + b"9" * 5000, *NESTED)),
+        *((b"{}", kind, 415) for kind in ("text/plain", "", "application/x-www-form-urlencoded")),
+    ],
+)
+def test_a_body_that_is_no_object_is_refused(served, body, kind, status):
+    answer = httpx.post(f"{served.url}{CHAT}", content=body, headers={"content-type": kind}, timeout=60)
+    assert answer.status_code == status
+    assert 10 < len(answer.json()["error"]["message"]) < 300
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (ChatRequest, "messages", [{}] * MANY),
+        (ChatRequest, "messages", [{f"x{index}": 0 for index in range(MANY)}]),
+        (ChatRequest, "stop", [5] * MANY),
+        (ChatRequest, "contexts", {"a": {"prompt": [""] * MANY}}),
+        (ChatRequest, "weights", {f"x{index}": "" for index in range(MANY)}),
+        (CompletionRequest, "prompt", [1.5] * MANY),
+        (CompletionRequest, "prompt", [[1.5]] * MANY),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_of_many_mistakes_one_is_told_and_no_memory_goes_into_others(kind, name, value):
+    whole = {"model": "E"} | ({"messages": USER} if kind is ChatRequest else {})
+    body = json.dumps({**whole, name: value}).encode()
+    tracemalloc.start()
+    with pytest.raises(ApiError) as refused:
+        parse(kind, JSON, body)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused.value.param == name and len(refused.value.message) < 200
+    assert most < 500 * MANY  # an error of each takes thousands
+
+
+def test_messages_of_earlier_answers_are_taken_as_the_client_has_them(client):
+    """The message itself, and what it dumps."""
+    first = client.chat.completions.create(model="E", messages=USER, max_tokens=3, seed=1).choices[0].message
+    texts = [
+        client.chat.completions.create(model="E", messages=[*USER, earlier, *USER], max_tokens=3, seed=1).choices[0]
+        for earlier in (first, first.model_dump(), {"role": "assistant", "content": first.content})
+    ]
+    assert texts[0].message == texts[1].message == texts[2].message
 
 
 def test_what_asks_for_nothing_is_taken(served, client):
@@ -125,9 +182,16 @@ def test_what_asks_for_nothing_is_taken(served, client):
 
 
 def test_other_paths_and_methods_have_the_shape_of_errors_too(served, client):
-    for answer in (served.get("/v1/embeddings"), served.get(CHAT), served.post("/nowhere", {})):
-        assert answer.status_code in (404, 405)
+    answers = [served.get(path) for path in ("/v1/embeddings", CHAT, f"{CHAT}/")] + [served.post("/nowhere", {})]
+    assert [answer.status_code for answer in answers] == [404, 405, 404, 404]
+    for answer in answers:
         assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert answer.request.url.path in answer.json()["error"]["message"]
+    assert answers[1].headers["allow"] == "POST"
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        assert httpx.head(f"{served.url}{path}").status_code == 200
+    answer = served.post(TEXT, {"model": "E", "prompt": [""] * 10_000})
+    assert answer.status_code == 400 and len(answer.content) < 1500  # it does not say all again
     with pytest.raises(openai.NotFoundError, match="expected demo, base, E"):
         client.chat.completions.create(model="gpt-4", messages=USER)
     with pytest.raises(openai.BadRequestError, match="tools") as refused:

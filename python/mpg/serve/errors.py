@@ -8,6 +8,7 @@ from typing import Any
 
 from mpg.serve.jobs import Refused, TooLarge
 
+LONGEST = 1000  # characters of a message, which may quote what was sent
 RETRY_AFTER = 1  # seconds that a client is asked to wait
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # What the library calls otherwise than the API
@@ -32,7 +33,8 @@ class ApiError(Exception):
 
     def body(self, request_id: str) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message = self.message if self.status < 500 else f"{self.message} (request {request_id})"
+        message = self.message if len(self.message) <= LONGEST else f"{self.message[:LONGEST]} ..."
+        message += f" (request {request_id})" if self.status >= 500 else ""
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 

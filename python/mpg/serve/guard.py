@@ -70,7 +70,7 @@ class Guard:
         if path in OPEN_PATHS:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip() if scheme.lower() == "bearer" else ""
+        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         if path.startswith(ADMIN_PATHS):
             if self.settings.admin_key is None:
                 raise ApiError(403, "this server was started without --admin-key, nothing can be changed")
@@ -80,7 +80,7 @@ class Guard:
 
     async def _read(self, headers: dict[str, str], receive: Any) -> bytes:
         """The whole body. Raises ApiError where it is too long, or too slow in coming."""
-        most, body = self.settings.max_body, b""
+        most, body = self.settings.max_body, bytearray()
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > most:
             raise ApiError(413, f"expected a body of at most {most} bytes, got {length}", code="body_too_large")
@@ -92,14 +92,14 @@ class Guard:
                     if len(body) > most:
                         raise ApiError(413, f"expected a body of at most {most} bytes, got more", code="body_too_large")
                     if message["type"] == "http.disconnect" or not message.get("more_body"):
-                        return body
+                        return bytes(body)
         except TimeoutError:
             raise ApiError(408, f"expected the body within {BODY_SECONDS} s") from None
 
 
-def _check(given: str, keys: Sequence[str]) -> None:
+def _check(given: bytes, keys: Sequence[str]) -> None:
     """Compare in a time that tells nothing of the keys. Raises ApiError."""
-    found = [secrets.compare_digest(given.encode(), key.encode()) for key in keys]
+    found = [secrets.compare_digest(given, key.encode()) for key in keys]
     if not any(found):
         raise ApiError(401, "expected 'Authorization: Bearer KEY' with a key of this server", code="invalid_api_key")
 
