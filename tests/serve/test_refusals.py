@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from mpg.serve.errors import ApiError
+from mpg.serve.logs import JsonLines
 from mpg.serve.protocol import ChatRequest, CompletionRequest, parse
 from mpg.serve.server import check_host
 from mpg.serve.settings import Settings
@@ -202,18 +203,18 @@ def test_other_paths_and_methods_have_the_shape_of_errors_too(served, client):
 def test_keys_sizes_and_logs(precise_model, caplog):
     caplog.set_level("INFO", logger="mpg.serve")
     body = {"model": "E", "messages": USER, "max_tokens": 2}
-    with serving(precise_model, api_keys=("one", "two"), admin_key="three", max_body=500) as served:
+    with serving(precise_model, api_keys=("one", "zwö"), admin_key="three", max_body=500) as served:
         assert served.get("/health").json()["status"] == "ready"
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "one"}, {"authorization": "Bearer é"}):
-            encoded = {name: value.encode("latin-1") for name, value in headers.items()}
-            answer = httpx.post(f"{served.url}{CHAT}", json=body, headers=encoded)
+        for given in (None, "Bearer wrong", "one", "Bearer é".encode("latin-1"), "Bearer", "Bearer one two"):
+            answer = httpx.post(f"{served.url}{CHAT}", json=body, headers={"authorization": given} if given else {})
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
         assert served.get("/metrics").status_code == 401
-        for key in ("one", "two"):
-            answer = served.post(CHAT, body, authorization=f"Bearer {key}", **{"x-request-id": f"mine-{key}"})
+        for key, request_id in (("one", "mine-1"), ("zwö", "mine-2")):
+            headers = {"authorization": f"Bearer {key}".encode(), "x-request-id": request_id}
+            answer = httpx.post(f"{served.url}{CHAT}", json=body, headers=headers)
             assert answer.status_code == 200
-            assert answer.headers["x-request-id"] == f"mine-{key}"
+            assert answer.headers["x-request-id"] == request_id
             assert "access-control-allow-origin" not in answer.headers
         assert served.post("/v1/attributes", {}, authorization="Bearer one").status_code == 401
         long = {**body, "messages": [{"role": "user", "content": "secret " * 200}]}
@@ -223,13 +224,14 @@ def test_keys_sizes_and_logs(precise_model, caplog):
             head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer one\r\ntransfer-encoding: chunked\r\n\r\n"
             raw.sendall(head.encode() + b"400\r\n" + b"x" * 1024 + b"\r\n")
             assert b" 413 " in raw.recv(1000).split(b"\r\n")[0]
-    lines = [json.loads(record.message) for record in caplog.records if record.message.startswith("{")]
-    assert {line["id"] for line in lines} >= {"mine-one", "mine-two"}
-    assert "Hello" not in caplog.text and "Bearer" not in caplog.text
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
+    assert {line["id"] for line in lines} >= {"mine-1", "mine-2"}
+    assert not any(word in json.dumps(lines) for word in ("Hello", "secret", "Bearer"))
+    assert {line["level"] for line in lines} == {"INFO"} and all(line["seconds"] >= 0 for line in lines)
     caplog.clear()
     with serving(precise_model, log_prompts=True) as served:
         served.post(CHAT, body)
-    assert "Hello" in caplog.text
+    assert "Hello" in JsonLines().format(caplog.records[-1])
 
 
 def test_beyond_loopback_a_key_is_needed():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
@@ -15,7 +14,7 @@ import anyio
 from mpg.serve.errors import ApiError
 from mpg.serve.metrics import Metrics
 from mpg.serve.settings import Settings
-from mpg.serve.streams import as_json
+from mpg.serve.streams import CLIENT_CLOSED, as_json
 
 OPEN_PATHS = ("/", "/health")  # "/" is a page that knows nothing
 ADMIN_PATHS = "/v1/attributes"
@@ -64,7 +63,7 @@ class Guard:
             line["seconds"] = round(seconds, 4)
             if "body" in scope["state"]:
                 line["body"] = scope["state"]["body"]
-            logger.info("%s", json.dumps(line))
+            logger.info("request", extra={"fields": line})
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
         if path in OPEN_PATHS:
@@ -91,7 +90,9 @@ class Guard:
                     body += message.get("body", b"")
                     if len(body) > most:
                         raise ApiError(413, f"expected a body of at most {most} bytes, got more", code="body_too_large")
-                    if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(CLIENT_CLOSED, "the client went before its request had come")
+                    if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError:
             raise ApiError(408, f"expected the body within {BODY_SECONDS} s") from None

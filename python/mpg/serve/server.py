@@ -31,9 +31,8 @@ from mpg.serve.guard import Guard
 from mpg.serve.metrics import Metrics
 from mpg.serve.protocol import AttributeRequest, ChatRequest, CompletionRequest, Kind, parse
 from mpg.serve.settings import Settings
-from mpg.serve.streams import ClientGone, as_json
+from mpg.serve.streams import CLIENT_CLOSED, ClientGone, as_json
 
-CLIENT_CLOSED = 499
 END_SECONDS = 5  # beyond the grace, for answers that are cut off to be told so
 
 

@@ -24,7 +24,7 @@ class Settings:
     max_seconds       that a request may take, its wait among them
     grace             seconds that running requests are left when the server is told to end
     max_body          bytes of a request
-    log_prompts       whether the log has prompts and answers
+    log_prompts       whether the log has what requests say
     """
 
     name: str = "mpg"
