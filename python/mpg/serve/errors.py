@@ -41,8 +41,10 @@ class ApiError(Exception):
 def of_library(error: ValueError, names: Mapping[str, str] | None = None) -> ApiError:
     """What the library refuses, by the field of the API. names: other fields than `FIELDS` has, by arguments"""
     message, renamed = str(error), {**FIELDS, **(names or {})}
-    found = re.match(r"[a-z_]+", message)
-    argument = found.group() if found and message[found.end() : found.end() + 1] in (":", "[", ",") else None
+    found = re.match(
+        r"([a-z_]+)(?=[:\[,]| ')", message
+    )  # as in "draft: ...", "contexts['a']: ...", "draft 'merged': ..."
+    argument = found.group() if found else None
     param = renamed.get(argument, argument) if argument else None
     if argument and param != argument:
         message = f"{param}{message[len(argument) :]}"

@@ -11,7 +11,6 @@ from reprlib import repr as short
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from mpg.serve.errors import ApiError
 
@@ -26,6 +25,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 # Fields that say who asks, which no text depends on
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 MAX_SEED = 2**63 - 1
+UNKNOWN = "value_error"  # pydantic's name for an error of a validator, of which `_Unknown` is the only one
 MAX_NAMES = 64  # of weights, and of contexts
 BRANCH = re.compile(r"str|int|Context|(list|dict)\[.*\]")  # what pydantic calls one of several ways to read a field
 
@@ -50,10 +50,18 @@ class _Strict(BaseModel):
         return _known(given, cls)
 
 
+class _Unknown(ValueError):
+    """A field that there is not."""
+
+    def __init__(self, name: str, value: Any):
+        super().__init__("there is no such field")
+        self.name, self.value = name, value
+
+
 def _known(given: Any, kind: type[BaseModel]) -> Any:
     for name in given if isinstance(given, dict) else ():
         if name not in kind.model_fields:
-            raise PydanticCustomError("unknown", "there is no such field", {"name": name, "value": given[name]})
+            raise _Unknown(name, given[name])
     return given
 
 
@@ -173,14 +181,14 @@ def _of_first(errors: list[Any]) -> ApiError:
     """What is wrong with the first field of which something is. Of several ways to read it, those that came furthest
     say what was wanted."""
     of_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
-    depths = [len(error["loc"]) + (error["type"] == "unknown") for error in of_field]
+    depths = [len(error["loc"]) + (error["type"] == UNKNOWN) for error in of_field]
     furthest = [error for error, depth in zip(of_field, depths, strict=True) if depth == max(depths)]
     first = furthest[0]
     place = [str(part) for part in first["loc"] if not BRANCH.fullmatch(str(part))]
-    if first["type"] == "unknown":
-        name = first["ctx"]["name"]
-        place, got, code = [*place, name], first["ctx"]["value"], "unknown_parameter"
-        message = "there is no such field"
+    if first["type"] == UNKNOWN:
+        unknown = first["ctx"]["error"]
+        message, got, code = str(unknown), unknown.value, "unknown_parameter"
+        place.append(unknown.name)
     elif first["type"] == "missing":
         return ApiError(400, f"{'.'.join(place)}: expected it, got none", place[0])
     else:
