@@ -26,6 +26,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 MAX_SEED = 2**63 - 1
 UNKNOWN = "value_error"  # pydantic's name for an error of a validator, of which `_Unknown` is the only one
+MAX_MESSAGES = 4096  # and parts of one: checking them holds up others
 MAX_NAMES = 64  # of weights, and of contexts
 BRANCH = re.compile(r"str|int|Context|(list|dict)\[.*\]")  # what pydantic calls one of several ways to read a field
 
@@ -72,7 +73,7 @@ class Part(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | List[Part]
+    content: str | Annotated[List[Part], Field(max_length=MAX_MESSAGES)]
     # what OpenAI's client sends of an earlier answer, and mpg has no use for
     name: None = None
     refusal: None = None
@@ -90,7 +91,7 @@ class StreamOptions(_Strict):
 class Context(_Strict):
     system: str | None = None
     prefix: str | None = None
-    prompt: str | List[int] | List[Message] | None = None
+    prompt: str | List[int] | Annotated[List[Message], Field(max_length=MAX_MESSAGES)] | None = None
     source: str | None = None
 
 
@@ -141,7 +142,7 @@ class Asked(_Strict):
 
 
 class ChatRequest(Asked):
-    messages: List[Message] = Field(min_length=1)
+    messages: List[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -192,7 +193,15 @@ def _of_first(errors: list[Any]) -> ApiError:
     elif first["type"] == "missing":
         return ApiError(400, f"{'.'.join(place)}: expected it, got none", place[0])
     else:
-        wanted = ["an object" if error["type"] == "model_type" else error["msg"] for error in furthest]
-        message = " or ".join(dict.fromkeys(wanted)).replace("Input should be ", "")
-        message, got, code = f"expected {message}", first["input"], None
+        wanted = [_wanted(error) for error in furthest]
+        message, got, code = f"expected {' or '.join(dict.fromkeys(wanted))}", first["input"], None
     return ApiError(400, f"{'.'.join(place) or 'body'}: {message}, got {short(got)}", place[0] if place else None, code)
+
+
+def _wanted(error: Any) -> str:
+    if error["type"] == "model_type":
+        return "an object"
+    if error["type"] in ("too_short", "too_long"):
+        most, least = error["ctx"].get("max_length"), error["ctx"].get("min_length")
+        return f"at most {most} items" if most else f"at least {least}"
+    return str(error["msg"]).removeprefix("Input should be ")
