@@ -14,7 +14,7 @@ import pytest
 from mpg.serve.errors import ApiError
 from mpg.serve.logs import JsonLines
 from mpg.serve.protocol import ChatRequest, CompletionRequest, parse
-from mpg.serve.server import check_host
+from mpg.serve.server import address, check_host
 from mpg.serve.settings import Settings
 from serving import serving
 
@@ -46,6 +46,7 @@ MALFORMED = [
     (CHAT, {"contexts": {f"a{index}": "Be calm." for index in range(65)}}, 400, "contexts"),
     (CHAT, {"weights": {"E": -1}, "target": "arithmetic"}, 400, "weights"),
     (CHAT, {"target": "harmonic"}, 400, "target"),
+    (CHAT, {"model": "base", "target": "geometric"}, 400, "target"),
     (CHAT, {"sampler": "beam"}, 400, "sampler"),
     (CHAT, {"sampler": "auto"}, 400, "sampler"),
     (CHAT, {"draft": "a friend"}, 400, "draft"),
@@ -248,6 +249,7 @@ def test_beyond_loopback_a_key_is_needed():
             check_host(host, has_key=False, allow_open=False)
         check_host(host, has_key=True, allow_open=False)
         check_host(host, has_key=False, allow_open=True)
-    for wrong in ({"max_rows": 0}, {"max_memory": -1}, {"grace": -1}, {"api_keys": ("",)}):
+    assert address("::1", 80) == "http://[::1]:80" and address("127.0.0.1", 80) == "http://127.0.0.1:80"
+    for wrong in ({"max_rows": 0}, {"max_memory": -1}, {"grace": -1}, {"max_kept": -1}, {"api_keys": ("",)}):
         with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("s")):
             Settings(**wrong)

@@ -55,6 +55,8 @@ def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:
         wanted = f"none beside model {asked.model!r}, which says them; model {name!r} takes them"
         raise ApiError(400, f"weights: expected {wanted}", "weights")
     if asked.model == BASE:
+        if asked.target not in (None, "base"):
+            raise ApiError(400, f"target: expected none beside model {BASE!r}, got {asked.target!r}", "target")
         return None, "base"
     if asked.model not in model.models.attribute_names:
         return asked.model, asked.target

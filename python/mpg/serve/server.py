@@ -159,6 +159,10 @@ def check_host(host: str, has_key: bool, allow_open: bool) -> None:
         )
 
 
+def address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class _Server(uvicorn.Server):
     """Tells the engine when the process is to end, and cuts off after the grace what has not ended by itself."""
 
@@ -170,7 +174,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if not self.should_exit:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self.on_ready(f"http://{host}:{port}")
+            self.on_ready(address(host, port))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         engine: Engine = self.app.state.engine
