@@ -20,7 +20,7 @@ def precise_model():
 
 @pytest.fixture(scope="module")
 def served(precise_model):
-    with serving(precise_model, max_rows=8) as served:
+    with serving(precise_model, max_rows=8, prefill_tokens=32) as served:
         yield served
 
 

@@ -1,4 +1,4 @@
-"""What the README shows of the server does what it says."""
+"""What the README and docs/serving.md show of the server does what it says."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+from mpg.demo import MODELS
+from serving import serving
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text()
 ADDRESS = "http://127.0.0.1:8000"
 QUESTION = "How do you like to spend a free weekend?"
 
@@ -39,3 +44,17 @@ def test_the_client_of_the_readme_answers(served):
     with contextlib.redirect_stdout(shown):
         exec(compile(code.replace(ADDRESS, served.url).replace('"smollm2"', '"demo"'), "README.md", "exec"), {})
     assert shown.getvalue().strip()
+
+
+def test_the_curls_of_the_document_add_an_attribute_and_remove_it(precise_model, tmp_path):
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    shutil.copytree(MODELS / "adapters" / "T", tmp_path / "mine")
+    document = (ROOT / "docs" / "serving.md").read_text()
+    [block] = re.findall(
+        r"^```sh\nmpg serve [^\n]*--attribute-folder[^\n]*\n(.*?)^```", document, re.DOTALL | re.MULTILINE
+    )
+    with serving(precise_model, admin_key="KEY", attribute_folders=(tmp_path,)) as served:
+        done = subprocess.run(block.replace(ADDRESS, served.url), shell=True, capture_output=True, text=True)
+    added, removed = (json.loads("{" + answer) for answer in done.stdout.split("{")[1:])
+    assert (added["id"], removed) == ("mine", {"id": "mine", "object": "model", "deleted": True})

@@ -254,6 +254,7 @@ def test_groups_take_turns_and_each_gets_its_rows(precise_model):
 def test_attributes_come_and_go_while_others_run(precise_model, tmp_path):
     shutil.copytree(MODELS / "adapters" / "T", tmp_path / "mine")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
     limits = {"admin_key": "key", "attribute_folders": (tmp_path,)}
     admin = {"authorization": "Bearer key"}
     with serving(precise_model, **limits) as served:
@@ -273,6 +274,7 @@ def test_attributes_come_and_go_while_others_run(precise_model, tmp_path):
         for name, source, status in [
             ("mine", "mine", 409), ("base", "mine", 409), ("other", str(MODELS / "adapters" / "T"), 400),
             ("other", "../..", 400), ("other", "empty", 400), ("other", "a/b", 400), ("../x", "mine", 400),
+            ("..", "mine", 400), ("merged", "mine", 409), ("other", "a" * 1000, 400), ("other", "loop", 400),
         ]:  # fmt: skip
             answer = served.post("/v1/attributes", {"name": name, "source": source}, **admin)
             assert answer.status_code == status, answer.text

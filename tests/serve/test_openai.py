@@ -39,26 +39,38 @@ KINDS = [
     {"target": "base", "repetition_penalty": 1.2},
     {"weights": {"E": 1}, "target": "arithmetic", "draft": "lookup", "mixture_span": 3},
     {"weights": {"S": 1}, "draft": "merged", "adaptive": True},
+    {"weights": {"S": 1, "T": -0.5}, "draft": "merged", "repetition_penalty": 1.3},
     {"weights": {"S": 1, "J": 0.5}, "sampler": "scr", "target": "geometric"},
     {"weights": {"T": 1}, "sampler": "seq-rs"},
     {"weights": {"T": 1}, "target": "anchored", "verify": "token", "chunk_size": 2},
 ]
 
 
-def test_texts_of_all_kinds_at_once_are_those_of_generate(served, client):
-    """Streamed and not, in two groups and more, with fewer rows than requests."""
+SYSTEM = {"role": "system", "content": "You plan trips and parties. " * 14}
+
+
+def asked_of(index):
+    """Every third with a long beginning that it shares with others, which is read in parts, or not again."""
+    return [SYSTEM] * (index % 3 == 0) + [{"role": "user", "content": QUESTIONS[index % 9]}]
+
+
+def test_texts_of_all_kinds_at_once_are_those_of_generate(served, client, monkeypatch):
+    """Streamed and not, in two groups and more, with fewer rows than requests; of generate where nothing is kept."""
     asked = [
         {**kind, "seed": 7 + index, "max_tokens": 6 + index, "stream": bool(index % 2)}
         for index, kind in enumerate(KINDS * 2)
     ]
     with ThreadPoolExecutor(len(asked)) as pool:
-        answers = list(pool.map(lambda at: chat(client, QUESTIONS[at % 9], **asked[at]), range(len(asked))))
+        answers = list(pool.map(lambda at: chat(client, asked_of(at), **asked[at]), range(len(asked))))
+    assert served.is_idle()
+    kept = served.model.models.kept
+    assert kept.num_bytes > 0
+    kept.clear()
+    monkeypatch.setattr(kept, "max_bytes", 0)
     for index, ((text, reason, _), fields) in enumerate(zip(answers, asked, strict=True)):
         own = {name: value for name, value in fields.items() if name not in ("max_tokens", "stream")}
-        messages = [{"role": "user", "content": QUESTIONS[index % 9]}]
-        wanted = served.model.generate(messages, max_new_tokens=fields["max_tokens"], **own)
+        wanted = served.model.generate(asked_of(index), max_new_tokens=fields["max_tokens"], **own)
         assert (text, reason) == (wanted.text, wanted.finish_reason)
-    assert served.is_idle()
 
 
 def test_models_are_the_combination_the_base_attributes_presets_and_weights_as_a_name(served, client):

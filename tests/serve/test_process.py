@@ -18,7 +18,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mpg.app.cli import arguments
 from mpg.app.cli.command import app
+from mpg.app.cli.serve import _name
 from mpg.serve import server
 
 TEXT = "/v1/completions"
@@ -32,7 +34,8 @@ def started(*arguments):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         found = next(filter(None, (re.search(r"serving at (http://\S+)/v1", line) for line in process.stderr)))
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # else a full pipe stops it
+        logged = process.logged = []
+        threading.Thread(target=lambda: logged.extend(process.stderr), daemon=True).start()  # else a full pipe stops it
         wait_for(lambda: httpx.get(f"{found[1]}/health").json()["status"] == "ready")
         yield process, found[1]
     finally:
@@ -74,6 +77,7 @@ def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
         wait_for(lambda: is_running(url))
         process.send_signal(signal.SIGTERM)
         assert [texts_of(answer.result()) for answer in answers] == [wanted] * 4
+        assert {json.loads(line)["level"] for line in process.logged} == {"INFO"}  # all of it is JSON
         assert process.wait(60) == 0
     port = url.rsplit(":", 1)[1]
     if "MPG_LONG" in os.environ:
@@ -121,3 +125,18 @@ def test_mistakes_on_the_command_line_are_told_before_anything_is_loaded(argumen
     done = CliRunner().invoke(app, ["serve", *arguments])
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(("threads", "cores", "kept"), [(8, 8, 7), (4, 8, 4), (2, 2, 1), (1, 1, 1)])
+def test_torch_leaves_a_core_to_the_handlers(monkeypatch, threads, cores, kept):
+    told = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    arguments.leave_a_core()
+    assert told == [kept]
+
+
+def test_the_combination_is_called_as_what_holds_it():
+    names = {"demo": "demo", "a/Llama-3.2-1B": "Llama-3.2-1B", "a/mine.yaml": "mine", "a/b/": "b", "/": "mpg"}
+    assert {models: _name(models) for models in names} == names

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
+import tracemalloc
 
 import httpx
 import openai
 import pytest
 
-from mpg.serve.server import check_host
+from mpg.serve.errors import ApiError
+from mpg.serve.logs import JsonLines
+from mpg.serve.protocol import ChatRequest, CompletionRequest, parse
+from mpg.serve.server import address, check_host
 from mpg.serve.settings import Settings
 from serving import serving
 
@@ -32,12 +37,16 @@ MALFORMED = [
     (CHAT, {"model": "E=x"}, 400, "weights"),
     (CHAT, {"model": "E=1,Q=1"}, 400, "weights"),
     (CHAT, {"model": "E", "weights": {"T": 1}}, 400, "weights"),
+    (CHAT, {"model": "gpt-4", "weights": {"T": 1}}, 404, "model"),
     (CHAT, {"weights": {"Q": 1}}, 400, "weights"),
     (CHAT, {"weights": {"E": "much"}}, 400, "weights"),
     (CHAT, {"weights": {"E": 1e9}}, 400, "weights"),
     (CHAT, {"weights": {"E": 0}}, 400, "weights"),
+    (CHAT, {"weights": {f"E{index}": 1 for index in range(65)}}, 400, "weights"),
+    (CHAT, {"contexts": {f"a{index}": "Be calm." for index in range(65)}}, 400, "contexts"),
     (CHAT, {"weights": {"E": -1}, "target": "arithmetic"}, 400, "weights"),
     (CHAT, {"target": "harmonic"}, 400, "target"),
+    (CHAT, {"model": "base", "target": "geometric"}, 400, "target"),
     (CHAT, {"sampler": "beam"}, 400, "sampler"),
     (CHAT, {"sampler": "auto"}, 400, "sampler"),
     (CHAT, {"draft": "a friend"}, 400, "draft"),
@@ -51,6 +60,7 @@ MALFORMED = [
     (CHAT, {"top_k": -2}, 400, "top_k"),
     (CHAT, {"min_p": 2}, 400, "min_p"),
     (CHAT, {"repetition_penalty": -1}, 400, "repetition_penalty"),
+    *((CHAT, {name: math.inf}, 400, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
     (CHAT, {"repetition_penalty": 1.2, "sampler": "scr"}, 400, "repetition_penalty"),
     (CHAT, {"n": 0}, 400, "n"),
     (CHAT, {"n": 99}, 400, "n"),
@@ -64,6 +74,7 @@ MALFORMED = [
     (CHAT, {"stop": ["x"] * 17}, 400, "stop"),
     (CHAT, {"stop": ["x" * 1000]}, 400, "stop"),
     (CHAT, {"stop": [""]}, 400, "stop"),
+    (CHAT, {"stop": ["\ud800"]}, 400, "stop"),
     (CHAT, {"top_logprobs": 2}, 400, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     (CHAT, {"logprobs": True, "sampler": "scr"}, 400, "logprobs"),
@@ -74,6 +85,9 @@ MALFORMED = [
     (CHAT, {"presence_penalty": 0.5}, 400, "presence_penalty"),
     (CHAT, {"logits_processor": "os.system"}, 400, "logits_processor"),
     (CHAT, {"guidance": 3}, 400, "guidance"),
+    (CHAT, {"\ud800": 3}, 400, "\ud800"),
+    (CHAT, {"messages": [{"role": "user", "content": "x", "\ud800": 1}]}, 400, "messages"),
+    (CHAT, {"weights": {"a": 1}, "contexts": {"a": "Be calm."}, "draft": "merged"}, 400, "draft"),
     (TEXT, {"prompt": ""}, 400, "prompt"),
     (TEXT, {"prompt": []}, 400, "prompt"),
     (TEXT, {"prompt": [5, "x"]}, 400, "prompt"),
@@ -109,11 +123,62 @@ def test_a_malformed_request_is_refused_by_name(served, path, wrong, status, par
     assert answer.headers["x-request-id"]
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"", b"\xff", b"[" * 100_000, b'{"temperature": NaN}'])
-def test_a_body_that_is_no_object_is_refused(served, body):
-    answer = httpx.post(f"{served.url}{CHAT}", content=body, headers={"content-type": "application/json"}, timeout=60)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"]
+JSON = "application/json"
+NESTED = [f'{{"weights": {"[" * depth}{"]" * depth}}}'.encode() for depth in (10, 900, 950, 980, 100_000)]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        *((body, JSON, 400) for body in (b"{", b"[]", b'"x"', b"5", b"", b"\xff", b'{"seed": ' + b"9" * 5000, *NESTED)),
+        *((b"{}", kind, 415) for kind in ("text/plain", "", "application/x-www-form-urlencoded")),
+    ],
+)
+def test_a_body_that_is_no_object_is_refused(served, body, kind, status):
+    answer = httpx.post(f"{served.url}{CHAT}", content=body, headers={"content-type": kind}, timeout=60)
+    assert answer.status_code == status
+    assert 10 < len(answer.json()["error"]["message"]) < 300
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (ChatRequest, "messages", [{}] * MANY),
+        (ChatRequest, "messages", [{f"x{index}": 0 for index in range(MANY)}]),
+        (ChatRequest, "messages", USER * MANY),
+        (ChatRequest, "messages", [{"role": "user", "content": [{"type": "text", "text": "x"}] * MANY}]),
+        (ChatRequest, "contexts", {"a": {"prompt": USER * MANY}}),
+        (ChatRequest, "stop", [5] * MANY),
+        (ChatRequest, "contexts", {"a": {"prompt": [""] * MANY}}),
+        (ChatRequest, "weights", {f"x{index}": "" for index in range(MANY)}),
+        (CompletionRequest, "prompt", [1.5] * MANY),
+        (CompletionRequest, "prompt", [[1.5]] * MANY),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_of_many_mistakes_one_is_told_and_no_memory_goes_into_others(kind, name, value):
+    whole = {"model": "E"} | ({"messages": USER} if kind is ChatRequest else {})
+    body = json.dumps({**whole, name: value}).encode()
+    tracemalloc.start()
+    with pytest.raises(ApiError) as refused:
+        parse(kind, JSON, body)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused.value.param == name and len(refused.value.message) < 400
+    assert most < 500 * MANY  # an error of each takes thousands
+
+
+def test_messages_of_earlier_answers_are_taken_as_the_client_has_them(client):
+    """The message itself, and what it dumps."""
+    first = client.chat.completions.create(model="E", messages=USER, max_tokens=3, seed=1).choices[0].message
+    texts = [
+        client.chat.completions.create(model="E", messages=[*USER, earlier, *USER], max_tokens=3, seed=1).choices[0]
+        for earlier in (first, first.model_dump(), {"role": "assistant", "content": first.content})
+    ]
+    assert texts[0].message == texts[1].message == texts[2].message
 
 
 def test_what_asks_for_nothing_is_taken(served, client):
@@ -125,9 +190,16 @@ def test_what_asks_for_nothing_is_taken(served, client):
 
 
 def test_other_paths_and_methods_have_the_shape_of_errors_too(served, client):
-    for answer in (served.get("/v1/embeddings"), served.get(CHAT), served.post("/nowhere", {})):
-        assert answer.status_code in (404, 405)
+    answers = [served.get(path) for path in ("/v1/embeddings", CHAT, f"{CHAT}/")] + [served.post("/nowhere", {})]
+    assert [answer.status_code for answer in answers] == [404, 405, 404, 404]
+    for answer in answers:
         assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert answer.request.url.path in answer.json()["error"]["message"]
+    assert answers[1].headers["allow"] == "POST"
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        assert httpx.head(f"{served.url}{path}").status_code == 200
+    answer = served.post(TEXT, {"model": "E", "prompt": [""] * 10_000})
+    assert answer.status_code == 400 and len(answer.content) < 1500  # it does not say all again
     with pytest.raises(openai.NotFoundError, match="expected demo, base, E"):
         client.chat.completions.create(model="gpt-4", messages=USER)
     with pytest.raises(openai.BadRequestError, match="tools") as refused:
@@ -138,18 +210,18 @@ def test_other_paths_and_methods_have_the_shape_of_errors_too(served, client):
 def test_keys_sizes_and_logs(precise_model, caplog):
     caplog.set_level("INFO", logger="mpg.serve")
     body = {"model": "E", "messages": USER, "max_tokens": 2}
-    with serving(precise_model, api_keys=("one", "two"), admin_key="three", max_body=500) as served:
+    with serving(precise_model, api_keys=("one", "zwö"), admin_key="three", max_body=500) as served:
         assert served.get("/health").json()["status"] == "ready"
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "one"}, {"authorization": "Bearer é"}):
-            encoded = {name: value.encode("latin-1") for name, value in headers.items()}
-            answer = httpx.post(f"{served.url}{CHAT}", json=body, headers=encoded)
+        for given in (None, "Bearer wrong", "one", "Bearer é".encode("latin-1"), "Bearer", "Bearer one two"):
+            answer = httpx.post(f"{served.url}{CHAT}", json=body, headers={"authorization": given} if given else {})
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
         assert served.get("/metrics").status_code == 401
-        for key in ("one", "two"):
-            answer = served.post(CHAT, body, authorization=f"Bearer {key}", **{"x-request-id": f"mine-{key}"})
+        for key, request_id in (("one", "mine-1"), ("zwö", "mine-2")):
+            headers = {"authorization": f"Bearer {key}".encode(), "x-request-id": request_id}
+            answer = httpx.post(f"{served.url}{CHAT}", json=body, headers=headers)
             assert answer.status_code == 200
-            assert answer.headers["x-request-id"] == f"mine-{key}"
+            assert answer.headers["x-request-id"] == request_id
             assert "access-control-allow-origin" not in answer.headers
         assert served.post("/v1/attributes", {}, authorization="Bearer one").status_code == 401
         long = {**body, "messages": [{"role": "user", "content": "secret " * 200}]}
@@ -159,13 +231,14 @@ def test_keys_sizes_and_logs(precise_model, caplog):
             head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer one\r\ntransfer-encoding: chunked\r\n\r\n"
             raw.sendall(head.encode() + b"400\r\n" + b"x" * 1024 + b"\r\n")
             assert b" 413 " in raw.recv(1000).split(b"\r\n")[0]
-    lines = [json.loads(record.message) for record in caplog.records if record.message.startswith("{")]
-    assert {line["id"] for line in lines} >= {"mine-one", "mine-two"}
-    assert "Hello" not in caplog.text and "Bearer" not in caplog.text
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
+    assert {line["id"] for line in lines} >= {"mine-1", "mine-2"}
+    assert not any(word in json.dumps(lines) for word in ("Hello", "secret", "Bearer"))
+    assert {line["level"] for line in lines} == {"INFO"} and all(line["seconds"] >= 0 for line in lines)
     caplog.clear()
     with serving(precise_model, log_prompts=True) as served:
         served.post(CHAT, body)
-    assert "Hello" in caplog.text
+    assert "Hello" in JsonLines().format(caplog.records[-1])
 
 
 def test_beyond_loopback_a_key_is_needed():
@@ -176,6 +249,7 @@ def test_beyond_loopback_a_key_is_needed():
             check_host(host, has_key=False, allow_open=False)
         check_host(host, has_key=True, allow_open=False)
         check_host(host, has_key=False, allow_open=True)
-    for wrong in ({"max_rows": 0}, {"max_memory": -1}, {"grace": -1}, {"api_keys": ("",)}):
+    assert address("::1", 80) == "http://[::1]:80" and address("127.0.0.1", 80) == "http://127.0.0.1:80"
+    for wrong in ({"max_rows": 0}, {"max_memory": -1}, {"grace": -1}, {"max_kept": -1}, {"api_keys": ("",)}):
         with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("s")):
             Settings(**wrong)

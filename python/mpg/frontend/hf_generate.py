@@ -167,6 +167,8 @@ class Conventions:
         for string in self.stop_strings():
             if not isinstance(string, str) or not string:
                 raise ValueError(f"stop_strings: expected a string or a list of them, none empty, got {got!r}")
+            if any("\ud800" <= c <= "\udfff" for c in string):
+                raise ValueError(f"stop_strings: expected text that UTF-8 can hold, got {string!r}")
         if "max_time" in self.fields:  # counted from here
             limit = self.fields["max_time"]
             if not isinstance(limit, (int, float)) or not limit >= 0:

@@ -47,18 +47,20 @@ def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:
     if asked.model == name:
         has_any = asked.weights is not None or model.recipe.weights or asked.target is not None
         return asked.weights, asked.target if has_any else "base"
+    known = describe_models(model, name)
+    if asked.model not in known and "=" not in asked.model:
+        message = f"model: expected {', '.join(known)} or weights such as 'E=1,T=0.5', got {asked.model!r}"
+        raise ApiError(404, message, "model", "model_not_found")
     if asked.weights is not None:
         wanted = f"none beside model {asked.model!r}, which says them; model {name!r} takes them"
         raise ApiError(400, f"weights: expected {wanted}", "weights")
     if asked.model == BASE:
+        if asked.target not in (None, "base"):
+            raise ApiError(400, f"target: expected none beside model {BASE!r}, got {asked.target!r}", "target")
         return None, "base"
-    if asked.model in model.recipe.presets or "=" in asked.model:
+    if asked.model not in model.models.attribute_names:
         return asked.model, asked.target
-    if asked.model in model.models.attribute_names:
-        return {asked.model: 1.0}, asked.target
-    known = ", ".join(describe_models(model, name))
-    message = f"model: expected {known} or weights such as 'E=1,T=0.5', got {asked.model!r}"
-    raise ApiError(404, message, "model", "model_not_found")
+    return {asked.model: 1.0}, asked.target
 
 
 def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int | None, **how: Any) -> Call:

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 from mpg.model import Model
+from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED
 from mpg.recipe import Recipe
 from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError, of_library
@@ -29,7 +30,7 @@ class Attributes:
         """Raises ApiError for a name that is taken, and for a folder that may not be read or holds no such thing."""
         with self._lock:
             recipe = self.engine.model.recipe
-            taken = {"base", self.engine.settings.name, *self._known(), *recipe.presets}
+            taken = {BASE, ANCHOR, DRAFT, MERGED, self.engine.settings.name, *self._known(), *recipe.presets}
             if name in taken:
                 raise ApiError(409, f"name: expected one that is not taken, got {name!r}", "name", "name_taken")
             folder = self._place(source)
@@ -55,11 +56,13 @@ class Attributes:
     def _place(self, source: str) -> Path:
         """The folder that is meant, below one that the server was started with."""
         folders = [folder.resolve() for folder in self.engine.settings.attribute_folders]
-        if "\0" not in source:
-            candidates = [Path(source).resolve(), *((folder / source).resolve() for folder in folders)]
-            for place in candidates:
-                if place.is_dir() and any(place.is_relative_to(folder) for folder in folders):
+        for candidate in (Path(source), *(folder / source for folder in folders)):
+            try:
+                place = candidate.resolve()
+                if any(place.is_relative_to(folder) for folder in folders) and place.is_dir():
                     return place
+            except (OSError, RuntimeError, ValueError):  # a link to itself, a name that is too long, a NUL
+                continue
         raise ApiError(400, f"source: expected a folder below those of --attribute-folder, got {source!r}", "source")
 
     def _load(self, recipe: Recipe) -> None:

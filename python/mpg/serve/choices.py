@@ -11,7 +11,8 @@ from typing import Any
 
 from mpg.results import Result, Token
 
-LARGEST = -9999.0  # what JSON has for a token that a row excludes
+LARGEST = 9999.0  # of log-probabilities and log-ratios, as JSON has no infinity for a token that a row excludes
+PARTIAL = "\ufffd"  # in what a tokenizer makes of a token that is a part of a character
 
 
 @dataclass
@@ -97,7 +98,11 @@ class Choice:
     def chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         def tell(token_id: int, logprob: float) -> dict[str, Any]:
             text = self.spell(token_id)
-            return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+            return {
+                "token": text,
+                "logprob": finite(logprob),
+                "bytes": None if PARTIAL in text else list(text.encode()),
+            }
 
         content = [
             {**tell(token.id, token.logprob or 0.0), "top_logprobs": [tell(*top) for top in token.top_logprobs]}
@@ -132,5 +137,6 @@ def scored(tokens: Sequence[Token]) -> list[tuple[int, float | None, Sequence[tu
     return [(token.id, token.logprob, token.top_logprobs) for token in tokens]
 
 
-def finite(logprob: float) -> float:
-    return max(logprob, LARGEST)
+def finite(value: float) -> float:
+    """The value as JSON can have it; 0 for a ratio of two rows that both exclude a token."""
+    return 0.0 if value != value else min(max(value, -LARGEST), LARGEST)

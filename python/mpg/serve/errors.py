@@ -8,6 +8,7 @@ from typing import Any
 
 from mpg.serve.jobs import Refused, TooLarge
 
+LONGEST = 1000  # characters of a message, which may quote what was sent
 RETRY_AFTER = 1  # seconds that a client is asked to wait
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # What the library calls otherwise than the API
@@ -32,15 +33,18 @@ class ApiError(Exception):
 
     def body(self, request_id: str) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message = self.message if self.status < 500 else f"{self.message} (request {request_id})"
+        message = self.message if len(self.message) <= LONGEST else f"{self.message[:LONGEST]} ..."
+        message += f" (request {request_id})" if self.status >= 500 else ""
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def of_library(error: ValueError, names: Mapping[str, str] | None = None) -> ApiError:
     """What the library refuses, by the field of the API. names: other fields than `FIELDS` has, by arguments"""
     message, renamed = str(error), {**FIELDS, **(names or {})}
-    found = re.match(r"[a-z_]+", message)
-    argument = found.group() if found and message[found.end() : found.end() + 1] in (":", "[", ",") else None
+    found = re.match(
+        r"([a-z_]+)(?=[:\[,]| ')", message
+    )  # as in "draft: ...", "contexts['a']: ...", "draft 'merged': ..."
+    argument = found.group() if found else None
     param = renamed.get(argument, argument) if argument else None
     if argument and param != argument:
         message = f"{param}{message[len(argument) :]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
@@ -15,7 +14,7 @@ import anyio
 from mpg.serve.errors import ApiError
 from mpg.serve.metrics import Metrics
 from mpg.serve.settings import Settings
-from mpg.serve.streams import as_json
+from mpg.serve.streams import CLIENT_CLOSED, as_json
 
 OPEN_PATHS = ("/", "/health")  # "/" is a page that knows nothing
 ADMIN_PATHS = "/v1/attributes"
@@ -64,13 +63,13 @@ class Guard:
             line["seconds"] = round(seconds, 4)
             if "body" in scope["state"]:
                 line["body"] = scope["state"]["body"]
-            logger.info("%s", json.dumps(line))
+            logger.info("request", extra={"fields": line})
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
         if path in OPEN_PATHS:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip() if scheme.lower() == "bearer" else ""
+        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         if path.startswith(ADMIN_PATHS):
             if self.settings.admin_key is None:
                 raise ApiError(403, "this server was started without --admin-key, nothing can be changed")
@@ -80,7 +79,7 @@ class Guard:
 
     async def _read(self, headers: dict[str, str], receive: Any) -> bytes:
         """The whole body. Raises ApiError where it is too long, or too slow in coming."""
-        most, body = self.settings.max_body, b""
+        most, body = self.settings.max_body, bytearray()
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > most:
             raise ApiError(413, f"expected a body of at most {most} bytes, got {length}", code="body_too_large")
@@ -91,15 +90,17 @@ class Guard:
                     body += message.get("body", b"")
                     if len(body) > most:
                         raise ApiError(413, f"expected a body of at most {most} bytes, got more", code="body_too_large")
-                    if message["type"] == "http.disconnect" or not message.get("more_body"):
-                        return body
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(CLIENT_CLOSED, "the client went before its request had come")
+                    if not message.get("more_body"):
+                        return bytes(body)
         except TimeoutError:
             raise ApiError(408, f"expected the body within {BODY_SECONDS} s") from None
 
 
-def _check(given: str, keys: Sequence[str]) -> None:
+def _check(given: bytes, keys: Sequence[str]) -> None:
     """Compare in a time that tells nothing of the keys. Raises ApiError."""
-    found = [secrets.compare_digest(given.encode(), key.encode()) for key in keys]
+    found = [secrets.compare_digest(given, key.encode()) for key in keys]
     if not any(found):
         raise ApiError(401, "expected 'Authorization: Bearer KEY' with a key of this server", code="invalid_api_key")
 

@@ -5,9 +5,12 @@ Knows the API's words; what they mean to the models is `asks`'s business.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+import re
+from reprlib import repr as short
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from mpg.serve.errors import ApiError
 
@@ -22,10 +25,45 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 # Fields that say who asks, which no text depends on
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 MAX_SEED = 2**63 - 1
+UNKNOWN = "value_error"  # pydantic's name for an error of a validator, of which `_Unknown` is the only one
+MAX_MESSAGES = 4096  # and parts of one: checking them holds up others
+MAX_NAMES = 64  # of weights, and of contexts
+BRANCH = re.compile(r"str|int|Context|(list|dict)\[.*\]")  # what pydantic calls one of several ways to read a field
+
+
+class _First(FailFast):
+    """Of a million wrong items the first is told, and no other is looked at. Hashable, as a part of a union."""
+
+    __hash__ = object.__hash__
+
+
+Item = TypeVar("Item")
+List = Annotated[list[Item], _First()]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know(cls, given: Any) -> Any:
+        """Refuse what nobody knows, at the first such name."""
+        return _known(given, cls)
+
+
+class _Unknown(ValueError):
+    """A field that there is not."""
+
+    def __init__(self, name: str, value: Any):
+        super().__init__("there is no such field")
+        self.name, self.value = name, value
+
+
+def _known(given: Any, kind: type[BaseModel]) -> Any:
+    for name in given if isinstance(given, dict) else ():
+        if name not in kind.model_fields:
+            raise _Unknown(name, given[name])
+    return given
 
 
 class Part(_Strict):
@@ -35,8 +73,14 @@ class Part(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[List[Part], Field(max_length=MAX_MESSAGES)]
+    # what OpenAI's client sends of an earlier answer, and mpg has no use for
     name: None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
 
 class StreamOptions(_Strict):
@@ -47,7 +91,7 @@ class StreamOptions(_Strict):
 class Context(_Strict):
     system: str | None = None
     prefix: str | None = None
-    prompt: str | list[int] | list[Message] | None = None
+    prompt: str | List[int] | Annotated[List[Message], Field(max_length=MAX_MESSAGES)] | None = None
     source: str | None = None
 
 
@@ -60,7 +104,7 @@ class Asked(_Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    stop: str | list[str] | None = None
+    stop: str | List[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -80,7 +124,7 @@ class Asked(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, given: Any) -> Any:
+    def _know(cls, given: Any) -> Any:
         """Leave out what asks for nothing. Raises ApiError for what asks for something that mpg has not."""
         if not isinstance(given, dict):
             return given
@@ -89,14 +133,16 @@ class Asked(_Strict):
             if name not in REFUSED and name not in IGNORED:
                 kept[name] = value
             elif name in REFUSED and value is not None and value not in REFUSED[name]:
-                raise ApiError(
-                    400, f"{name}: this server does not support it, got {value!r}", name, "unsupported_parameter"
-                )
-        return kept
+                message = f"{name}: this server does not support it, got {short(value)}"
+                raise ApiError(400, message, name, "unsupported_parameter")
+        for name in ("weights", "contexts"):
+            if isinstance(value := kept.get(name), dict) and len(value) > MAX_NAMES:
+                raise ApiError(400, f"{name}: expected at most {MAX_NAMES} names, got {len(value)}", name)
+        return _known(kept, cls)
 
 
 class ChatRequest(Asked):
-    messages: list[Message] = Field(min_length=1)
+    messages: List[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -104,11 +150,58 @@ class ChatRequest(Asked):
 
 
 class CompletionRequest(Asked):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | List[str] | List[int] | List[List[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 
 
 class AttributeRequest(_Strict):
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     source: str = Field(min_length=1, max_length=1024)
+
+
+Kind = TypeVar("Kind", bound=_Strict)
+
+
+def parse(kind: type[Kind], content_type: str, body: bytes) -> Kind:
+    """What a request says. Raises ApiError that names the field."""
+    if content_type.partition(";")[0].strip().lower() != "application/json":  # which pages of other sites cannot send
+        message = f"content-type: expected application/json, got {content_type[:100] or 'none'}"
+        raise ApiError(415, message, "content-type")
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"body: expected JSON, got {short(body)}: {error}") from None
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _of_first(error.errors(include_url=False)) from None
+
+
+def _of_first(errors: list[Any]) -> ApiError:
+    """What is wrong with the first field of which something is. Of several ways to read it, those that came furthest
+    say what was wanted."""
+    of_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    depths = [len(error["loc"]) + (error["type"] == UNKNOWN) for error in of_field]
+    furthest = [error for error, depth in zip(of_field, depths, strict=True) if depth == max(depths)]
+    first = furthest[0]
+    place = [str(part) for part in first["loc"] if not BRANCH.fullmatch(str(part))]
+    if first["type"] == UNKNOWN:
+        unknown = first["ctx"]["error"]
+        message, got, code = str(unknown), unknown.value, "unknown_parameter"
+        place.append(unknown.name)
+    elif first["type"] == "missing":
+        return ApiError(400, f"{'.'.join(place)}: expected it, got none", place[0])
+    else:
+        wanted = [_wanted(error) for error in furthest]
+        message, got, code = f"expected {' or '.join(dict.fromkeys(wanted))}", first["input"], None
+    return ApiError(400, f"{'.'.join(place) or 'body'}: {message}, got {short(got)}", place[0] if place else None, code)
+
+
+def _wanted(error: Any) -> str:
+    if error["type"] == "model_type":
+        return "an object"
+    if error["type"] in ("too_short", "too_long"):
+        most, least = error["ctx"].get("max_length"), error["ctx"].get("min_length")
+        return f"at most {most} items" if most else f"at least {least}"
+    return str(error["msg"]).removeprefix("Input should be ")

@@ -7,14 +7,13 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from ipaddress import ip_address
-from time import monotonic
 from typing import Any
 
 import anyio
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
@@ -30,11 +29,10 @@ from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError
 from mpg.serve.guard import Guard
 from mpg.serve.metrics import Metrics
-from mpg.serve.protocol import AttributeRequest, ChatRequest, CompletionRequest
+from mpg.serve.protocol import AttributeRequest, ChatRequest, CompletionRequest, Kind, parse
 from mpg.serve.settings import Settings
-from mpg.serve.streams import ClientGone, as_json
+from mpg.serve.streams import CLIENT_CLOSED, ClientGone, as_json
 
-CLIENT_CLOSED = 499
 END_SECONDS = 5  # beyond the grace, for answers that are cut off to be told so
 
 
@@ -54,7 +52,7 @@ def make_app(settings: Settings, load: Callable[[Recipe | None], Model]) -> Fast
         await anyio.to_thread.run_sync(engine.stop)
 
     app = FastAPI(title="mpg", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.engine, app.state.begun_at = engine, int(monotonic())
+    app.state.engine, app.router.redirect_slashes = engine, False
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     _handle_errors(app)
 
@@ -63,27 +61,29 @@ def make_app(settings: Settings, load: Callable[[Recipe | None], Model]) -> Fast
             raise ApiError(503, f"the server is {engine.state}", code=engine.state)
         return engine
 
-    @app.get("/")
+    get = partial(app.api_route, methods=["GET", "HEAD"])
+
+    @get("/")
     async def playground() -> Response:
         samplers = [*ROW_SAMPLERS, *SCORE_SAMPLERS]
         page = pages.fill("playground.html", {"samplers": samplers, "targets": [t for t in TARGETS if t != "base"]})
         return Response(page, media_type="text/html")
 
-    @app.get("/health")
+    @get("/health")
     async def health() -> Response:
         is_ready = engine.state == "ready"
         return as_json({"status": engine.state, "reason": engine.failure or None}, 200 if is_ready else 503)
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def measure() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models() -> Response:
         known = describe_models(ready().model, settings.name)
         return as_json({"object": "list", "data": [_describe(name, mpg=own) for name, own in known.items()]})
 
-    @app.get("/v1/models/{name:path}")
+    @get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         known = describe_models(ready().model, settings.name)
         if name not in known:
@@ -91,16 +91,17 @@ def make_app(settings: Settings, load: Callable[[Recipe | None], Model]) -> Fast
         return as_json(_describe(name, mpg=known[name]))
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest, request: Request) -> Response:
-        return await answer_chat(ready(), asked, request, request.state.id)
+    async def chat(request: Request) -> Response:
+        return await answer_chat(ready(), await _read(ChatRequest, request), request, request.state.id)
 
     @app.post("/v1/completions")
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
-        return await answer_completion(ready(), asked, request, request.state.id)
+    async def completions(request: Request) -> Response:
+        return await answer_completion(ready(), await _read(CompletionRequest, request), request, request.state.id)
 
     @app.post("/v1/attributes")
-    async def add(asked: AttributeRequest) -> Response:
+    async def add(request: Request) -> Response:
         ready()
+        asked = await _read(AttributeRequest, request)
         await anyio.to_thread.run_sync(attributes.add, asked.name, asked.source)
         return as_json(_describe(asked.name), 201)
 
@@ -111,6 +112,10 @@ def make_app(settings: Settings, load: Callable[[Recipe | None], Model]) -> Fast
         return as_json({"id": name, "object": "model", "deleted": True})
 
     return app
+
+
+async def _read(kind: type[Kind], request: Request) -> Kind:
+    return parse(kind, request.headers.get("content-type", ""), await request.body())
 
 
 def _describe(name: str, **own: Any) -> dict[str, Any]:
@@ -127,22 +132,11 @@ def _handle_errors(app: FastAPI) -> None:
     async def api_error(request: Request, error: ApiError) -> Response:
         return show(request, error)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"][1:]]
-        if first["type"] == "json_invalid":
-            return show(request, ApiError(400, f"expected a JSON object; {first['ctx']['error']}"))
-        param = place[0] if place else None
-        message, code = first["msg"], None
-        if first["type"] == "extra_forbidden":
-            message, code = "there is no such field", "unknown_parameter"
-        got = "" if first["type"] == "missing" else f", got {str(first.get('input'))[:100]!r}"
-        return show(request, ApiError(400, f"{'.'.join(place) or 'body'}: {message}{got}", param, code))
-
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return show(request, ApiError(error.status_code, str(error.detail)))
+        answer = show(request, ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        answer.headers.update(error.headers or {})
+        return answer
 
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:
@@ -165,6 +159,10 @@ def check_host(host: str, has_key: bool, allow_open: bool) -> None:
         )
 
 
+def address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class _Server(uvicorn.Server):
     """Tells the engine when the process is to end, and cuts off after the grace what has not ended by itself."""
 
@@ -176,7 +174,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if not self.should_exit:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self.on_ready(f"http://{host}:{port}")
+            self.on_ready(address(host, port))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         engine: Engine = self.app.state.engine

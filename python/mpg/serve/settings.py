@@ -24,7 +24,7 @@ class Settings:
     max_seconds       that a request may take, its wait among them
     grace             seconds that running requests are left when the server is told to end
     max_body          bytes of a request
-    log_prompts       whether the log has prompts and answers
+    log_prompts       whether the log has what requests say
     """
 
     name: str = "mpg"
@@ -53,8 +53,9 @@ class Settings:
         for name in ("max_length", "max_memory"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
-        if self.grace < 0:
-            raise ValueError(f"grace: expected seconds, 0 at least, got {self.grace!r}")
+        for name in ("grace", "max_kept"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number, 0 at least, got {getattr(self, name)!r}")
         if not all(self.api_keys) or self.admin_key == "":
             raise ValueError("api_key, admin_key: expected some text, got an empty key")
         for folder in self.attribute_folders:

@@ -19,6 +19,7 @@ from mpg.serve.errors import ApiError, of_job
 from mpg.serve.jobs import Event, Job, Refused
 
 DONE = "data: [DONE]\n\n"
+CLIENT_CLOSED = 499  # the status of an answer that nobody gets
 
 
 class ClientGone(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
@@ -113,6 +114,13 @@ def load(models: str, with_contexts: bool = False, **how: Any) -> mpg.Model:
 
         torch.set_num_threads(1)
     return model
+
+
+def leave_a_core() -> None:
+    """Keep torch off one core in the thread that calls, for those that answer; fewer threads stay fewer."""
+    import torch
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
 
 
 def read_contexts(given: list[str] | None) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,8 +62,9 @@ def serve(
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
 ) -> None:
-    """Serve the models under OpenAI's API; needs mpg[serve]."""
+    """Serve the models under OpenAI's API; needs the package's extra 'serve'."""
     try:
+        from mpg.serve.logs import log_to
         from mpg.serve.server import check_host, make_app
         from mpg.serve.server import serve as run
         from mpg.serve.settings import Settings
@@ -81,7 +82,7 @@ def serve(
     recipe, options = arguments.read_recipe(models), dict(map(parse_setting, settings or ()))
     check_options(options, recipe.options)
     limits = Settings(
-        name=Path(models).stem or "mpg", api_keys=tuple(keys), admin_key=admin_key or os.environ.get("MPG_ADMIN_KEY"),
+        name=_name(models), api_keys=tuple(keys), admin_key=admin_key or os.environ.get("MPG_ADMIN_KEY"),
         attribute_folders=tuple(attribute_folder or ()), max_rows=max_rows, max_length=max_length,
         max_memory=None if max_memory is None else int(max_memory * 2**30), max_queue=max_queue,
         prefill_tokens=prefill_tokens, max_kept=None if max_kept is None else int(max_kept * 2**30),
@@ -95,11 +96,12 @@ def serve(
             models, device=device, dtype=dtype, quantize=quantize, graphs=graphs, allow_other_base=allow_other_base,
             merge_adapters=merge_adapters,
         )  # fmt: skip
+        if model.models.device.type == "cpu":
+            arguments.leave_a_core()
         return Model(model.models, replace(model.recipe, options={**model.recipe.options, **options}))
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-    logging.getLogger("mpg.serve").setLevel(logging.INFO)
     stderr = sys.stderr  # another while the engine's thread loads a set that ships
+    log_to(stderr)
     run(
         make_app(limits, load),
         limits,
@@ -107,3 +109,8 @@ def serve(
         port,
         lambda at: print(f"mpg: serving at {at}/v1", file=stderr, flush=True),
     )
+
+
+def _name(models: str) -> str:
+    """What requests call the combination: a set's name, or the folder's or recipe's."""
+    return re.sub(r"\.ya?ml$", "", Path(models).absolute().name) or "mpg"
