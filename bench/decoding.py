@@ -321,7 +321,9 @@ def caches_of(model: Model, prompts: Sequence[Sequence[int]], weights: Sequence[
     for request in requests:
         scheduler.add(request)
     scheduler.step()
-    num_bytes = scheduler.session.cache_bytes()
+    room = scheduler.session.room
+    runners = [pool.runner for pool in room.pools.values()]
+    num_bytes = sum(runner.loaded.cache_bytes(runner.num_rows, room.positions) for runner in runners)
     scheduler.close()
     return num_bytes
 

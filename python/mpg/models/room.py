@@ -56,6 +56,12 @@ class Room:
         """As `grow`, but give back what is more than that."""
         self.open(*self._sizes(rows, end, True), num_held)
 
+    def limit(self, kv_length: int) -> int:
+        """At most the positions that rows have, which texts need no more of. Raises ValueError beyond the capacity."""
+        if not 0 < kv_length <= self.capacity:
+            raise ValueError(f"kv_length: expected 1 to the capacity {self.capacity}, got {kv_length}")
+        return min(kv_length, self.positions)
+
     def num_bytes(self, rows: Mapping[View, int], end: int, is_fitted: bool = False) -> int:
         """What caches take, or will when they have been written to, after `grow`, or `fit`: what is there twice while
         they change is among it."""

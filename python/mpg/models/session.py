@@ -185,7 +185,7 @@ class Session:
         out: (R, B, q, V) in the models' dtype, in the order of `roles` but for the numbers that no row has an attribute
         of; roles of one slot are run once. Where a row has none, its logits are those of another role.
         """
-        kv_length = min(kv_length, self.room.positions)
+        kv_length = self.room.limit(kv_length)
         if self._first and kv_length > self._longest_prompt:  # a row goes beyond its prompt
             self._first = {}
         key = tuple(roles), frozenset(self._first)
