@@ -91,6 +91,8 @@ def test_the_least_recently_used_goes_first_and_bytes_are_bounded():
     assert kept.num_bytes == kept.max_bytes
     kept.add(4, text(*range(200)), cache_of(text(*range(200))), 0)  # which alone is too much
     assert len(kept) == 2
+    kept.max_bytes = bytes_of(71)  # the one that was found last stays
+    assert [kept.find(end, text(end, 1)) is not None for end in (1, 3)] == [False, True]
     assert kept.clear() and not kept.clear()
     assert kept.num_bytes == 0
 

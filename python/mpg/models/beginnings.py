@@ -18,7 +18,7 @@ def find_beginnings(
     texts: Mapping[int, Text],
     unread: Sequence[int],
     known: Sequence[int],
-    held: Sequence[Sequence[int]],
+    held: Sequence[tuple[int, ...]],
     find_kept: Callable[[Hashable, tuple[int, ...]], tuple[Any, int] | None] = lambda reader, text: None,
 ) -> dict[int, tuple[Any, int]]:
     """Which of the unread texts begin as another one does: the place of that one, and how many positions they share.
@@ -46,11 +46,14 @@ def find_beginnings(
     return begun
 
 
-def _opening(reader: Hashable, text: Sequence[int]) -> tuple[Hashable, tuple[int, ...]]:
-    return reader, tuple(text[:MIN_SHARED])
+def _opening(reader: Hashable, text: tuple[int, ...]) -> Text:
+    return reader, text[:MIN_SHARED]
 
 
-def count_common(text: Sequence[int], other: Sequence[int]) -> int:
+def count_common(text: tuple[int, ...], other: tuple[int, ...]) -> int:
     """Positions that both begin with. The last token of neither is one, as it is not held."""
-    most = max(min(len(text), len(other)) - 1, 0)
-    return next((place for place in range(most) if text[place] != other[place]), most)
+    least, most = 0, max(min(len(text), len(other)) - 1, 0)
+    while least < most:  # by halves, as slices are compared sooner than tokens are
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if text[least:middle] == other[least:middle] else (least, middle - 1)
+    return least

@@ -6,7 +6,7 @@ Knows cache rows and token ids; nothing of who asks.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from threading import Lock
 
 from mpg.models import beginnings
@@ -18,18 +18,28 @@ class Kept:
     """Texts by what has read them, each with its keys and values; the least recently used go first. Prefix caching, as
     servers call it.
 
-    max_bytes  that they may take together; 0 keeps nothing
+    max_bytes  that they may take together, which may be set; 0 keeps nothing
     """
 
     def __init__(self, max_bytes: float) -> None:
-        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._max_bytes, self.num_bytes = max_bytes, 0
         self._texts: OrderedDict[Text, RaggedCache] = OrderedDict()
         self._lock = Lock()  # several threads may decode on one model
 
     def __len__(self) -> int:
         return len(self._texts)
 
-    def add(self, reader: Hashable, text: Sequence[int], cache: RaggedCache, row: int) -> None:
+    @property
+    def max_bytes(self) -> float:
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, max_bytes: float) -> None:
+        with self._lock:
+            self._max_bytes = max_bytes
+            self._make_room()
+
+    def add(self, reader: Hashable, text: tuple[int, ...], cache: RaggedCache, row: int) -> None:
         """Copy what a cache row holds of a text, which is all but its last token.
 
         reader  a model with an adapter, and all else that what it reads depends on
@@ -46,12 +56,11 @@ class Kept:
             for other in [other for other in self._alike(reader, text) if len(other[1]) <= len(text)]:
                 if count_common(other[1], text) == len(other[1]) - 1:  # what goes on from it has all of it
                     self._drop(other)
-            self._texts[reader, tuple(text)] = own
+            self._texts[reader, text] = own
             self.num_bytes += num_bytes
-            while self.num_bytes > self.max_bytes:
-                self._drop(next(iter(self._texts)))
+            self._make_room()
 
-    def find(self, reader: Hashable, text: Sequence[int]) -> tuple[RaggedCache, int] | None:
+    def find(self, reader: Hashable, text: tuple[int, ...]) -> tuple[RaggedCache, int] | None:
         """The cache, of one row, that holds most of what a text begins with, and how many positions that is; None where
         that is not worth a copy."""
         with self._lock:
@@ -70,8 +79,12 @@ class Kept:
             self.num_bytes = 0
         return had_some
 
-    def _alike(self, reader: Hashable, text: Sequence[int]) -> list[Text]:
+    def _alike(self, reader: Hashable, text: tuple[int, ...]) -> list[Text]:
         return [other for other in self._texts if other[0] == reader and other[1][0] == text[0]]
+
+    def _make_room(self) -> None:
+        while self.num_bytes > self._max_bytes:
+            self._drop(next(iter(self._texts)))
 
     def _drop(self, text: Text) -> None:
         cache = self._texts.pop(text)

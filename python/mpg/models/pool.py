@@ -5,7 +5,7 @@ Knows which row is whose; nothing of forwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -51,7 +51,7 @@ class Pool:
     def is_merged(self) -> bool:
         return bool(self.runner.key.merged)
 
-    def begins_as(self, group: int, text: Sequence[int]) -> list[tuple[RaggedCache | None, int, int]]:
+    def begins_as(self, group: int, text: tuple[int, ...]) -> list[tuple[RaggedCache | None, int, int]]:
         """The places that an adapter has read much of what a text begins with in: cache, place, and how much."""
         shared = [
             (self.runner.cache, place, count_common(text, pair.prompt))

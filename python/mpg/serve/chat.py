@@ -11,7 +11,6 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from mpg import __version__
-from mpg.results import Result
 from mpg.serve.asks import Jobs, messages_of, read, seeds
 from mpg.serve.choices import Choice
 from mpg.serve.engine import Engine
@@ -40,11 +39,7 @@ async def answer_chat(engine: Engine, asked: ChatRequest, request: Request, requ
     if asked.stream:
         return await as_stream(_chunks(asked, events, jobs, choices, head), request_id)
     async for number, event in events.of(jobs):
-        if isinstance(event, Result):
-            choices[number].end(event)
-        else:
-            assert isinstance(event, list)
-            choices[number].add(event)
+        choices[number].take(event)
     told = []
     for number, choice in enumerate(choices):
         message = {"role": "assistant", "content": choice.shown, "refusal": None}
@@ -83,11 +78,7 @@ async def _chunks(
         return {**head, "choices": [told], **({"usage": None} if has_usage else {})}
 
     async for number, event in events.of(jobs):
-        if isinstance(event, Result):
-            yield chunk(number, choices[number].end(event), [], choices[number].finish_reason)
-        else:
-            assert isinstance(event, list)
-            yield chunk(number, choices[number].add(event), event, None)
+        yield chunk(number, *choices[number].take(event))
     if has_usage:
         yield {**head, "choices": [], "usage": usage(jobs, choices, 1)}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpg.results import Result, Token
+from mpg.serve.jobs import Event
 
 LARGEST = 9999.0  # of log-probabilities and log-ratios, as JSON has no infinity for a token that a row excludes
 PARTIAL = "\ufffd"  # in what a tokenizer makes of a token that is a part of a character
@@ -69,6 +70,13 @@ class Choice:
         """Take the result. out: the text that was held back"""
         self.result = result
         return self._show("", is_last=True)
+
+    def take(self, event: Event) -> tuple[str, list[Token], str | None]:
+        """What an event adds: text, its tokens, and why the answer has ended, if it has."""
+        if isinstance(event, Result):
+            return self.end(event), [], self.finish_reason
+        assert isinstance(event, list)
+        return self.add(event), event, None
 
     def _show(self, text: str, *, is_last: bool) -> str:
         shown = self._text.add(text, is_last=is_last)

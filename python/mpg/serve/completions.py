@@ -11,7 +11,6 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from mpg import __version__
-from mpg.results import Result
 from mpg.serve.asks import Jobs, prompts_of, read, seeds
 from mpg.serve.chat import usage
 from mpg.serve.choices import Choice, scored
@@ -19,7 +18,7 @@ from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError
 from mpg.serve.jobs import Job
 from mpg.serve.protocol import CompletionRequest
-from mpg.serve.streams import Events, as_json, as_stream, is_scored
+from mpg.serve.streams import Events, as_json, as_stream
 
 
 async def answer_completion(engine: Engine, asked: CompletionRequest, request: Request, request_id: str) -> Response:
@@ -59,11 +58,8 @@ async def answer_completion(engine: Engine, asked: CompletionRequest, request: R
         if number >= len(jobs):
             assert isinstance(event, list)
             of_prompts[number - len(jobs)] = event
-        elif isinstance(event, Result):
-            choices[number].end(event)
         else:
-            assert isinstance(event, list) and not is_scored(event)
-            choices[number].add(event)
+            choices[number].take(event)
     told = []
     for number, (choice, job) in enumerate(zip(choices, jobs, strict=True)):
         index = number // n
@@ -106,11 +102,7 @@ async def _chunks(
 
     if asked.max_tokens != 0:
         async for number, event in events.of(jobs):
-            if isinstance(event, Result):
-                yield chunk(number, choices[number].end(event), [], choices[number].finish_reason)
-            else:
-                assert isinstance(event, list)
-                yield chunk(number, choices[number].add(event), event, None)
+            yield chunk(number, *choices[number].take(event))
     else:
         for number in range(len(choices)):
             yield chunk(number, "", [], "length")
