@@ -21,6 +21,7 @@ from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.models.attention import ragged_attention
 from mpg.models.graphs import CAPTURES
+from mpg.models.lengths import Lengths, most_queries
 from test_ops import ON_LOGITS, ON_ROWS, ON_SCORES
 
 ROUNDS: tuple[dict[str, Any], ...] = (
@@ -99,7 +100,8 @@ def compare_rounds(device: str) -> dict[str, Any]:
 
 
 def name_attention_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
-    """The kernels that attention of a chunk of one and of five tokens runs, by time, and microseconds of a call."""
+    """The kernels that attention of a chunk of one and of five tokens runs, by time, and microseconds of a call: by a
+    mask and, on a GPU, by lengths; and up to how many tokens mpg would choose lengths here."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CUDA] if device == "cuda" else [activity.CPU]
     kernels = {}
@@ -110,16 +112,22 @@ def name_attention_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
                 torch.randn(1, context, sizes.kv_heads, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
                 for _ in range(2)
             )
-            mask = torch.zeros(1, 1, num_tokens, context, device=device, dtype=torch.bfloat16)
-            attend = partial(ragged_attention, torch.nn.Identity(), query, key, value, mask)
-            attend()
-            with torch.profiler.profile(activities=activities) as profile:
+            start = torch.tensor([context - num_tokens], device=device)
+            ways = {"mask": torch.zeros(1, 1, num_tokens, context, device=device, dtype=torch.bfloat16)}
+            if device == "cuda":
+                ways["lengths"] = Lengths.of(start, num_tokens, context, context)
+            for name, way in ways.items():
+                attend = partial(ragged_attention, torch.nn.Identity(), query, key, value, way)
                 attend()
-            events = sorted(profile.key_averages(), key=_microseconds, reverse=True)
-            kernels[f"context {context}, tokens {num_tokens}"] = {
-                event.key: round(_microseconds(event), 1) for event in events[:5]
-            }
-    return {"passed": True, "kernels": kernels}
+                with torch.profiler.profile(activities=activities) as profile:
+                    attend()
+                events = sorted(profile.key_averages(), key=_microseconds, reverse=True)
+                kernels[f"context {context}, tokens {num_tokens}, {name}"] = {
+                    event.key: round(_microseconds(event), 1) for event in events[:5]
+                }
+    attend, keys = partial(ragged_attention, torch.nn.Identity()), key.transpose(1, 2)
+    by_lengths = most_queries(attend, sizes.heads, keys) if device == "cuda" else 0
+    return {"passed": True, "kernels": kernels, "by_lengths": by_lengths}
 
 
 def _microseconds(event: Any) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import causal_mask_function
 
 from mpg.models.cache import RaggedCache
+from mpg.models.lengths import Lengths, attend_by_lengths, most_queries
 
+DEVICE_OF_LENGTHS = "cuda"
 ATTENTION = "mpg"  # the name under which transformers finds the two functions at the end of this file
 CACHED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 ALIBI_MODEL_TYPES = {"bloom", "mpt"}
@@ -62,21 +65,15 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
     positions of a row must, as a router may send one token elsewhere. Logits that are not finite are not judged.
     """
     config = model.config.get_text_config()
-    rows = (torch.arange(1, 9, device=model.device) * config.vocab_size // 9).view(2, 4)
-    before, after = rows[:, :2].clone(), torch.stack([rows[0, 2:], rows[1, 1:3]])
-    before[1, 1] = rows[0, 0]  # row 1 is one token long: this one is rejected
+    rows = _two_rows(model)
     cache = RaggedCache(config.num_hidden_layers, 2, capacity=4)
     try:
         with own_precision(model.device):
             model.set_attn_implementation("eager")
             plain = model(input_ids=rows, use_cache=False).logits
             model.set_attn_implementation(ATTENTION)
-            for tokens, start in ((before, [0, 0]), (after, [2, 1])):
-                positions = cache.place(
-                    slice(0, 2), torch.tensor(start, device=model.device), num_tokens=2, kv_length=4
-                )
-                ragged = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
-            positions = cache.place(slice(0, 1), positions[:1, 1], num_tokens=1, kv_length=4, start_at=3)
+            ragged = _feed_ragged(model, cache, rows)
+            positions = cache.place(slice(0, 1), rows.new_tensor([3]), num_tokens=1, kv_length=4, start_at=3)
             placed = model(input_ids=rows[:1, 3:], position_ids=positions, past_key_values=cache, use_cache=True).logits
     except torch.OutOfMemoryError:
         raise
@@ -86,15 +83,56 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
     expected = torch.stack([plain[0, [2, 3, 3]], plain[1, [1, 2, 2]]]).float()
     if (expected == expected[..., :1]).all():
         raise _refusal(argument, config, "its logits are the same for every token, as of a head of zeros")
-    deviations = (ragged.float() - expected).square().mean(-1).sqrt() / expected.std(-1)  # (rows, positions)
-    bits = torch.finfo(model.dtype).bits
-    deviation = (deviations.amin(-1) if bits == 16 else deviations).amax().item()
+    deviation, bits = _deviation(ragged, expected), torch.finfo(model.dtype).bits
     if deviation > MAX_DEVIATION[bits]:
         reason = (
             f"on short ragged rows its logits deviate from an uncached forward's by {deviation:.0%} of their spread"
         )
         raise _refusal(argument, config, reason)
     return cache.bytes_per_position()
+
+
+@torch.no_grad()
+def choose_lengths(model: PreTrainedModel) -> int:
+    """Up to how many queries of a row `model` attends by lengths: 0 for none, wherever its device or dtype has no such
+    kernel, its logits on ragged rows then deviate from those by a mask, or this machine is not faster so."""
+    bits = torch.finfo(model.dtype).bits
+    if model.device.type != DEVICE_OF_LENGTHS or bits != 16:
+        return 0
+    config, logits = model.config.get_text_config(), []
+    try:
+        with own_precision(model.device):
+            for by_lengths in (0, 2):
+                cache = RaggedCache(config.num_hidden_layers, 2, 4, by_lengths)
+                logits.append(_feed_ragged(model, cache, _two_rows(model)))
+            if _deviation(logits[1], logits[0].float()) > MAX_DEVIATION[bits]:
+                return 0
+            return most_queries(partial(ragged_attention, model), config.num_attention_heads, cache.any_keys())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model raises whose attention lengths do not describe
+        return 0
+
+
+def _two_rows(model: PreTrainedModel) -> Tensor:
+    """Tokens (2, 4) from all over the vocabulary."""
+    return (torch.arange(1, 9, device=model.device) * model.config.get_text_config().vocab_size // 9).view(2, 4)
+
+
+def _feed_ragged(model: PreTrainedModel, cache: RaggedCache, rows: Tensor) -> Tensor:
+    """Feed two rows of which the second is a token shorter, as it has one rejected. out: the last two logits of each"""
+    before, after = rows[:, :2].clone(), torch.stack([rows[0, 2:], rows[1, 1:3]])
+    before[1, 1] = rows[0, 0]  # row 1 is one token long: this one is rejected
+    for tokens, start in ((before, [0, 0]), (after, [2, 1])):
+        positions = cache.place(slice(0, 2), rows.new_tensor(start), num_tokens=2, kv_length=4)
+        logits = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
+    return logits
+
+
+def _deviation(logits: Tensor, expected: Tensor) -> float:
+    """The largest of any row (rows, positions, V), in 16 bits that of its better position, as a share of the spread."""
+    deviations = (logits.float() - expected).square().mean(-1).sqrt() / expected.std(-1)
+    return (deviations.amin(-1) if torch.finfo(logits.dtype).bits == 16 else deviations).amax().item()
 
 
 def _refusal(argument: str, config: PreTrainedConfig, reason: str) -> ValueError:
@@ -132,7 +170,7 @@ def ragged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Lengths | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -145,6 +183,9 @@ def ragged_attention(
 
     out: (R, q, H * G, D)
     """
+    if isinstance(attention_mask, Lengths):
+        assert softcap is None and s_aux is None, "attention by lengths has no caps and no sinks"
+        return attend_by_lengths(query, key, value, attention_mask, scaling), None
     rows, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // key.shape[1]
     # The G query heads of one key head become G times the queries. Unlike enable_gqa, this lets a fused kernel run with
@@ -172,22 +213,27 @@ def ragged_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: int | Tensor | Lengths = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Tensor] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor | Lengths | None:
     """The model's own mask function (causal, sliding, chunked) evaluated at every row's own query positions.
 
-    q_offset: from RaggedCache.get_query_offset, (R,) int64, or where all rows start, behind their first token
+    q_offset: from RaggedCache: (R,) int64, or where all rows start, behind their first token; or lengths
 
     out: (R, 1, q, kv) in `dtype`, to be added to scores: 0 = attend, -inf = do not. Made once a forward; of a bool mask
-    every layer would make it anew. None where a single query attends to all that is held
+    every layer would make it anew. None where a single query attends to all that is held; the lengths, if there are
+    any, where each does to all before it
     """
-    assert isinstance(q_offset, Tensor) or q_offset > 0, "the model attends without its cache"
+    assert isinstance(q_offset, Tensor | Lengths) or q_offset > 0, "the model attends without its cache"
     assert mask_function is not None
+    if isinstance(q_offset, Lengths):
+        if mask_function is causal_mask_function:
+            return q_offset
+        q_offset = q_offset.used - q_length
     if isinstance(q_offset, Tensor):
         queries = q_offset[:, None] + torch.arange(q_length, device=device)
         queries = queries.clamp_max(kv_length - 1)  # as in place(): a row past its end would see nothing and turn NaN

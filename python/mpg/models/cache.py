@@ -13,18 +13,23 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mpg.models.lengths import Lengths
+
 
 class RaggedCache(Cache):
     """Keys and values of R rows with room for `capacity` positions each.
 
     `place` says which rows the next forward runs and where each of them starts. Entries beyond a row's end may be
     stale: the mask hides what lies behind a query, and a position is written again before a query can see it.
+
+    by_lengths: up to how many queries of a row attend by lengths, not by a mask; rows lie as many positions apart
     """
 
-    def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
+    def __init__(self, num_layers: int, num_rows: int, capacity: int, by_lengths: int = 0) -> None:
         super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
         self.num_rows = num_rows
         self.capacity = capacity
+        self.by_lengths = by_lengths
         self.current: _RaggedLayer | None = None  # the layer that a compiled forward is in, whichever it says it is
 
     def place(
@@ -47,15 +52,18 @@ class RaggedCache(Cache):
             raise ValueError(f"kv_length: expected 1 to the capacity {self.capacity}, got {kv_length}")
         self.first_row: int = rows.start if isinstance(rows, slice) else 0
         self.rows: Tensor | None = None if isinstance(rows, slice) else rows
-        self.start = start
         self.start_at = start_at
+        self.query_offset: int | Tensor | Lengths = start if start_at is None else start_at
         self.kv_length = kv_length
         if start_at is not None:
             return torch.arange(start_at, start_at + num_tokens, device=start.device).expand(len(start), -1)
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
         positions = positions.clamp_max(kv_length - 1)
         numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows
-        self.slot_mapping = (numbers[:, None] * self.capacity + positions).flatten()
+        self.slot_mapping = (numbers[:, None] * (self.capacity + self.by_lengths) + positions).flatten()
+        if num_tokens <= self.by_lengths:
+            held = self.capacity if self.rows is None else kv_length  # of rows by number copies are read
+            self.query_offset = Lengths.of(start, num_tokens, kv_length, held + self.by_lengths)
         return positions
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +100,7 @@ class RaggedCache(Cache):
             if isinstance(layer, _RaggedLayer) and layer.is_initialized:
                 for name in ("keys", "values"):
                     old = getattr(layer, name)
-                    new = old.new_zeros(num_rows, capacity, *old.shape[2:])
+                    new = old.new_zeros(num_rows, capacity + self.by_lengths, *old.shape[2:])
                     rows, kept = min(num_rows, len(old)), min(capacity, num_positions)
                     new[:rows, :kept] = old[:rows, :kept]
                     setattr(layer, name, new)
@@ -105,6 +113,10 @@ class RaggedCache(Cache):
         for buffer in self._buffers() if rows else ():
             buffer.index_fill_(0, index.on(buffer.device)[0], 0)
 
+    def any_keys(self) -> Tensor:
+        """(rows, capacity and more, H, D), of a layer that has been written to."""
+        return self._buffers()[0]
+
     def bytes_per_position(self) -> int:
         """What one position of one row takes in all layers that have been written to."""
         return sum(buffer[0, 0].numel() * buffer.element_size() for buffer in self._buffers())
@@ -113,8 +125,8 @@ class RaggedCache(Cache):
         written = [layer for layer in self.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
         return [buffer for layer in written for buffer in (layer.keys, layer.values)]
 
-    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # of all rows, or one per row
-        return self.start if self.start_at is None else self.start_at
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.query_offset
 
 
 class _Index:
@@ -141,7 +153,7 @@ class _RaggedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: a masked NaN would still poison the weighted sum of the values.
-        room = self.cache.num_rows, self.cache.capacity
+        room = self.cache.num_rows, self.cache.capacity + self.cache.by_lengths
         self.keys: Tensor = key_states.new_zeros(*room, key_states.shape[1], key_states.shape[3])
         self.values: Tensor = value_states.new_zeros(*room, value_states.shape[1], value_states.shape[3])
         self.is_initialized = True
@@ -163,7 +175,8 @@ class _RaggedLayer(CacheLayerMixin):
             slots = cache.slot_mapping.to(device)
             buffer.view(-1, *buffer.shape[2:]).index_copy_(0, slots, states.transpose(1, 2).flatten(0, 1))
         if cache.rows is not None:
-            return buffer[cache.rows.to(device), : cache.kv_length].transpose(1, 2)
+            held = buffer[cache.rows.to(device), : cache.kv_length + cache.by_lengths].transpose(1, 2)
+            return held[:, :, : cache.kv_length]
         # buffer[first_row :][:num_rows, :kv_length].transpose(1, 2), (R, H, kv, D), in one call: there are two a layer
         return buffer.as_strided((num_rows, num_heads, cache.kv_length, size), strides, first)
 

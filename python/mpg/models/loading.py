@@ -22,7 +22,7 @@ import mpg_ext
 from mpg.context import Context
 from mpg.models import gguf, sources
 from mpg.models.agreement import check_agreement, check_tokenizers, check_trained_on
-from mpg.models.attention import use_ragged_attention, verify_ragged_attention
+from mpg.models.attention import choose_lengths, use_ragged_attention, verify_ragged_attention
 from mpg.models.compiled import compile_layers
 from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Slot
 from mpg.models.graphs import CAPTURES
@@ -286,7 +286,9 @@ class _Loader:
         name = str(source) if isinstance(source, str | Path) else model.name_or_path or type(model).__name__
         devices = tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
         size = model.num_parameters()
-        self.models.append(LoadedModel(argument, name, model, tokenizer, size, bytes_per_position, devices))
+        loaded = LoadedModel(argument, name, model, tokenizer, size, bytes_per_position, devices)
+        loaded.by_lengths = choose_lengths(model)
+        self.models.append(loaded)
         return Slot(self.models[-1])
 
     def _move(self, argument: str, model: PreTrainedModel, place: Place | None) -> None:

@@ -5,7 +5,6 @@ Knows adapters, cache rows and captured graphs; nothing of roles, of texts or of
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +69,7 @@ class LoadedModel:
     lock: Any = field(default_factory=Lock)
     idle: list[ModelRunner] = field(default_factory=list)  # the latest last
     graphs: WeakSet[Graphs] = field(default_factory=WeakSet)  # of every runner there is
+    by_lengths: int = 0  # up to how many queries of a row attend by lengths, not by a mask
     version: int = 0  # grows where the weights change
 
     @property
@@ -107,7 +107,8 @@ class LoadedModel:
         return RunnerKey(tuple(merged), *sizes, self._stream(), torch.is_inference_mode_enabled())
 
     def cache_bytes(self, num_rows: int, capacity: int) -> int:
-        return self.bytes_per_position * math.prod(self._cache_sizes(num_rows, capacity))
+        num_rows, capacity = self._cache_sizes(num_rows, capacity)
+        return self.bytes_per_position * num_rows * (capacity + self.by_lengths)
 
     def _cache_sizes(self, num_rows: int, capacity: int) -> tuple[int, int]:
         """Rows and positions of a session's cache: as asked for, or rounded up where its forwards are captured."""
@@ -186,7 +187,7 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, key: RunnerKey) -> None:
         self.loaded, self.key, self.num_rows = loaded, key, key.num_rows
-        self.cache = RaggedCache(loaded.num_layers, key.num_rows, key.capacity)
+        self.cache = RaggedCache(loaded.num_layers, key.num_rows, key.capacity, loaded.by_lengths)
         self.merge_weights: Tensor | None = None  # (num_rows, N) in the model's dtype
         self._factors: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # of groups from one to another
         self.graphs: Graphs | None = None

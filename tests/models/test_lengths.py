@@ -1,0 +1,120 @@
+"""Attention by lengths: what it computes and when it is chosen, with its kernel's own words in plain torch.
+
+The kernel runs on a GPU alone; what stands for it here reads what that one reads and nothing else.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mpg
+from mpg.models import attention, lengths, loading
+from mpg.models.cache import RaggedCache
+
+PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
+
+
+def _varlen(query, key, value, queries, keys, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k):
+    """What torch's varlen_attn says that it computes, row by row."""
+    assert queries.dtype == keys.dtype == seqused_k.dtype == torch.int32
+    assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
+    out = torch.full_like(query, torch.nan)
+    for row in range(len(queries) - 1):
+        used, begin = int(seqused_k[row]), int(keys[row])
+        own = slice(int(queries[row]), int(queries[row + 1]))
+        count = own.stop - own.start
+        assert 0 < count <= max_q and count <= used <= max_k
+        held = (part[begin : begin + used].transpose(0, 1) for part in (key, value))
+        mask = torch.ones(count, used, dtype=torch.bool).tril(used - count)
+        out[own] = torch.nn.functional.scaled_dot_product_attention(
+            query[own].transpose(0, 1), *held, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        ).transpose(0, 1)
+    return out
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Lengths on the CPU too, where they always win."""
+    monkeypatch.setattr(attention, "DEVICE_OF_LENGTHS", "cpu")
+    monkeypatch.setattr(lengths, "varlen_attn", _varlen)
+    monkeypatch.setattr(lengths, "_time", lambda calls: [2.0, 1.0])
+
+
+def _logits(model, by_lengths, kv_length):
+    """Of a chunk behind each of three rows in places 1 to 3, and of rows by number."""
+    cache = RaggedCache(model.config.num_hidden_layers, 4, 12, by_lengths)
+    out = []
+    for rows, tokens, start in (
+        (slice(1, 4), torch.tensor([[*prompt, *[0] * 7][:7] for prompt in PROMPTS]), [0, 0, 0]),
+        (slice(1, 4), torch.tensor([[20, 21], [22, 23], [24, 25]]), [7, 1, 3]),
+        (torch.tensor([3, 1]), torch.tensor([[30], [31]]), [5, 9]),
+        (slice(2, 4), torch.tensor([[40, 41], [42, 43]]), [30, 6]),  # the first one runs past its end
+    ):
+        positions = cache.place(rows, torch.tensor(start), tokens.shape[1], kv_length)
+        out.append(model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits)
+        cache.resize(cache.num_rows + 1, cache.capacity + 3, num_positions=11)
+    return [*out[:3], out[3][1:]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "qwen3"])
+def test_logits_are_those_by_a_mask(architecture, tiny_model, kernel):
+    model = tiny_model(architecture)
+    attention.use_ragged_attention(model, "base")
+    with torch.no_grad():
+        for own, by_mask in zip(_logits(model, 2, 12), _logits(model, 0, 12), strict=True):
+            torch.testing.assert_close(own, by_mask, atol=1e-5, rtol=1e-5)
+
+
+def _chosen(model):
+    attention.use_ragged_attention(model, "base")
+    return attention.choose_lengths(model)
+
+
+def test_lengths_are_chosen_where_they_are_right_and_faster(tiny_model, kernel, monkeypatch):
+    model = tiny_model().bfloat16()
+    assert _chosen(model) == 32
+    monkeypatch.setattr(lengths, "_time", lambda calls: [1.0, 1.0])
+    assert _chosen(model) == 0
+    times = iter([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, 2.0]])
+    monkeypatch.setattr(lengths, "_time", lambda calls: next(times))
+    assert _chosen(model) == 1
+
+
+def test_lengths_are_not_chosen_where_they_are_wrong_or_cannot_be(tiny_model, kernel, monkeypatch):
+    assert _chosen(tiny_model()) == 0  # in 32 bits there is no such kernel
+    for architecture in ("gemma2", "gpt_oss"):  # scores are capped, a model has sinks
+        assert _chosen(tiny_model(architecture).bfloat16()) == 0
+    model = tiny_model().bfloat16()
+    monkeypatch.setattr(lengths, "varlen_attn", lambda query, *args, **kwargs: -_varlen(query, *args, **kwargs))
+    assert _chosen(model) == 0
+
+    def raising(*args, **kwargs):
+        raise TypeError("varlen_attn() got an unexpected keyword argument 'seqused_k'")
+
+    monkeypatch.setattr(lengths, "varlen_attn", raising)
+    assert _chosen(model) == 0
+
+
+def test_lengths_are_asked_for_on_a_gpu_alone(tiny_model):
+    assert _chosen(tiny_model().bfloat16()) == 0
+
+
+@pytest.mark.parametrize("options", [{"sampler": "direct"}, {"sampler": "exact"}, {"sampler": "scr"}])
+def test_texts_are_those_by_a_mask(options, tiny_model, monkeypatch):
+    base, attribute, calls = tiny_model(), tiny_model(), []
+
+    def kernel(*args, **kwargs):
+        calls.append(args)
+        return _varlen(*args, **kwargs)
+
+    monkeypatch.setattr(lengths, "varlen_attn", kernel)
+    texts = []
+    for most in (0, 32):
+        monkeypatch.setattr(loading, "choose_lengths", lambda model, most=most: most)
+        model = mpg.load(base, {"E": attribute})
+        model.models.eos_token_ids = ()
+        results = model.generate(PROMPTS, weights={"E": 1.0}, seed=3, max_new_tokens=8, **options)
+        texts.append([result.tokens for result in results])
+        assert bool(calls) == bool(most)
+    assert texts[0] == texts[1]
