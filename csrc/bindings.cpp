@@ -721,22 +721,25 @@ void lora_expand_(const Tensor& out, const Tensor& hidden, const Tensor& up, con
   TORCH_CHECK_VALUE(at::has_internal_overlap(out) != at::MemOverlap::Yes,
                     "out is written in place and must have memory of its own for every number");
 
+  const bool is_of_all = hidden.dim() == 3 && hidden.size(2) == G * r;
+  const int64_t step = is_of_all ? r : 0;
   with_accumulation_type(out, [&]<class A>(Memory& memory) {
     const mpg::LoraExpand<A> args(
         {storage_of(out), memory.input<int64_t>("groups", groups, "R", {R}), R, q, G, r},
-        memory.tokens("hidden", hidden, "R, q, r", {R, q, r}, dtype),
+        memory.tokens("hidden", hidden, "R, q, r", {R, q, is_of_all ? G * r : r}, dtype),
         memory.stored("up", up, "G, r, out", {G, r, size}, dtype), size,
-        {out.mutable_data_ptr(), out.stride(0), out.stride(1)});
+        {out.mutable_data_ptr(), out.stride(0), out.stride(1)}, step);
     const bool has_tokens_in_line = out.stride(0) == q * out.stride(1);
     const bool is_done =
         has_tokens_in_line &&
-        with_long_runs(
-            args.rows, size, memory.device(), [&](int64_t row, int64_t count, int64_t group) {
-              if (!args.rows.has_adapter(group)) return;
-              out.narrow(0, row, count)
-                  .view({count * q, size})
-                  .addmm_(hidden.narrow(0, row, count).reshape({count * q, r}), up[group]);
-            });
+        with_long_runs(args.rows, size, memory.device(),
+                       [&](int64_t row, int64_t count, int64_t group) {
+                         if (!args.rows.has_adapter(group)) return;
+                         const Tensor own = hidden.narrow(0, row, count).narrow(2, group * step, r);
+                         out.narrow(0, row, count)
+                             .view({count * q, size})
+                             .addmm_(own.reshape({count * q, r}), up[group]);
+                       });
     if (is_done) return;
     constexpr int64_t kPart = mpg::cpu::kOutputPart;
     run(memory, (size + kPart - 1) / kPart * R, q * r * std::min(size, kPart), args,

@@ -302,10 +302,11 @@ struct LoraShrink {
 template <class A>
 struct LoraExpand {
   AdapterRows rows;
-  TokenRows<const void*> hidden;  // (R, q, rank)
+  TokenRows<const void*> hidden;  // (R, q, rank), or (R, q, G * rank): each row uses its group's
   const void* up;                 // (G, rank, size)
   int64_t size;
   TokenRows<void*> out;  // (R, q, size), added to
+  int64_t step;          // in hidden from one group's ranks to the next one's: 0 or rank
 };
 
 // The two sides of an op. CPU: does the items [begin, end), so that the caller can split them over

@@ -377,7 +377,8 @@ def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> Non
 
     out: (R, q, out), float32, float16 or bfloat16, on the CPU also float64; written in place. It may be a part of the
         columns of another tensor: any strides without overlap, but 1 in the last dimension
-    hidden: (R, q, r), dtype of out; may be part of another, too
+    hidden: (R, q, r), dtype of out; may be part of another, too. Or (R, q, G * r), what every group's down factor makes
+        of x one after another, of which each row uses its own group's
     up: (G, r, out), dtype of out
     groups: (R,) int64, as in lora_shrink
     """

@@ -106,7 +106,7 @@ MPG_INLINE void expand_run(const LoraExpand<A>& args, int64_t row, int64_t count
   const int64_t size = std::min(kOutputPart, stride - begin);
   const T* up = factor<T>(args.up, args.rows, row, stride) + begin;
   for (int64_t t = 0; t < count; ++t) {
-    const T* hidden = token<const T>(args.hidden, q, row, t);
+    const T* hidden = token<const T>(args.hidden, q, row, t) + args.rows.groups[row] * args.step;
     T* out = token<T>(args.out, q, row, t) + begin;
     A sums[kOutputPart] = {};
     int64_t j = 0;

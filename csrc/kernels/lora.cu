@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kExpandThreads) lora_expand_kernel(const LoraE
   const Tile tile(args.rows);
   if (tile.count == 0 || !args.rows.has_adapter(tile.group)) return;
   using P = Packed<T, kSize>;
-  const int64_t rank = args.rows.rank, size = args.size;
+  const int64_t rank = args.rows.rank, size = args.size, own = tile.group * args.step;
   const int64_t c = (int64_t(blockIdx.y) * kExpandThreads + threadIdx.x) * kSize;
   const T* up = static_cast<const T*>(args.up) + tile.group * rank * size + c;
   float sums[kTokens][kSize] = {};
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kExpandThreads) lora_expand_kernel(const LoraE
     __syncthreads();  // what was staged before has been read
     for (int i = threadIdx.x; i < tile.count * num_staged; i += kExpandThreads) {
       const int t = i / num_staged, j = i % num_staged;
-      staged[j][t] = to_float(tile.token<const T>(args.hidden, t)[first + j]);
+      staged[j][t] = to_float(tile.token<const T>(args.hidden, t)[own + first + j]);
     }
     __syncthreads();  // all threads read what each wrote
     if (c >= size) continue;

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from architectures import EVERY_LINEAR
 from ensembles import load
 from mpg.models import graphs
 from mpg.models.runner import ModelRunner
@@ -14,13 +18,17 @@ CAPACITY = 24
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
 
-@pytest.fixture(params=["llama", "gpt2", "mistral"])
+@pytest.fixture(params=["llama", "gpt2", "mistral", "llama wide", "qwen2 wide"])
 def models(request, tiny_model, lora_folder):
-    target, settings = ("q_proj", {}) if request.param != "gpt2" else ("c_attn", {"fan_in_fan_out": True})
+    architecture, *is_wide = request.param.split()
+    targets, settings = (["q_proj", "o_proj"], {}) if architecture != "gpt2" else (["c_attn"], {"fan_in_fan_out": True})
     adapters = {
-        name: lora_folder(name, request.param, target_modules=[target], **settings) for name in ("E", "T", "J", "P")
+        name: lora_folder(name, architecture, target_modules=targets, **settings) for name in ("E", "T", "J", "P")
     }
-    return load(tiny_model(request.param), {**adapters, "full": tiny_model(request.param)}, device="cpu")
+    models = load(tiny_model(architecture), {**adapters, "full": tiny_model(architecture)}, device="cpu")
+    if is_wide:  # as on a GPU
+        models._models[0].stack.widen()
+    return models
 
 
 @pytest.fixture
@@ -187,3 +195,34 @@ def test_nan_in_a_spare_row_does_not_reach_the_text_that_gets_it(is_known, captu
     sound = [place for place, pair in enumerate(pool.pairs) if is_known or pair.row != 2]
     assert all(buffer[sound].isfinite().all() for buffer in pool.runner.cache._buffers())
     assert is_known == all(buffer.isfinite().all() for buffer in pool.runner.cache._buffers())
+
+
+class _Products(TorchDispatchMode):
+    """Counts what a forward multiplies by."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name().partition("::")[2].partition(".")[0]
+        if name in ("mm", "addmm", "bmm", "baddbmm_", "lora_shrink", "lora_expand_"):
+            self.counts[name] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("attributes", "update"), [(["E"] * 3, "baddbmm_"), (["E", "T", "T"], "lora_expand_")])
+def test_a_llama_layer_with_adapters_everywhere_is_four_products_and_four_updates(
+    attributes, update, tiny_model, lora_folder, tmp_path
+):
+    tiny_model().save_pretrained(tmp_path / "base")
+    adapters = {name: lora_folder(name, target_modules=list(EVERY_LINEAR)) for name in ("E", "T")}
+    models = load(tmp_path / "base", adapters, device="meta")
+    session = models.open([], ["base", 0], CAPACITY, num_rows=3)
+    session.replace(range(3), PROMPTS, [[name] for name in attributes])
+    tokens, start = (torch.zeros(3, *shape, dtype=torch.int64, device="meta") for shape in [(1,), ()])
+    with _Products() as products:
+        session.forward(["base", 0], tokens, start, kv_length=20)
+    num_layers = models._models[0].num_layers
+    wanted = {"mm": 4 * num_layers + 1, update: 4 * num_layers, "bmm": 2 * num_layers}  # with the head, and attention
+    assert products.counts == wanted

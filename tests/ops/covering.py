@@ -57,7 +57,7 @@ FACTORS: dict[str, dict[str, Sequence[Any]]] = {
     "count_usable_": {"K": K, "V": (1, 33, 1000), "B": B, "is_drawn": (True, False), "has_most": (True, False)},
     "commit_block_": {"K": (0, 1, 4, 32, 70), "B": B, "has_token": (True, False), "has_totals": (True, False)},
     "lora_shrink": LORA,
-    "lora_expand_": LORA,
+    "lora_expand_": {**LORA, "is_of_all": (False, True)},
 }
 
 

@@ -377,6 +377,10 @@ def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
 
 def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> None:
     """Twin of `mpg_ext.lora_expand_`."""
+    if hidden.shape[2] == len(up) * up.shape[1]:
+        index = groups.where((groups >= 0) & (groups < len(up)), 0)[:, None, None, None]
+        of_groups = hidden.unflatten(2, up.shape[:2])  # (R, q, G, r)
+        hidden = of_groups.take_along_dim(index, 2)[:, :, 0]
     out.copy_(_accumulate(out) + _accumulate(hidden) @ _factors_of_rows(up, groups))
 
 

@@ -39,10 +39,12 @@ def test_shrink_is_exact_to_rounding(device, features, rank, K, B, dtype, layout
 
 
 @cases_of("lora_expand_")
-def test_expand_adds_to_rows_exactly_to_rounding_and_touches_nothing_else(device, features, rank, K, B, dtype, layout):
+def test_expand_adds_to_rows_exactly_to_rounding_and_touches_nothing_else(
+    device, features, rank, K, B, dtype, layout, is_of_all
+):
     options = {"dtype": dtype, "device": device}
     out = laid_out(normal(B, K, features, **options), layout)
-    hidden = laid_out(normal(B, K, rank, **options), layout)
+    hidden = laid_out(normal(B, K, rank * (GROUPS if is_of_all else 1), **options), layout)
     up, groups = normal(GROUPS, rank, features, **options), groups_of(B, device)
     exact, magnitudes = out.double(), out.double().abs()
     reference.lora_expand_(exact, hidden.double(), up.double(), groups)
@@ -85,12 +87,15 @@ def test_rows_of_a_group_outside_run_the_plain_base_and_read_no_factor(device):
 
 @pytest.mark.parametrize("layout", ["contiguous", "columns", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_runs_are_those_of_the_twin(dtype, layout):
+@pytest.mark.parametrize("is_of_all", [False, True])
+def test_long_runs_are_those_of_the_twin(dtype, layout, is_of_all):
     """On the CPU those are torch's products, over the tokens of all rows of a run where these lie in line."""
     options = {"dtype": dtype, "device": torch.device("cpu")}
     x, down, up = (normal(*shape, **options) / 8 for shape in [(9, 130, 256), (GROUPS, 33, 256), (GROUPS, 33, 256)])
     groups = torch.tensor([0, 0, 0, 1, 1, 1, 5, 3, 3])
     hidden = mpg_ext.lora_shrink(x, down, groups)
+    if is_of_all:  # each row's own part among others
+        hidden = torch.cat([torch.where(groups[:, None, None] == g, hidden, torch.nan) for g in range(GROUPS)], 2)
     out = torch.ones(9, 130, 300, dtype=dtype)[..., 7:263] if layout == "columns" else laid_out(x, layout)
     wanted = out.clone()
     reference.lora_expand_(wanted, reference.lora_shrink(x, down, groups), up, groups)

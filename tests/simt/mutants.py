@@ -209,6 +209,12 @@ MUTANTS = {
         "",
         "ops/test_lora_rows.py expand_adds",
     ),
+    "ranks of another group": Mutant(
+        "csrc/kernels/lora.cu",
+        "[own + first + j]",
+        "[first + j]",
+        "ops/test_lora_rows.py expand_adds",
+    ),
     "sum given to the wrong lane": Mutant(
         "csrc/kernels/lora.cu",
         "(lane & kHalf) != 0",

@@ -13,9 +13,9 @@ import torch
 
 from mpg.models.beginnings import Text
 from mpg.models.cache import RaggedCache
-from mpg.models.lora import Layout
 from mpg.models.pool import Pool, View
 from mpg.models.runner import ModelRunner, Slot
+from mpg.models.stack import Layout
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble

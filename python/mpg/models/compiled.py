@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpg.models.cache import RaggedCache
-from mpg.models.lora import LoraStack
+from mpg.models.stack import LoraStack
 
 # Of a row: a chunk and the token before it. Longer forwards read prompts.
 MAX_TOKENS = 33

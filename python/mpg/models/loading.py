@@ -28,12 +28,13 @@ from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Sl
 from mpg.models.graphs import CAPTURES
 from mpg.models.joined import join_linears
 from mpg.models.linear import pack_linears
-from mpg.models.lora import Adapter, LoraStack, UnstackableError, adapter_in_memory, read_adapter, share
+from mpg.models.lora import Adapter, UnstackableError, adapter_in_memory, read_adapter, share
 from mpg.models.merging import merge_adapter
 from mpg.models.origin import Origin
 from mpg.models.quantize import INT4_DRAFT, QUANTIZERS, quantize_linears
 from mpg.models.runner import LoadedModel
 from mpg.models.sources import ADAPTER_CONFIG, Place, Source
+from mpg.models.stack import LoraStack
 
 if TYPE_CHECKING:
     from mpg.recipe import Recipe
@@ -212,6 +213,8 @@ class _Loader:
                 quantize_linears(loaded.argument, loaded.model)
             if loaded.adapters:
                 loaded.stack = LoraStack(loaded.model, loaded.adapters)
+                if id(loaded) not in self.given and loaded.model.device.type != "cpu":  # where a launch has a price
+                    loaded.stack.widen()
             pack_linears(loaded.model)
             if (given := self.given.get(id(loaded))) is not None:
                 loaded.origin = Origin(loaded.argument, given, loaded.adapters)

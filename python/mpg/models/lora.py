@@ -1,7 +1,4 @@
-"""LoRA adapters of one base model, stacked so that one batched forward runs them all.
-
-Knows how adapters are stored, which kinds can be stacked and how a stacked layer computes; not when it is run.
-"""
+"""LoRA adapters of one base model: how they are stored, and which kinds can be stacked."""
 
 from __future__ import annotations
 
@@ -9,13 +6,11 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -24,8 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-import mpg_ext
-from mpg.models.joined import JoinedLinear, JoinedPart
 from mpg.models.sources import is_equal, refuse_unreadable
 
 PREFIX = "base_model.model."  # of every key that PEFT saves
@@ -51,23 +44,6 @@ UNSUPPORTED_SETTINGS = (
 )
 # Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ, ...) also changes the base weights.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-class Layout(NamedTuple):
-    """Which groups of a model's adapters (0 without one) the rows of a forward run, neighbours the same.
-
-    runs:   the group of neighbours, and their number
-    groups: (R,) int64, of every row, where groups have different numbers of rows or leave others out between them
-    """
-
-    runs: tuple[tuple[int, int], ...]
-    groups: Tensor | None
-
-    @classmethod
-    def of(cls, groups: Sequence[int], device: torch.device) -> Layout:
-        runs = tuple((group, sum(1 for _ in of_group)) for group, of_group in groupby(groups))
-        is_even = all(run == (runs[0][0] + place, runs[0][1]) for place, run in enumerate(runs))
-        return cls(runs, None if is_even else torch.tensor(groups).to(device))
 
 
 class UnstackableError(ValueError):
@@ -260,138 +236,3 @@ def share(argument: str, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
             wanted = "a plain model or a PeftModel with nothing but LoRA"
             raise ValueError(f"{argument}: expected {wanted}, got {type(part)} at {module}")
     return twin
-
-
-class LoraStack:
-    """The factors of all adapters of one model, layer by layer, in the model's dtype.
-
-    Group 0 is the pure base (zeros), group g the g-th adapter; smaller ranks and skipped layers are padded with zeros.
-    Layers that are joined are one, with their factors on the diagonal of its own.
-
-    `set_active` tells the layers what the next forward holds; the rows of a group are neighbours (model-major).
-    """
-
-    def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
-        """Replace every adapted linear layer of `model`."""
-        self.factors: list[tuple[Tensor, Tensor]] = []  # per layer down (G, r, in) and up (G, r, out)
-        self.layers: list[LoraLinear] = []
-        self.active: list[tuple[Tensor, Tensor]] | None = []  # of every layer, which holds its own; [] at first
-        self._parents: list[tuple[nn.Module, str]] = []  # of every layer, and what it is called there
-        self.merge_weights: Tensor | None = None
-        self.groups: Tensor | None = None
-        self.dtype = model.dtype
-        self.rows_of_group = self.num_tokens = 0
-        sizes = {module: up.shape[1] for adapter in adapters for module, (_, up) in adapter.factors.items()}
-        for module, part in list(model.named_modules()):
-            if isinstance(part, JoinedLinear) and not sizes.keys().isdisjoint(part.names):
-                self._replace(part, "linear", dict(zip(part.names, part.sizes, strict=True)))
-            elif module in sizes and not isinstance(part, JoinedPart):
-                parent, _, attribute = module.rpartition(".")
-                self._replace(model.get_submodule(parent), attribute, {module: sizes[module]})
-        self.fill(adapters)
-
-    def _replace(self, parent: nn.Module, attribute: str, sizes: Mapping[str, int]) -> None:
-        layer = LoraLinear(parent.get_submodule(attribute), self, sizes)
-        setattr(parent, attribute, layer)
-        self.layers.append(layer)
-        self._parents.append((parent, attribute))
-
-    def fill(self, adapters: Sequence[Adapter]) -> None:
-        """Take the factors of adapters, as many as at first and of the same layers and ranks."""
-        self.factors = [_stack(adapters, layer, self.dtype) for layer in self.layers]
-
-    def merge(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """The factors of some groups side by side, (1, N r, in) and (1, N r, out): of one group that is their sum."""
-        index = list(groups)
-        return [(down[index].flatten(0, 1)[None], up[index].flatten(0, 1)[None]) for down, up in self.factors]
-
-    def set_active(
-        self,
-        factors: list[tuple[Tensor, Tensor]] | None,
-        num_rows: int,
-        num_tokens: int,
-        *,
-        merge_weights: Tensor | None = None,
-        groups: Tensor | None = None,
-    ) -> None:
-        """Let the next forward of (num_rows, num_tokens) tokens use these factors; None is the plain base.
-
-        merge_weights: (num_rows, N), each row's own weights of the N groups that `merge` joined
-        groups:        (num_rows,) int64, which of the factors each row uses; default each by as many rows, in order
-        """
-        if factors is not self.active:
-            for index, (layer, (parent, attribute)) in enumerate(zip(self.layers, self._parents, strict=True)):
-                own = factors and factors[index]
-                vars(layer)["factors"] = own  # past nn.Module, which would look for a parameter in it
-                parent._modules[attribute] = layer.base if own is None else layer  # a small one takes less than a call
-        self.active, self.merge_weights, self.groups = factors, merge_weights, groups
-        self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
-
-
-class LoraLinear(nn.Module):
-    """A linear layer with one low-rank update per group: a base product for all rows and two small ones, batched where
-    groups have as many rows each.
-
-    sizes:   of the outputs, by the name in the model: of one layer, or of those that are joined
-    factors: that the next forward uses, if any; the stack sets them
-    """
-
-    factors: tuple[Tensor, Tensor] | None
-
-    def __init__(self, base: nn.Module, stack: LoraStack, sizes: Mapping[str, int]) -> None:
-        super().__init__()
-        self.base = base
-        self.stack = stack
-        self.sizes = sizes
-        self.factors = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
-        assert self.factors is not None, "the plain base runs its own layers"
-        down, up = self.factors
-        # All rows in order, by row (its last token under logits_to_keep, cached ones in DeepSeek's latent attention) or
-        # with all tokens flattened. Not e.g. an expert that sees some of the tokens: groups would mix.
-        # Their number as a product: torch.compile then sees at once that the groups divide it.
-        stack, shape = self.stack, x.shape
-        num_rows, num_tokens = down.shape[0] * stack.rows_of_group, stack.num_tokens
-        if stack.groups is not None:
-            num_rows = len(stack.groups)
-        if not (len(shape) > 2 and shape[0] == num_rows) and shape[:-1] != (num_rows * num_tokens,):
-            wanted = num_rows, num_tokens
-            names = ", ".join(self.sizes)
-            raise ValueError(f"adapted layer {names}: expected tokens {wanted}, got {tuple(shape[:-1])}")
-        if stack.groups is not None:
-            groups = stack.groups.to(x.device)
-            hidden = mpg_ext.lora_shrink(x.reshape(num_rows, -1, shape[-1]), down, groups)
-            mpg_ext.lora_expand_(out.view(num_rows, -1, out.shape[-1]), hidden, up, groups)
-            return out
-        hidden = torch.bmm(x.reshape(down.shape[0], -1, shape[-1]), down.transpose(1, 2))  # (G, tokens, r)
-        if stack.merge_weights is not None:
-            num_rows, num_merged = stack.merge_weights.shape
-            parts = hidden.reshape(num_rows, -1, num_merged, hidden.shape[-1] // num_merged)
-            hidden = (parts * stack.merge_weights.to(parts.device)[:, None, :, None]).view_as(hidden)
-        out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(hidden, up)
-        return out
-
-
-def _stack(adapters: Sequence[Adapter], layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The factors of one layer, (G, r, in) and (G, r, out); those of joined layers in rows and columns of their own.
-
-    The other columns of such a row are zeros, read with the rest so that one launch does for all: with rank 16 on every
-    linear layer of Llama-3-8B in bfloat16 they are 42 MB a group, .3 % of what a token reads of the base.
-    """
-    pairs = [[adapter.factors.get(module) for adapter in adapters] for module in layer.sizes]
-    ranks = [max((pair[0].shape[1] for pair in of_module if pair is not None), default=0) for of_module in pairs]
-    size_in = next(pair[0].shape[0] for of_module in pairs for pair in of_module if pair is not None)
-    device = layer.base.get_parameter("weight").device
-    downs = torch.zeros(len(adapters) + 1, sum(ranks), size_in, dtype=dtype, device=device)
-    ups = torch.zeros(len(adapters) + 1, sum(ranks), sum(layer.sizes.values()), dtype=dtype, device=device)
-    row = column = 0
-    for of_module, rank, size in zip(pairs, ranks, layer.sizes.values(), strict=True):
-        for group, pair in enumerate(of_module, start=1):
-            if pair is not None:
-                down, up = pair
-                downs[group, row : row + down.shape[1]] = down.T
-                ups[group, row : row + up.shape[0], column : column + size] = up
-        row, column = row + rank, column + size
-    return downs, ups

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from mpg.models.joined import JoinedLinear
 from mpg.models.linear import PackedLinear
-from mpg.models.lora import Adapter, LoraLinear, LoraStack, adapter_in_memory, own_layers
+from mpg.models.lora import Adapter, adapter_in_memory, own_layers
 from mpg.models.quantize import Int4Linear
+from mpg.models.stack import LoraLinear, LoraStack
 
 SAMPLE = 64  # values of a weight that are compared: torch does not count what is written through `.data`
 

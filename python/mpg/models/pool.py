@@ -13,9 +13,9 @@ from mpg.models import beginnings
 from mpg.models.beginnings import count_common
 from mpg.models.cache import RaggedCache
 from mpg.models.graphs import bucket
-from mpg.models.lora import Layout
 from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
 from mpg.models.shift import PROMPT, OwnText
+from mpg.models.stack import Layout
 
 View: TypeAlias = tuple[LoadedModel, Merge | None]  # what one runner runs: a model, or a sum of its adapters
 

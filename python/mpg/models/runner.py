@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mpg.models.attention import own_precision
 from mpg.models.cache import RaggedCache
 from mpg.models.graphs import Capture, CaptureError, Graphs, bucket
-from mpg.models.lora import Adapter, Layout, LoraStack
+from mpg.models.lora import Adapter
 from mpg.models.origin import Origin
+from mpg.models.stack import Layout, LoraStack
 
 # What is captured with graphs=True: forwards of at most so many tokens a row, at cache lengths of so many positions.
 CAPTURED_TOKENS, CAPTURED_POSITIONS = 32, 64
@@ -263,7 +264,11 @@ class ModelRunner:
             if stack is not None:
                 merge_weights = None if self.merge_weights is None else self.merge_weights[fed]
                 stack.set_active(
-                    self._factors_of(layout), *positions.shape, merge_weights=merge_weights, groups=layout.groups
+                    self._factors_of(layout),
+                    *positions.shape,
+                    first_group=layout.first_group,
+                    merge_weights=merge_weights,
+                    groups=layout.groups,
                 )
             output = self.loaded.model(
                 input_ids=tokens,
@@ -293,7 +298,8 @@ class ModelRunner:
         runs = layout.runs
         if [group for group, _ in runs] == [0] and not self.key.merged:
             return None
-        first, stop = (runs[0][0], runs[-1][0] + 1) if layout.groups is None else (0, len(self._stacked[0][0]))
+        first = layout.first_group
+        stop = runs[-1][0] + 1 if layout.groups is None else len(self._stacked[0][0])
         if (first, stop) not in self._factors:
             # as parameters, whose sizes a compiled layer takes for constants
             self._factors[first, stop] = [

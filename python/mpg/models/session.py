@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mpg.models.ahead import Ahead, Asked
 from mpg.models.beginnings import find_beginnings
-from mpg.models.lora import Layout
 from mpg.models.pool import Pair, Pool, View
 from mpg.models.room import Room
 from mpg.models.runner import Slot
 from mpg.models.shift import OwnText, Shift
+from mpg.models.stack import Layout
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
