@@ -18,7 +18,13 @@ MAX_LINES = 400
 FLOORS = [
     ["mpg.__main__"],
     ["mpg.app", "mpg.demo."],
-    ["mpg.paper", "mpg.train", "mpg.serve", "mpg.frontend.custom_generate"],  # the last is handed a loaded model
+    [
+        "mpg.paper",
+        "mpg.train",
+        "mpg.serve",
+        "mpg.batch",
+        "mpg.frontend.custom_generate",
+    ],  # the last is handed a loaded model
     ["mpg.model"],
     ["mpg.frontend"],
     ["mpg.decode", "mpg.results"],

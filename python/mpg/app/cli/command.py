@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import mpg
+from mpg.app.cli.batch import batch
 from mpg.app.cli.chat import chat
 from mpg.app.cli.check import check
 from mpg.app.cli.demo import demo
@@ -24,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, chat, serve, check, train, info):
+for command in (demo, generate, batch, chat, serve, check, train, info):
     app.command()(command)
 
 

@@ -1,0 +1,110 @@
+"""A job on Ray: a pool of actors of Ray Data, each a worker that is kept full, on one machine or a cluster.
+
+Only places of rows go through Ray, and how many have been written: workers read and write the files themselves. What a
+worker has begun when it dies is begun again by another one, for which Ray has no limit: `Worker.run_again` finds the
+rows that workers die of.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from mpg.batch.rows import Chunk
+from mpg.batch.worker import AT_ONCE, Done, Task, Worker
+
+INIT_DEATHS = 3  # of workers one after the other while they load their models, that a job bears
+START_TRIES = 3  # Ray gives its own processes 15 s to start in, which they may not on a busy machine
+# Ray's own: its processes are given time to start on a machine that is busy, and say nothing of themselves to anybody
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+
+
+class RayWorker:
+    """A worker as `map_batches` takes it: several calls run at once, so that its scheduler is full across them."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.worker = task, Worker(task)
+
+    async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        try:
+            done, failure = await self.worker.run_again(self.task.rows.chunks[int(batch["chunk"][0])]), ""
+        except Exception as error:  # the job's, not the chunk's: the disk is full, or the input has changed
+            done, failure = Done(0), str(error) or repr(error)
+        return {"rows": [done.rows], "errors": [done.errors], "tokens": [done.tokens], "failure": [failure]}
+
+
+def run_on_ray(
+    task: Task,
+    chunks: Sequence[Chunk],
+    on_done: Callable[[Done], None],
+    *,
+    workers: int,
+    min_workers: int,
+    cpus: float,
+    gpus: float,
+) -> None:
+    """Run chunks by `min_workers` to `workers` workers of so many processors and GPUs each.
+
+    Joins the cluster that RAY_ADDRESS names, or one that this machine is of, else starts Ray here.
+
+    Raises ValueError where workers cannot start, and where rows cannot be written.
+    """
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    is_alone = _connect(ray)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = INIT_DEATHS
+    try:
+        if is_alone:
+            _check_room(ray, min_workers, cpus, gpus)
+        pool = ActorPoolStrategy(
+            min_size=min_workers, max_size=workers, max_tasks_in_flight_per_actor=2 * AT_ONCE,
+            max_concurrent_calls_per_actor=AT_ONCE,
+        )  # fmt: skip
+        places = ray.data.from_items([{"chunk": chunk.number} for chunk in chunks], override_num_blocks=len(chunks))
+        answered = places.map_batches(
+            RayWorker, fn_constructor_args=(task,), batch_size=1, compute=pool, num_cpus=cpus, num_gpus=gpus
+        )
+        for told in answered.iter_rows():
+            if told["failure"]:
+                raise ValueError(told["failure"])
+            on_done(Done(told["rows"], told["errors"], told["tokens"]))
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None) or error
+        raise ValueError(f"workers: they cannot start: {str(cause).strip().splitlines()[-1]}") from error
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: Any) -> bool:
+    """Join a cluster, or start one of this machine alone. out: whether it is that"""
+    how = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if os.environ.get("RAY_ADDRESS") != "local":
+        with suppress(ConnectionError):
+            ray.init("auto", **how)
+            return False
+    for tries_left in reversed(range(START_TRIES)):
+        try:
+            ray.init("local", include_dashboard=False, **how)
+            return True
+        except Exception as error:  # it has no type of its own
+            ray.shutdown()
+            if not tries_left:
+                raise ValueError(f"ray: expected it to start, got: {error}") from error
+    raise AssertionError
+
+
+def _check_room(ray: Any, workers: int, cpus: float, gpus: float) -> None:
+    """Raises ValueError where this machine has no room for the fewest workers, who would wait for ever."""
+    has = ray.cluster_resources()
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        if each * workers > has.get(name, 0):
+            wanted = f"as many as there are {name}s for ({has.get(name, 0):g}, {each:g} each)"
+            raise ValueError(f"workers: expected {wanted}, got {workers}")

@@ -1,0 +1,189 @@
+"""Jobs on Ray: the texts of one process whatever the workers, and whatever is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+import mpg
+from jobs import make_rows, make_task, told, write_rows
+from mpg.batch.job import begin, describe
+from mpg.demo import MODELS
+from mpg.recipe import Recipe
+
+pytest.importorskip("ray", reason="needs mpg[ray]")
+pytestmark = pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes; make check sets MPG_LONG")
+
+COUNT, KILLS = 5000, 10
+SECONDS = 1200  # that anything here may take
+HOW = ["--models", "demo", "--device", "cpu", "--dtype", "float64", "--set", "sampler=direct"]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """A Ray of our own, whatever else runs on this machine."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find this file
+
+
+def start(rows, output, *arguments):
+    command = [sys.executable, "-m", "mpg", "batch", str(rows), str(output), *HOW, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(rows, output, *arguments):
+    process = start(rows, output, *arguments)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_one_two_and_no_workers_of_ray_write_the_same(tmp_path):
+    name = write_rows(tmp_path / "rows.jsonl", make_rows(100))
+    finish(name, tmp_path / "local", "--local")
+    expected = told(tmp_path / "local")
+    for workers in "12":
+        assert "100 of 100 rows" in finish(name, tmp_path / workers, "--workers", workers)
+        assert told(tmp_path / workers) == expected
+        files = sorted(part.name for part in (tmp_path / workers).iterdir())
+        assert files == sorted(part.name for part in (tmp_path / "local").iterdir())
+
+
+def load_mortal():
+    """The demo, in a process that dies of one prompt."""
+    model = mpg.load(MODELS, device="cpu")
+    read = model.read
+
+    def read_or_die(prompt, **how):
+        if "poison" in prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(prompt, **how)
+
+    model.read = read_or_die
+    return model
+
+
+def fail(error):
+    raise error
+
+
+@pytest.fixture
+def ray_job(tmp_path):
+    """A task of some rows on Ray with another way to load: what it wrote, or how it failed."""
+    from mpg.batch.on_ray import run_on_ray
+
+    def run(rows, load, **how):
+        task = make_task(None, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+        object.__setattr__(task, "load", load)
+        left = begin(task, describe(task, Recipe.of(MODELS), {}))
+        run_on_ray(task, left, lambda done: None, **{"workers": 1, "min_workers": 1, "cpus": 1, "gpus": 0, **how})
+        return told(tmp_path / "out")
+
+    return run
+
+
+def test_rows_that_kill_their_workers_are_rows_with_an_error(ray_job):
+    rows = make_rows(64)
+    for number in (20, 21):
+        rows[number]["prompt"] = "poison"
+    found = ray_job(rows, load_mortal)
+    assert [row_id for row_id, row in found.items() if row["error"]] == ["row 20", "row 21"]
+    assert "the worker died 2 times while it had no other row" in found["row 20"]["error"]
+
+
+def test_workers_that_cannot_start_end_the_job_with_the_reason(ray_job):
+    with pytest.raises(ValueError, match=r"workers: they cannot start: .*no memory for the models"):
+        ray_job(make_rows(20), partial(fail, MemoryError("no memory for the models")))
+    with pytest.raises(ValueError, match=r"workers: expected as many as there are CPUs for"):
+        ray_job(make_rows(20), load_mortal, workers=1000, min_workers=1000)
+    with pytest.raises(ValueError, match="workers: they cannot start"):
+        ray_job(make_rows(20), die)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def family(process):
+    """A process and all below it, some of whom may be gone."""
+    with suppress(psutil.NoSuchProcess):
+        return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return []
+
+
+def find(processes, word):
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def kill(process, kind, rng):
+    """Kill a worker, the driver, both, or all of Ray here; or interrupt the driver. out: whether there was one"""
+    everybody = family(process)
+    workers, raylets = find(everybody, "ray::"), find(everybody, "raylet/raylet")
+    workers = [worker for worker in workers if "MapWorker" in " ".join(worker.cmdline())]
+    if not workers or process.poll() is not None:
+        return False
+    for victim in [rng.choice(workers)] if kind in ("worker", "both") else raylets if kind == "node" else []:
+        with suppress(psutil.Error):
+            victim.kill()
+    if kind in ("driver", "both"):
+        process.kill()
+    if kind == "interrupt":
+        process.send_signal(signal.SIGINT)
+    if kind != "worker":
+        process.communicate(timeout=SECONDS)
+        psutil.wait_procs(everybody, timeout=60)
+    return True
+
+
+def disturb(name, output, kills, seed=0):
+    """Run jobs of these rows, killing something at random moments until it has been done so often. out: how often what
+    was killed, and the folders"""
+    rng, done, folders = random.Random(seed), [], []
+    kinds = ["worker", "driver", "both", "node", "interrupt"]
+    while len(done) < kills:
+        folders.append(output / str(len(folders)))
+        while True:
+            process = start(name, folders[-1], "--workers", "2")
+            while process.poll() is None and len(done) < kills:
+                before = len(list(folders[-1].glob("part-*")))
+                ends_at = time.monotonic() + SECONDS
+                while process.poll() is None and len(list(folders[-1].glob("part-*"))) == before:
+                    assert time.monotonic() < ends_at, "nothing is written"
+                    time.sleep(0.05)
+                time.sleep(rng.uniform(0, 5))
+                kind = kinds[len(done) % len(kinds)]
+                if process.poll() is None and kill(process, kind, rng):
+                    done.append((kind, before))
+                    print(kind, "killed at", before, "parts", flush=True)
+            err = process.communicate(timeout=SECONDS)[1] if process.poll() is None else ""
+            if process.returncode == 0:
+                break
+            assert process.returncode < 0 or process.returncode in (1, 2, 130), err
+    return done, folders
+
+
+def test_jobs_whose_workers_drivers_and_nodes_are_killed_write_what_undisturbed_ones_do(tmp_path):
+    name = write_rows(tmp_path / "rows.jsonl", make_rows(COUNT, longest=12))
+    finish(name, tmp_path / "undisturbed", "--local")
+    expected = told(tmp_path / "undisturbed")
+    done, folders = disturb(name, tmp_path, KILLS)
+    assert len(done) == KILLS
+    for folder in folders:
+        assert told(folder) == expected
+        assert not list(Path(folder).glob(".*"))
