@@ -59,7 +59,8 @@ soak: $(BIN)/.built
 
 # The suite with its long forms, every planted bug, levels, fuzz, soak, and the suite under the oldest transformers.
 check: $(BIN)/.built lint
-	$(PIP) lm_eval playwright # clients that test the server, the second by Chromium: too large for every environment
+	# clients that test the server, the second by Chromium, and Ray: too large for every environment
+	$(PIP) lm_eval playwright "ray[data,serve]>=2.60"
 	MPG_LONG=1 $(BIN)/python $(PYTEST)
 	$(MAKE) mutants levels fuzz soak
 	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built

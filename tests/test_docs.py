@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -161,3 +162,18 @@ def test_the_page_on_training_makes_an_attribute_that_answers(tmp_path, monkeypa
     generate.append(["mpg", "generate", "--models", "both.yaml", "--prompt", "How was your day?"])
     for command in generate:
         assert execute([*command, "--max-new-tokens", "2", "--device", "cpu"], PATH="base").strip()
+
+
+@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="starts Ray; make check sets MPG_LONG")
+def test_the_page_on_scale_answers_its_own_row(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="needs mpg[ray]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    [row] = blocks("scale.md", "json")
+    Path("rows.jsonl").write_text(row)
+    command = next(command for command in commands("scale.md") if command[:2] == ["mpg", "batch"])
+    assert "1 of 1 rows" in execute(command)
+    [part] = Path("answers").glob("part-*.jsonl")
+    told = json.loads(part.read_text())
+    assert told["text"] and told["error"] is None
+    assert {name: told[name] for name in ("id", "source")} == {"id": "q-17", "source": "forum"}

@@ -1,8 +1,8 @@
 """A job on Ray: a pool of actors of Ray Data, each a worker that is kept full, on one machine or a cluster.
 
 Only places of rows go through Ray, and how many have been written: workers read and write the files themselves. What a
-worker has begun when it dies is begun again by another one, for which Ray has no limit: `Worker.run_again` finds the
-rows that workers die of.
+worker has begun when it dies is begun again by another one, without end: `Worker.run_again` finds the rows of which
+workers die.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from mpg.batch.rows import Chunk
 from mpg.batch.worker import AT_ONCE, Done, Task, Worker
 
-INIT_DEATHS = 3  # of workers one after the other while they load their models, that a job bears
+LOADS = 2  # of the models that a worker may die of, beside which Ray has no limit
 START_TRIES = 3  # Ray gives its own processes 15 s to start in, which they may not on a busy machine
 # Ray's own: its processes are given time to start on a machine that is busy, and say nothing of themselves to anybody
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
@@ -26,7 +26,15 @@ class RayWorker:
     """A worker as `map_batches` takes it: several calls run at once, so that its scheduler is full across them."""
 
     def __init__(self, task: Task) -> None:
+        import ray
+
+        own = ray.get_runtime_context().get_actor_id()  # the same where Ray starts it again after its death
+        begun = task.output.read_begun(own) or {"times": 0}
+        if begun["times"] == LOADS:
+            raise MemoryError(f"the worker died {LOADS} times while it loaded the models, expected memory for them")
+        task.output.write_begun(own, {"times": begun["times"] + 1})
         self.task, self.worker = task, Worker(task)
+        task.output.remove_begun(own)
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -60,7 +68,6 @@ def run_on_ray(
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = INIT_DEATHS
     try:
         if is_alone:
             _check_room(ray, min_workers, cpus, gpus)

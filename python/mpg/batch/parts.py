@@ -98,24 +98,21 @@ class Output:
             else:
                 pq.write_table(pa.Table.from_pylist(list(map(self._as_arrow, rows)), self._schema()), stream)
 
-    def read_begun(self, number: int) -> dict[str, Any] | None:
-        """What `write_begun` wrote last of a part that is not there yet."""
+    def read_begun(self, what: int | str) -> dict[str, Any] | None:
+        """What `write_begun` wrote last of something: of a part, by its number, or of what else takes time."""
         with self._refuse(), suppress(FileNotFoundError):
-            with self.filesystem.open_input_stream(f"{self.path}/{self._begun(number)}") as stream:
+            with self.filesystem.open_input_stream(f"{self.path}/{UNFINISHED}{what}") as stream:
                 begun: dict[str, Any] = json.loads(stream.read())
             return begun
         return None
 
-    def write_begun(self, number: int, begun: dict[str, Any]) -> None:
-        with self._whole(self._begun(number)) as stream:
+    def write_begun(self, what: int | str, begun: dict[str, Any]) -> None:
+        with self._whole(f"{UNFINISHED}{what}") as stream:
             stream.write(json.dumps(begun).encode())
 
-    def remove_begun(self, number: int) -> None:
+    def remove_begun(self, what: int | str) -> None:
         with self._refuse(), suppress(FileNotFoundError):
-            self.filesystem.delete_file(f"{self.path}/{self._begun(number)}")
-
-    def _begun(self, number: int) -> str:
-        return f"{UNFINISHED}{self._part(number)}"
+            self.filesystem.delete_file(f"{self.path}/{UNFINISHED}{what}")
 
     def _part(self, number: int) -> str:
         return f"part-{number:06}.{self.form}"
