@@ -147,7 +147,7 @@ def kill(process, kind, rng):
         process.send_signal(signal.SIGINT)
     if kind != "worker":
         process.communicate(timeout=SECONDS)
-        psutil.wait_procs(everybody, timeout=60)
+        psutil.wait_procs([*workers, *raylets], timeout=60)
     return True
 
 

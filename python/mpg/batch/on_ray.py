@@ -28,7 +28,7 @@ class RayWorker:
     def __init__(self, task: Task) -> None:
         import ray
 
-        own = ray.get_runtime_context().get_actor_id()  # the same where Ray starts it again after its death
+        own = str(ray.get_runtime_context().get_actor_id())  # the same where Ray starts it again after its death
         begun = task.output.read_begun(own) or {"times": 0}
         if begun["times"] == LOADS:
             raise MemoryError(f"the worker died {LOADS} times while it loaded the models, expected memory for them")
