@@ -17,7 +17,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve docs adapters gpu clean
+.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs adapters gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -95,6 +95,10 @@ bench-decode: $(BIN)/.built
 # A server under load beside the same requests in one batch and one by one; the last line is JSON.
 bench-serve: $(BIN)/.built
 	$(BIN)/python bench/serving.py
+
+# A batch job by one worker of Ray and by two, beside one process, where mpg[ray] is; the last line is JSON.
+bench-batch: $(BIN)/.built
+	$(BIN)/python bench/batch.py
 
 # On a machine with a GPU, with the torch that is there: no network, no virtual environment.
 #   make gpu PART=light       # or ops, decode, tests, sanitize; without PART all of them
