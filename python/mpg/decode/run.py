@@ -81,6 +81,7 @@ class Scheduler:
                   `num_rows` largest of them need; else they grow with what comes, in rows and positions
     part          tokens of prompts that each model reads between two rounds, at most; default all that wait
     most          attributes that one request may weigh, default all; contexts that requests bring are such too
+    is_patient    whether a free row waits a round for a request before another row moves there
     plan          as in `Result`
     """
 
@@ -97,6 +98,7 @@ class Scheduler:
         expected: Sequence[tuple[str, ...]] = (),
         most: int | None = None,
         part: int | None = None,
+        is_patient: bool = False,
         plan: str | None = None,
     ):
         self.options, self.eos_token_ids, self.attributes, self.plan = options, eos_token_ids, attributes, plan
@@ -105,6 +107,7 @@ class Scheduler:
         self.rounds_ahead = 0 if options.adaptive else rounds_ahead
         self.rows: list[Entry] = []  # of those in use
         self.num_rows, self.num_added, self.read_at = num_rows, 0, 0.0
+        self.is_patient, self.num_wanted = is_patient, 0  # rows that requests took in the last round
         self._ahead: deque[tuple[Snapshot, list[Entry]]] = deque()
 
         self.most = most = most or max(map(len, expected), default=len(attributes))
@@ -132,17 +135,12 @@ class Scheduler:
     ) -> Scheduler:
         """One that is just large enough for these requests."""
         expected = [request.weighed(models.attribute_names) for request in requests]
+        attributes = tuple(name for name in models.attribute_names if any(name in names for names in expected))
         return cls(
-            models,
-            options,
-            eos_token_ids,
-            num_rows=min(options.batch_size, len(requests)),
-            capacity=max(request.num_positions for request in requests),
-            attributes=tuple(name for name in models.attribute_names if any(name in names for names in expected)),
-            rounds_ahead=ROUNDS_AHEAD[models.device.type],
-            expected=expected,
-            plan=plan,
-        )
+            models, options, eos_token_ids, num_rows=min(options.batch_size, len(requests)),
+            capacity=max(request.num_positions for request in requests), attributes=attributes,
+            rounds_ahead=ROUNDS_AHEAD[models.device.type], expected=expected, plan=plan,
+        )  # fmt: skip
 
     def finish(
         self,
@@ -235,7 +233,9 @@ class Scheduler:
         """Let requests that wait begin in rows that are free, once those are given up for which there is none."""
         num_live = sum(not entry.is_over for entry in self.rows)
         entries = self.waiting.take(self.num_rows - num_live)
-        self._close_ranks(num_live + len(entries))
+        before, self.num_wanted = self.num_wanted, num_live + len(entries)
+        waits = self.is_patient and num_live and not entries
+        self._close_ranks(max(before, self.num_wanted) if waits else self.num_wanted)
         if entries:
             self._begin(entries)
 

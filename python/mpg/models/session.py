@@ -154,8 +154,7 @@ class Session:
     ) -> Asked:
         """What every model would have to read of a text, which is given as to `replace`."""
         texts = {name: tuple(text) for name, text in {"": prompt, **contexts}.items()}
-        slots = dict.fromkeys(self._slots_of(attributes, ensemble).values())
-        return [(slot, texts[slot.context]) for slot in slots]
+        return [(slot, texts[slot.context]) for slot in dict.fromkeys(self._slots_of(attributes, ensemble).values())]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let these rows go on, as rows 0, 1, ..., and no others."""
@@ -354,7 +353,8 @@ class Session:
 
     def _find_route(self, roles: tuple[Role, ...], read: Collection[Slot]) -> Route:
         """How these roles are run where the logits of some slots have been read."""
-        roles = tuple(role for role in roles if any(role in slots for slots in self._rows))
+        present = set[Role]().union(*self._rows)
+        roles = tuple(role for role in roles if role in present)
         wanted = {slots[role] for slots in self._rows for role in roles if role in slots}
         pairs, taken, forwards = list[Pair](), list[Slot](), list[Forward]()  # pairs: in the order of their logits
         for pool in self._pools.values():

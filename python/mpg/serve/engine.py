@@ -43,7 +43,8 @@ class Engine:
         self._given_up: deque[Job] = deque()
         self._changed = Condition()
         self._num_waiting, self._expired_at = 0, 0.0
-        self.held_bytes = 0  # of the groups' caches
+        self.held_bytes = 0  # of the groups' caches, while these jobs run
+        self._held_of: list[list[Job]] = []
         self._is_draining = self._is_stopped = False
         self._thread = Thread(target=self._run, name="mpg-engine", daemon=True)
         metrics.watch(self)
@@ -148,7 +149,8 @@ class Engine:
         self._take_turn()
         for group in [group for group in self.groups if not group.running and not group.waiting]:
             self._close(group)
-        self.held_bytes = sum(group.num_bytes() for group in self.groups)
+        if self._held_of != (running := [group.running.copy() for group in self.groups]):
+            self._held_of, self.held_bytes = running, sum(group.num_bytes() for group in self.groups)
         return True
 
     def _sort(self, job: Job) -> None:

@@ -91,6 +91,7 @@ class DecodeGroup:
         self.scheduler = Scheduler(
             models, shared_options(first.call.options), first.call.eos_token_ids, num_rows=num_rows, capacity=capacity,
             attributes=names, most=MOST_ATTRIBUTES, part=part, rounds_ahead=ROUNDS_AHEAD[models.device.type],
+            is_patient=True,
         )  # fmt: skip
 
     def num_bytes(self, *jobs: Job, is_fitted: bool = False) -> int:

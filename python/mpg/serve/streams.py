@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from mpg.results import Result
 from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError, of_job
 from mpg.serve.jobs import Event, Job, Refused
 
-DONE = "data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 CLIENT_CLOSED = 499  # the status of an answer that nobody gets
 
 
@@ -31,10 +32,12 @@ class Events:
 
     def __init__(self, engine: Engine, request: Request):
         self.engine, self.request = engine, request
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._new: deque[tuple[int, Event]] = deque()
+        self._has_new = asyncio.Event()
 
     def take(self, number: int, event: Event) -> None:
-        self._queue.put_nowait((number, event))
+        self._new.append((number, event))
+        self._has_new.set()
 
     async def of(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
         """(number of the choice, event) until every job is over. Gives the jobs up when it is left, and at once when
@@ -50,7 +53,10 @@ class Events:
         try:
             left = len(jobs)
             while left:
-                number, event = await self._queue.get()
+                if not self._new:
+                    self._has_new.clear()
+                    await self._has_new.wait()
+                number, event = self._new.popleft()
                 if isinstance(event, ClientGone):
                     raise event
                 if isinstance(event, Exception):
@@ -80,27 +86,32 @@ def as_json(body: Any, status: int = 200, headers: dict[str, str] | None = None)
     return Response(json.dumps(body), status, headers, "application/json")
 
 
-async def as_stream(chunks: AsyncIterator[dict[str, Any]], request_id: str) -> Response:
-    """Server-sent events of chunks; what fails before the first of them fails with a status of its own."""
-    try:
-        first = await anext(chunks)
-    except StopAsyncIteration:
-        first = None
+class EventStream(Response):
+    """Server-sent events of chunks, each sent as soon as it is there. That the client goes, the chunks tell."""
 
-    async def lines() -> AsyncIterator[str]:
+    def __init__(self, first: dict[str, Any] | None, chunks: AsyncIterator[dict[str, Any]], request_id: str):
+        super().__init__(headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self.first, self.chunks, self.request_id = first, chunks, request_id
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            if first is not None:
-                yield _line(first)
-            async for chunk in chunks:
-                yield _line(chunk)
+            if self.first is not None:
+                await send({"type": "http.response.body", "body": _line(self.first), "more_body": True})
+            async for chunk in self.chunks:
+                await send({"type": "http.response.body", "body": _line(chunk), "more_body": True})
         except ApiError as error:
-            yield _line(error.body(request_id))
+            await send({"type": "http.response.body", "body": _line(error.body(self.request_id)), "more_body": True})
         except ClientGone:
             return
-        yield DONE
-
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        await send({"type": "http.response.body", "body": DONE})
 
 
-def _line(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk)}\n\n"
+async def as_stream(chunks: AsyncIterator[dict[str, Any]], request_id: str) -> EventStream:
+    """An answer of chunks; what fails before the first of them fails with a status of its own."""
+    return EventStream(await anext(chunks, None), chunks, request_id)
+
+
+def _line(chunk: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(chunk)}\n\n".encode()
