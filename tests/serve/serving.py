@@ -11,7 +11,7 @@ import uvicorn
 
 from mpg.model import Model
 from mpg.models import loading
-from mpg.serve.server import make_app
+from mpg.serve.server import make_app, make_config
 from mpg.serve.settings import Settings
 
 
@@ -49,7 +49,7 @@ def serving(model, **settings):
         return Model(loading.load(recipe, dtype=model.models.dtype, device=model.models.device), recipe)
 
     app = make_app(limits, load)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    server = uvicorn.Server(make_config(app, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -119,6 +119,10 @@ def test_choices_and_usage_streamed_and_not(served, client):
         assert told == answer.choices[index].logprobs.content
         # one event a round, and one for the end
         assert len(own) <= results[index].stats["rounds"] + 1
+    answer = client.chat.completions.create(max_tokens=9, temperature=0, **fields)  # nothing is drawn
+    wanted = served.model.generate(MESSAGES, weights={"E": 1}, max_new_tokens=9, stop_strings="e ", temperature=0)
+    assert [choice.message.content for choice in answer.choices] == [wanted.text.split("e ")[0]] * 3
+    assert [choice.mpg["seed"] for choice in answer.choices] == [5, 6, 7]
 
 
 @pytest.mark.parametrize("stream", [False, True])

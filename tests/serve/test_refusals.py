@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import socket
+import time
 import tracemalloc
 
 import httpx
 import openai
 import pytest
 
+from mpg.serve import connections
 from mpg.serve.errors import ApiError
 from mpg.serve.logs import JsonLines
 from mpg.serve.protocol import ChatRequest, CompletionRequest, parse
@@ -64,7 +66,6 @@ MALFORMED = [
     (CHAT, {"repetition_penalty": 1.2, "sampler": "scr"}, 400, "repetition_penalty"),
     (CHAT, {"n": 0}, 400, "n"),
     (CHAT, {"n": 99}, 400, "n"),
-    (CHAT, {"n": 2, "temperature": 0}, 400, "n"),
     (CHAT, {"seed": -1}, 400, "seed"),
     (CHAT, {"seed": 2**63}, 400, "seed"),
     (CHAT, {"max_tokens": -1}, 400, "max_tokens"),
@@ -241,14 +242,58 @@ def test_keys_sizes_and_logs(precise_model, caplog):
     assert "Hello" in JsonLines().format(caplog.records[-1])
 
 
+def test_heads_are_bounded_in_size_and_time(precise_model, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+
+    def ask(*parts):
+        """What comes until the server ends the connection."""
+        with socket.create_connection((host, int(port)), timeout=20) as raw:
+            for part in parts:
+                raw.sendall(part)
+                time.sleep(0.02)
+            told = b""
+            while more := raw.recv(10_000):
+                told += more
+        return told
+
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with serving(precise_model) as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        for parts in ([], [b"GET /hea"], [b"GET /health HTTP/1.1\r\nhost: x\r\n", b"a: b\r\n"]):
+            assert ask(*parts).startswith(b"HTTP/1.1 408 ")
+        again = ask(whole, whole[:9])  # of a connection that is kept
+        assert again.startswith(b"HTTP/1.1 200 ") and b"HTTP/1.1 408 " in again
+        for long in (b"x" * 100, b"x: 1\r\n"):  # one header, and many
+            many = long * (connections.MAX_HEAD // len(long) + 1)
+            told = ask(whole[:-2] + b"y: " + many[: len(many) // 2], many[len(many) // 2 :])
+            assert told.startswith(b"HTTP/1.1 431 ")
+            assert json.loads(told.split(b"\r\n\r\n")[1])["error"]["type"] == "invalid_request_error"
+        assert ask(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_server_on_loopback_answers_to_its_own_names_alone(precise_model):
+    """Else a page of somebody else, whose name has come to mean this machine, could ask it."""
+    with serving(precise_model, hosts=check_host("127.0.0.1", False, False)) as served:
+        for host, status in [
+            ("localhost", 200), ("LOCALHOST:80", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("[::1]", 200),
+            ("evil.example", 403), ("evil.example:8000", 403), ("localhost.evil.example", 403), ("", 403), ("::1", 403),
+        ]:  # fmt: skip
+            for path in ("/", "/health", "/v1/models"):
+                assert served.get(path, host=host).status_code == status
+        assert served.get("/health", host="evil.example").json()["error"]["param"] == "host"
+        asked = {"origin": "http://evil.example", "access-control-request-method": "POST"}
+        for answer in (httpx.options(f"{served.url}{CHAT}", headers=asked), served.get("/v1/models", **asked)):
+            assert not any("access-control" in name for name in answer.headers)
+
+
 def test_beyond_loopback_a_key_is_needed():
-    for host in ("127.0.0.1", "localhost", "::1"):
-        check_host(host, has_key=False, allow_open=False)
+    for host, name in [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("::1", "[::1]"), ("127.1.2.3",) * 2]:
+        assert name in check_host(host, has_key=False, allow_open=False)
     for host in ("0.0.0.0", "192.168.0.1", "example.org", "::"):
         with pytest.raises(ValueError, match="host: expected a loopback address"):
             check_host(host, has_key=False, allow_open=False)
-        check_host(host, has_key=True, allow_open=False)
-        check_host(host, has_key=False, allow_open=True)
+        assert check_host(host, has_key=True, allow_open=False) == ()
+        assert check_host(host, has_key=False, allow_open=True) == ()
     assert address("::1", 80) == "http://[::1]:80" and address("127.0.0.1", 80) == "http://127.0.0.1:80"
     for wrong in ({"max_rows": 0}, {"max_memory": -1}, {"grace": -1}, {"max_kept": -1}, {"api_keys": ("",)}):
         with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("s")):

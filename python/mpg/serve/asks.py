@@ -63,7 +63,7 @@ def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:
     return {asked.model: 1.0}, asked.target
 
 
-def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int | None, **how: Any) -> Call:
+def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int, **how: Any) -> Call:
     """What one prompt is asked with: a call whose requests are its choices.
 
     Raises ApiError that names the field.
@@ -92,13 +92,21 @@ def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int | None,
             )
         max_tokens = asked.max_completion_tokens
     names = {"prompt": "messages" if isinstance(asked, ChatRequest) else "prompt"}
+    temperature = model.recipe.options.get("temperature") if asked.temperature is None else asked.temperature
+    # where nothing is drawn the library makes no copies: they are as many calls
+    copies, firsts = (n, [seed]) if temperature != 0 else (1, [(seed + index) % 2**63 for index in range(n)])
     try:
-        return model.read(
-            prompt, weights=weights, contexts=contexts or None, num_return_sequences=n, stop_strings=stops or None,
-            max_new_tokens=max_tokens or (1 if max_tokens == 0 else None), seed=seed, **options, **how,
-        )  # fmt: skip
+        calls = [
+            model.read(
+                prompt, weights=weights, contexts=contexts or None, num_return_sequences=copies,
+                stop_strings=stops or None, max_new_tokens=max_tokens or (1 if max_tokens == 0 else None), seed=first,
+                **options, **how,
+            )
+            for first in firsts
+        ]  # fmt: skip
     except ValueError as error:
         raise of_library(error, names) from error
+    return replace(calls[0], requests=[request for call in calls for request in call.requests])
 
 
 class Jobs:

@@ -1,4 +1,4 @@
-"""What stands before every route: request ids, keys, the size of bodies, the log and the counts. No model."""
+"""What stands before every route: request ids, host names, keys, the size of bodies, the log and the counts. No model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mpg.serve.streams import CLIENT_CLOSED, as_json
 OPEN_PATHS = ("/", "/health")  # "/" is a page that knows nothing
 ADMIN_PATHS = "/v1/attributes"
 BODY_SECONDS = 30  # that a body may take to come
+PORT = re.compile(r":\d*$")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 logger = logging.getLogger("mpg.serve")
@@ -48,6 +49,7 @@ class Guard:
             await send(message)
 
         try:
+            self._check_host([value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"host"])
             self._check_key(scope["path"], headers)
             body = await self._read(headers, receive)
             if self.settings.log_prompts and body:
@@ -64,6 +66,13 @@ class Guard:
             if "body" in scope["state"]:
                 line["body"] = scope["state"]["body"]
             logger.info("request", extra={"fields": line})
+
+    def _check_host(self, given: Sequence[str]) -> None:
+        """Refuse a name that somebody else's may be: a page from there is let in by browsers as this server's own."""
+        hosts = self.settings.hosts
+        if hosts and (len(given) != 1 or PORT.sub("", given[0]).lower() not in hosts):
+            wanted = f"the name of this server, {', '.join(hosts)}"
+            raise ApiError(403, f"host: expected {wanted}, got {', '.join(given)[:100] or 'none'}", "host")
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
         if path in OPEN_PATHS:

@@ -25,6 +25,7 @@ from mpg.serve.asks import ROW_SAMPLERS, describe_models
 from mpg.serve.attributes import Attributes
 from mpg.serve.chat import answer_chat
 from mpg.serve.completions import answer_completion
+from mpg.serve.connections import Connection
 from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError
 from mpg.serve.guard import Guard
@@ -33,6 +34,7 @@ from mpg.serve.protocol import AttributeRequest, ChatRequest, CompletionRequest,
 from mpg.serve.settings import Settings
 from mpg.serve.streams import CLIENT_CLOSED, ClientGone, as_json
 
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")  # names of it
 END_SECONDS = 5  # beyond the grace, for answers that are cut off to be told so
 
 
@@ -147,8 +149,11 @@ def _handle_errors(app: FastAPI) -> None:
         return show(request, ApiError(500, "internal error"))
 
 
-def check_host(host: str, has_key: bool, allow_open: bool) -> None:
-    """Raises ValueError for a host beyond loopback without a key, unless that is what is wanted."""
+def check_host(host: str, has_key: bool, allow_open: bool) -> tuple[str, ...]:
+    """The names that requests may call a server by which listens there: on loopback its own, beyond it any.
+
+    Raises ValueError for a host beyond loopback without a key, unless that is what is wanted.
+    """
     try:
         is_loopback = host == "localhost" or ip_address(host).is_loopback
     except ValueError:
@@ -157,6 +162,8 @@ def check_host(host: str, has_key: bool, allow_open: bool) -> None:
         raise ValueError(
             f"host: expected a loopback address without api_key, got {host!r}; --allow-open serves it openly"
         )
+    own = f"[{host}]" if ":" in host else host
+    return tuple(dict.fromkeys((*LOOPBACK, own))) if is_loopback else ()
 
 
 def address(host: str, port: int) -> str:
@@ -189,12 +196,16 @@ class _Server(uvicorn.Server):
         cutting.cancel()
 
 
+def make_config(app: FastAPI, **own: Any) -> uvicorn.Config:
+    """How uvicorn is to serve the application."""
+    return uvicorn.Config(
+        app, http=Connection, ws="none", log_config=None, access_log=False, server_header=False, **own
+    )
+
+
 def serve(app: FastAPI, settings: Settings, host: str, port: int, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; what runs then is finished, or cut off after the grace."""
-    config = uvicorn.Config(
-        app, host=host, port=port, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=int(settings.grace) + END_SECONDS,
-    )  # fmt: skip
+    config = make_config(app, host=host, port=port, timeout_graceful_shutdown=int(settings.grace) + END_SECONDS)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises what it was ended by again, when all is done
         signal.signal(number, lambda *_: None)
     _Server(config, app, on_ready).run()

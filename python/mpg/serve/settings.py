@@ -11,6 +11,7 @@ class Settings:
     """Limits, keys and names of one server; sizes are checked against the models when the engine starts.
 
     name              of the combination with the recipe's weights, as `model=` has it
+    hosts             by one of which requests must call the server; none: by any
     api_keys          one of which a request must bring; none: everybody is let in
     admin_key         that changes of the attributes must bring; none: nothing can be changed
     attribute_folders below which attributes may be added
@@ -28,6 +29,7 @@ class Settings:
     """
 
     name: str = "mpg"
+    hosts: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
     attribute_folders: tuple[Path, ...] = ()

@@ -78,11 +78,11 @@ def serve(
     from mpg.recipe import parse_setting
 
     keys = api_key or [key for key in [os.environ.get("MPG_API_KEY")] if key]
-    check_host(host, bool(keys), allow_open)
+    hosts = check_host(host, bool(keys), allow_open)
     recipe, options = arguments.read_recipe(models), dict(map(parse_setting, settings or ()))
     check_options(options, recipe.options)
     limits = Settings(
-        name=_name(models), api_keys=tuple(keys), admin_key=admin_key or os.environ.get("MPG_ADMIN_KEY"),
+        name=_name(models), hosts=hosts, api_keys=tuple(keys), admin_key=admin_key or os.environ.get("MPG_ADMIN_KEY"),
         attribute_folders=tuple(attribute_folder or ()), max_rows=max_rows, max_length=max_length,
         max_memory=None if max_memory is None else int(max_memory * 2**30), max_queue=max_queue,
         prefill_tokens=prefill_tokens, max_kept=None if max_kept is None else int(max_kept * 2**30),

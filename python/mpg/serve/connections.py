@@ -1,0 +1,67 @@
+"""One connection's bytes: the head of a request has to come within a time and a size. Knows nothing of what it asks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mpg.serve.errors import ApiError
+
+HEAD_SECONDS = 30  # that a head may take to come
+MAX_HEAD = 32 * 2**10  # bytes of it
+REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
+
+
+class Connection(HttpToolsProtocol):
+    """A connection whose heads are bounded: one that is late or too long is told so, and the connection ends."""
+
+    head_size = 0  # bytes of a head that has not ended
+    is_in_head = True
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self.head_size += len(data) if self.is_in_head else 0
+        super().data_received(data)
+        if self.is_in_head and self.head_size > MAX_HEAD:
+            self._refuse(431, f"expected a head of at most {MAX_HEAD} bytes, got more")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if not self.is_in_head:  # of another request than the first
+            self._wait_for_head()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _wait_for_head(self) -> None:
+        self.is_in_head, self.head_size = True, 0
+        reason = f"expected the head of a request within {HEAD_SECONDS} s"
+        self.late = self.loop.call_later(HEAD_SECONDS, self._refuse, 408, reason)
+
+    def _end_head(self) -> None:
+        self.is_in_head = False
+        if self.late is not None:
+            self.late.cancel()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """End the connection, with an answer where none is on its way."""
+        self._end_head()
+        if self.cycle is None or self.cycle.response_complete:
+            body = json.dumps(ApiError(status, message).body("")).encode()
+            head = f"HTTP/1.1 {status} {REASONS[status]}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
