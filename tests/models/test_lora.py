@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import mpg.models.sources
 from ensembles import load
-from mpg.models.lora import read_adapter, share
+from mpg.models.lora import read_adapter
+from mpg.models.reuse import share
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
 WEIGHTS = "adapter_model.safetensors"

@@ -43,12 +43,10 @@ def serving(model, **settings):
     """A server of this model in a thread."""
     limits = Settings(**{"name": "demo", **settings})
 
-    def load(recipe):
-        if recipe is None:
-            return model
-        return Model(loading.load(recipe, dtype=model.models.dtype, device=model.models.device), recipe)
+    def reload(recipe, beside):
+        return Model(loading.load(recipe, dtype=beside.dtype, device=beside.device, beside=beside), recipe)
 
-    app = make_app(limits, load)
+    app = make_app(limits, lambda: model, reload)
     server = uvicorn.Server(make_config(app, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mpg.demo import MODELS
+from mpg.models import sources
 from serving import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -251,8 +252,13 @@ def test_groups_take_turns_and_each_gets_its_rows(precise_model):
         assert ended.index("exact") < 6
 
 
-def test_attributes_come_and_go_while_others_run(precise_model, tmp_path):
+def test_attributes_come_and_go_while_others_run(precise_model, tmp_path, monkeypatch):
     shutil.copytree(MODELS / "adapters" / "T", tmp_path / "mine")
+    cached = tmp_path / "models--ours--kind"  # as the hub's package keeps a repository
+    shutil.copytree(MODELS / "adapters" / "T", cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(sources, "read_model", lambda *_: pytest.fail("a base was read that is there"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     limits = {"admin_key": "key", "attribute_folders": (tmp_path,)}
@@ -269,17 +275,23 @@ def test_attributes_come_and_go_while_others_run(precise_model, tmp_path):
         assert "mine" in [model["id"] for model in served.get("/v1/models").json()["data"]]
         assert served.post(TEXT, completion(CALM, model="mine")).json()["choices"][0]["text"] == before
         [old], [new] = served.model.models._models, served.engine.model.models._models
-        weights = {id(parameter) for parameter in old.model.parameters()}
-        assert weights == {id(parameter) for parameter in new.model.parameters()}  # the base is there once
+        places = {parameter.untyped_storage().data_ptr() for parameter in old.model.parameters()}
+        assert places == {parameter.untyped_storage().data_ptr() for parameter in new.model.parameters()}
+        added = served.post("/v1/attributes", {"name": "kind", "source": "ours/kind"}, **admin)
+        assert added.status_code == 201, added.text
+        assert served.post(TEXT, completion(CALM, model="kind")).json()["choices"][0]["text"] == before
         for name, source, status in [
             ("mine", "mine", 409), ("base", "mine", 409), ("other", str(MODELS / "adapters" / "T"), 400),
             ("other", "../..", 400), ("other", "empty", 400), ("other", "a/b", 400), ("../x", "mine", 400),
             ("..", "mine", 400), ("merged", "mine", 409), ("other", "a" * 1000, 400), ("other", "loop", 400),
+            ("other", "ours/other", 400), ("other", "ours/kind/..", 400),
         ]:  # fmt: skip
             answer = served.post("/v1/attributes", {"name": name, "source": source}, **admin)
             assert answer.status_code == status, answer.text
-        deleted = [httpx.delete(f"{served.url}/v1/attributes/{name}", headers=admin) for name in ("mine", "mine", "E")]
-        assert [answer.status_code for answer in deleted] == [200, 404, 409]
+        deleted = [
+            httpx.delete(f"{served.url}/v1/attributes/{name}", headers=admin) for name in ("mine", "mine", "E", "kind")
+        ]
+        assert [answer.status_code for answer in deleted] == [200, 404, 409, 200]
         assert served.post(TEXT, completion(CALM, model="mine")).status_code == 404
         assert served.post(TEXT, completion(CALM, model="T")).json()["choices"][0]["text"] == before
 

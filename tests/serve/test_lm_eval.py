@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 
 from mpg.demo import MODELS
@@ -29,6 +32,62 @@ def test_the_harness_scores_options_as_the_combined_law_has_them(served):
     prompts = [Instance("generate_until", {}, ("The weather is", {"until": ["."], "max_gen_toks": 6}), 0)]
     wanted = model.generate("The weather is", raw=True, weights="E=1,T=0.5", temperature=0, max_new_tokens=6).text
     assert harness.generate_until(prompts, disable_tqdm=True) == [wanted.split(".")[0]]
+
+
+TASK = """
+task: places
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{options}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+DOCUMENTS = [
+    {"question": "The weather is", "options": [" nice", " a plan for the trip", " bad"], "answer": 0},
+    {"question": "How do you", "options": [" do?", " like it?", " plan"], "answer": 1},
+    {"question": "I would", "options": [" like", " go", " first"], "answer": 0},
+    {"question": "What a", "options": [" day", " friend"], "answer": 1},
+]
+
+
+@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="set MPG_LONG=1")
+def test_a_whole_task_of_the_harness_has_the_scores_of_the_combined_law(served, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    data = tmp_path / "data.json"
+    data.write_text("\n".join(map(json.dumps, DOCUMENTS)))
+    (tmp_path / "places.yaml").write_text(TASK.replace("DATA", str(data)))
+    model_args = {
+        "base_url": f"{served.url}/v1/completions", "model": "E=1,T=0.5", "tokenizer": str(MODELS),
+        "tokenizer_backend": "huggingface", "max_length": 256, "num_concurrent": 4,
+    }  # fmt: skip
+    found = simple_evaluate(
+        "local-completions", model_args=model_args, tasks=["places"], batch_size=2, log_samples=True, bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+    )  # fmt: skip
+    tokenizer, num_right, num_right_by_byte = served.model.tokenizer, 0, 0
+    samples = sorted(found["samples"]["places"], key=lambda sample: sample["doc_id"])
+    for document, sample in zip(DOCUMENTS, samples, strict=True):
+        question, sums = document["question"], []
+        prompt = tokenizer(question)["input_ids"]
+        for option in document["options"]:
+            told = score(served.model, tokenizer(question + option)["input_ids"], {"E": 1, "T": 0.5})
+            sums.append(sum(told[len(prompt) - 1 :]))
+        got = [float(response[0][0]) for response in sample["resps"]]
+        assert got == pytest.approx(sums, abs=1e-6)
+        by_byte = [value / len(option) for value, option in zip(sums, document["options"], strict=True)]
+        num_right += sums.index(max(sums)) == document["answer"]
+        num_right_by_byte += by_byte.index(max(by_byte)) == document["answer"]
+    scores = found["results"]["places"]
+    assert scores["acc,none"] == num_right / len(DOCUMENTS)
+    assert scores["acc_norm,none"] == num_right_by_byte / len(DOCUMENTS)
 
 
 def score(model, token_ids, weights):

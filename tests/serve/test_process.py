@@ -65,8 +65,11 @@ def texts_of(answer):
     return texts
 
 
-def is_running(url):
-    return not re.search(r"^mpg_rows 0", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+def all_are_in(url, answers):
+    """Whether every request has been answered or has choices that run or wait."""
+    text = httpx.get(f"{url}/metrics").text
+    held = sum(float(found) for found in re.findall(r"^mpg_(?:rows|queue_size) (\S+)", text, re.MULTILINE))
+    return held > BODY["n"] * (sum(not answer.done() for answer in answers) - 1)
 
 
 def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
@@ -74,7 +77,7 @@ def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
     with started("--grace", "50", "--max-rows", "4") as (process, url), ThreadPoolExecutor(4) as pool:
         wanted = texts_of(post(url))
         answers = [pool.submit(post, url, stream=index % 2 == 1) for index in range(4)]
-        wait_for(lambda: is_running(url))
+        wait_for(lambda: all_are_in(url, answers))
         process.send_signal(signal.SIGTERM)
         assert [texts_of(answer.result()) for answer in answers] == [wanted] * 4
         assert {json.loads(line)["level"] for line in process.logged} == {"INFO"}  # all of it is JSON
@@ -90,7 +93,7 @@ def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
     with started("--port", port, "--grace", "0", "--max-rows", "1") as (process, again), ThreadPoolExecutor(4) as pool:
         assert texts_of(post(again)) == wanted
         answers = [pool.submit(post, url) for _ in range(4)]
-        wait_for(lambda: is_running(url))
+        wait_for(lambda: all_are_in(url, answers))
         process.send_signal(signal.SIGTERM)
         statuses = [answer.result().status_code for answer in answers]
         assert set(statuses) <= {200, 503} and 503 in statuses  # what outlasts the grace is told so
@@ -99,12 +102,12 @@ def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
 
 def test_models_that_are_loaded_anew_are_loaded_as_the_first_ones(monkeypatch):
     loads = []
-    monkeypatch.setattr(server, "make_app", lambda limits, load: loads.append(load))
+    monkeypatch.setattr(server, "make_app", lambda limits, *both: loads.extend(both))
     monkeypatch.setattr(server, "serve", lambda *arguments: None)
     options = ["--merge-adapters", "--allow-other-base", "--dtype", "float64", "--device", "cpu"]
     assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
-    model = loads[0](None)
-    again = loads[0](model.recipe)
+    model = loads[0]()
+    again = loads[1](model.recipe, model.models)
     for loaded in (model, again):
         assert loaded.recipe.merge_adapters and loaded.recipe.allow_other_base
         assert loaded.models.dtype == torch.float64

@@ -23,7 +23,6 @@ from mpg.context import Context
 from mpg.models.graphs import bucket
 from mpg.models.kept import Kept
 from mpg.models.pool import View
-from mpg.models.reuse import reuse_weights
 from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
 from mpg.models.session import Role, Session
 
@@ -238,10 +237,6 @@ class Ensemble:
         if num_rows == 0 or all(model.new_capture is None for model in self._models):
             return num_rows
         return min(1 << (num_rows - 1).bit_length(), bucket(most, 1))
-
-    def reuse_weights(self, other: Ensemble) -> None:
-        """Let what is the same as in another loading of these models be there once; before anything runs."""
-        reuse_weights(self._models, other._models)
 
     def refresh(self) -> None:
         """Read the caller's models again, whether they were seen to change or not."""

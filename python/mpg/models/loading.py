@@ -18,7 +18,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-import mpg_ext
 from mpg.context import Context
 from mpg.models import gguf, sources
 from mpg.models.agreement import check_agreement, check_tokenizers, check_trained_on
@@ -28,18 +27,18 @@ from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Sl
 from mpg.models.graphs import CAPTURES
 from mpg.models.joined import join_linears
 from mpg.models.linear import pack_linears
-from mpg.models.lora import Adapter, UnstackableError, adapter_in_memory, read_adapter, share
+from mpg.models.lora import Adapter, UnstackableError, adapter_in_memory, read_adapter
 from mpg.models.merging import merge_adapter
 from mpg.models.origin import Origin
+from mpg.models.places import resolve_device, resolve_dtype, resolve_places
 from mpg.models.quantize import INT4_DRAFT, QUANTIZERS, quantize_linears
+from mpg.models.reuse import reuse, share, skeleton
 from mpg.models.runner import LoadedModel
 from mpg.models.sources import ADAPTER_CONFIG, Place, Source
 from mpg.models.stack import LoraStack
 
 if TYPE_CHECKING:
     from mpg.recipe import Recipe
-
-SPLITTING_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load(
@@ -49,8 +48,13 @@ def load(
     device: torch.device | str | None = None,
     graphs: bool = False,
     compile: bool = False,
+    beside: Ensemble | None = None,
 ) -> Ensemble:
-    """The models of a recipe, loaded. `mpg.load` says what they and the other arguments may be, and what raises."""
+    """The models of a recipe, loaded. `mpg.load` says what they and the other arguments may be, and what raises.
+
+    beside: what was loaded by these arguments of a recipe that differs in attributes alone; the models and adapters of
+            folders that it has are not loaded again, and their weights shared
+    """
     of_recipe = {name: getattr(recipe, name) for name in ("allow_other_base", "merge_adapters")}
     switches = {**of_recipe, "graphs": graphs, "compile": compile}
     for argument, value in switches.items():
@@ -99,7 +103,7 @@ def load(
             wanted = f"names other than {BASE!r}, {ANCHOR!r}, {DRAFT!r} and {MERGED!r}"
             raise ValueError(f"attributes: expected {wanted}, got {name!r}")
 
-    loader = _Loader(recipe, names, host, dtype, device)
+    loader = _Loader(recipe, names, host, dtype, device, () if beside is None else beside._models)
     slots = {BASE: loader.add(BASE, base)}
     if host is anchor:
         slots[ANCHOR] = loader.add(ANCHOR, host)
@@ -119,7 +123,8 @@ def load(
         loader.models[0].tokenizer = tokenizer
     others = []
     if recipe.quantize == INT4_DRAFT:
-        others.append(_int4_draft(recipe, base, names, device))
+        known = [] if beside is None else [loaded for loaded in beside._models if loaded.argument == DRAFT]
+        others.append(reuse(DRAFT, known[0]) if known else _int4_draft(recipe, base, names, device))
         slots[DRAFT] = Slot(others[0], context=recipe.draft if recipe.draft in contexts else "")
     models = loader.finish(others)
     if graphs:
@@ -149,11 +154,23 @@ def _int4_draft(recipe: Recipe, base: Source, names: Mapping[str, Source], devic
 class _Loader:
     """Gives every distinct source one slot. Adapters attach to one model, the host, and are stacked by `finish`."""
 
-    def __init__(self, recipe: Recipe, names: Mapping[str, Source], host: Source, dtype: Any, device: Any) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        names: Mapping[str, Source],
+        host: Source,
+        dtype: Any,
+        device: Any,
+        loaded: Sequence[LoadedModel],
+    ) -> None:
         self.recipe, self.host = recipe, host
+        folders = [known for known in loaded if known.origin is None]
+        self.known: dict[int | str, LoadedModel] = {known.source: known for known in reversed(folders)}
+        self.read_adapters = {adapter.source: adapter for known in folders for adapter in known.adapters}
+        self.reused: list[LoadedModel] = []
         arguments = {name: _argument(name) for name in names} | {role: role for role in ROLES}
-        self.places = _resolve_places(recipe.device_map, arguments)  # those that no model has taken yet
-        self.dtype, self.device = _resolve_dtype(dtype), _resolve_device(device, recipe.base)
+        self.places = resolve_places(recipe.device_map, arguments)  # those that no model has taken yet
+        self.dtype, self.device = resolve_dtype(dtype), resolve_device(device, recipe.base)
         self.is_int4 = recipe.quantize == "int4"
         if self.is_int4 and self.dtype not in (None, torch.bfloat16):
             raise ValueError(f"dtype: expected bfloat16 beside quantize='int4', which computes in it, got {self.dtype}")
@@ -168,7 +185,12 @@ class _Loader:
         """The slot of an adapter (by its name in the host or by its folder) or of a model."""
         key = _key(source)
         if key not in self.slots:
-            if isinstance(source, nn.Module) or not sources.is_adapter(source, self.host):
+            if key in self.known:
+                self.reused.append(reuse(argument, self.known[key]))
+                self.models.append(self.reused[-1])
+                self.slots[key] = Slot(self.reused[-1])
+                self.places.pop(argument, None)
+            elif isinstance(source, nn.Module) or not sources.is_adapter(source, self.host):
                 self.slots[key] = self._add_model(argument, source)
             elif isinstance(self.host, PeftModel) and source in self.host.peft_config:
                 try:
@@ -177,9 +199,8 @@ class _Loader:
                     remedy = "save it and load its folder with merge_adapters=True"
                     raise ValueError(f"{error}; {remedy}") from error
             else:
-                host = self.slots[_key(self.host)].model.model
                 try:
-                    self.slots[key] = self._add_adapter(read_adapter(argument, source, host))
+                    self.slots[key] = self._add_adapter(self._read_adapter(argument, source))
                 except UnstackableError as error:
                     if not self.recipe.merge_adapters:
                         raise ValueError(f"{error}; merge it, or load with merge_adapters=True") from error
@@ -206,16 +227,18 @@ class _Loader:
             got = f"{next(iter(self.places))}, an adapter or a model that has another name"
             raise ValueError(f"device_map: expected names that bring a model of their own, got {got}")
         for loaded in self.models:
-            # a model of the caller's keeps its weights: beside it a GPU may have no room for copies
-            if id(loaded) not in self.given or loaded.model.device.type == "cpu":
+            is_new, is_given = loaded not in self.reused, id(loaded) in self.given
+            on_cpu = loaded.model.device.type == "cpu"
+            if is_new and (on_cpu or not is_given):  # a given one keeps its weights: a GPU may have no room for copies
                 join_linears(loaded.model)
-            if self.is_int4:
+            if is_new and self.is_int4:
                 quantize_linears(loaded.argument, loaded.model)
             if loaded.adapters:
                 loaded.stack = LoraStack(loaded.model, loaded.adapters)
-                if id(loaded) not in self.given and loaded.model.device.type != "cpu":  # where a launch has a price
+                if is_new and not on_cpu and not is_given:  # where a launch has a price
                     loaded.stack.widen()
-            pack_linears(loaded.model)
+            if is_new:
+                pack_linears(loaded.model)
             if (given := self.given.get(id(loaded))) is not None:
                 loaded.origin = Origin(loaded.argument, given, loaded.adapters)
         self.models += others
@@ -228,6 +251,13 @@ class _Loader:
         for argument, tokenizer in known[1:]:
             check_tokenizers(known[0][1], argument, tokenizer)
         return self.models
+
+    def _read_adapter(self, argument: str, source: Any) -> Adapter:
+        if str(source) in self.read_adapters:
+            return replace(self.read_adapters[str(source)], name=argument)
+        loaded = self.slots[_key(self.host)].model
+        plain = skeleton(loaded.model) if loaded in self.reused else loaded.model
+        return read_adapter(argument, source, plain, weights_of=loaded.model)
 
     def _add_adapter(self, adapter: Adapter) -> Slot:
         loaded = self.slots[_key(self.host)].model
@@ -336,46 +366,3 @@ def _key(source: Source) -> int | str:
 def _with_adapters(model: Any, peft_models: Sequence[PeftModel]) -> Any:
     """The PeftModel around this very model, if there is one: PEFT has put its layers into the model itself."""
     return next((peft_model for peft_model in peft_models if peft_model.get_base_model() is model), model)
-
-
-def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
-        raise ValueError(f"dtype: expected a floating-point torch dtype such as 'bfloat16', got {dtype!r}")
-    return resolved
-
-
-def _resolve_places(device_map: Mapping[str, Any] | None, arguments: Mapping[str, str]) -> dict[str, Place]:
-    """The device map by the arguments of load(), which messages name; `arguments` has them by its keys."""
-    if device_map is not None and not isinstance(device_map, Mapping):
-        raise ValueError(f"device_map: expected a mapping from {list(arguments)} to devices, got {device_map!r}")
-    places: dict[str, Place] = {}
-    for name, place in (device_map or {}).items():
-        if name not in arguments:
-            raise ValueError(f"device_map: expected some of {list(arguments)}, got {name!r}")
-        splits = isinstance(place, dict) or place in SPLITTING_DEVICE_MAPS
-        places[arguments[name]] = place if splits else _resolve_device(place, argument=f"device_map[{name!r}]")
-    return places
-
-
-def _resolve_device(device: Any, base: Source | None = None, argument: str = "device") -> torch.device:
-    with_cuda = mpg_ext.build_info()["cuda"]
-    if device is None:
-        can_use_cuda = with_cuda and torch.cuda.is_available()
-        device = base.device if isinstance(base, nn.Module) else "cuda" if can_use_cuda else "cpu"
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        resolved = None
-    if resolved is None or resolved.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{argument}: expected 'cpu' or 'cuda[:i]', got {str(device)!r}")
-    if resolved.type != "cuda":
-        return torch.device(resolved.type)
-    if not with_cuda or not torch.cuda.is_available():
-        without = "mpg" if not with_cuda else None if torch.version.cuda else f"torch {torch.__version__}"
-        why = f"{without} was built without CUDA" if without else "no CUDA device is visible"
-        raise ValueError(f"{argument}: expected 'cpu', as {why}, got {str(device)!r}")
-    index = torch.cuda.current_device() if resolved.index is None else resolved.index  # as parameters report it
-    if index >= torch.cuda.device_count():
-        raise ValueError(f"{argument}: expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
-    return torch.device("cuda", index)

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -72,8 +71,12 @@ class Adapter:
         return max(down.shape[1] for down, _ in self.factors.values())
 
 
-def read_adapter(name: str, folder: str | Path, model: PreTrainedModel) -> Adapter:
+def read_adapter(
+    name: str, folder: str | Path, model: PreTrainedModel, weights_of: PreTrainedModel | None = None
+) -> Adapter:
     """Read a LoRA adapter of `model` from a folder or hub repository in PEFT's format.
+
+    weights_of: the same model where `model` has no weights
 
     Warns, as PEFT does, of layers that the configuration targets and the file lacks: they stay the base's.
 
@@ -117,12 +120,17 @@ def read_adapter(name: str, folder: str | Path, model: PreTrainedModel) -> Adapt
         factors[module] = (down.float().T, up.float().T * scaling)
         _check_fit(model, name, module, *factors[module])
     _check_targets(name, config, model, list(factors))
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = dict((weights_of or model).named_parameters(remove_duplicate=False))
     for key, weight in weights.items():
         saved = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if saved not in own or not is_equal(own[saved].cpu(), weight):
+        if saved not in own or not is_equal(_dense(own[saved]), weight):
             raise UnstackableError(f"{name}: expected the model's weights for {saved}, got some of its own")
     return Adapter(name, str(folder), factors, config.base_model_name_or_path or "")
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """A weight on the CPU, in no other order than it was read in."""
+    return weight.to_dense() if weight.is_mkldnn else weight.cpu()
 
 
 def _check_fit(model: nn.Module, name: str, module: str, down: Tensor, up: Tensor) -> None:
@@ -208,31 +216,3 @@ def _check_config(name: str, config: PeftConfig) -> LoraConfig:
             f"init_lora_weights={config.init_lora_weights!r}; save it with path_initial_model_for_weight_conversion"
         )
     return config
-
-
-def share(argument: str, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The base model as a second module tree over the same weights; nothing done to it reaches the caller's model.
-
-    argument: what the caller named the model, for messages
-
-    Raises ValueError where PEFT's layers cannot be taken off: an adapter that is merged, that is not LoRA, or that was
-    injected into a model which is no PeftModel (its base passes would silently lose it).
-    """
-    original: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    memo: dict[int, object] = {id(buffer): buffer for buffer in original.buffers()}
-    for parameter in original.parameters():
-        # A new Parameter over the same storage has its own requires_grad and device. Quantised ones carry more state.
-        plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
-    try:
-        twin = copy.deepcopy(original, memo)
-    except RuntimeError as error:
-        wanted = "a model that can be copied, as one with ensure_weight_tying in an adapter cannot"
-        raise ValueError(f"{argument}: expected {wanted}, got {error}") from error
-    for module, layer in own_layers(argument, twin) if isinstance(model, PeftModel) else ():
-        twin.set_submodule(module, layer.get_base_layer())
-    for module, part in twin.named_modules():
-        if type(part).__module__.startswith("peft."):
-            wanted = "a plain model or a PeftModel with nothing but LoRA"
-            raise ValueError(f"{argument}: expected {wanted}, got {type(part)} at {module}")
-    return twin

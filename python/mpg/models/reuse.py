@@ -1,42 +1,64 @@
-"""Weights that two loadings of one model share, so that they are there once. Knows modules; nothing of adapters."""
+"""Second module trees over weights that are there: of a caller's model, and of a loaded one for other adapters.
+
+Knows modules; nothing of where models lie.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
 
+from mpg.models.joined import JoinedLinear
+from mpg.models.lora import own_layers
 from mpg.models.runner import LoadedModel
 
 
-def reuse_weights(models: Sequence[LoadedModel], others: Sequence[LoadedModel]) -> None:
-    """Let models have the very weights of others that are the same, each in the other one's place; their own are freed.
+def share(argument: str, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The base model as a second module tree over the same weights; nothing done to it reaches the caller's model.
 
-    For models that nothing has run yet: graphs hold addresses.
+    argument: what the caller named the model, for messages
+
+    Raises ValueError where PEFT's layers cannot be taken off: an adapter that is merged, that is not LoRA, or that was
+    injected into a model which is no PeftModel (its base passes would silently lose it).
     """
-    for loaded in models:
-        for other in [other for other in others if other.argument == loaded.argument]:
-            known = {name: tensor for name, _, _, tensor in _tensors(other.model)}
-            for name, tensors, key, tensor in list(_tensors(loaded.model)):
-                if name in known and _is_same(tensor, known[name]):
-                    tensors[key] = known[name]
+    original: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    memo: dict[int, object] = {id(buffer): buffer for buffer in original.buffers()}
+    for parameter in original.parameters():
+        # A new Parameter over the same storage has its own requires_grad and device. Quantised ones carry more state.
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    try:
+        twin = copy.deepcopy(original, memo)
+    except RuntimeError as error:
+        wanted = "a model that can be copied, as one with ensure_weight_tying in an adapter cannot"
+        raise ValueError(f"{argument}: expected {wanted}, got {error}") from error
+    for module, layer in own_layers(argument, twin) if isinstance(model, PeftModel) else ():
+        twin.set_submodule(module, layer.get_base_layer())
+    for module, part in twin.named_modules():
+        if type(part).__module__.startswith("peft."):
+            wanted = "a plain model or a PeftModel with nothing but LoRA"
+            raise ValueError(f"{argument}: expected {wanted}, got {type(part)} at {module}")
+    return twin
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str, Tensor]]:
-    """Every parameter and buffer: its name, whether adapters are around its layer or not; where it is; and itself."""
-    for path, module in model.named_modules():
-        place = ".".join(part for part in path.split(".") if part != "base")
-        for tensors in (module._parameters, module._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None:
-                    yield f"{place}.{key}", tensors, key, tensor
+def reuse(argument: str, loaded: LoadedModel) -> LoadedModel:
+    """The model once more, without its adapters and with the very weights of the other, which may run meanwhile."""
+    model, stack = loaded.model, loaded.stack
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo |= {id(module.latest): [] for module in model.modules() if isinstance(module, JoinedLinear)}
+    for layer in stack.layers if stack is not None else ():
+        memo[id(layer)] = copy.deepcopy(layer.base, memo)
+    twin = copy.deepcopy(model, memo)
+    sizes = loaded.num_parameters, loaded.bytes_per_position, loaded.devices
+    return LoadedModel(argument, loaded.source, twin, loaded.tokenizer, *sizes, by_lengths=loaded.by_lengths)
 
 
-def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    kinds = [(one.shape, one.dtype, one.device, one.layout) for one in (tensor, other)]
-    if kinds[0] != kinds[1]:
-        return False
-    if tensor.is_mkldnn:
-        tensor, other = tensor.to_dense(), other.to_dense()
-    return torch.equal(tensor, other)
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The modules that a model was read with, before its layers were joined and packed; without weights."""
+    with torch.device("meta"):
+        return type(model)(model.config)

@@ -1,28 +1,34 @@
 """Attributes that come and go while the server runs. Knows recipes and folders.
 
-Requests that run keep the models that they began with."""
+Requests that run keep the models that they began with.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from threading import Lock
 
+from huggingface_hub import try_to_load_from_cache
+
 from mpg.model import Model
-from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED
+from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, Ensemble
+from mpg.models.sources import ADAPTER_CONFIG, CONFIG
 from mpg.recipe import Recipe
 from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError, of_library
 
 
 class Attributes:
-    """Loads the models anew with one attribute more or less, and lets new requests have them.
+    """Puts the loaded models together anew with one attribute more or less, and lets new requests have them.
 
-    load  the models of a recipe, on the device and in the type that the server was started with
+    load  the models of a recipe beside those that run, on the device and in the type that the server was started with
     """
 
-    def __init__(self, engine: Engine, load: Callable[[Recipe], Model]):
+    def __init__(self, engine: Engine, load: Callable[[Recipe, Ensemble], Model]):
         self.engine, self.load = engine, load
         self._lock = Lock()
 
@@ -54,21 +60,32 @@ class Attributes:
         return self.engine.model.models.attribute_names
 
     def _place(self, source: str) -> Path:
-        """The folder that is meant, below one that the server was started with."""
+        """The folder that is meant, below one that the server was started with: by its path, or where that is a cache
+        of the hub by the name of the repository."""
         folders = [folder.resolve() for folder in self.engine.settings.attribute_folders]
-        for candidate in (Path(source), *(folder / source for folder in folders)):
+        ways = [partial(Path, source), *(partial(Path, folder, source) for folder in folders)]
+        names = product(folders, (ADAPTER_CONFIG, CONFIG))
+        ways += [partial(_cached, source, folder, name) for folder, name in names]
+        for way in ways:
             try:
-                place = candidate.resolve()
+                place = way().resolve()
                 if any(place.is_relative_to(folder) for folder in folders) and place.is_dir():
                     return place
             except (OSError, RuntimeError, ValueError):  # a link to itself, a name that is too long, a NUL
                 continue
-        raise ApiError(400, f"source: expected a folder below those of --attribute-folder, got {source!r}", "source")
+        wanted = "a folder below those of --attribute-folder, or a repository in one that is a cache of the hub"
+        raise ApiError(400, f"source: expected {wanted}, got {source!r}", "source")
 
     def _load(self, recipe: Recipe) -> None:
         try:
-            model = self.load(recipe)
+            self.engine.replace(self.load(recipe, self.engine.model.models))
         except ValueError as error:
             raise of_library(error, {"attributes": "source"}) from error
-        model.models.reuse_weights(self.engine.model.models)
-        self.engine.replace(model)
+
+
+def _cached(repository: str, cache: Path, file: str) -> Path:
+    """Where a cache of the hub has a repository that holds a file. Asks no hub; raises ValueError where it is not."""
+    found = try_to_load_from_cache(repository, file, cache_dir=cache)
+    if not isinstance(found, str):
+        raise ValueError(f"{repository}: expected it in {cache}, got none")
+    return Path(found).parent

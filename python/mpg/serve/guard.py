@@ -1,4 +1,4 @@
-"""What stands before every route: request ids, host names, keys, the size of bodies, the log and the counts. No model."""
+"""What stands before every route: request ids, host names, keys, sizes of bodies, the log and the counts. No model."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from mpg import pages
 from mpg.model import Model
+from mpg.models.ensemble import Ensemble
 from mpg.options import SCORE_SAMPLERS, TARGETS
 from mpg.recipe import Recipe
 from mpg.serve.asks import ROW_SAMPLERS, describe_models
@@ -38,18 +39,18 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")  # names of it
 END_SECONDS = 5  # beyond the grace, for answers that are cut off to be told so
 
 
-def make_app(settings: Settings, load: Callable[[Recipe | None], Model]) -> FastAPI:
+def make_app(settings: Settings, load: Callable[[], Model], reload: Callable[[Recipe, Ensemble], Model]) -> FastAPI:
     """The application, which loads its models when it starts.
 
-    load: the models of a recipe, or of the one that the server is started for
+    reload: the models of a recipe with other attributes, beside those that are loaded
     """
     metrics = Metrics()
     engine = Engine(settings, metrics)
-    attributes = Attributes(engine, load)
+    attributes = Attributes(engine, reload)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start(lambda: load(None))
+        engine.start(load)
         yield
         await anyio.to_thread.run_sync(engine.stop)
 

@@ -14,6 +14,7 @@ from mpg.app.cli import arguments
 
 if TYPE_CHECKING:
     from mpg.model import Model
+    from mpg.models.ensemble import Ensemble
     from mpg.recipe import Recipe
 
 
@@ -89,9 +90,10 @@ def serve(
         max_seconds=max_seconds, grace=grace, log_prompts=log_prompts,
     )  # fmt: skip
 
-    def load(other: Recipe | None) -> Model:
-        if other is not None:
-            return Model(loading.load(other, dtype=dtype, device=device, graphs=graphs), other)
+    def reload(other: Recipe, beside: Ensemble) -> Model:
+        return Model(loading.load(other, dtype=dtype, device=device, graphs=graphs, beside=beside), other)
+
+    def load() -> Model:
         model = arguments.load(
             models, device=device, dtype=dtype, quantize=quantize, graphs=graphs, allow_other_base=allow_other_base,
             merge_adapters=merge_adapters,
@@ -103,7 +105,7 @@ def serve(
     stderr = sys.stderr  # another while the engine's thread loads a set that ships
     log_to(stderr)
     run(
-        make_app(limits, load),
+        make_app(limits, load, reload),
         limits,
         host,
         port,
