@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mpg.models.lora import share
+from mpg.models.reuse import share
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ QUESTIONS = [*DEMO_QUESTIONS, *(question.text for question in HELD_OUT_QUESTIONS
 WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
 SHORTEST = 20  # new tokens that a request has at least, where it does not end before
 REQUESTS = {"demo": (200, 400), "smollm2": (16, 32)}  # how many, and new tokens of the longest
+TURNS = {"demo": 3, "smollm2": 1}  # of both sides one after the other, whose medians count
 LONGEST_PROMPT = 64
 LONG_PROMPT, AFTER_IT = 1000, 60  # tokens, where there are positions for both
 REPEATS = 3  # of a system prompt
@@ -202,18 +203,22 @@ def measure(models: str, model: Model, clients: Sequence[int], sampler: str, of_
         asyncio.run(load(url, few, 4))  # warm
         alone, *_ = generate(model, few, 1)
         for num_clients in clients:
-            in_batch, wanted, worked = generate(model, bodies, num_clients)
-            before = processor_seconds(pid)
-            row = asyncio.run(load(url, bodies, num_clients))
-            served = processor_seconds(pid) - before
-            texts = row.pop("texts")
-            row |= {
-                "equal_texts": sum(texts[seed] == text for seed, text in wanted.items()) / len(wanted),
-                "batch_tokens_per_second": in_batch, "one_by_one_tokens_per_second": alone,
-                "of_batch": row["tokens_per_second"] / in_batch, "of_one_by_one": row["tokens_per_second"] / alone,
-                "processor_seconds": served, "batch_processor_seconds": worked, "memory_gib": most_memory(pid),
-            }  # fmt: skip
-            rows.append({name: round(value, 4) for name, value in row.items()})
+            turns = []
+            for _ in range(TURNS[models]):
+                in_batch, wanted, worked = generate(model, bodies, num_clients)
+                before = processor_seconds(pid)
+                row = asyncio.run(load(url, bodies, num_clients))
+                served = processor_seconds(pid) - before
+                texts = row.pop("texts")
+                row |= {
+                    "equal_texts": sum(texts[seed] == text for seed, text in wanted.items()) / len(wanted),
+                    "batch_tokens_per_second": in_batch, "one_by_one_tokens_per_second": alone,
+                    "of_batch": row["tokens_per_second"] / in_batch, "of_one_by_one": row["tokens_per_second"] / alone,
+                    "processor_seconds": served, "batch_processor_seconds": worked,
+                    "of_batch_by_processor": worked / served, "memory_gib": most_memory(pid),
+                }  # fmt: skip
+                turns.append(row)
+            rows.append({name: round(statistics.median(turn[name] for turn in turns), 4) for name in turns[0]})
             print(models, rows[-1], flush=True)
     return {"requests": count, "longest": longest, "sampler": sampler, "rows": rows}
 
@@ -271,6 +276,7 @@ def main(
 ) -> None:
     """Load a server with requests of mixed weights and lengths, and with long prompts. What is not measured keeps its
     latest figures, each with the time and the load of the machine that it had."""
+    arguments.leave_a_core()  # as the server: both sides have as many threads
     at_once, path = [int(number) for number in clients.split(",") if number], RESULTS / "serving-cpu.json"
 
     def latest() -> dict[str, Row]:
