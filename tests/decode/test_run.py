@@ -453,6 +453,29 @@ def test_processor_that_raises_behind_the_end_of_its_text_fails_nobody(precise_m
     assert_same(generated_alone(precise_model, 1, WAYS[0]), second.result, 1e-9)
 
 
+@pytest.mark.parametrize("is_patient", [False, True])
+def test_a_free_row_waits_a_round_for_a_request_where_the_scheduler_is_patient(precise_model, is_patient):
+    way = {"sampler": "direct", "target": "geometric"}
+    scheduler = open_scheduler(precise_model, way, num_rows=3, is_patient=is_patient)
+    short, *others = requests = [request_for(precise_model, i, way) for i in range(3)]
+    entries = [scheduler.add(short), *(scheduler.add(replace(other, max_new_tokens=30)) for other in others)]
+    while not entries[0].is_over:
+        scheduler.step()
+    scheduler.step()
+    assert len(scheduler.rows) == (3 if is_patient else 2)
+    rows = [entry.row for entry in entries[1:]]
+    late = scheduler.add(requests[0])
+    scheduler.step()
+    assert [entry.row for entry in entries[1:]] == rows and late.row == (0 if is_patient else 2)
+    while not late.is_over:
+        scheduler.step()
+    for size in (3, 2) if is_patient else (2, 2):  # it waits for one round alone
+        scheduler.step()
+        assert len(scheduler.rows) == size
+    scheduler.close()
+    assert late.result.tokens == entries[0].result.tokens == generated_alone(precise_model, 0, way).tokens
+
+
 def test_scheduler_refuses_what_it_was_not_opened_for(precise_model):
     scheduler = open_scheduler(precise_model, WAYS[0], capacity=12, attributes=("E",))
     with pytest.raises(ValueError, match=r"max_new_tokens: expected at most 12 with the prompt's, got \d+"):
