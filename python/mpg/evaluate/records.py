@@ -1,0 +1,129 @@
+"""Files of JSON Lines that a header begins and that grow row by row, which no kill and no full disk undoes.
+
+Knows nothing of what the rows mean.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mpg.files import parse_json, refuse_unreadable_text
+
+NOT_COMPARED = "versions"  # of a header: they may differ between a start and its end
+
+
+class Records:
+    """An open file: the rows that were there, and a place for more.
+
+    rows  those that were in the file when it was opened, and those appended since
+    """
+
+    def __init__(self, path: Path, descriptor: int, rows: list[dict[str, Any]]) -> None:
+        self.path, self.rows, self._descriptor = path, rows, descriptor
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row to its end. Raises ValueError, with nothing of the row in the file, where it cannot be."""
+        self._write(row)
+        self.rows.append(dict(row))
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        try:
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, end)
+            stays = "the rows that are there are whole, and the same call goes on from them"
+            wanted = "a file that can be written"
+            raise ValueError(f"out: expected {wanted}, got {self.path}: {error.strerror}; {stays}") from error
+
+
+@contextmanager
+def open_records(path: str | Path, header: Mapping[str, Any]) -> Iterator[Records]:
+    """The file of a job, begun with its header, or as far as it got: a last line that was torn is cut off.
+
+    header  what the job is: compared entry by entry with that of a file that is there, but for `versions`
+
+    Raises ValueError for a file that cannot be written or that another process writes, for one of another job (naming
+    what differs) and for a line before the last that does not parse.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise ValueError(f"out: expected a file that can be written, got {path}: {error.strerror}") from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"out: expected a file of its own, got {path}, which is none")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out: expected a file of its own, but {path} is being written now") from None
+        found, rows, size = _read(path)
+        records = Records(path, descriptor, rows)
+        if found is None:
+            if size:
+                os.ftruncate(descriptor, 0)
+            records._write(header)
+        else:
+            os.ftruncate(descriptor, size)
+            if differs := difference(found, header):
+                raise ValueError(f"out: expected a file of its own, but {path} holds another job: {differs}")
+        try:
+            yield records
+        except BaseException:
+            if found is None and not records.rows:  # of a job that cannot be done nothing stays
+                path.unlink()
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_records(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The header and the rows of a file; a last line that was torn does not count.
+
+    Raises ValueError for a file that cannot be read, without a header, or with a line that does not parse.
+    """
+    header, rows, _ = _read(Path(path))
+    if header is None:
+        raise ValueError(f"{path}: expected a header and rows, got an empty file")
+    return header, rows
+
+
+def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What one header says otherwise than another, in words; "" where they are one job's."""
+    names = dict.fromkeys([*found, *asked])
+    differs = [name for name in names if name != NOT_COMPARED and found.get(name) != _as_read(asked.get(name))]
+    return "; ".join(f"{name} is {found.get(name)!r}, asked is {asked.get(name)!r}" for name in differs)
+
+
+def _as_read(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
+    """Header, rows, and the bytes that they take: without a last line that has no end."""
+    with refuse_unreadable_text("out", path):
+        data = path.read_bytes()
+        size = data.rfind(b"\n") + 1
+        lines = data[:size].decode().split("\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse_json(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: expected JSON; {error.msg} at column {error.colno}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {row!r:.60}")
+        rows.append(row)
+    return (rows[0], rows[1:], size) if rows else (None, [], size)
