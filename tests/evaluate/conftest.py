@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -36,3 +39,69 @@ def data(tmp_path):
     ]
     (roleplay / "test.jsonl").write_text("".join(json.dumps(play) + "\n" for play in plays))
     return tmp_path / "data"
+
+
+class Endpoint(ThreadingHTTPServer):
+    """A chat endpoint on loopback. `replies` are used up in order, the last for ever: a text, or (status, body), or
+    seconds to sleep before the text "late", or None to hang up. `requests` are the bodies that came, with keys."""
+
+    def __init__(self, *replies):
+        self.replies, self.requests, self.most_at_once = list(replies), [], 0
+        self.lock, self.at_once = threading.Lock(), 0
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that does not wait
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        server = self.server
+        with server.lock:
+            server.requests.append(body | {"key": self.headers["authorization"]})
+            reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+        if isinstance(reply, float):
+            time.sleep(reply)
+            reply = "late"
+        with server.lock:
+            server.at_once -= 1
+        if reply is None:
+            self.close_connection = True
+            return
+        message = {"role": "assistant", "content": reply}
+        whole = {"id": "0", "object": "chat.completion", "created": 0, "model": body["model"]}
+        whole["choices"] = [{"index": 0, "message": message, "finish_reason": "stop"}]
+        status, text = reply if isinstance(reply, tuple) else (200, json.dumps(whole))
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("retry-after-ms", "1")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Starts endpoints, and lets OpenAI's client wait for next to nothing between its tries."""
+    base_client = pytest.importorskip("openai._base_client", reason="needs mpg[evaluate]")
+    monkeypatch.setattr(base_client, "INITIAL_RETRY_DELAY", 0.001)
+    started = []
+
+    def start(*replies):
+        started.append(Endpoint(*replies))
+        threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,1 @@
+"""Who scores answers: models behind an endpoint, by a rubric, and local classifiers of traits."""
