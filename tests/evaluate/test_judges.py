@@ -80,7 +80,7 @@ def test_scores_and_raw_replies_are_kept_and_nothing_is_asked_twice(endpoint, ju
     server = endpoint(GOOD, "I cannot", GOOD)
     rows, num_failed = judged(judge(server.url, key_env="OTHER_KEY"), tmp_path, 3)
     assert [row["scores"] for row in rows] == [SCORES, MISSING, SCORES]
-    assert (num_failed, parse_rate(rows)) == (0, pytest.approx(2 / 3))
+    assert (num_failed, parse_rate([row["scores"] for row in rows])) == (0, pytest.approx(2 / 3))
     assert server.requests[0]["key"] == "Bearer secret" and "secret" not in (tmp_path / "scores").read_text()
     [replies] = (tmp_path / "replies").iterdir()
     assert {row["request"]: row["reply"] for row in read_records(replies)[1]} == {
@@ -188,10 +188,10 @@ def test_a_classifier_scores_the_targets_poles(trained, tmp_path):
     trained.save(tmp_path / "own")
     judge = ClassifierJudge(tmp_path / "own", ("I", "T"))
     rows, num_failed = judged(judge, tmp_path, 4)
-    assert (judge.name, judge.criteria, judge.accuracy) == ("own", ("I", "T"), {"EI": 1, "TF": 0.5})
+    assert (judge.name, judge.criteria, judge.accuracy) == ("own", ("EI", "TF"), {"EI": 1, "TF": 0.5})
     told = trained.score([answer["text"] for answer in ANSWERS[:4]])
-    assert [row["scores"]["I"] for row in rows] == pytest.approx((1 - told["EI"]).tolist(), abs=1e-6)
-    assert [row["scores"]["T"] for row in rows] == pytest.approx(told["TF"].tolist(), abs=1e-6)
+    assert [row["scores"]["EI"] for row in rows] == pytest.approx((1 - told["EI"]).tolist(), abs=1e-6)
+    assert [row["scores"]["TF"] for row in rows] == pytest.approx(told["TF"].tolist(), abs=1e-6)
     assert num_failed == 0
     with pytest.raises(ValueError, match=r"judge: expected a judge of EI, SN in .*, got one of EI, TF"):
         ClassifierJudge(tmp_path / "own", ("I", "S"))
@@ -212,6 +212,6 @@ def test_a_folder_without_a_classifier_is_refused(name, text, trained, tmp_path)
 
 def test_json_that_is_cut_short_is_missing_and_not_0(endpoint, judge, tmp_path):
     rows, _ = judged(judge(endpoint(GOOD[:50]).url), tmp_path)
-    assert [row["scores"] for row in rows] == [MISSING] * 2 and parse_rate(rows) == 0
+    assert [row["scores"] for row in rows] == [MISSING] * 2 and parse_rate([row["scores"] for row in rows]) == 0
     assert all("null" in line for line in (tmp_path / "scores").read_text().splitlines()[1:])
     assert json.loads((tmp_path / "scores").read_text().splitlines()[0])["judge"] == "m"

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from mpg.evaluate.tasks import MBTI_TASKS, PLAY, TASKS, TYPES, items_hash, read_items, split
+from mpg.evaluate.tasks import MBTI_TASKS, TASKS, TYPES, items_hash, read_items, split
 from mpg.train.pairs import Pair
 from mpg.train.pairs import split as split_pairs
 
@@ -28,16 +28,9 @@ def test_every_task_has_its_items(data):
     assert choice.about == {"dimension": "JP", "stem": "On a free day you:"}
     assert agree.about == {"dimension": "EI", "agrees": "E"}
     assert play.about == {"profile": "He bakes bread.", "personality": "He is calm."}
-    assert play.prompt == f"{PLAY[0]}He bakes bread.{PLAY[1]}He is calm."
+    assert play.prompt.startswith("You are this person: He bakes bread.\nYour personality: He is calm.\n")
     assert len({item.id for item in items}) == len(items)
     assert items_hash(items) != items_hash([replace(items[0], reference="other"), *items[1:]])
-
-
-def test_role_play_asks_as_the_pairs_do_that_adapters_are_trained_on(data):
-    prompt = "Play.\nProfile: She sings.\nPersonalities: She is shy.\nBe brief."
-    (data / "roleplay/profile_test.json").write_text(json.dumps([{"prompt": 3}, {"prompt": prompt}]))
-    item = read_items(data, ["roleplay"], on_problem=refuse)[0]
-    assert item.prompt == "Play.\nProfile: He bakes bread.\nPersonalities: He is calm.\nBe brief."
 
 
 @pytest.mark.parametrize(

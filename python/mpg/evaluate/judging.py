@@ -78,9 +78,9 @@ def hash_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def parse_rate(scores: Sequence[Mapping[str, Any]]) -> float | None:
+def parse_rate(scores: Sequence[Mapping[str, float | None]]) -> float | None:
     """The share of scored answers that have a score on every criterion; None of none."""
-    whole = [all(value is not None for value in row["scores"].values()) for row in scores]
+    whole = [None not in values.values() for values in scores]
     return sum(whole) / len(whole) if whole else None
 
 

@@ -19,6 +19,10 @@ from mpg.files import parse_json, refuse_unreadable_text
 NOT_COMPARED = "versions"  # of a header: they may differ between a start and its end
 
 
+class RecordsError(ValueError):
+    """A file that cannot be written, is another job's, or does not parse."""
+
+
 class Records:
     """An open file: the rows that were there, and a place for more.
 
@@ -29,7 +33,7 @@ class Records:
         self.path, self.rows, self._descriptor = path, rows, descriptor
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row to its end. Raises ValueError, with nothing of the row in the file, where it cannot be."""
+        """Write one row to its end. Raises RecordsError, with nothing of the row in the file, where it cannot be."""
         self._write(row)
         self.rows.append(dict(row))
 
@@ -44,7 +48,7 @@ class Records:
                 os.ftruncate(self._descriptor, end)
             stays = "the rows that are there are whole, and the same call goes on from them"
             wanted = "a file that can be written"
-            raise ValueError(f"out: expected {wanted}, got {self.path}: {error.strerror}; {stays}") from error
+            raise RecordsError(f"out: expected {wanted}, got {self.path}: {error.strerror}; {stays}") from error
 
 
 @contextmanager
@@ -53,7 +57,7 @@ def open_records(path: str | Path, header: Mapping[str, Any]) -> Iterator[Record
 
     header  what the job is: compared entry by entry with that of a file that is there, but for `versions`
 
-    Raises ValueError for a file that cannot be written or that another process writes, for one of another job (naming
+    Raises RecordsError for a file that cannot be written or that another process writes, for one of another job (naming
     what differs) and for a line before the last that does not parse.
     """
     path = Path(path)
@@ -61,14 +65,14 @@ def open_records(path: str | Path, header: Mapping[str, Any]) -> Iterator[Record
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError as error:
-        raise ValueError(f"out: expected a file that can be written, got {path}: {error.strerror}") from error
+        raise RecordsError(f"out: expected a file that can be written, got {path}: {error.strerror}") from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"out: expected a file of its own, got {path}, which is none")
+            raise RecordsError(f"out: expected a file of its own, got {path}, which is none")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"out: expected a file of its own, but {path} is being written now") from None
+            raise RecordsError(f"out: expected a file of its own, but {path} is being written now") from None
         found, rows, size = _read(path)
         records = Records(path, descriptor, rows)
         if found is None:
@@ -78,7 +82,7 @@ def open_records(path: str | Path, header: Mapping[str, Any]) -> Iterator[Record
         else:
             os.ftruncate(descriptor, size)
             if differs := difference(found, header):
-                raise ValueError(f"out: expected a file of its own, but {path} holds another job: {differs}")
+                raise RecordsError(f"out: expected a file of its own, but {path} holds another job: {differs}")
         try:
             yield records
         except BaseException:
@@ -92,11 +96,12 @@ def open_records(path: str | Path, header: Mapping[str, Any]) -> Iterator[Record
 def read_records(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The header and the rows of a file; a last line that was torn does not count.
 
-    Raises ValueError for a file that cannot be read, without a header, or with a line that does not parse.
+    Raises ValueError for a file that cannot be read, RecordsError for one without a header or with a line that does
+    not parse.
     """
     header, rows, _ = _read(Path(path))
     if header is None:
-        raise ValueError(f"{path}: expected a header and rows, got an empty file")
+        raise RecordsError(f"{path}: expected a header and rows, got an empty file")
     return header, rows
 
 
@@ -122,8 +127,8 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]
         try:
             row = parse_json(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: expected JSON; {error.msg} at column {error.colno}") from None
+            raise RecordsError(f"{path}, line {number}: expected JSON; {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {row!r:.60}")
+            raise RecordsError(f"{path}, line {number}: expected a JSON object, got {row!r:.60}")
         rows.append(row)
     return (rows[0], rows[1:], size) if rows else (None, [], size)

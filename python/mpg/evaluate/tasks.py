@@ -24,9 +24,8 @@ TASKS = (*MBTI_TASKS, "roleplay")
 QUESTIONS = Path("mbti", "questions")
 ROLEPLAY = Path("roleplay")
 CHOICE = re.compile(r"(?P<stem>.*?)\s*\nA\.(?P<A>.*)\nB\.(?P<B>.*)", re.DOTALL)
-PERSONA = re.compile(r"(.*?Profile: ).*?(\nPersonalities: ).*?(\n.*)", re.DOTALL)
-# Where the folder has no pairs of the release, whose prompts the adapters were trained on
-PLAY = ("Write to a friend as this person would, and write nothing else.\nProfile: ", "\nPersonalities: ", "\n")
+# What role-play asks, of every method alike, and what adapters of role-play are to be trained on
+ROLEPLAY_PROMPT = "You are this person: {profile}\nYour personality: {personality}\nSend one message to a friend."
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,12 @@ def read_items(
         if task not in TASKS:
             raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {task!r}")
         file, read = _file_of(folder, task, type), _READERS[task]
-        template = _template(folder) if task == "roleplay" else PLAY
         count = len(items)
         for place, row in _rows(file, on_problem):
             try:
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, got {row!r:.60}")
-                item = read(row, type, template)
+                item = read(row, type)
             except ValueError as error:
                 on_problem(f"{place}: {error}")
                 continue
@@ -146,15 +144,6 @@ def _rows(file: Path, on_problem: Callable[[str], None]) -> Iterator[tuple[str, 
     yield from ((f"{file}, entry {name}", row) for name, row in entries)
 
 
-def _template(folder: Path) -> tuple[str, ...]:
-    """What stands before the profile, between it and the personality, and behind: as in the release's pairs."""
-    for file in sorted((folder / ROLEPLAY).glob("*_test.json")):
-        for _, row in _rows(file, lambda problem: None):
-            if isinstance(row, dict) and (match := PERSONA.fullmatch(str(row.get("prompt")))):
-                return match.groups()
-    return PLAY
-
-
 def _text(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
@@ -178,7 +167,7 @@ def dimension_of(pole: str) -> str:
     return next(dimension for dimension in DIMENSIONS if pole in dimension)
 
 
-def _read_qa(row: dict[str, Any], type: str | None, template: Sequence[str]) -> Item:
+def _read_qa(row: dict[str, Any], type: str | None) -> Item:
     question = _text(row, "instruction")
     more = row.get("input")
     prompt = f"{question}\n{more.strip()}" if isinstance(more, str) and more.strip() else question
@@ -187,7 +176,7 @@ def _read_qa(row: dict[str, Any], type: str | None, template: Sequence[str]) -> 
     )
 
 
-def _read_mcqa(row: dict[str, Any], type: str | None, template: Sequence[str]) -> Item:
+def _read_mcqa(row: dict[str, Any], type: str | None) -> Item:
     prompt = _text(row, "question")
     match = CHOICE.fullmatch(prompt)
     if match is None or not all(match[name].strip() for name in ("stem", "A", "B")):
@@ -201,16 +190,16 @@ def _read_mcqa(row: dict[str, Any], type: str | None, template: Sequence[str]) -
     return Item(f"mcqa:{hash_of(question)[:12]}", "mcqa", prompt, question, options=options, about=about)
 
 
-def _read_16p(row: dict[str, Any], type: str | None, template: Sequence[str]) -> Item:
+def _read_16p(row: dict[str, Any], type: str | None) -> Item:
     question, pole = _text(row, "rewritten_en"), _pole(row, "category")
     about = {"dimension": dimension_of(pole), "agrees": pole}
     return Item(f"16p:{hash_of(question)[:12]}", "16p", question, question, about=about)
 
 
-def _read_roleplay(row: dict[str, Any], type: str | None, template: Sequence[str]) -> Item:
+def _read_roleplay(row: dict[str, Any], type: str | None) -> Item:
     about = {name: _text(row, name) for name in ("profile", "personality")}
     question = f"{about['profile']}\n{about['personality']}"
-    prompt = f"{template[0]}{about['profile']}{template[1]}{about['personality']}{template[2]}".strip()
+    prompt = ROLEPLAY_PROMPT.format(**about)
     return Item(
         f"roleplay:{hash_of(question)[:12]}", "roleplay", prompt, question, _text(row, "reference_answer"), about=about
     )

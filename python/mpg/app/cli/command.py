@@ -15,6 +15,7 @@ from mpg.app.cli.batch import batch
 from mpg.app.cli.chat import chat
 from mpg.app.cli.check import check
 from mpg.app.cli.demo import demo
+from mpg.app.cli.evaluate import app as evaluate
 from mpg.app.cli.generate import generate
 from mpg.app.cli.info import info
 from mpg.app.cli.serve import serve
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (demo, generate, batch, chat, serve, check, train, info):
     app.command()(command)
+app.add_typer(evaluate, name="evaluate")
 
 
 def _show_version(is_asked: bool) -> None:

@@ -106,7 +106,7 @@ class TraitClassifier:
 
 
 class ClassifierJudge:
-    """A `Scorer` as a judge of answers: its criteria are the target's poles, its scores the probabilities of each.
+    """A `Scorer` as a judge of answers: of every dimension the probability of the target's pole.
 
     name      "classifier", or the name of its folder
     identity  what a file of its scores says of it
@@ -129,16 +129,16 @@ class ClassifierJudge:
                 f"judge: expected a judge of {', '.join(wanted)} in {source}, got one of {', '.join(known)}"
             )
         self.accuracy = {dimension: known[dimension] for dimension in wanted}
-        self.criteria, self.scale = tuple(poles), (0.0, 1.0)
+        self.criteria, self.poles = tuple(wanted), tuple(poles)
         self.identity = {"judge": self.name, "sha256": digest, "poles": list(poles), "accuracy": self.accuracy}
 
     def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> int:
-        """The probability of each of the target's poles, of every answer. As `mpg.evaluate.judging.Judge` has it."""
+        """As `mpg.evaluate.judging.Judge` has it."""
         told = self.scorer.score([text for _, text in asked]) if asked else {}
         for index in range(len(asked)):
-            first = {pole: float(told[dimension_of(pole)][index]) for pole in self.criteria}
-            of_pole = {pole: p if dimension_of(pole)[0] == pole else 1 - p for pole, p in first.items()}
-            on_score(index, {pole: round(p, 6) for pole, p in of_pole.items()}, {})
+            first = {dimension: float(told[dimension][index]) for dimension in self.criteria}
+            is_first = {dimension_of(pole): dimension_of(pole)[0] == pole for pole in self.poles}
+            on_score(index, {of: round(p if is_first[of] else 1 - p, 6) for of, p in first.items()}, {})
         return 0
 
 

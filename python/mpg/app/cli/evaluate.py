@@ -1,0 +1,258 @@
+"""`mpg evaluate mbti` and `mpg evaluate roleplay`: the paper's tables on your models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress, TaskID
+
+from mpg.app.cli import arguments
+from mpg.options import OPTIONS, hint
+
+if TYPE_CHECKING:
+    from mpg.evaluate.run import Target
+
+app = typer.Typer(
+    help="The paper's tables on your models: answers by every method, judged, as a table.", no_args_is_help=True
+)
+
+Data = Annotated[Path, typer.Option(help="The folder of the paper's data release: mbti/questions, roleplay.")]
+Out = Annotated[Path, typer.Option(help="A folder for answers, scores and tables; the same command goes on in it.")]
+Methods = Annotated[str | None, typer.Option(help="NAME,...: of mpg info --methods. Default: all.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Texts per prompt and method.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task at most.")]
+Reference = Annotated[str, typer.Option(help="The method that differences are from.")]
+KeyEnv = Annotated[str, typer.Option(help="The environment's variable that holds the endpoints' key.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests to an endpoint at once.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one reply of an endpoint.")]
+Anchor = Annotated[
+    str | None, typer.Option(help="What the attributes were trained on where the base is a specialised one: a folder.")
+]
+Scoring = Annotated[
+    str | None, typer.Option(help="The model under which perplexity is measured: a folder. Default: the base.")
+]
+BertScore = Annotated[str | None, typer.Option(help="BERTScore's model: a folder. Default: it is not run.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts that are written at once.")]
+
+
+@app.command()
+@arguments.clear_errors()
+def mbti(
+    data: Data,
+    out: Out,
+    type: Annotated[
+        list[str] | None,
+        typer.Option(help="ESTP, ...: whose questions are asked and whose poles are judged; repeat it for the mean."),
+    ] = None,
+    weights: arguments.Weights = None,
+    models: arguments.Models = "demo",
+    methods: Methods = None,
+    tasks: Annotated[str | None, typer.Option(help="Some of qa,mcqa,16p. Default: all.")] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="classifier (the demo's), classifier:FOLDER (a saved one), or an endpoint's URL#MODEL; repeat it."
+        ),
+    ] = None,
+    choices: Annotated[
+        str, typer.Option(help="What is scored of a multiple choice: the options' texts, or their letters.")
+    ] = "texts",
+    seeds: Seeds = 1,
+    limit: Limit = None,
+    reference: Reference = "base",
+    max_new_tokens: MaxNewTokens = 128,
+    batch_size: BatchSize = 16,
+    settings: arguments.Settings = None,
+    key_env: KeyEnv = "OPENAI_API_KEY",
+    concurrency: Concurrency = 4,
+    timeout: Timeout = 120.0,
+    scoring_model: Scoring = None,
+    bertscore: BertScore = None,
+    anchor: Anchor = None,
+    device: arguments.Device = None,
+    dtype: arguments.Dtype = None,
+    quantize: arguments.Quantize = None,
+) -> None:
+    """MBTI (Table 1): open questions, multiple choice and 16Personalities, judged for a type."""
+    from mpg.evaluate.choices import WAYS
+    from mpg.evaluate.tasks import DIMENSIONS, MBTI_TASKS, OPPOSITE
+
+    if choices not in WAYS:
+        raise ValueError(f"choices: expected one of {', '.join(WAYS)}, got {choices!r}")
+    asked = tasks.split(",") if tasks else [*MBTI_TASKS[not type :]]
+    if wrong := [task for task in asked if task not in MBTI_TASKS]:
+        raise ValueError(f"tasks: expected some of {', '.join(MBTI_TASKS)}, got {wrong[0]!r}")
+    if weights is not None and len(type or ()) > 1:
+        raise ValueError(f"weights: expected none beside several types, whose poles are weighed 1, got {weights!r}")
+
+    def targets(names: list[str], given: dict[str, float]) -> list[Target]:
+        from mpg.evaluate.run import Target
+
+        found = []
+        for name in type or [""]:
+            if name and not (len(name) == 4 and all(pole in pair for pole, pair in zip(name, DIMENSIONS, strict=True))):
+                raise ValueError(f"type: expected four poles such as ESTP, got {name!r}")
+            alpha = given or dict.fromkeys(name, 1.0)
+            if missing := [pole for pole in alpha if pole not in names]:
+                wanted = f"an attribute for each pole of {name}; --weights names another combination"
+                raise ValueError(f"type: expected {wanted}; got {', '.join(names)}, and no {missing[0]}")
+            poles = tuple(name) or tuple(
+                pole if alpha[pole] > 0 else OPPOSITE[pole] for pole in alpha if pole in OPPOSITE and alpha[pole]
+            )
+            if not poles:
+                raise ValueError("type: expected --type, or --weights of poles, to know what is judged")
+            found.append(Target(name or "weights", _read_items(data, asked, name or None, limit), alpha, poles))
+        return found
+
+    _evaluate(
+        "mbti", f"MBTI: {', '.join(type or ['weights'])}", targets, weights, models, methods, judge, out, seeds,
+        reference, settings, scoring_model, bertscore, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        key_env=key_env, concurrency=concurrency, timeout=timeout, way=choices,
+        load=dict(anchor=anchor, device=device, dtype=dtype, quantize=quantize),
+    )  # fmt: skip
+
+
+@app.command()
+@arguments.clear_errors()
+def roleplay(
+    data: Data,
+    out: Out,
+    weights: arguments.Weights = None,
+    models: arguments.Models = "demo",
+    methods: Methods = None,
+    judge: Annotated[list[str] | None, typer.Option(help="An endpoint's URL#MODEL; repeat it.")] = None,
+    seeds: Seeds = 1,
+    limit: Limit = None,
+    reference: Reference = "base",
+    max_new_tokens: MaxNewTokens = 128,
+    batch_size: BatchSize = 16,
+    settings: arguments.Settings = None,
+    key_env: KeyEnv = "OPENAI_API_KEY",
+    concurrency: Concurrency = 4,
+    timeout: Timeout = 120.0,
+    scoring_model: Scoring = None,
+    bertscore: BertScore = None,
+    anchor: Anchor = None,
+    device: arguments.Device = None,
+    dtype: arguments.Dtype = None,
+    quantize: arguments.Quantize = None,
+) -> None:
+    """Role-play (Table 2): messages of persons who have a profile and a personality, judged and compared."""
+    if any(text.partition(":")[0] == "classifier" for text in judge or ()):
+        raise ValueError(f"judge: expected an endpoint's URL#MODEL, as classifiers tell traits of MBTI; got {judge!r}")
+
+    def targets(names: list[str], given: dict[str, float]) -> list[Target]:
+        from mpg.evaluate.run import Target
+
+        alpha = given or dict.fromkeys(("profile", "personality"), 1.0)
+        if missing := [name for name in alpha if name not in names]:
+            wanted = "attributes profile and personality; --weights names another combination"
+            raise ValueError(f"models: expected {wanted}; got {', '.join(names)}, and no {missing[0]}")
+        return [Target("roleplay", _read_items(data, ["roleplay"], None, limit), alpha)]
+
+    _evaluate(
+        "roleplay", "Role-Play", targets, weights, models, methods, judge, out, seeds, reference, settings,
+        scoring_model, bertscore, max_new_tokens=max_new_tokens, batch_size=batch_size, key_env=key_env,
+        concurrency=concurrency, timeout=timeout, way="texts",
+        load=dict(anchor=anchor, device=device, dtype=dtype, quantize=quantize),
+    )  # fmt: skip
+
+
+def _evaluate(
+    rubric: str,
+    title: str,
+    targets: Any,
+    weights: str | None,
+    models: str,
+    methods: str | None,
+    judges: list[str] | None,
+    out: Path,
+    seeds: int,
+    reference: str,
+    settings: list[str] | None,
+    scoring_model: str | None,
+    bertscore: str | None,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    key_env: str,
+    concurrency: int,
+    timeout: float,
+    way: str,
+    load: dict[str, Any],
+) -> None:
+    """What both commands do. Refuses what can be refused before minutes of loading."""
+    from mpg.paper.methods import METHODS
+    from mpg.recipe import parse_setting
+
+    chosen = methods.split(",") if methods else list(METHODS)
+    for name in [*chosen, reference]:
+        if name not in METHODS:
+            raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {name!r}")
+    options = dict(map(parse_setting, settings or ()))
+    for name in options:
+        if name not in OPTIONS or name in ("sampler", "target", "seed"):
+            raise ValueError(f"{name}: expected an option that methods leave open; {hint(name, OPTIONS)}")
+    recipe = arguments.read_recipe(models)
+    given = dict(recipe.weigh(weights) or {}) if weights is not None else {}
+    planned = targets(list(recipe.attributes or ()), given)
+
+    from mpg.evaluate.judges.classifier import ClassifierJudge
+    from mpg.evaluate.metrics import Metrics
+    from mpg.evaluate.run import Evaluation, endpoint_of
+
+    def panel(target: Target) -> list[Any]:
+        how = {"key_env": key_env, "concurrency": concurrency, "timeout": timeout, "replies": out / "replies"}
+        local: list[Any] = []
+        remote: list[Any] = []
+        for text in judges or ():
+            name, _, folder = text.partition(":")
+            if name == "classifier":
+                local.append(ClassifierJudge(folder or None, target.poles))
+            else:
+                remote.append(endpoint_of(text, rubric, target.poles, **how))
+        names = [judge.name for judge in [*local, *remote]]
+        if len(set(names)) < len(names):
+            raise ValueError(f"judge: expected judges of different names, got {', '.join(names)}")
+        return [*local, *remote]
+
+    panels = {target.name: panel(target) for target in planned}
+    model = arguments.load(models, **load)
+    scoring = (models, model)
+    if scoring_model is not None:
+        from mpg.model import load as load_model
+
+        scoring = (Path(scoring_model).name, load_model(scoring_model, {}, device=load["device"]))
+    metrics = Metrics(scoring, bertscore)
+    with Progress(console=arguments.err, disable=not arguments.err.is_terminal, transient=True) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def on_row(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], completed=done, visible=done < total)
+
+        evaluation = Evaluation(
+            model, planned, chosen, out, rubric, lambda target: panels[target.name], metrics, range(seeds), way,
+            batch_size, {"max_new_tokens": max_new_tokens, **options}, on_row, _note,
+        )  # fmt: skip
+        failures = evaluation.run(title, reference)
+    print((out / "table.md").read_text(encoding="utf-8"), end="")
+    if failures:
+        raise failures[0]
+
+
+def _note(text: str) -> None:
+    arguments.err.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _read_items(data: Path, tasks: list[str], type: str | None, limit: int | None) -> list[Any]:
+    from mpg.evaluate.tasks import read_items
+
+    items = read_items(data, tasks, type, on_problem=lambda problem: _note(f"left out: {problem}"))
+    if limit is None:
+        return items
+    return [item for task in tasks for item in [item for item in items if item.task == task][:limit]]

@@ -1,0 +1,284 @@
+"""Tables in the layouts of the paper's Tables 1, 2 and 4, from scores: a plain object that JSON holds, and Markdown.
+
+Every number comes with its 95 % interval, and with its difference from a named method's on the same resamples, from a
+bootstrap over prompts and over seeds within them. What has no score is missing, and shown as that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from mpg.evaluate.judges.endpoint import CRITERIA
+from mpg.evaluate.tasks import DIMENSIONS
+from mpg.paper.statistics import NUM_RESAMPLES, Bootstrap
+
+SHORT = {
+    "style": "Sty", "thought": "Tho", "behaviour": "Beh", "naturalness": "Nat",
+    "profile_relevance": "PR", "persona_match": "PM", "humanlikeness": "HI",
+}  # fmt: skip
+NAMES = {"qa": "QA", "mcqa": "MCQA", "16p": "16P", "roleplay": "Role-Play"}
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one text got. Several of one prompt and seed (of methods of single attributes) count as their mean.
+
+    prompt  names it among all, the type included where there are several
+    task    of `mpg.evaluate.tasks.TASKS`
+    values  by criterion, None where missing
+    """
+
+    prompt: str
+    task: str
+    seed: int
+    values: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of every method: the mean over its parts, each of them the mean of some criteria over a task's texts.
+
+    parts  tasks (None: all), and criteria whose mean a text counts with; a text that lacks one counts nowhere
+    over   a criterion by which to divide, so that the number is exp(sum / sum): perplexity
+    """
+
+    label: str
+    parts: tuple[tuple[str | None, tuple[str, ...]], ...]
+    over: str | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """The scores of one judge, or of one that was not run.
+
+    methods  by method its scores, or why there are none
+    notes    lines below the table: signatures, held-out accuracy, parse rates
+    not_run  labels of columns that were not run
+    """
+
+    title: str
+    columns: Sequence[Column]
+    methods: Mapping[str, Sequence[Score] | str]
+    notes: Sequence[str] = ()
+    not_run: Sequence[str] = ()
+
+
+def judge_columns(tasks: Sequence[str], criteria: Sequence[str]) -> list[Column]:
+    """Table 1's columns: of every task the criteria and their mean, and the mean of these."""
+    of_tasks: list[Column] = []
+    for task in tasks:
+        prefix = f"{NAMES[task]} " if len(tasks) > 1 else ""
+        of_tasks += [Column(f"{prefix}{SHORT.get(name, name)}", ((task, (name,)),)) for name in criteria]
+        of_tasks += [Column(f"{prefix}Avg", ((task, tuple(criteria)),))]
+    overall = Column("Overall", tuple((task, tuple(criteria)) for task in tasks))
+    return [*of_tasks, overall] if len(tasks) > 1 else of_tasks
+
+
+METRIC_COLUMNS = [
+    Column("words", ((None, ("words",)),)),
+    Column("distinct-1", ((None, ("distinct1",)),)),
+    Column("distinct-2", ((None, ("distinct2",)),)),
+    Column("BLEU", ((None, ("bleu",)),)),
+    Column("ROUGE-1", ((None, ("rouge1",)),)),
+    Column("BERTScore", ((None, ("bertscore",)),)),
+    Column("PPL", ((None, ("nll",)),), over="nll_tokens"),
+]
+CHOICE_COLUMNS = [*(Column(of, (("mcqa", (of,)),)) for of in DIMENSIONS), Column("All", (("mcqa", ("all",)),))]
+
+
+def not_run(rubric: str, tasks: Sequence[str], methods: Iterable[str]) -> Section:
+    """The section of an endpoint where none was asked."""
+    return Section("Evaluated by an endpoint", judge_columns(tasks, CRITERIA[rubric]), dict.fromkeys(methods, NOT_RUN))
+
+
+def tabulate(
+    title: str, sections: Sequence[Section], reference: str, agreements: Sequence[Any] = (), seed: int = 0
+) -> dict[str, Any]:
+    """All sections as one plain object.
+
+    reference   the method that differences are from
+    agreements  what `agreement` returned
+    seed        of the bootstrap
+
+    out: title, reference, agreement and sections; of a section title, notes, columns, those not run, and rows; of a row the
+    method, why it has no scores or None, and the cells by column, but for missing ones: value, low, high, and the difference as
+    such three numbers or None
+    """
+    return {
+        "title": title,
+        "reference": reference,
+        "sections": [_tabulate(section, reference, seed) for section in sections],
+        "agreement": list(agreements),
+    }
+
+
+def render(table: Mapping[str, Any]) -> str:
+    """What `tabulate` returned, in Markdown: means; of the last column also its interval, and the difference."""
+    lines = [f"# {table['title']}", ""]
+    for section in table["sections"]:
+        last = section["columns"][-1]
+        lines += [f"## {section['title']}", ""]
+        lines.append(f"| method | {' | '.join(section['columns'])} | {last}, 95 % | {last}: - {table['reference']} |")
+        lines.append("|---" * (len(section["columns"]) + 3) + "|")
+        for row in section["rows"]:
+            cells = [row["cells"].get(name) for name in section["columns"]]
+            empty = [
+                NOT_RUN if row["reason"] or name in section["not_run"] else "missing" for name in section["columns"]
+            ]
+            texts = [why if cell is None else _number(cell["value"]) for why, cell in zip(empty, cells, strict=True)]
+            end = cells[-1]
+            texts.append(empty[-1] if end is None else _interval(end))
+            texts.append("" if not end or not end["difference"] else _interval(end["difference"], signed=True))
+            lines.append(f"| {row['method']} | {' | '.join(texts)} |")
+        reasons = [row for row in section["rows"] if row["reason"] not in (None, NOT_RUN)]
+        lines += ["", *(f"- {row['method']}: {NOT_RUN}: {row['reason']}" for row in reasons)]
+        lines += [*(f"- {note}" for note in section["notes"]), ""]
+    if table["agreement"]:
+        lines += ["## Agreement between judges", "", "| judges | criterion | texts | Spearman | mean difference |"]
+        lines.append("|---" * 5 + "|")
+    for row in table["agreement"]:
+        spearman = "missing" if row["spearman"] is None else _number(row["spearman"])
+        names = f"{' and '.join(row['judges'])} | {SHORT.get(row['criterion'], row['criterion'])}"
+        lines.append(f"| {names} | {row['texts']} | {spearman} | {_number(row['mean_absolute_difference'])} |")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def overall(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Table 4's layout, in Markdown: the last column of the first section of some tables, by the names that these are
+    to have, for every method that one of them has."""
+    columns = {name: (table["sections"][0], table["sections"][0]["columns"][-1]) for name, table in tables.items()}
+    methods = dict.fromkeys(row["method"] for section, _ in columns.values() for row in section["rows"])
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for method in methods:
+        cells = []
+        for section, label in columns.values():
+            rows = [row for row in section["rows"] if row["method"] == method]
+            cell = rows[0]["cells"].get(label) if rows else None
+            empty = "missing" if rows and rows[0]["reason"] is None else NOT_RUN
+            cells.append(_interval(cell) if cell else empty)
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def agreement(scores: Mapping[str, Mapping[Any, Mapping[str, float | None]]]) -> list[dict[str, Any]]:
+    """How far pairs of judges agree, by criterion that both have.
+
+    scores  by judge, and by what was judged, the scores by criterion
+
+    out: judges, criterion, texts that both scored, Spearman's correlation (None where one of them gives all the same)
+    and the mean absolute difference
+    """
+    from scipy.stats import spearmanr
+
+    found = []
+    for one, other in combinations(scores, 2):
+        shared = scores[one].keys() & scores[other].keys()
+        for criterion in dict.fromkeys(name for key in sorted(shared, key=str) for name in scores[one][key]):
+            both = [(scores[one][key].get(criterion), scores[other][key].get(criterion)) for key in shared]
+            pairs = np.array([pair for pair in both if None not in pair], dtype=float).reshape(-1, 2)
+            if len(pairs):
+                can_vary = len(pairs) > 1 and all(len(set(side)) > 1 for side in pairs.T)
+                spearman = round(float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic), 6) if can_vary else None
+                distance = round(float(np.abs(pairs[:, 0] - pairs[:, 1]).mean()), 6)
+                found.append(
+                    {
+                        "judges": [one, other], "criterion": criterion, "texts": len(pairs), "spearman": spearman,
+                        "mean_absolute_difference": distance,
+                    }
+                )  # fmt: skip
+    return found
+
+
+def _tabulate(section: Section, reference: str, seed: int) -> dict[str, Any]:
+    told = [score for scores in section.methods.values() if not isinstance(scores, str) for score in scores]
+    prompts = {task: sorted({score.prompt for score in told if task in (None, score.task)}) for task in _tasks(section)}
+    seeds = sorted({score.seed for score in told})
+    resamples = {task: _Resamples(len(names), len(seeds), seed) for task, names in prompts.items() if names}
+    ratios: dict[str, dict[str, np.ndarray]] = {}
+    for method, scores in section.methods.items():
+        ratios[method] = {}
+        if isinstance(scores, str):
+            continue
+        for column in section.columns:
+            parts = []
+            for task, criteria in column.parts:
+                if task in resamples:
+                    grid = _grid(scores, task, criteria, column.over, prompts[task], seeds)
+                    parts.append(resamples[task].ratios(*grid))
+            if len(parts) == len(column.parts) and not any(np.isnan(part[0]) for part in parts):
+                ratios[method][column.label] = np.mean(parts, axis=0) if column.over is None else np.exp(parts[0])
+    rows = []
+    for method, scores in section.methods.items():
+        cells: dict[str, Any] = {}
+        for label, own in ratios[method].items():
+            other = None if method == reference else ratios.get(reference, {}).get(label)
+            difference = None if other is None else _estimate(own - other)
+            cells[label] = {**_estimate(own), "difference": difference}
+        rows.append({"method": method, "reason": scores if isinstance(scores, str) else None, "cells": cells})
+    columns = [column.label for column in section.columns]
+    return {
+        "title": section.title,
+        "notes": list(section.notes),
+        "columns": columns,
+        "not_run": list(section.not_run),
+        "rows": rows,
+    }
+
+
+def _tasks(section: Section) -> list[str | None]:
+    return list(dict.fromkeys(task for column in section.columns for task, _ in column.parts))
+
+
+def _grid(
+    scores: Sequence[Score], task: str | None, criteria: Sequence[str], over: str | None, prompts: list[str], seeds: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and what to divide them by, (prompts, seeds), 0 and 0 where nothing was scored."""
+    places = {prompt: row for row, prompt in enumerate(prompts)}, {seed: column for column, seed in enumerate(seeds)}
+    sums, counts = np.zeros((2, len(prompts), len(seeds)))
+    for score in scores:
+        values = [score.values.get(name) for name in (*criteria, *([over] if over else []))]
+        if task in (None, score.task) and None not in values:
+            own: list[Any] = values
+            place = places[0][score.prompt], places[1][score.seed]
+            sums[place] += own[0] if over else np.mean(own)
+            counts[place] += own[1] if over else 1
+    if over:
+        return sums, counts
+    return np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0), (counts > 0).astype(float)
+
+
+class _Resamples:
+    """The same resamples of prompts, and of seeds within each, for whatever is compared."""
+
+    def __init__(self, num_prompts: int, num_seeds: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        prompts = rng.integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
+        of_prompts = rng.integers(num_seeds, size=(NUM_RESAMPLES, num_prompts, num_seeds))
+        self.places = prompts[:, :, None], of_prompts
+
+    def ratios(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """(1 + NUM_RESAMPLES,), that of all texts first; NaN where nothing was scored"""
+        over = np.concatenate([[counts.sum()], counts[self.places].sum((1, 2))])
+        whole = np.concatenate([[sums.sum()], sums[self.places].sum((1, 2))])
+        return np.divide(whole, over, out=np.full_like(whole, np.nan), where=over > 0)
+
+
+def _estimate(ratios: np.ndarray) -> dict[str, float]:
+    """Value and interval, to six digits, so that machines agree; resamples without a score do not count."""
+    estimate = Bootstrap.estimate(np.concatenate([ratios[:1], ratios[1:][~np.isnan(ratios[1:])]]))
+    return {name: round(getattr(estimate, name), 6) for name in ("value", "low", "high")}
+
+
+def _number(value: float, signed: bool = False) -> str:
+    return f"{value:{'+' if signed else ''}.{3 if abs(value) < 100 else 1}f}"
+
+
+def _interval(cell: Mapping[str, float], signed: bool = False) -> str:
+    value, low, high = (_number(cell[name], signed) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
