@@ -8,6 +8,8 @@ import os
 import pytest
 
 from mpg.demo import MODELS
+from mpg.evaluate.choices import accuracy, choose
+from mpg.evaluate.tasks import Item
 
 pytest.importorskip("lm_eval", reason="needs lm_eval")
 OPTIONS = [("The weather is", " nice"), ("The weather is", " a plan for the trip"), ("How do you", " do?")]
@@ -88,6 +90,58 @@ def test_a_whole_task_of_the_harness_has_the_scores_of_the_combined_law(served, 
     scores = found["results"]["places"]
     assert scores["acc,none"] == num_right / len(DOCUMENTS)
     assert scores["acc_norm,none"] == num_right_by_byte / len(DOCUMENTS)
+
+
+STEMS = [
+    ("On a free day you", "EI", "go out", "stay in"),
+    ("You trust", "TF", "what is proved", "what you feel"),
+    ("You would rather", "EI", "talk", "read a long book"),
+    ("A plan is", "JP", "made early", "made late"),
+]
+
+
+@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="imports the harness' tasks; make check sets MPG_LONG")
+def test_the_harness_chooses_as_mpg_evaluate_does(served, tmp_path):
+    """Its own multiple choice over the server: each option's log-probability, and the accuracies made of them."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    items = [
+        Item(f"mcqa:{at}", "mcqa", "", stem, options=dict(zip(poles, options, strict=True)),
+             about={"dimension": poles, "stem": stem})
+        for at, (stem, poles, *options) in enumerate(STEMS)
+    ]  # fmt: skip
+    weights = {"E": 1, "T": 0.5}
+    own = choose(served.model, items, weights)
+    docs = [
+        {
+            "prompt": served.model.tokenizer.apply_chat_template(
+                [{"role": "user", "content": item.about["stem"]}], tokenize=False, add_generation_prompt=True
+            ),
+            "options": [*item.options.values()],
+        }
+        for item in items
+    ]
+    (tmp_path / "docs.json").write_text(json.dumps(docs))
+    task = {
+        "task": "poles", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/docs.json"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "target_delimiter": "",
+        "doc_to_choice": "{{options}}", "doc_to_target": 0,
+        "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
+    }  # fmt: skip
+    harness = LocalCompletionsAPI(
+        base_url=f"{served.url}/v1/completions", model="E=1,T=0.5", tokenizer=str(MODELS),
+        tokenizer_backend="huggingface", batch_size=2, num_concurrent=1, max_length=256,
+    )  # fmt: skip
+    found = simple_evaluate(harness, tasks=[task], bootstrap_iters=0, log_samples=True)
+    for choice, sample in zip(own, sorted(found["samples"]["poles"], key=lambda of: of["doc_id"]), strict=True):
+        logprobs = [float(response[0][0]) for response in sample["resps"]]
+        assert logprobs == pytest.approx([*choice.logprobs.values()], abs=1e-6)
+    firsts = [choice.chosen == choice.dimension[0] for choice in own]  # the harness' target is the first option
+    assert found["results"]["poles"]["acc_norm,none"] == pytest.approx(sum(firsts) / len(firsts))
+    assert accuracy(own, "E")["E"] == sum(firsts[::2]) / 2
+    sums = [max(choice.logprobs, key=choice.logprobs.get) == choice.dimension[0] for choice in own]
+    assert found["results"]["poles"]["acc,none"] == pytest.approx(sum(sums) / len(sums))
 
 
 def score(model, token_ids, weights):

@@ -11,6 +11,7 @@ letters  the question with its options as A and B, in an order that the seed dra
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def write_choices(
 ) -> list[dict[str, Any]]:
     """`choose` for every seed, into a file of JSON Lines (`records`) that goes on where it ended.
 
-    out: rows of item, seed and what a `Choice` has, in the order of items and seeds
+    out: rows of item, seed and what a `Choice` has, -inf as None, in the order of items and seeds (`choice_of`)
 
     Raises ValueError as `choose` and `open_records` do.
     """
@@ -133,10 +134,17 @@ def write_choices(
                 batch = todo[first : first + max(1, batch_size // 2)]
                 chosen = choose(model, batch, alpha or None, target=target, way=way, seed=seed, batch_size=batch_size)
                 for choice in chosen:
-                    there[choice.item, seed] = {"seed": seed, **asdict(choice)}
+                    logprobs = {pole: None if of == -math.inf else of for pole, of in choice.logprobs.items()}
+                    there[choice.item, seed] = {"seed": seed, **asdict(choice), "logprobs": logprobs}
                     records.append(there[choice.item, seed])
                 on_row(sum((item.id, seed) in there for item, seed in wanted), len(wanted))
     return [there[item.id, seed] for item, seed in wanted]
+
+
+def choice_of(row: Mapping[str, Any]) -> Choice:
+    """The choice that `write_choices` wrote."""
+    logprobs = {pole: -math.inf if logprob is None else logprob for pole, logprob in row["logprobs"].items()}
+    return Choice(row["item"], row["dimension"], logprobs, row["lengths"])
 
 
 def accuracy(choices: Sequence[Choice], poles: Sequence[str]) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mpg.evaluate.answers import write_answers
-from mpg.evaluate.choices import Choice, write_choices
+from mpg.evaluate.choices import choice_of, write_choices
 from mpg.evaluate.judges.classifier import ClassifierJudge
 from mpg.evaluate.judges.endpoint import CRITERIA, EndpointJudge
 from mpg.evaluate.judging import Judge, parse_rate, write_scores
@@ -214,7 +214,7 @@ class Evaluation:
                     methods[law] = str(error)
                     break
                 for row in rows:
-                    choice = Choice(**{name: row[name] for name in ("item", "dimension", "logprobs", "lengths")})
+                    choice = choice_of(row)
                     if {*choice.dimension} & {*target.poles}:
                         values = dict.fromkeys((choice.dimension, "all"), float(choice.chosen in target.poles))
                         scores.append(Score(f"{target.name} {choice.item}", "mcqa", row["seed"], values))

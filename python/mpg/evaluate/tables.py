@@ -106,9 +106,9 @@ def tabulate(
     agreements  what `agreement` returned
     seed        of the bootstrap
 
-    out: title, reference, agreement and sections; of a section title, notes, columns, those not run, and rows; of a row the
-    method, why it has no scores or None, and the cells by column, but for missing ones: value, low, high, and the difference as
-    such three numbers or None
+    out: title, reference, agreement and sections; of a section title, notes, columns, those not run, and rows; of a row
+    the method, why it has no scores or None, and the cells by column, but for missing ones: value, low, high, and the
+    difference as such three numbers or None
     """
     return {
         "title": title,
@@ -137,8 +137,9 @@ def render(table: Mapping[str, Any]) -> str:
             texts.append("" if not end or not end["difference"] else _interval(end["difference"], signed=True))
             lines.append(f"| {row['method']} | {' | '.join(texts)} |")
         reasons = [row for row in section["rows"] if row["reason"] not in (None, NOT_RUN)]
-        lines += ["", *(f"- {row['method']}: {NOT_RUN}: {row['reason']}" for row in reasons)]
-        lines += [*(f"- {note}" for note in section["notes"]), ""]
+        below = [*(f"- {row['method']}: {NOT_RUN}: {row['reason']}" for row in reasons)]
+        below += [f"- {note}" for note in section["notes"]]
+        lines += ["", *below, ""] if below else [""]
     if table["agreement"]:
         lines += ["## Agreement between judges", "", "| judges | criterion | texts | Spearman | mean difference |"]
         lines.append("|---" * 5 + "|")

@@ -11,10 +11,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from string import Template
+from threading import Event, Thread
 from typing import Any
 
 from mpg.evaluate.judging import OnScore
@@ -57,8 +59,10 @@ class EndpointJudge:
         tries    of one request, each some time after the last: on 429, 5xx, a timeout or a connection that breaks
         replies  a folder for a file of raw replies by request
         """
-        import openai
-
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError("judges behind endpoints need openai: pip install 'mpg[evaluate]'") from error
         self.name, self.criteria, self.scale = model, CRITERIA[rubric], (1.0, 5.0)
         self.url, self.key_env, self.concurrency = url, key_env, concurrency
         text = files("mpg.evaluate.judges").joinpath(f"{rubric}.txt").read_text(encoding="utf-8")
@@ -113,34 +117,42 @@ class EndpointJudge:
 
     def _ask(self, requests: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str | Exception]]:
         """Replies by the keys of their requests, as they come, `concurrency` at a time; or what went wrong with one."""
-        waiting: dict[Future[str], str] = {}
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                for key, request in requests.items():
-                    waiting[pool.submit(self._reply, request)] = key
-                    if len(waiting) == self.concurrency:
-                        yield from self._take(waiting)
-                while waiting:
-                    yield from self._take(waiting)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        todo: SimpleQueue[tuple[str, dict[str, Any]]] = SimpleQueue()
+        done: SimpleQueue[tuple[str, str | Exception]] = SimpleQueue()
+        for key, request in requests.items():
+            todo.put((key, request))
 
-    def _take(self, waiting: dict[Future[str], str]) -> Iterator[tuple[str, str | Exception]]:
+        def work() -> None:
+            while not todo.empty() and not is_over.is_set():
+                with suppress(Empty):
+                    key, request = todo.get_nowait()
+                    try:
+                        done.put((key, self._reply(request)))
+                    except Exception as error:  # told where the reply is waited for
+                        done.put((key, error))
+
+        is_over = Event()
+        try:
+            for _ in range(min(self.concurrency, len(requests))):
+                Thread(target=work, daemon=True).start()  # a daemon: whoever interrupts does not wait for replies
+            for _ in requests:
+                key, reply = done.get()
+                self._check_hope(reply)
+                yield key, reply
+        finally:
+            is_over.set()
+
+    def _check_hope(self, reply: str | Exception) -> None:
+        """Refuse to go on after an error that other requests would meet too, or that is ours."""
         import openai
 
-        hopeless = (
-            openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, openai.BadRequestError,
-            openai.UnprocessableEntityError,
-        )  # fmt: skip
-        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-            key, error = waiting.pop(future), future.exception()
-            if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-                raise ValueError(f"judge: {self.url} refused the key in {self.key_env}: {_say(error)}") from error
-            if isinstance(error, hopeless):
-                raise ValueError(f"judge: {self.url} refused to answer as {self.name!r}: {_say(error)}") from error
-            if error is not None and not isinstance(error, (openai.OpenAIError, _NoReply)):
-                raise error
-            yield key, future.result() if error is None else error
+        hopeless = (openai.NotFoundError, openai.BadRequestError, openai.UnprocessableEntityError)
+        if isinstance(reply, (openai.AuthenticationError, openai.PermissionDeniedError)):
+            raise ValueError(f"judge: {self.url} refused the key in {self.key_env}: {_say(reply)}") from reply
+        if isinstance(reply, hopeless):
+            raise ValueError(f"judge: {self.url} refused to answer as {self.name!r}: {_say(reply)}") from reply
+        if isinstance(reply, Exception) and not isinstance(reply, (openai.OpenAIError, _NoReply)):
+            raise reply
 
     def _reply(self, request: dict[str, Any]) -> str:
         try:

@@ -1,0 +1,195 @@
+"""`mpg evaluate`: from the demo's models to a table, again, interrupted, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from mpg.app.cli.command import app
+
+for package in ("openai", "sacrebleu", "rouge_score", "sklearn"):
+    pytest.importorskip(package, reason="needs mpg[evaluate]")
+
+MBTI = '{"style": 4, "thought": 3, "behaviour": 2, "naturalness": 3}'
+PLAY = '{"profile_relevance": 4, "persona_match": 3, "humanlikeness": 2}'
+SHORT = ("--max-new-tokens", 5, "--limit", 2)
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    def run(command, *arguments, **how):
+        device = ["--device", os.environ.get("MPG_DEVICE", "cpu"), "--out", str(tmp_path / "out")]
+        given = ["evaluate", command, "--data", str(data), *device, *map(str, arguments)]
+        return CliRunner().invoke(app, given, **how)
+
+    return run
+
+
+@pytest.fixture
+def own_judge(tmp_path):
+    """A classifier in a folder, which tells no pole from another."""
+    from mpg.evaluate.judges.classifier import TraitClassifier
+
+    pairs = {of: (["a", "b"], [True, False]) for of in ("EI", "SN", "TF", "JP")}
+    TraitClassifier.train(pairs, pairs).save(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def files_of(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_table_of_mbti_from_answers_that_are_judged_and_kept(run, endpoint, own_judge, tmp_path):
+    server = endpoint(MBTI)
+    command = (
+        "mbti", "--type", "ESTJ", "--methods", "base,dpo-single,scr-specialized", *SHORT, "--seeds", 2,
+        "--judge", f"{server.url}#m", "--judge", f"classifier:{own_judge}",
+    )  # fmt: skip
+    done = run(*command)
+    assert done.exit_code == 0, done.stderr
+    table, out = done.stdout, tmp_path / "out"
+    assert "scr-specialized: method: 'scr-specialized' needs a specialised base" in done.stderr
+    assert table == (out / "table.md").read_text()
+    for title in ("# MBTI: ESTJ", "## Evaluated by m", "## Evaluated by own", "## Measured", "## Multiple choice"):
+        assert f"{title}\n" in table
+    assert "| base | 4.000 | 3.000 | 2.000 | 3.000 | 3.000 |" in table and "+0.000 [+0.000, +0.000]" in table
+    assert (
+        "- replies with every score: 100.0 %" in table and "of held-out answers whose pole it tells: EI 1.00" in table
+    )
+    assert "## Evaluated by an endpoint" not in table
+    sections = json.loads((out / "table.json").read_text())["sections"]
+    assert [row["method"] for row in sections[-1]["rows"]] == ["base", "geometric", "arithmetic"]
+    assert len((out / "ESTJ/answers/dpo-single.jsonl").read_text().splitlines()) == 1 + 5 * 2 * 4
+    asked, before = len(server.requests), files_of(out)
+    again = run(*command)
+    assert (again.exit_code, again.stdout, len(server.requests)) == (0, table, asked)
+    assert files_of(out) == before
+
+
+def test_a_table_of_role_play_compares_with_the_references(run, endpoint):
+    done = run("roleplay", "--weights", "E=1,T=1", "--methods", "base,pp,scr", *SHORT, "--set", "gamma=1.5")
+    assert done.exit_code == 0, done.stderr
+    assert "| base | not run | not run | not run | not run | not run |  |" in done.stdout
+    assert "| method | words | distinct-1 | distinct-2 | BLEU | ROUGE-1 | BERTScore | PPL |" in done.stdout
+    server = endpoint(PLAY)
+    command = ("roleplay", "--weights", "E=1,T=1", "--methods", "base,pp,scr", *SHORT, "--set", "gamma=1.5")
+    done = run(*command, "--judge", f"{server.url}#m", "--reference", "pp")
+    assert "| scr | 4.000 | 3.000 | 2.000 | 3.000 | 3.000 [3.000, 3.000] | +0.000 [+0.000, +0.000] |" in done.stdout
+    assert any("He bakes bread." in request["messages"][0]["content"] for request in server.requests)
+
+
+def test_several_types_are_averaged(run, data, own_judge, tmp_path):
+    (data / "mbti/questions/qa_ESTP.json").write_text((data / "mbti/questions/qa_ESTJ.json").read_text())
+    recipe = tmp_path / "mpg.yaml"
+    from mpg.demo import MODELS
+
+    adapters = {pole: str(MODELS / "adapters" / name) for pole, name in zip("ESTJP", "ESTJJ", strict=True)}
+    recipe.write_text(json.dumps({"base": str(MODELS), "attributes": adapters}))
+    command = ("mbti", "--models", recipe, "--type", "ESTJ", "--type", "ESTP", "--methods", "base", "--tasks", "qa")
+    done = run(*command, *SHORT, "--judge", f"classifier:{own_judge}")
+    assert done.exit_code == 0, done.stderr
+    assert "# MBTI: ESTJ, ESTP" in done.stdout and "| method | EI | SN | TF | JP | Avg |" in done.stdout
+    assert {folder.name for folder in (tmp_path / "out").iterdir() if folder.is_dir()} == {"ESTJ", "ESTP"}
+
+
+def test_a_judge_that_fails_leaves_a_table_of_the_others(run, endpoint, own_judge, tmp_path):
+    server = endpoint(MBTI, (401, '{"error": {"message": "no such key"}}'))
+    command = ("mbti", "--type", "ESTJ", "--methods", "base", "--tasks", "qa,mcqa", *SHORT, "--concurrency", 1)
+    judges = ("--judge", f"{server.url}#m", "--judge", f"classifier:{own_judge}", "--key-env", "MY_KEY")
+    done = run(*command, *judges)
+    assert done.exit_code == 2
+    assert f"mpg: judge: {server.url} refused the key in MY_KEY: AuthenticationError" in done.stderr
+    assert "| base | 4.000 | 3.000 | 2.000 | 3.000 | 3.000 | missing | " in done.stdout
+    assert "## Evaluated by own" in done.stdout and "| base | 0." in done.stdout
+
+
+def test_what_is_no_item_is_told_and_the_rest_is_done(run, data):
+    file = data / "mbti/questions/qa_ESTJ.json"
+    file.write_text(json.dumps([{"instruction": "Why?"}, *json.loads(file.read_text())]))
+    done = run("mbti", "--type", "ESTJ", "--methods", "base", "--tasks", "qa", *SHORT)
+    assert done.exit_code == 0
+    assert f"left out: {file}, entry 1: output: expected text, got None" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mbti", "--type", "ESTP"), "type: expected an attribute for each pole of ESTP; .* got E, S, T, J, and no P"),
+        (("mbti", "--type", "ESJT"), "type: expected four poles such as ESTP, got 'ESJT'"),
+        (
+            ("mbti", "--type", "ESTJ", "--type", "ESTP", "--weights", "E=1"),
+            "weights: expected none beside several types",
+        ),
+        (("mbti", "--type", "ESTJ", "--tasks", "qa,roleplay"), "tasks: expected some of qa, mcqa, 16p, got 'roleplay'"),
+        (("mbti", "--weights", "E=1", "--tasks", "qa"), "type: expected one of ESTJ .*, got None"),
+        (("mbti", "--type", "ESTJ", "--methods", "base,best"), "methods: expected some of base, .*, got 'best'"),
+        (("mbti", "--type", "ESTJ", "--reference", "best"), "methods: expected some of base, .*, got 'best'"),
+        (("mbti", "--type", "ESTJ", "--choices", "words"), "choices: expected one of texts, letters, got 'words'"),
+        (
+            ("mbti", "--type", "ESTJ", "--judge", "gpt"),
+            "judge: expected classifier, classifier:FOLDER or an endpoint's",
+        ),
+        (("mbti", "--type", "ESTJ", "--judge", "http://a/v1"), "judge: expected classifier, .* got 'http://a/v1'"),
+        (
+            ("mbti", "--type", "ESTJ", "--judge", "http://a/v1#m", "--judge", "http://b/v1#m"),
+            "judge: .* names, got m, m",
+        ),
+        (
+            ("mbti", "--type", "ESTJ", "--set", "gama=2"),
+            "gama: expected an option that methods leave open; did you mean",
+        ),
+        (("mbti", "--type", "ESTJ", "--set", "target=base"), "target: expected an option that methods leave open"),
+        (("roleplay",), "models: expected attributes profile and personality; .* got E, S, T, J, and no profile"),
+        (
+            ("roleplay", "--weights", "E=1", "--judge", "classifier"),
+            "judge: expected an endpoint's URL#MODEL, as class",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_is_wrong_is_said_on_one_line_before_anything_is_loaded(arguments, message, run, monkeypatch, tmp_path):
+    monkeypatch.setattr("mpg.app.cli.arguments.load", None)
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert re.match(f"mpg: {message}", done.stderr.splitlines()[-1]), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="starts a process of its own; make check sets MPG_LONG")
+def test_an_interrupted_run_stops_at_once_and_goes_on_later(run, endpoint, data, tmp_path):
+    server = endpoint(MBTI, MBTI, 30.0)
+    arguments = ["evaluate", "mbti", "--data", data, "--out", tmp_path / "out", "--type", "ESTJ", "--methods", "base"]
+    arguments += ["--tasks", "qa,mcqa", *SHORT, "--judge", f"{server.url}#m", "--concurrency", 1, "--device", "cpu"]
+    unignore = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{unignore}; from mpg.__main__ import main; sys.exit(main())"
+    running = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    ends_at = time.monotonic() + 120
+    while len(server.requests) < 3:
+        assert time.monotonic() < ends_at and running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    assert (running.communicate(timeout=20)[0], running.returncode) == ("", 130)
+    kept = (tmp_path / "out/ESTJ/scores/m/base.jsonl").read_text().splitlines()
+    assert len(kept) == 1 + 2
+    server.replies = [MBTI]
+    done = run("mbti", *map(str, arguments[6:]))
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "out/ESTJ/scores/m/base.jsonl").read_text().splitlines()[:3] == kept
+    assert len(server.requests) == 3 + 2
+
+
+def test_without_the_extra_the_command_that_helps_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    done = run("mbti", "--type", "ESTJ", "--methods", "base", *SHORT)
+    assert done.exit_code == 2 and "pip install 'mpg[evaluate]'" in done.stderr
+    monkeypatch.setitem(sys.modules, "openai", None)
+    done = run("mbti", "--type", "ESTJ", "--methods", "base", *SHORT, "--judge", "http://127.0.0.1:9/v1#m")
+    assert done.exit_code == 2 and "pip install 'mpg[evaluate]'" in done.stderr
