@@ -143,7 +143,7 @@ with open_records(sys.argv[1], {"what": 1}) as records:
 def test_a_disk_that_fills_leaves_whole_rows_from_which_the_job_goes_on(tmp_path):
     file = tmp_path / "file"
     done = subprocess.run([sys.executable, "-c", FILL, file], capture_output=True, text=True)
-    assert "ValueError: out: expected a file that can be written" in done.stderr
+    assert "RecordsError: out: expected a file that can be written" in done.stderr
     header, rows = read_records(file)
     assert header == {"what": 1} and rows == [{"row": number} for number in range(len(rows))]
     assert file.read_bytes().endswith(b"}\n") and 80 < file.stat().st_size <= 100

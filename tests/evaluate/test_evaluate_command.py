@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mpg.app.cli.command import app
+from mpg.evaluate.tasks import MBTI_TASKS, read_items, split
 
 for package in ("openai", "sacrebleu", "rouge_score", "sklearn"):
     pytest.importorskip(package, reason="needs mpg[evaluate]")
@@ -109,6 +110,14 @@ def test_a_judge_that_fails_leaves_a_table_of_the_others(run, endpoint, own_judg
     assert f"mpg: judge: {server.url} refused the key in MY_KEY: AuthenticationError" in done.stderr
     assert "| base | 4.000 | 3.000 | 2.000 | 3.000 | 3.000 | missing | " in done.stdout
     assert "## Evaluated by own" in done.stdout and "| base | 0." in done.stdout
+
+
+def test_held_out_questions_are_those_of_the_reporting_side(run, data, tmp_path):
+    done = run("mbti", "--type", "ESTJ", "--methods", "base", "--max-new-tokens", 2, "--held-out")
+    assert done.exit_code == 0, done.stderr
+    rows = (tmp_path / "out/ESTJ/answers/base.jsonl").read_text().splitlines()[1:]
+    items = split(read_items(data, MBTI_TASKS, "ESTJ", on_problem=pytest.fail))[1]
+    assert sorted(json.loads(row)["item"] for row in rows) == sorted(item.id for item in items)
 
 
 def test_what_is_no_item_is_told_and_the_rest_is_done(run, data):

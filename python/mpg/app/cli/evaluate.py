@@ -13,6 +13,7 @@ from mpg.options import OPTIONS, hint
 
 if TYPE_CHECKING:
     from mpg.evaluate.run import Target
+    from mpg.evaluate.tasks import Item
 
 app = typer.Typer(
     help="The paper's tables on your models: answers by every method, judged, as a table.", no_args_is_help=True
@@ -57,6 +58,9 @@ def mbti(
             help="classifier (the demo's), classifier:FOLDER (a saved one), or an endpoint's URL#MODEL; repeat it."
         ),
     ] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Only the questions that tuned weights were not found on.")
+    ] = False,
     choices: Annotated[
         str, typer.Option(help="What is scored of a multiple choice: the options' texts, or their letters.")
     ] = "texts",
@@ -104,7 +108,9 @@ def mbti(
             )
             if not poles:
                 raise ValueError("type: expected --type, or --weights of poles, to know what is judged")
-            found.append(Target(name or "weights", _read_items(data, asked, name or None, limit), alpha, poles))
+            found.append(
+                Target(name or "weights", _read_items(data, asked, name or None, limit, held_out), alpha, poles)
+            )
         return found
 
     _evaluate(
@@ -249,10 +255,12 @@ def _note(text: str) -> None:
     arguments.err.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _read_items(data: Path, tasks: list[str], type: str | None, limit: int | None) -> list[Any]:
-    from mpg.evaluate.tasks import read_items
+def _read_items(
+    data: Path, tasks: list[str], type: str | None, limit: int | None, held_out: bool = False
+) -> list[Item]:
+    from mpg.evaluate.tasks import read_items, split
 
     items = read_items(data, tasks, type, on_problem=lambda problem: _note(f"left out: {problem}"))
-    if limit is None:
-        return items
+    if held_out:
+        items = split(items)[1]
     return [item for task in tasks for item in [item for item in items if item.task == task][:limit]]
