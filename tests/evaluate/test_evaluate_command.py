@@ -73,6 +73,8 @@ def test_a_table_of_mbti_from_answers_that_are_judged_and_kept(run, endpoint, ow
     again = run(*command)
     assert (again.exit_code, again.stdout, len(server.requests)) == (0, table, asked)
     assert files_of(out) == before
+    shown = CliRunner().invoke(app, ["evaluate", "overall", f"ESTJ={out}"]).stdout
+    assert shown.startswith("| method | ESTJ, evaluated by own |") and "| scr-specialized | not run |" in shown
 
 
 def test_a_table_of_role_play_compares_with_the_references(run, endpoint):
@@ -193,6 +195,16 @@ def test_an_interrupted_run_stops_at_once_and_goes_on_later(run, endpoint, data,
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "out/ESTJ/scores/m/base.jsonl").read_text().splitlines()[:3] == kept
     assert len(server.requests) == 3 + 2
+
+
+def test_a_table_that_is_not_there_or_torn_is_named(tmp_path):
+    (tmp_path / "table.json").write_text("{")
+    for place, message in (
+        (tmp_path / "none", "expected a file that can be read"),
+        (tmp_path, "line 1: expected JSON"),
+    ):
+        done = CliRunner().invoke(app, ["evaluate", "overall", f"MBTI={place}"])
+        assert done.exit_code == 2 and done.stderr.startswith("mpg: tables: ") and message in done.stderr
 
 
 def test_without_the_extra_the_command_that_helps_is_named(run, monkeypatch):

@@ -127,7 +127,7 @@ def test_what_passes_is_tried_again(trouble, endpoint, judge, tmp_path):
         ),
         ((403, "{}"), "refused the key in OPENAI_API_KEY"),
         ((404, '{"error": {"message": "no m"}}'), "refused to answer as 'm': NotFoundError: .*no m"),
-        ((400, "{}"), "refused to answer as 'm'"),
+        ((400, "{}"), "failed 5 times in a row, at last: BadRequestError"),
     ],
     ids=str,
 )

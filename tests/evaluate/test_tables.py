@@ -165,7 +165,7 @@ def test_a_table_is_rendered_from_its_json_with_every_section():
     assert (
         overall({"MBTI": table, "Role-Play": tabulate("r", sections[1:2], "base")})
         == """\
-| method | MBTI | Role-Play |
+| method | MBTI, evaluated by m | Role-Play, evaluated by an endpoint |
 |---|---|---|
 | base | 1.000 [1.000, 1.000] | not run |
 | scr | 2.000 [2.000, 2.000] | not run |

@@ -151,9 +151,12 @@ def render(table: Mapping[str, Any]) -> str:
 
 
 def overall(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Table 4's layout, in Markdown: the last column of the first section of some tables, by the names that these are
-    to have, for every method that one of them has."""
-    columns = {name: (table["sections"][0], table["sections"][0]["columns"][-1]) for name, table in tables.items()}
+    """Table 4's layout, in Markdown: of some tables, by the names that these are to have, the last column of the first
+    section, for every method that one of them has."""
+    columns = {
+        f"{name}, {table['sections'][0]['title'].lower()}": (table["sections"][0], table["sections"][0]["columns"][-1])
+        for name, table in tables.items()
+    }
     methods = dict.fromkeys(row["method"] for section, _ in columns.values() for row in section["rows"])
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method in methods:

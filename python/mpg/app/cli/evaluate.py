@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,8 @@ import typer
 from rich.progress import Progress, TaskID
 
 from mpg.app.cli import arguments
-from mpg.options import OPTIONS, hint
+from mpg.files import parse_json, refuse_unreadable_text
+from mpg.options import OPTIONS, hint, parse_pair
 
 if TYPE_CHECKING:
     from mpg.evaluate.run import Target
@@ -165,6 +167,26 @@ def roleplay(
         concurrency=concurrency, timeout=timeout, way="texts",
         load=dict(anchor=anchor, device=device, dtype=dtype, quantize=quantize),
     )  # fmt: skip
+
+
+@app.command()
+@arguments.clear_errors()
+def overall(
+    tables: Annotated[list[str], typer.Argument(help="NAME=FOLDER of what the other commands wrote; several.")],
+) -> None:
+    """One column of each table that was made (Table 4): of its first judge, the mean over all."""
+    from mpg.evaluate.tables import overall as render
+
+    found = {}
+    for name, folder in (parse_pair("tables", "NAME=FOLDER", text) for text in tables):
+        file = Path(folder) / "table.json"
+        with refuse_unreadable_text("tables", file):
+            text = file.read_text(encoding="utf-8")
+        try:
+            found[name] = parse_json(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tables: {file}, line {error.lineno}: expected JSON; {error.msg}") from None
+    print(render(found), end="")
 
 
 def _evaluate(

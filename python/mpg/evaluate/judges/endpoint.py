@@ -146,10 +146,9 @@ class EndpointJudge:
         """Refuse to go on after an error that other requests would meet too, or that is ours."""
         import openai
 
-        hopeless = (openai.NotFoundError, openai.BadRequestError, openai.UnprocessableEntityError)
         if isinstance(reply, (openai.AuthenticationError, openai.PermissionDeniedError)):
             raise ValueError(f"judge: {self.url} refused the key in {self.key_env}: {_say(reply)}") from reply
-        if isinstance(reply, hopeless):
+        if isinstance(reply, openai.NotFoundError):
             raise ValueError(f"judge: {self.url} refused to answer as {self.name!r}: {_say(reply)}") from reply
         if isinstance(reply, Exception) and not isinstance(reply, (openai.OpenAIError, _NoReply)):
             raise reply
