@@ -152,7 +152,7 @@ class Evaluation:
         """Have the judges of every target score all answers."""
         for target, judge in zip(self.targets, judges, strict=True):
             for method in self.methods:
-                if (file := self._answers(target, method)).exists():
+                if method not in reasons and (file := self._answers(target, method)).exists():
                     header, answers = read_records(file)
                     what = f"{target.name} {method}, {judge.name}"
                     num_failed = write_scores(

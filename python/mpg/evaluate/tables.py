@@ -258,18 +258,24 @@ def _grid(
 
 
 class _Resamples:
-    """The same resamples of prompts, and of seeds within each, for whatever is compared."""
+    """The same resamples of prompts, and of seeds within each, for whatever is compared.
+
+    times  (1 + NUM_RESAMPLES, prompts * seeds), how often each text is in a resample; first all of them, once
+    """
 
     def __init__(self, num_prompts: int, num_seeds: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        prompts = rng.integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
-        of_prompts = rng.integers(num_seeds, size=(NUM_RESAMPLES, num_prompts, num_seeds))
-        self.places = prompts[:, :, None], of_prompts
+        prompts = rng.integers(num_prompts, size=(NUM_RESAMPLES, num_prompts, 1))
+        texts = prompts * num_seeds + rng.integers(num_seeds, size=(NUM_RESAMPLES, num_prompts, num_seeds))
+        size = num_prompts * num_seeds
+        drawn = np.bincount(
+            (np.arange(NUM_RESAMPLES)[:, None, None] * size + texts).ravel(), minlength=NUM_RESAMPLES * size
+        )
+        self.times = np.concatenate([np.ones((1, size)), drawn.reshape(NUM_RESAMPLES, size)])
 
     def ratios(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """(1 + NUM_RESAMPLES,), that of all texts first; NaN where nothing was scored"""
-        over = np.concatenate([[counts.sum()], counts[self.places].sum((1, 2))])
-        whole = np.concatenate([[sums.sum()], sums[self.places].sum((1, 2))])
+        """sums, counts (prompts, seeds). out: (1 + NUM_RESAMPLES,), that of all texts first; NaN over nothing"""
+        whole, over = self.times @ sums.ravel(), self.times @ counts.ravel()
         return np.divide(whole, over, out=np.full_like(whole, np.nan), where=over > 0)
 
 
