@@ -116,5 +116,8 @@ def _bert_scorer(folder: Path) -> Any:
         raise ImportError("BERTScore needs bert-score: pip install bert-score") from error
     from transformers import AutoConfig
 
-    layers = AutoConfig.from_pretrained(folder).num_hidden_layers
-    return BERTScorer(model_type=str(folder), num_layers=layers, device="cpu")
+    config = AutoConfig.from_pretrained(folder)
+    scorer = BERTScorer(model_type=str(folder), num_layers=config.num_hidden_layers, device="cpu")
+    tokenizer = scorer._tokenizer  # where its files do not say how much it takes, the model does
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    return scorer
