@@ -114,6 +114,12 @@ def test_a_judge_that_fails_leaves_a_table_of_the_others(run, endpoint, own_judg
     assert "## Evaluated by own" in done.stdout and "| base | 0." in done.stdout
 
 
+def test_where_no_method_can_answer_the_table_says_why(run):
+    done = run("mbti", "--type", "ESTJ", "--methods", "base-specialized", "--tasks", "qa")
+    assert done.exit_code == 0, done.stderr
+    assert "- base-specialized: not run: method: 'base-specialized' needs a specialised base" in done.stdout
+
+
 def test_held_out_questions_are_those_of_the_reporting_side(run, data, tmp_path):
     done = run("mbti", "--type", "ESTJ", "--methods", "base", "--max-new-tokens", 2, "--held-out")
     assert done.exit_code == 0, done.stderr

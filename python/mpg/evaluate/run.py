@@ -65,7 +65,7 @@ class Evaluation:
     """One run of everything, into a folder.
 
     rubric   of `endpoint.CRITERIA`
-    judges   makes the judges of a target
+    judges   of every target, the same ones in one order
     metrics  scores what needs no judge
     way      of `choices.WAYS`, where the items have options
     options  of `mpg.paper.methods.answer`; a method gets those that its sampler has
@@ -77,7 +77,7 @@ class Evaluation:
     methods: Sequence[str]
     out: Path
     rubric: str
-    judges: Callable[[Target], Sequence[Judge]]
+    judges: Sequence[Sequence[Judge]]
     metrics: Metrics
     seeds: Sequence[int] = (0,)
     way: str = "texts"
@@ -109,8 +109,7 @@ class Evaluation:
         sections: list[Section] = []
         failures: list[ValueError] = []
         found: dict[str, dict[Any, Mapping[str, float | None]]] = {}
-        panels = [self.judges(target) for target in self.targets]
-        for judges in zip(*panels, strict=True):
+        for judges in zip(*self.judges, strict=True):
             try:
                 sections.append(self._judge(judges, reasons, found))
             except RecordsError:
@@ -118,11 +117,12 @@ class Evaluation:
             except ValueError as error:
                 failures.append(error)
                 sections.append(self._judged(judges, reasons, found))
-        if not any(isinstance(judge, EndpointJudge) for judge in panels[0]):
+        if not any(isinstance(judge, EndpointJudge) for judge in self.judges[0]):
             sections.append(not_run(self.rubric, self._tasks(), self.methods))
         sections.append(self._judge([self.metrics] * len(self.targets), reasons, {}))
         if "mcqa" in self._tasks():
             sections.append(self._choose())
+        self.out.mkdir(parents=True, exist_ok=True)  # where no method could answer there is none yet
         table = tabulate(title, sections, reference, agreement(found))
         for name, text in (("table.json", json.dumps(table, indent=1) + "\n"), ("table.md", render(table))):
             with whole_file("out", self.out / name) as file:

@@ -247,7 +247,7 @@ def _evaluate(
             raise ValueError(f"judge: expected judges of different names, got {', '.join(names)}")
         return [*local, *remote]
 
-    panels = {target.name: panel(target) for target in planned}
+    panels = [panel(target) for target in planned]
     model = arguments.load(models, **load)
     scoring = (models, model)
     if scoring_model is not None:
@@ -264,7 +264,7 @@ def _evaluate(
             progress.update(bars[what], completed=done, visible=done < total)
 
         evaluation = Evaluation(
-            model, planned, chosen, out, rubric, lambda target: panels[target.name], metrics, range(seeds), way,
+            model, planned, chosen, out, rubric, panels, metrics, range(seeds), way,
             batch_size, {"max_new_tokens": max_new_tokens, **options}, on_row, _note,
         )  # fmt: skip
         failures = evaluation.run(title, reference)
