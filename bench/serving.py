@@ -232,8 +232,8 @@ def judge(found: Sequence[Row]) -> list[Row]:
             if row["clients"] == 32:
                 goal = GOAL_OF_ONE_BY_ONE[of_set["models"]]
                 rows.append({"name": f"{name}: of one by one", "value": row["of_one_by_one"], "goal": goal})
-        if "long_prompts" not in of_set:
-            continue
+        if of_set.get("long_prompts", {"served": {"prompt": 0}})["served"]["prompt"] < LONG_PROMPT:
+            continue  # the goal is of so long a prompt
         served, plain = of_set["long_prompts"]["served"], of_set["long_prompts"]["plain"]
         name = f"{of_set['models']}, {served['prompt']} tokens read again: first token without reuse, of with"
         rows.append({"name": name, "value": plain["first_token"] / served["first_token"], "goal": GOAL_OF_REUSE})
