@@ -317,7 +317,8 @@ def caches_of(model: Model, prompts: Sequence[Sequence[int]], weights: Sequence[
         Request(list(prompt), tuple(own.get(name, 0.0) for name in names), own, 32, 0)
         for prompt, own in zip(prompts, weights, strict=True)
     ]
-    scheduler = Scheduler.of(model.models, requests, Options(sampler="direct"), ())
+    options = Options(sampler="direct")
+    scheduler = Scheduler(model.models, options, (), **Scheduler.sizes(model.models, requests, options))
     for request in requests:
         scheduler.add(request)
     scheduler.step()
@@ -334,7 +335,8 @@ def open_rounds(model: Model, sampler: str, num_ended: int) -> Scheduler:
     limits = [1] * num_ended + [model.models.max_positions - PROMPT_TOKENS]
     prompt = random_prompts(1, PROMPT_TOKENS, model.models.vocab_size).tolist()[0]
     requests = [Request(prompt, alpha, {}, limit, seed) for seed, limit in enumerate(limits)]
-    scheduler = Scheduler.of(model.models, requests, Options(sampler=sampler), ())
+    options = Options(sampler=sampler)
+    scheduler = Scheduler(model.models, options, (), **Scheduler.sizes(model.models, requests, options))
     for request in requests:
         scheduler.add(request)
     for _ in range(3):

@@ -30,7 +30,7 @@ import typer
 
 from decoding import describe_hardware
 from mpg.app.cli import arguments
-from mpg.decode.run import decode
+from mpg.decode.call import decode
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
 from mpg.model import Model
 from report import RESULTS

@@ -20,21 +20,27 @@ FORBIDDEN = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_uniqu
 
 
 class Tape(TorchDispatchMode):
-    """A capture, as `mpg.models.graphs` wants it. `num_recorded` counts those of all tapes."""
+    """A capture, as `mpg.models.graphs` wants it. `num_recorded` counts those of all tapes; while one of them records,
+    no other may, and none may be run."""
 
-    num_recorded = 0
+    num_recorded, is_recording = 0, False
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         assert device.type == "cpu"
 
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
+    def __call__(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
+        _refuse_nesting()
         self.ops: list[tuple[Any, Any, Any, Any]] = []
-        with self:
-            output = step()
+        Tape.is_recording = True
+        try:
+            with self:
+                output = step()
+        finally:
+            Tape.is_recording = False
         Tape.num_recorded += 1
         ops = self.ops
-        return lambda: _replay(ops), output, output.nbytes
+        return lambda: _replay(ops), output, sum(out.nbytes for out in tree_leaves(output) if isinstance(out, Tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_index = func is torch.ops.aten.index.Tensor
@@ -57,8 +63,14 @@ class Tape(TorchDispatchMode):
         return out
 
 
+def _refuse_nesting() -> None:
+    if Tape.is_recording:
+        raise RuntimeError("operation not permitted when stream is capturing: a graph")
+
+
 @torch.no_grad()
 def _replay(ops: list[tuple[Any, Any, Any, list[Any]]]) -> None:
+    _refuse_nesting()
     for func, args, kwargs, recorded in ops:
         outputs = func(*args, **kwargs)
         for old, new in zip(recorded, tree_leaves(outputs), strict=True) if recorded else ():

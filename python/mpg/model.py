@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import torch
 
 from mpg.context import Context
+from mpg.decode.call import decode
 from mpg.decode.plan import Plan, plan
 from mpg.decode.request import Request
-from mpg.decode.run import decode
 from mpg.frontend import guidance
 from mpg.frontend.contexts import contexts_beside, of_prompts, read_context
 from mpg.frontend.hf_generate import Conventions, stream_to
@@ -354,10 +354,11 @@ def load(
     merge_adapters: let PEFT merge an adapter in a folder that is more than LoRA on linear layers (DoRA, embeddings,
                 modules_to_save, trained tokens, biases, IA3, ...) into a further model, and warn how much memory that
                 takes. All others are stacked. Of a base in memory that model is a copy, and follows no later change
-    graphs:     capture the forwards of decoding as CUDA graphs and replay them, also in later calls: for each model
-                that lies on one CUDA device. Its caches are rounded up by a quarter at most, or to the next 64
-                positions; caches and graphs of its four latest sizes stay in memory, and are given up where a call
-                needs it. A model that cannot be captured warns once and runs as without. Not yet run on a GPU
+    graphs:     capture the forwards of decoding as CUDA graphs, and whole rounds where all models lie on one device
+                from the second call on that agrees with an earlier one in options and sizes. Caches are rounded up by a
+                quarter at most, or to the next 64 positions; those of a model's four latest sizes, and the graphs of
+                the four latest kinds of calls, stay in memory, and are given up where a call needs it. What cannot be
+                captured warns once and runs as without. Not yet run on a GPU
     compile:    run decoding passes through torch.compile, with one code for all decoder layers that are alike, made in
                 some 10 seconds whenever a kind of pass (one token or several, how many adapters) first comes. It halves
                 the operations of a layer: meant for GPUs, and not yet run on one; on the CPU nothing is gained. Hooks

@@ -93,6 +93,12 @@ class FakeModels:
     def rows_to_run(self, num_rows: int, most: int) -> int:
         return num_rows
 
+    def new_graphs(self) -> None:
+        """Its rounds are not captured."""
+
+    def call_key(self, capacity: int) -> None:
+        """Its calls leave nothing to one another."""
+
     def cost(self, passes: Any, opened: Any) -> Cost:
         return Cost()
 
@@ -133,6 +139,7 @@ class FakeSession:
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         ensembles: Any = None,
         ends: Any = None,
+        upload: Any = None,
     ) -> None:
         for row, own in zip(rows, attributes or [()] * len(rows), strict=True):
             self.attributes[row : row + 1] = [own]

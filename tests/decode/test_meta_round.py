@@ -69,7 +69,7 @@ def _tensors_of(owner):
     """What an object remembers from round to round: its tensors, and those of what it is made of."""
     for name, value in vars(owner).items():
         if isinstance(value, torch.Tensor):
-            if name not in ("chunk_weights", "_done", "_log_ratios"):  # of one round
+            if name != "chunk_weights":  # of one round
                 yield name, value
         elif isinstance(value, dict):
             yield from ((f"{name}[{key}]", tensor) for key, tensor in value.items())

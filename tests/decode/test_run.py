@@ -17,6 +17,7 @@ from transformers import (
 
 import mpg
 from mpg.decode import run
+from mpg.decode.call import finish
 from mpg.decode.request import Request
 from mpg.decode.run import Scheduler
 from mpg.demo import MODELS
@@ -435,10 +436,10 @@ def test_processors_go_where_their_requests_go(precise_model, way):
         for i, (processor, n) in enumerate(zip(processors, ends, strict=True))
     ]
     scheduler = open_scheduler(precise_model, way, num_rows=4, capacity=90)
-    together = scheduler.finish(requests)
+    together = finish(scheduler, requests)
     for request, result in zip(requests, together, strict=True):
         alone = open_scheduler(precise_model, way, num_rows=1, capacity=90)
-        assert_same(*alone.finish([request]), result, 1e-9)
+        assert_same(*finish(alone, [request]), result, 1e-9)
 
 
 def test_processor_that_raises_behind_the_end_of_its_text_fails_nobody(precise_model):

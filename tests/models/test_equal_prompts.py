@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ensembles import load
-from mpg.models import session as sessions
+from mpg.models import reading
 from mpg.models.runner import ModelRunner
 
 SHORT, LONG = [3, 4, 5], [10, 11, 12, 13, 14, 15]
@@ -46,7 +46,7 @@ def _last(session, roles, rows, kv_length=16):
 
 @pytest.mark.parametrize("prefill_tokens", [512, 2], ids=["in one part", "in parts of two tokens"])
 def test_equal_prompts_give_the_logits_of_each_alone(models, prefill_tokens, monkeypatch):
-    monkeypatch.setattr(sessions, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(reading, "PREFILL_TOKENS", prefill_tokens)
     logits = _last(models.open(PROMPTS, ROLES, 16), ROLES, PROMPTS)
     torch.testing.assert_close(logits, _alone(models, ROLES, PROMPTS), atol=1e-5, rtol=1e-5)
 
@@ -113,7 +113,7 @@ def test_prompts_of_one_length_that_fill_all_rows_are_read_with_their_last_token
     models, fed, prefill_tokens, monkeypatch
 ):
     """The first forward of each role is then over, of some roles at once or of each alone; the next is one again."""
-    monkeypatch.setattr(sessions, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(reading, "PREFILL_TOKENS", prefill_tokens)
     prompts = [LONG, LONG[::-1]]
     session = models.open(prompts, ROLES, 16)
     num_read = len(fed)

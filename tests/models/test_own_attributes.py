@@ -159,7 +159,7 @@ def test_captured_forwards_of_unlike_texts_have_few_sizes(captured):
         [["T", "P"], ["J"], ["P", "E", "J"]],
     ):
         session.replace(range(3), rows, attributes)
-        runs = [forward.places for forward in session._find_route(("base", 0, 1, 2), ()).forwards]
+        runs = [forward.places for forward in session.routes.of(("base", 0, 1, 2), frozenset()).forwards]
         assert [len(places) for places in runs] == [10 if sum(map(len, attributes)) < 8 else 12]
         together = _last(session, ["base", 0, 1, 2], rows)
         for row, names in enumerate(attributes):

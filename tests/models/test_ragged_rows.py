@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensembles import load
 from mpg.models.ensemble import Cost
+from mpg.models.upload import Numbers
 
 CAPACITY = 40
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -219,7 +220,7 @@ def test_rows_that_are_copied_or_cleared_are_named_once_for_all_layers(tiny_mode
     base = tiny_model(num_hidden_layers=4)
     session = load(base, {"E": base}).open(PROMPTS, ["base"], CAPACITY)
     (cache,) = (pool.runner.cache for pool in session._pools.values())
-    for step in (lambda: cache.copy([0, 1], [1, 2], 5), lambda: cache.clear([0, 2])):
+    for step in (lambda: cache.copy(Numbers.of([[0, 1], [1, 2]]), 5), lambda: cache.clear([0, 2])):
         with _Indices() as indices:
             step()
         assert len({index.untyped_storage().data_ptr() for index in indices.seen}) == 1

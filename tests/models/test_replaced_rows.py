@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ensembles import load
-from mpg.models import session as sessions
+from mpg.models import reading
 
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
@@ -16,7 +16,7 @@ PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 def test_replaced_rows_hold_their_new_prompts_and_leave_the_others_alone(
     model_type, prefill_tokens, tiny_model, lora_folder, full_logits, monkeypatch
 ):
-    monkeypatch.setattr(sessions, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(reading, "PREFILL_TOKENS", prefill_tokens)
     base, full = tiny_model(model_type), tiny_model(model_type)
     target, settings = ("q_proj", {}) if model_type != "gpt2" else ("c_attn", {"fan_in_fan_out": True})
     adapter = lora_folder("E", model_type, target_modules=[target], **settings)

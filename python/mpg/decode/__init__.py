@@ -42,6 +42,9 @@ class Sampler(Protocol):
         may take a bounded number of rounds for it. Never waits for the device, and keeps what it remembers in tensors
         that it changes in place."""
 
+    def reach(self) -> int:
+        """Positions that the next round feeds at most, from the last committed token on."""
+
     def passes(self, num_drafts: int) -> list[Pass]:
         """The forwards of a round in which a request drafts so many tokens: the roles fed, and how many tokens to each.
         Those of the round itself may be more and longer, where others draft more."""

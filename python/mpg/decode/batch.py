@@ -7,10 +7,12 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import mpg_ext
 from mpg.decode.state import State
 from mpg.decode.warps import Warps
+from mpg.models.upload import Upload
 
 Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 NUM_FLAGS = 4  # before the tokens in what `commit_block_` gives
@@ -51,44 +53,48 @@ class Logprobs(NamedTuple):
     ids: Tensor
 
 
-class Snapshot:
-    """A round on its way to the host: copied in the order of the device's work, waited for only by `read`."""
+class Outputs(NamedTuple):
+    """What a round leaves for the host to read, and may overwrite when it is run again.
 
-    def __init__(
-        self,
-        done: Tensor,
-        draft_lengths: Tensor | None,
-        log_ratios: Tensor | None,
-        drafts: tuple[Tensor, Tensor] | None,
-        logprobs: Logprobs | None,
-    ):
-        """done: what `commit_block_` gave; draft_lengths: (B,); log_ratios: (B, L, N); drafts: (B,) each"""
-        self._logprobs = None if logprobs is None else [part.to("cpu", non_blocking=True) for part in logprobs]
-        self._done = done.to("cpu", non_blocking=True)
-        self._draft_lengths = None if draft_lengths is None else draft_lengths.to("cpu", non_blocking=True)
-        self._log_ratios = None if log_ratios is None else log_ratios.to("cpu", non_blocking=True)
-        self._drafts = None if drafts is None else [part.to("cpu", non_blocking=True) for part in drafts]
+    done  what `commit_block_` gave, int64: flags and tokens
+    draft_lengths (B,), log_ratios (B, L, N), drafts (B,) each, logprobs: as in `Round`
+    """
+
+    done: Tensor
+    draft_lengths: Tensor | None = None
+    log_ratios: Tensor | None = None
+    drafts: tuple[Tensor, Tensor] | None = None
+    logprobs: Logprobs | None = None
+
+
+class Snapshot:
+    """A round on its way to the host: one copy, in the order of the device's work, waited for only by `read`."""
+
+    def __init__(self, outputs: Outputs):
+        parts, self._tree = tree_flatten(tuple(outputs))
+        tensors = [part for part in parts if part is not None]
+        self._kinds = [None if part is None else (part.shape, part.dtype) for part in parts]
+        # float64 has every token and count too
+        packed = torch.cat([part.flatten().double() for part in tensors]) if len(tensors) > 1 else outputs.done
+        # copied on the CPU too: the next round may be a graph, which writes where this one did
+        self._copied = packed.to("cpu", non_blocking=True, copy=True)
         self._arrived: torch.cuda.Event | None = None
-        if done.is_cuda:
+        if packed.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def read(self) -> Round:
         if self._arrived is not None:
             self._arrived.synchronize()
-        flags, tokens = self._done.tensor_split([NUM_FLAGS], 1)
-        counts, active, unusable, empty = flags.T.tolist()
-        draft_lengths = None if self._draft_lengths is None else self._draft_lengths.tolist()
-        log_ratios = None if self._log_ratios is None else self._log_ratios.tolist()
-        drafts = None
-        if self._drafts is not None:
-            accepted, judged = self._drafts
-            drafts = accepted.tolist(), judged.tolist()
-        logprobs = None
-        if self._logprobs is not None:
-            own, top, ids = self._logprobs
-            logprobs = own.tolist(), top.tolist(), ids.tolist()
-        return Round(counts, active, unusable, empty, draft_lengths, tokens.tolist(), log_ratios, drafts, logprobs)
+        parts = self._copied.flatten().split([0 if kind is None else kind[0].numel() for kind in self._kinds])
+        lists = [
+            None if kind is None else part.view(kind[0]).to(kind[1]).tolist()
+            for kind, part in zip(self._kinds, parts, strict=True)
+        ]
+        done, draft_lengths, *others = tree_unflatten(lists, self._tree)
+        counts, active, unusable, empty = map(list, zip(*[of_row[:NUM_FLAGS] for of_row in done], strict=True))
+        tokens = [of_row[NUM_FLAGS:] for of_row in done]
+        return Round(counts, active, unusable, empty, draft_lengths, tokens, *others)
 
 
 class Batch:
@@ -118,6 +124,8 @@ class Batch:
     What the host steers by, without waiting for the device:
     longest        upper bound on the length of every row that is still active
     longest_draft  upper bound on `draft_lengths`, 0 without any
+    num_rounds     upper bound on the rounds that an active row has seen
+    outputs        of the last round, for the host to read; None before the first
 
     A request that became unusable or empty is no longer active and committed nothing in that round.
     """
@@ -166,11 +174,8 @@ class Batch:
         self.is_traced = False
         self.num_top: int | None = None
         self.errors: dict[int, Exception] = {}
-        self.longest, self.longest_draft = 0, 0
-        self._done: Tensor | None = None
-        self._log_ratios: Tensor | None = None
-        self._drafts: tuple[Tensor, Tensor] | None = None
-        self._logprobs: Logprobs | None = None
+        self.longest = self.longest_draft = self.num_rounds = 0
+        self.outputs: Outputs | None = None
         self.state.use(len(prompts), weights.shape[1])
         if prompts:
             self.replace(range(len(prompts)), prompts, max_new_tokens, weights, seeds)
@@ -188,25 +193,44 @@ class Batch:
     ) -> Tensor:
         """Begin new requests in some rows in use, whatever these held; the other arguments in the order of `rows`.
 
-        out: the rows (R,) int64, on the device, to which all but the weights goes in one copy
+        out: the rows (R,) int64, on the device
         """
+        return self.lay_out(rows, prompts, max_new_tokens, weights, seeds, Upload())()
+
+    def lay_out(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        weights: Tensor,
+        seeds: Sequence[int] | Tensor,
+        upload: Upload,
+    ) -> Callable[[], Tensor]:
+        """What does as `replace`, with numbers that go to the device beside others."""
         longest = max(map(len, prompts))
         numbers = [
             [row, len(prompt), len(prompt) + new, int(seed), prompt[-1], *prompt, *[0] * (longest - len(prompt))]
             for row, prompt, new, seed in zip(rows, prompts, max_new_tokens, seeds, strict=True)
         ]
-        uploaded = torch.tensor(numbers).to(self.tokens.device)
-        index, lengths, limits, of_rows, last_tokens = uploaded[:, :5].unbind(1)
-        self.tokens[index, :longest] = uploaded[:, 5:]
-        self.prompt_lengths[index] = self.lengths[index] = lengths
-        self.limits[index], self.seeds[index], self.last_tokens[index] = limits, of_rows, last_tokens
-        self.weights[index], self.rounds[index] = weights.to(self.weights), 0
-        self.active[index] = lengths < limits
-        self.unusable[index] = self.empty[index] = False
-        self.longest = max(self.longest, longest)
-        for row in rows:
-            self.errors.pop(row, None)
-        return index
+        sent, weights = upload.add(numbers), weights.double()
+        bits = upload.add(weights.view(torch.int64)) if weights.is_cpu else None
+
+        def begin() -> Tensor:
+            uploaded = sent.on(self.tokens.device)
+            index, lengths, limits, of_rows, last_tokens = uploaded[:, :5].unbind(1)
+            self.tokens[index, :longest] = uploaded[:, 5:]
+            self.prompt_lengths[index] = self.lengths[index] = lengths
+            self.limits[index], self.seeds[index], self.last_tokens[index] = limits, of_rows, last_tokens
+            own = weights if bits is None else bits.on(self.tokens.device).view(torch.float64)
+            self.weights[index], self.rounds[index] = own.to(self.weights.dtype), 0
+            self.active[index] = lengths < limits
+            self.unusable[index] = self.empty[index] = False
+            self.longest = max(self.longest, longest)
+            for row in rows:
+                self.errors.pop(row, None)
+            return index
+
+        return begin
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Let the requests of some rows go on in others, whose own are over."""
@@ -217,11 +241,11 @@ class Batch:
         self.errors |= {target: errors[source] for source, target in moved if source in errors}
 
     def snapshot(self) -> Snapshot:
-        """What the last round did, on its way to the host."""
-        assert self._done is not None, "no round has been committed"
-        # copied: the next round changes them, and the host may read them only then
-        drafts = None if self.draft_lengths is None else self.draft_lengths.clone()
-        return Snapshot(self._done, drafts, self._log_ratios, self._drafts, self._logprobs)
+        """What the last round did, on its way to the host, which counts the round here."""
+        assert self.outputs is not None, "no round has been committed"
+        self.longest = min(self.longest + self.outputs.done.shape[1] - NUM_FLAGS, self.capacity)
+        self.num_rounds += 1
+        return Snapshot(self.outputs)
 
     def num_new_tokens(self) -> Tensor:
         """Tokens committed since the prompt. out: (B,) int64"""
@@ -278,16 +302,17 @@ class Batch:
         out: (B, L + 1) int64, the committed tokens, and behind them others that do not count
         """
         rows = [self.tokens, self.lengths, self.last_tokens, self.rounds, self.active, self.unusable, self.empty]
-        self._done = mpg_ext.commit_block_(rows, self.limits, self.eos_token_ids, chunk, accepted, token, log_totals)
-        self._log_ratios = self._drafts = self._logprobs = None
-        self.longest = min(self.longest + chunk.shape[1] + (token is not None), self.capacity)
-        return self._done[:, NUM_FLAGS:]
+        done = mpg_ext.commit_block_(rows, self.limits, self.eos_token_ids, chunk, accepted, token, log_totals)
+        self.outputs = Outputs(done, self.draft_lengths)
+        return done[:, NUM_FLAGS:]
 
     def trace(self, log_ratios: Tensor, drafts: tuple[Tensor, Tensor] | None = None) -> None:
         """Note the log-ratios (N, B, L) of the tokens that were committed, and of drafted ones how many were accepted
         and how many judged, each (B,) int64."""
-        self._log_ratios, self._drafts = log_ratios.permute(1, 2, 0), drafts
+        assert self.outputs is not None, "no round has been committed"
+        self.outputs = self.outputs._replace(log_ratios=log_ratios.permute(1, 2, 0), drafts=drafts)
 
     def tell(self, logprobs: Logprobs) -> None:
         """Note the log-probabilities of the tokens that were committed."""
-        self._logprobs = logprobs
+        assert self.outputs is not None, "no round has been committed"
+        self.outputs = self.outputs._replace(logprobs=logprobs)

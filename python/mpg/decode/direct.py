@@ -44,6 +44,9 @@ class Direct:
         if batch.num_top is not None:
             batch.tell(self.target.logprobs(logits, committed, batch.num_top))
 
+    def reach(self) -> int:
+        return 1
+
     def passes(self, num_drafts: int) -> list[Pass]:
         return [(self.roles, 1)]
 

@@ -93,6 +93,9 @@ class Exact:
         if batch.num_top is not None:
             batch.tell(self.target.logprobs(logits, committed, batch.num_top))
 
+    def reach(self) -> int:
+        return (self.batch.longest_draft or self.options.chunk_size) + 1
+
     def passes(self, num_drafts: int) -> list[Pass]:
         return [*self.draft.passes(num_drafts), (self.target.roles, num_drafts + 1)]
 

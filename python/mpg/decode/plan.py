@@ -19,6 +19,7 @@ from torch import Tensor
 
 import mpg_ext
 from mpg.decode.batch import Batch
+from mpg.decode.call import finish
 from mpg.decode.drafts import ROLES, LookupDraft, merged_shares
 from mpg.decode.request import Request
 from mpg.decode.rows import TargetRows
@@ -105,7 +106,8 @@ def plan(models: Ensemble, requests: Sequence[Request], options: Options, eos_to
 
 def _time_round(models: Ensemble, requests: Sequence[Request], options: Options) -> float:
     """Seconds of a round, the host's reading of it included."""
-    scheduler = Scheduler.of(models, requests, options, ())  # no end, so that all rows go on
+    sizes = Scheduler.sizes(models, requests, options)
+    scheduler = Scheduler(models, options, (), **sizes)  # no end, so that all rows go on
     for request in requests:
         scheduler.add(request)
     scheduler.step()  # not counted
@@ -123,9 +125,9 @@ def _measure_acceptance(
     models: Ensemble, requests: Sequence[Request], direct: Options, eos_token_ids: tuple[int, ...]
 ) -> dict[str, float]:
     """a of every draft that these models have, along texts of the target itself."""
-    scheduler = Scheduler.of(models, requests, direct, eos_token_ids)
+    scheduler = Scheduler(models, direct, eos_token_ids, **Scheduler.sizes(models, requests, direct))
     prompts = [request.token_ids for request in requests]
-    texts = [result.tokens for result in scheduler.finish(requests)]
+    texts = [result.tokens for result in finish(scheduler, requests)]
     attributes, merged = scheduler.attributes, scheduler.merged
     alpha = [request.alpha_of(attributes, models.attribute_names) for request in requests]
     weights = torch.tensor(alpha, dtype=scheduler.batch.weights.dtype, device=models.device)

@@ -52,6 +52,9 @@ class _Rejection:
         self.bound.reset(rows, self.batch.weights[rows])
         self.num_tries[rows] = self.num_rejected[rows] = self.num_capped[rows] = 0
 
+    def reach(self) -> int:
+        return 1
+
     def passes(self, num_drafts: int) -> list[Pass]:
         return [(self.roles, 1)]
 
@@ -130,7 +133,9 @@ class SeqRS(_Rejection):
         self.last.copy_(batch.last_tokens)
         logprobs = state.zeros(1 + state.most_attributes, batch.capacity, dtype=dtype)
         state.hold(self, "logprobs", logprobs, by_attribute=True)
-        self.num_rounds = 0  # no candidate is longer
+
+    def reach(self) -> int:
+        return self.batch.num_rounds + 1  # no candidate is longer
 
     def reset(self, rows: Tensor) -> None:
         super().reset(rows)
@@ -140,10 +145,9 @@ class SeqRS(_Rejection):
 
     def round(self) -> None:
         batch, bound = self.batch, self.bound
-        self.num_rounds += 1
 
         # The candidate's next token, from the warped base
-        start, kv_length = batch.lengths - 1 + self.sizes, batch.kv_length(self.num_rounds)
+        start, kv_length = batch.lengths - 1 + self.sizes, batch.kv_length(self.reach())
         logits = self.session.forward(self.roles, self.last[:, None], start, kv_length=kv_length)[:, :, 0]
         draft_row = mpg_ext.warp_rows(logits[0].to(self.bound.weights.dtype), **self.options.warp())
         token = self.decide.categorical(draft_row, Purpose.DRAFT, 0, lambda: batch.active)

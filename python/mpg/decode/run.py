@@ -6,8 +6,10 @@ Knows what runs and when; what a round does is its sampler's business (`decode`)
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -17,52 +19,18 @@ from mpg.decode.batch import Batch, Round, Snapshot
 from mpg.decode.drafts import merged_shares
 from mpg.decode.request import Entry, Request
 from mpg.decode.rng import Decisions
+from mpg.decode.rounds import Rounds
 from mpg.decode.waiting import Waiting
 from mpg.decode.warps import Warps
 from mpg.models.ensemble import Cost, Ensemble
+from mpg.models.graphs import Addresses
+from mpg.models.upload import Upload
 from mpg.options import Options
 from mpg.results import Result, Token, Transcript
 
 # Rounds that the device is ahead of what the host has read. A GPU runs the next round meanwhile; a row that has ended
 # idles through it, for which a CPU, where nothing runs meanwhile, would only pay.
 ROUNDS_AHEAD = {"cuda": 1, "cpu": 0}
-
-
-@torch.no_grad()
-def decode(
-    models: Ensemble,
-    requests: Sequence[Request],
-    options: Options,
-    eos_token_ids: tuple[int, ...],
-    *,
-    on_token: Callable[[Token], None] | None = None,
-    on_result: Callable[[int, Result], None] | None = None,
-    started_at: float | None = None,
-    plan: str | None = None,
-) -> list[Result]:
-    """The results of requests, in order.
-
-    on_result   called with the index of every result and the result as soon as it is there
-    started_at  when the call began, default now
-    plan        as in `Result`
-
-    Raises what `Model.generate` says that decoding may raise.
-    """
-    try:
-        scheduler = Scheduler.of(models, requests, options, eos_token_ids, plan=plan)
-        return scheduler.finish(requests, on_token=on_token, on_result=on_result, started_at=started_at)
-    except torch.OutOfMemoryError as error:
-        reason = ". ".join(str(error).split(". ")[:2])
-    # here, where nothing holds the caches any more: the error's traceback did
-    while models.drop_idle():
-        pass
-    if models.device.type == "cuda":
-        torch.cuda.empty_cache()
-    rows = min(options.batch_size, len(requests))
-    raise MemoryError(
-        f"batch_size, max_new_tokens: {rows} rows at once are too many ({reason}); lower either, or load with "
-        "dtype='bfloat16'"
-    )
 
 
 class Scheduler:
@@ -109,6 +77,7 @@ class Scheduler:
         self.num_rows, self.num_added, self.read_at = num_rows, 0, 0.0
         self.is_patient, self.num_wanted = is_patient, 0  # rows that requests took in the last round
         self._ahead: deque[tuple[Snapshot, list[Entry]]] = deque()
+        self._put = partial(Addresses().put, device=models.device)
 
         self.most = most = most or max(map(len, expected), default=len(attributes))
         room = models.rows_to_run(num_rows, num_rows)
@@ -123,48 +92,28 @@ class Scheduler:
         self.batch = Batch([], [], none, [], eos_token_ids, capacity=capacity, num_rows=room)
         self.decide = Decisions(self.batch.seeds, self.batch.rounds)
         self.sampler.start(self.session, self.batch, self.decide)
+        self.rounds = Rounds(self.models, self.sampler, self.session, self.batch)
 
-    @classmethod
-    def of(
-        cls,
-        models: Ensemble,
-        requests: Sequence[Request],
-        options: Options,
-        eos_token_ids: tuple[int, ...],
-        plan: str | None = None,
-    ) -> Scheduler:
-        """One that is just large enough for these requests."""
+    @staticmethod
+    def sizes(models: Ensemble, requests: Sequence[Request], options: Options) -> dict[str, Any]:
+        """What makes one just large enough for these requests."""
         expected = [request.weighed(models.attribute_names) for request in requests]
-        attributes = tuple(name for name in models.attribute_names if any(name in names for names in expected))
-        return cls(
-            models, options, eos_token_ids, num_rows=min(options.batch_size, len(requests)),
-            capacity=max(request.num_positions for request in requests), attributes=attributes,
-            rounds_ahead=ROUNDS_AHEAD[models.device.type], expected=expected, plan=plan,
-        )  # fmt: skip
+        return {
+            "num_rows": min(options.batch_size, len(requests)),
+            "capacity": max(request.num_positions for request in requests),
+            "attributes": tuple(name for name in models.attribute_names if any(name in names for names in expected)),
+            "rounds_ahead": ROUNDS_AHEAD[models.device.type],
+            "expected": expected,
+            "most": max(map(len, expected)),
+        }
 
-    def finish(
-        self,
-        requests: Sequence[Request],
-        *,
-        on_token: Callable[[Token], None] | None = None,
-        on_result: Callable[[int, Result], None] | None = None,
-        started_at: float | None = None,
-    ) -> list[Result]:
-        """The results of requests, in order; raises the first error among them. Closes the scheduler."""
-        try:
-            entries = [self.add(request, started_at) for request in requests]
-            while self.has_work:
-                for entry, tokens in self.step():
-                    for token in tokens:
-                        if on_token is not None:
-                            on_token(token)
-                    if entry.error is not None:
-                        raise entry.error
-                    if entry.result is not None and on_result is not None:
-                        on_result(entry.transcript.request, entry.result)
-        finally:
-            self.close()
-        return [entry.result for entry in entries if entry.result is not None]
+    def begin_call(self, num_rows: int, expected: Sequence[tuple[str, ...]], plan: str | None) -> None:
+        """Begin anew, after `close`, with as many rows at most."""
+        self.rows, self.num_rows, self.num_added, self.plan = [], num_rows, 0, plan
+        self._ahead.clear()
+        self.batch.longest = self.batch.num_rounds = 0
+        self.session.open(num_rows, expected)
+        self.rounds.begin_call()
 
     def add(
         self, request: Request, added_at: float | None = None, contexts: Mapping[str, Context] | None = None
@@ -208,7 +157,7 @@ class Scheduler:
         self._admit()
         if not self.rows:
             return []
-        self.sampler.round()
+        self.rounds.run()
         self._ahead.append((self.batch.snapshot(), self.rows.copy()))
         if len(self._ahead) <= self.rounds_ahead:
             return []
@@ -257,11 +206,12 @@ class Scheduler:
         for of_row, request in zip(weights, requests, strict=True):
             own = [alpha for alpha in request.alpha if alpha]
             of_row[: len(own)] = torch.tensor(own, dtype=weights.dtype)
-        begun = self.batch.replace(rows, prompts, limits, weights, [request.seed for request in requests])
+        upload, seeds = Upload(), [request.seed for request in requests]
+        begin = self.batch.lay_out(rows, prompts, limits, weights, seeds, upload)
         attributes, contexts = [entry.transcript.attributes for entry in entries], [r.contexts for r in requests]
         ensembles, ends = [entry.models for entry in entries], [r.num_positions for r in requests]
-        self.session.replace(rows, prompts, attributes, contexts, ensembles, ends)
-        self.sampler.reset(begun)
+        self.session.replace(rows, prompts, attributes, contexts, ensembles, ends, upload)
+        self.sampler.reset(begin())
 
     def _close_ranks(self, num_rows: int) -> None:
         """Let the last rows move to where requests have ended, so that no more are in use than these."""
@@ -287,7 +237,7 @@ class Scheduler:
         self.decide.seeds, self.decide.rounds = self.batch.seeds, self.batch.rounds
         own = [entry.request.options or self.options for entry in self.rows]
         is_own = any(entry.request.options is not None for entry in self.rows)
-        self.batch.warps = Warps(own, self.models.device) if is_own else None
+        self.batch.warps = Warps(own, self._put) if is_own else None
         self.batch.is_traced = any(options.trace for options in own)
         wanted = [entry.request.num_top for entry in self.rows if entry.request.num_top is not None]
         self.batch.num_top = max(wanted, default=None)

@@ -111,6 +111,9 @@ class SCR:
             log_ratios = torch.cat([self._score(*first)[0], log_ratios[:, :, 1:]], 2)
             batch.trace(log_ratios, (accepted, num_usable))
 
+    def reach(self) -> int:
+        return self.options.chunk_size
+
     def passes(self, num_drafts: int) -> list[Pass]:
         return [*self.draft.passes(num_drafts), (self.scored, num_drafts)]
 

@@ -55,10 +55,14 @@ class State:
                 held.whole[:, first:] = 0
             self._show(held)
 
+    def wholes(self) -> list[Tensor]:
+        """All that is held, each once."""
+        return list({id(held.whole): held.whole for held in self._held}.values())
+
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Let some rows hold what others do."""
         index = torch.tensor([list(sources), list(targets)], device=self.device)
-        for whole in {id(held.whole): held.whole for held in self._held}.values():
+        for whole in self.wholes():
             whole.index_copy_(0, index[1], whole.index_select(0, index[0]))
 
     def _show(self, held: _Held) -> None:

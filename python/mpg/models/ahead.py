@@ -16,6 +16,7 @@ from mpg.models.cache import RaggedCache
 from mpg.models.pool import Pool, View
 from mpg.models.runner import ModelRunner, Slot
 from mpg.models.stack import Layout
+from mpg.models.upload import Numbers
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
@@ -44,7 +45,7 @@ class Ahead:
             loaded, device = slot.model, slot.model.model.device
             runner = ModelRunner(loaded, loaded.runner_key((), 1, len(text)))
             if source is not None:
-                runner.cache.copy([row], [0], shared, source)
+                runner.cache.copy(Numbers.of([[row], [0]]), shared, source)
             for first in range(shared, len(text) - 1, part):
                 last = min(first + part, len(text) - 1)
                 tokens, start = torch.tensor([text[first:last]], device=device), torch.tensor([first], device=device)

@@ -5,7 +5,7 @@ Knows nothing of tokens, adapters or decoding: a forward says where its rows sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import proxy
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mpg.models.lengths import Lengths
+from mpg.models.upload import Numbers
 
 
 class RaggedCache(Cache):
@@ -70,28 +71,20 @@ class RaggedCache(Cache):
         layer: Any = self.current or self.layers[layer_idx]
         return layer.update(key_states, value_states)
 
-    def copy(
-        self, sources: Sequence[int], targets: Sequence[int], num_positions: int, other: RaggedCache | None = None
-    ) -> None:
-        """Let the first positions of some rows be those that others had, of this cache or of another one."""
-        index = _Index(sources, targets)
-        for own, its in zip(self.layers, (other or self).layers, strict=True) if sources and num_positions else ():
+    def copy(self, moves: Numbers, num_positions: int, other: RaggedCache | None = None) -> None:
+        """Let the first positions of some rows be those that others had, of this cache or of another one.
+
+        moves: (2, R), the others' numbers, and theirs
+        """
+        is_some = moves.shape.numel() and num_positions
+        for own, its in zip(self.layers, (other or self).layers, strict=True) if is_some else ():
             assert isinstance(own, _RaggedLayer) and isinstance(its, _RaggedLayer)
             if its.is_initialized and not own.is_initialized:
                 own.lazy_initialization(its.keys.transpose(1, 2), its.values.transpose(1, 2))
             for buffer, of_other in ((own.keys, its.keys), (own.values, its.values)) if its.is_initialized else ():
-                of_sources, of_targets = index.on(buffer.device)
+                of_sources, of_targets = moves.on(buffer.device)
                 copied = of_other[:, :num_positions].index_select(0, of_sources)
                 buffer[:, :num_positions].index_copy_(0, of_targets, copied)
-
-    def begin(self, begun: Mapping[int, tuple[int | RaggedCache, int]]) -> None:
-        """Let rows begin as another row of this cache, or as one of one row, does: for so many positions."""
-        within = {row: (source, shared) for row, (source, shared) in begun.items() if isinstance(source, int)}
-        sources = [source for source, _ in within.values()]
-        self.copy(sources, list(within), max((shared for _, shared in within.values()), default=0))
-        for row, (source, shared) in begun.items():
-            if isinstance(source, RaggedCache):
-                self.copy([0], [row], shared, source)
 
     def resize(self, num_rows: int, capacity: int, num_positions: int) -> None:
         """Have room for so many rows and positions, of which the first `num_positions` keep what they hold, as far as
@@ -109,9 +102,9 @@ class RaggedCache(Cache):
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what some rows hold: a NaN would reach their later forwards, though the mask hides it."""
-        index = _Index(rows)
+        index = Numbers.of(rows)
         for buffer in self._buffers() if rows else ():
-            buffer.index_fill_(0, index.on(buffer.device)[0], 0)
+            buffer.index_fill_(0, index.on(buffer.device), 0)
 
     def any_keys(self) -> Tensor:
         """(rows, capacity and more, H, D), of a layer that has been written to."""
@@ -127,20 +120,6 @@ class RaggedCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.query_offset
-
-
-class _Index:
-    """Lists of rows as tensors, which go to each device once, whatever the number of layers there."""
-
-    def __init__(self, *rows: Sequence[int]) -> None:
-        self._rows = torch.tensor([list(of_list) for of_list in rows], dtype=torch.int64)
-        self._on: dict[torch.device, Tensor] = {}
-
-    def on(self, device: torch.device) -> Tensor:
-        """out: (lists, rows)"""
-        if device not in self._on:
-            self._on[device] = self._rows.to(device)
-        return self._on[device]
 
 
 class _RaggedLayer(CacheLayerMixin):

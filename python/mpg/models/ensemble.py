@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mpg.context import Context
-from mpg.models.graphs import bucket
+from mpg.models.graphs import Graphs, bucket
+from mpg.models.idle import Idle
 from mpg.models.kept import Kept
 from mpg.models.pool import View
 from mpg.models.runner import LoadedModel, Merge, ModelRunner, Slot
@@ -62,7 +63,8 @@ class Ensemble:
     device, dtype:   of the base
     tokenizer:       of the base, or None
     contexts:        of attributes, and of the anchor, that read something else than the prompt
-    observer:        may be set, before `open`, to what every forward is to run in
+    observer:        may be set, before `open`, to what every forward is to run in; no round is then captured
+    idle:            what calls have left for later ones
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Ensemble:
         self.max_positions: int | None = min(limits, default=None)
         self.device, self.dtype = base.model.device, base.model.dtype
         self.observer: Observer = nullcontext
+        self.idle: Idle[Any] = Idle()
         self.kept = Kept(KEPT_SHARE * available_bytes(self.device) if self.device.type in ("cpu", "cuda") else 0)
 
     def is_same(self, role_a: str, role_b: str) -> bool:
@@ -225,8 +228,7 @@ class Ensemble:
         # without a list of them, any attribute may be asked for
         attributes = {name for names in expected for name in names} or set(self.attribute_names if num_rows else ())
         named = [role for role in roles if isinstance(role, str)]
-        for loaded in {self._slots[name].model for name in (*named, *attributes)}:
-            loaded.follow()
+        self._follow({self._slots[name].model for name in (*named, *attributes)})
         session = Session(self, roles, capacity, num_rows or len(prompts), expected or [()] * bool(prompts))
         if prompts:
             session.replace(range(len(prompts)), prompts, contexts=contexts)
@@ -238,10 +240,22 @@ class Ensemble:
             return num_rows
         return min(1 << (num_rows - 1).bit_length(), bucket(most, 1))
 
+    def call_key(self, capacity: int) -> tuple[Hashable, int] | None:
+        """What calls must agree in, beside what they ask for, to take what others have left, once the caller's changes
+        are taken over; and the capacity rounded up as that of caches is. None where no round is captured."""
+        if not self._captures_rounds():
+            return None
+        self._follow(self._models)
+        keys = tuple(model.runner_key((), 0, capacity) for model in self._models)
+        return (keys, tuple(self._slots.items()), self.attribute_names), min(key.capacity for key in keys)
+
     def refresh(self) -> None:
         """Read the caller's models again, whether they were seen to change or not."""
-        for loaded in self._models:
-            loaded.follow(always=True)
+        self._follow(self._models, always=True)
+
+    def _follow(self, models: Collection[LoadedModel], always: bool = False) -> None:
+        if any([loaded.follow(always) for loaded in models]):
+            self.idle.clear()
 
     def cache_bytes(self, roles: Sequence[str], num_rows: int, capacity: int) -> int:
         """What the caches of a session take: keys and values of every slot behind the roles."""
@@ -251,9 +265,30 @@ class Ensemble:
         """What captured graphs have taken beside the caches of their sessions, idle ones and others."""
         return sum(model.graph_bytes() for model in self._models)
 
+    def new_graphs(self) -> Graphs | None:
+        """For rounds of these models; None where these are not captured."""
+        base = self._models[0]
+        if base.new_capture is None or not self._captures_rounds():
+            return None
+        graphs = Graphs(base.new_capture())
+        with base.lock:
+            base.graphs.add(graphs)
+        return graphs
+
+    def give_up_rounds(self) -> None:
+        """Capture no more of them."""
+        self._models[0].captures_rounds = False
+
+    def _captures_rounds(self) -> bool:
+        """Whether all is captured that a round runs, on one device, and no observer is to see every forward."""
+        devices = {device for model in self._models for device in model.devices}
+        is_captured = all(model.new_capture is not None for model in self._models)
+        return is_captured and self._models[0].captures_rounds and len(devices) == 1 and self.observer is nullcontext
+
     def drop_idle(self) -> bool:
-        """Free the oldest idle caches and graphs of a model, or else what is kept of texts; whether there were any."""
-        return any(model.drop_idle() for model in self._models) or self.kept.clear()
+        """Free the oldest idle graphs of rounds, caches and graphs of a model, or else what is kept of texts; whether
+        there were any."""
+        return self.idle.drop() or any(model.idle.drop() for model in self._models) or self.kept.clear()
 
     def _views(self, roles: Sequence[str]) -> list[tuple[Slot, ...]]:
         """The slots behind the roles, by what one runner runs: those of one model, and each sum by itself."""
@@ -270,7 +305,7 @@ class Ensemble:
         for model, merge in sorted(sizes, key=lambda view: (view[1] is not None, self._models.index(view[0]))):
             groups = () if merge is None else merge.groups
             keys[model, merge] = model.runner_key(groups, sizes[model, merge], capacity)
-        runners = {view: view[0].take(key) for view, key in keys.items()}
+        runners = {view: view[0].idle.take(key) for view, key in keys.items()}
         self.check_memory([(view[0], sizes[view]) for view, runner in runners.items() if runner is None], capacity)
         return {view: runner or ModelRunner(view[0], keys[view]) for view, runner in runners.items()}
 

@@ -1,4 +1,4 @@
-"""Forwards of fixed shapes, captured once and replayed: a GPU then runs a pass that no Python launches.
+"""Forwards and rounds of fixed shapes, captured once and replayed: a GPU then runs what no Python launches.
 
 Knows addresses, and what a capture forbids; nothing of models, caches or what the tensors mean.
 """
@@ -20,8 +20,8 @@ MAX_GRAPHS = 64  # of one workspace: a few numbers of tokens and groups, each at
 
 logger = logging.getLogger("mpg")
 
-# Records what a step runs. out: what runs it again, the tensor that it fills, and the bytes that are kept for it
-Capture: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor, int]]
+# Records what a step runs. out: what runs it again, the tensors that it fills, and the bytes that are kept for it
+Capture: TypeAlias = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any, int]]
 
 
 def bucket(size: int, least: int) -> int:
@@ -30,12 +30,26 @@ def bucket(size: int, least: int) -> int:
     return -(-size // step) * step
 
 
+class Addresses:
+    """Where numbers lie on a device: each list where the last one of its name and shape did, for what is captured."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[Hashable, Tensor] = {}
+
+    def put(self, name: Hashable, numbers: Tensor, device: torch.device) -> Tensor:
+        """Numbers of the host on a device, until others of this name and shape come."""
+        key = name, numbers.shape, device
+        if key not in self._tensors:
+            self._tensors[key] = torch.empty_like(numbers, device=device)
+        return self._tensors[key].copy_(numbers)
+
+
 class CaptureError(RuntimeError):
     """A step cannot be captured; the message says why."""
 
 
 class Graphs:
-    """The captured forwards of one workspace, by what they depend on; the MAX_GRAPHS latest are kept.
+    """The captured forwards, or rounds, of one workspace, by what they depend on; the MAX_GRAPHS latest are kept.
 
     num_bytes: what the captures have taken beside the workspace's own buffers
     """
@@ -43,24 +57,31 @@ class Graphs:
     def __init__(self, capture: Capture) -> None:
         self.num_bytes = 0
         self._capture = capture
-        self._graphs: OrderedDict[Hashable, tuple[list[Tensor], Callable[[], None], Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, tuple[list[Tensor], Callable[[], None], Any]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, key: Hashable, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def run(self, key: Hashable, forward: Callable[..., Any], *inputs: Tensor, held: Sequence[Tensor] = ()) -> Any:
         """forward(*inputs), where everything else that it reads and writes lies where it lay at the first run.
 
-        key: all that shapes and Python's branches depend on
+        key:  all that shapes and Python's branches depend on
+        held: what it changes and must find as it was, since before the first run it is tried
 
         out: overwritten by the next run
 
         Raises CaptureError, at the first run of a key, where the forward waits for the device or cannot be captured.
         """
         if key not in self._graphs:
-            static = [value.clone() for value in inputs]
-            self._graphs[key] = static, *self._record(partial(forward, *static))
-            logger.info("captured a forward: %d of its caches, %.1f MiB", len(self), self.num_bytes / 2**20)
+            static, before = [value.clone() for value in inputs], [tensor.clone() for tensor in held]
+            try:
+                self._graphs[key] = static, *self._record(partial(forward, *static))
+            finally:
+                _fill(held, before)
+            logger.info("captured: %d of these caches, %.1f MiB", len(self), self.num_bytes / 2**20)
         self._graphs.move_to_end(key)
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
@@ -69,7 +90,7 @@ class Graphs:
         replay()
         return output
 
-    def _record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def _record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         try:
             with _NoHostReads():  # before the capture: one that is broken off leaves a device in an odd state
                 step()
@@ -90,7 +111,7 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
+    def __call__(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
         device = self.stream.device
         current = torch.cuda.current_stream(device)
         with self.lock:

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mpg.models.attention import own_precision
 from mpg.models.cache import RaggedCache
 from mpg.models.graphs import Capture, CaptureError, Graphs, bucket
+from mpg.models.idle import Idle
 from mpg.models.lora import Adapter
 from mpg.models.origin import Origin
 from mpg.models.stack import Layout, LoraStack
 
 # What is captured with graphs=True: forwards of at most so many tokens a row, at cache lengths of so many positions.
 CAPTURED_TOKENS, CAPTURED_POSITIONS = 32, 64
-MAX_IDLE = 4  # runners that a model keeps for later sessions
 
 
 class RunnerKey(NamedTuple):
@@ -41,6 +41,7 @@ class RunnerKey(NamedTuple):
     # was made in inference mode cannot be written to outside of it.
     stream: torch.cuda.Stream | None
     is_inference: bool
+    version: int  # of the model's weights
 
 
 @dataclass(eq=False)
@@ -50,9 +51,9 @@ class LoadedModel:
     argument:    the first argument of `mpg.load` that named it, for messages
     devices:     one, or those that the model is split over
     new_capture: makes what captures the forwards of one runner; None where they run as they are
+    captures_rounds: of a base, until a round of it could not be captured
     is_compiled: decoder layers run as code that is made for no forward in particular
-    lock:        held by a forward, as what the stack runs is state that all threads share, and while runners are looked
-                 through
+    lock:        held by a forward, as what the stack runs is state that all threads share
     """
 
     argument: str
@@ -67,8 +68,9 @@ class LoadedModel:
     origin: Origin | None = None  # where the caller gave a model, not a folder
     new_capture: Callable[[], Capture] | None = None
     is_compiled: bool = False
+    captures_rounds: bool = True
     lock: Any = field(default_factory=Lock)
-    idle: list[ModelRunner] = field(default_factory=list)  # the latest last
+    idle: Idle[ModelRunner] = field(default_factory=Idle)
     graphs: WeakSet[Graphs] = field(default_factory=WeakSet)  # of every runner there is
     by_lengths: int = 0  # up to how many queries of a row attend by lengths, not by a mask
     version: int = 0  # grows where the weights change
@@ -105,7 +107,7 @@ class LoadedModel:
 
     def runner_key(self, merged: Sequence[int], num_rows: int, capacity: int) -> RunnerKey:
         sizes = self._cache_sizes(num_rows, capacity)
-        return RunnerKey(tuple(merged), *sizes, self._stream(), torch.is_inference_mode_enabled())
+        return RunnerKey(tuple(merged), *sizes, self._stream(), torch.is_inference_mode_enabled(), self.version)
 
     def cache_bytes(self, num_rows: int, capacity: int) -> int:
         num_rows, capacity = self._cache_sizes(num_rows, capacity)
@@ -118,35 +120,25 @@ class LoadedModel:
         rounded = bucket(capacity, CAPTURED_POSITIONS)
         return bucket(num_rows, 1), min(rounded, self.max_positions or rounded)
 
-    def follow(self, always: bool = False) -> None:
-        """Take over what the caller has changed in the model that was given, if anything, or `always` all of it."""
+    def follow(self, always: bool = False) -> bool:
+        """Take over what the caller has changed in the model that was given, if anything, or `always` all of it.
+        out: whether there was something"""
         with self.lock:
-            if self.origin is not None and (self.origin.has_changed() or always):
-                self.origin.read(self.model, self.adapters, self.stack)
-                self.idle.clear()  # they hold addresses, and copies
-                self.version += 1
+            if self.origin is None or not (self.origin.has_changed() or always):
+                return False
+            self.origin.read(self.model, self.adapters, self.stack)
+            self.idle.clear()  # they hold addresses, and copies
+            self.version += 1
+            return True
 
     def graph_bytes(self) -> int:
         with self.lock:
             return sum(graphs.num_bytes for graphs in self.graphs)
 
-    def take(self, key: RunnerKey) -> ModelRunner | None:
-        """An idle runner of this key, which is then the caller's."""
-        with self.lock:
-            place = next((place for place, runner in enumerate(self.idle) if runner.key == key), None)
-            return None if place is None else self.idle.pop(place)
-
     def leave(self, runner: ModelRunner) -> None:
-        """Keep a runner that has graphs, as they hold the addresses of all that it is. Of too many the oldest goes."""
+        """Keep a runner that has graphs, as they hold the addresses of all that it is, for later sessions."""
         if runner.graphs is not None:
-            with self.lock:
-                self.idle.append(runner)
-                del self.idle[:-MAX_IDLE]
-
-    def drop_idle(self) -> bool:
-        """Free the oldest idle runner; whether there was one."""
-        with self.lock:
-            return bool(self.idle and self.idle.pop(0))
+            self.idle.leave(runner.key, runner)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -220,6 +212,7 @@ class ModelRunner:
         start: Tensor,
         kv_length: int,
         source: Tensor | None = None,
+        is_recorded: bool = False,
         **kwargs: int,
     ) -> Tensor:
         """The logits (R, q, V) of these R cache rows, neighbours as a slice or any as numbers, in one forward.
@@ -227,6 +220,7 @@ class ModelRunner:
         tokens: (B, q) int64
         start:  (B,) int64
         source: (R,) int64, which of B each row is fed; default all of them in order
+        is_recorded: as a part of what is captured, to which `kv_length` belongs
         kwargs: of the model's forward
         """
         device = self.loaded.model.device
@@ -234,7 +228,8 @@ class ModelRunner:
         if source is not None:
             source = source.to(device)
             tokens, start = tokens.index_select(0, source), start.index_select(0, source)
-        if self.graphs is not None and isinstance(fed, slice) and not kwargs and tokens.shape[1] <= CAPTURED_TOKENS:
+        is_short = not kwargs and tokens.shape[1] <= CAPTURED_TOKENS
+        if self.graphs is not None and isinstance(fed, slice) and is_short and not is_recorded:
             assert kv_length <= self.cache.capacity
             rounded = min(bucket(kv_length, CAPTURED_POSITIONS), self.cache.capacity)
             inputs = [tokens, start] if layout.groups is None else [tokens, start, layout.groups]

@@ -7,52 +7,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mpg.models.ahead import Ahead, Asked
 from mpg.models.beginnings import find_beginnings
+from mpg.models.graphs import bucket
 from mpg.models.pool import Pair, Pool, View
+from mpg.models.reading import PREFILL_TOKENS, Reading, columns
 from mpg.models.room import Room
-from mpg.models.runner import Slot
+from mpg.models.routes import Routes
+from mpg.models.runner import CAPTURED_POSITIONS, Slot
 from mpg.models.shift import OwnText, Shift
-from mpg.models.stack import Layout
+from mpg.models.upload import Numbers, Upload
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
 
-PREFILL_TOKENS = 512  # of a prompt, read at once: what a forward needs beside the cache does not grow with the prompt
-
 Role: TypeAlias = str | int  # a number: of each text, its own attribute of this number
-
-
-class Forward(NamedTuple):
-    """One forward of a route: neighbours of a pool, the rows that they are of, None for all in order, and where they
-    read something else than the base. Spare rows among them run what the last pair does."""
-
-    pool: Pool
-    places: range
-    layout: Layout
-    rows: Tensor | None
-    shift: Shift | None
-
-
-class Route(NamedTuple):
-    """How some roles are run.
-
-    taken     slots whose logits were read with the prompts
-    forwards  for all others
-    order     where among the logits of both each row of each role is, None where they lie so
-    num_roles that some row has
-    """
-
-    taken: list[Slot]
-    forwards: list[Forward]
-    order: Tensor | None
-    num_roles: int
 
 
 class Session:
@@ -76,21 +51,26 @@ class Session:
         without any in positions too"""
         self._ensemble = ensemble
         self._fixed: dict[Role, Slot] = {role: ensemble._slots[role] for role in roles if isinstance(role, str)}
-        self._rows: list[dict[Role, Slot]] = []  # the slots of every row
-        self._ends: list[int] = []  # positions that the text of every row needs
         self._pools: dict[View, Pool] = {}
         self.room = Room(ensemble, self._pools, capacity)
         self.ahead = Ahead(ensemble, self._pools)
-        self._routes: dict[tuple[tuple[Role, ...], frozenset[Slot]], Route] = {}
+        self.routes = Routes(self._pools, ensemble.device)
+        self.recorded: int | None = None  # positions that every forward has of a round that is captured
+        self.open(num_rows, expected)
+
+    def open(self, num_rows: int, expected: Sequence[Sequence[str]]) -> None:
+        """Begin without a text, as when it was made; after `close` too."""
+        self._rows: list[dict[Role, Slot]] = []  # the slots of every row
+        self._ends: list[int] = []  # positions that the text of every row needs
         self._first: dict[Slot, Tensor] = {}  # logits (R, 1, V) behind the prompts, until a slot's first forward
         self._longest_prompt = self._longest = 0  # of prompts that are held; of positions that have been fed
-        counts = [self.count_rows(names, ensemble) for names in expected]
+        counts = [self.count_rows(names, self._ensemble) for names in expected]
         sizes = {}
         for view in dict.fromkeys(view for count in counts for view in count):
             of_view = sorted((count[view] for count in counts), reverse=True)
             sizes[view] = sum(of_view[:num_rows]) + of_view[0] * max(0, num_rows - len(of_view))
         if sizes:
-            self.room.open(sizes, capacity)
+            self.room.open(sizes, self.room.capacity)
 
     def replace(
         self,
@@ -100,6 +80,7 @@ class Session:
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         ensembles: Sequence[Ensemble] | None = None,
         ends: Sequence[int] | None = None,
+        upload: Upload | None = None,
     ) -> None:
         """Let some rows hold these prompts but for their last tokens, whatever was there; new ones follow the last row.
 
@@ -107,6 +88,7 @@ class Session:
         contexts:   of every prompt, what roles of these names read in its place; default none
         ensembles:  of every prompt, what knows its attributes: the session's, or that with contexts of its own
         ends:       positions that the text of every prompt will need, contexts among them; default the capacity
+        upload:     what the numbers of prompts go to the device with, default by themselves
 
         A prompt is read once by a model, or not at all where a row has it still, and copied, as its beginning is where
         many tokens of it are another one's. Only a merged model, another one in every row, reads each of them.
@@ -118,7 +100,8 @@ class Session:
         for row, names, ensemble, end in zip(rows, attributes or [()] * len(prompts), knowing, ends, strict=True):
             self._rows[row : row + 1] = [self._slots_of(names, ensemble)]
             self._ends[row : row + 1] = [end]
-        self._arrange()
+        upload = upload or Upload()
+        moves = self._arrange(upload)
         wanted = {
             row: {name: tuple(text) for name, text in {"": prompt, **of_row}.items()}
             for row, prompt, of_row in zip(rows, prompts, contexts or [{}] * len(prompts), strict=True)
@@ -132,16 +115,13 @@ class Session:
         self._longest_prompt = max(len(pair.prompt) - pair.own.shift for pair in pairs)
         self._longest = max(self._longest, *held)
         self._first = {}
-        for pool, unread, begun, copied in todo:
-            whole = [place for place in unread if place not in begun]
-            logits = self._read(pool, dict.fromkeys(whole, 0), is_whole) if whole else None
-            if begun:
-                pool.runner.cache.begin(begun)
-                self._read(pool, {place: shared for place, (_, shared) in begun.items()}, is_whole)
-            pool.runner.cache.copy(*_columns(copied), max(held) - 1)
+        readings = [Reading(*of_pool, is_whole, upload) for of_pool in todo]
+        self._move(moves)
+        for reading in readings:
+            logits = reading.run(self._ensemble, self.room.positions, max(held) - 1)
             if is_whole and logits is not None:
-                for slot in dict.fromkeys(pair.slot for pair in pool.pairs):
-                    (places,) = pool.places([slot])
+                for slot in dict.fromkeys(pair.slot for pair in reading.pool.pairs):
+                    (places,) = reading.pool.places([slot])
                     self._first[slot] = logits[places.start : places.stop]
         self.ahead.forget()
 
@@ -163,7 +143,7 @@ class Session:
         for pool in self._pools.values():
             for pair in pool.pairs:
                 pair.row = numbers.get(pair.row, -1)
-        self._arrange()
+        self._move(self._arrange(Upload()))
 
     def retire(self, row: int, tokens: Sequence[int]) -> None:
         """Keep what is held of a row, whose prompt these tokens followed, for later texts that begin like it."""
@@ -184,11 +164,10 @@ class Session:
         out: (R, B, q, V) in the models' dtype, in the order of `roles` but for the numbers that no row has an attribute
         of; roles of one slot are run once. Where a row has none, its logits are those of another role.
         """
-        kv_length = self.room.limit(kv_length)
+        kv_length = self.recorded or self.room.limit(kv_length)
         if self._first and kv_length > self._longest_prompt:  # a row goes beyond its prompt
             self._first = {}
-        key = tuple(roles), frozenset(self._first)
-        route = self._routes.get(key) or self._routes.setdefault(key, self._find_route(*key))
+        route = self.routes.of(tuple(roles), frozenset(self._first))
         device, vocab_size = self._ensemble.device, self._ensemble.vocab_size
         outputs = [self._first.pop(slot) for slot in route.taken]
         for pool, places, layout, rows, shift in route.forwards:
@@ -198,7 +177,7 @@ class Session:
                 own, length, rows = shift.apply(*own), min(kv_length + shift.longest, self.room.positions), None
             with self._ensemble.observer(False):
                 fed = slice(places.start, places.stop)
-                outputs.append(pool.runner.forward(fed, layout, *own, length, rows))
+                outputs.append(pool.runner.forward(fed, layout, *own, length, rows, self.recorded is not None))
             self._longest = max(self._longest, length)
         # Only here: every device has its work before one of them is waited for.
         outputs = [output.to(device)[..., :vocab_size] for output in outputs]
@@ -208,24 +187,38 @@ class Session:
         self._forget_beyond(kv_length)
         return logits.unflatten(0, (route.num_roles, len(self._rows)))
 
+    def round_key(self, kv_length: int) -> tuple[Hashable, int] | None:
+        """What the forwards of the next round depend on, where they feed `kv_length` positions at most, and how many
+        they are to have where it is captured; None where it cannot be."""
+        signature = None if self._first else self.routes.signature()
+        rounded = min(bucket(self.room.limit(kv_length), CAPTURED_POSITIONS), self.room.positions)
+        return None if signature is None else (signature, rounded)
+
+    def note_fed(self, kv_length: int) -> None:
+        """Note that rows have been fed up to there, not by `forward`."""
+        self._longest = max(self._longest, kv_length)
+        self._forget_beyond(kv_length)
+
     def count_rows(self, names: Sequence[str], ensemble: Ensemble) -> Counter[View]:
         """The cache rows that a text with these attributes takes, by what runs them."""
         return Counter(map(_view, set(self._slots_of(names, ensemble).values())))
 
     def fit(self) -> None:
         """Give back the rows and positions that no text needs."""
-        self._routes = {}
         rows = {view: len(pool.pairs) for view, pool in self._pools.items() if pool.pairs}
         self.room.fit(rows, max(self._ends, default=0), self._longest)
         self._longest = min(self._longest, self.room.positions)
+        self.routes.begin(self._rows)
 
     def close(self) -> None:
-        """Leave what graphs run on to the next session of these sizes, unless NaN is left in it; this one is over."""
+        """Leave what graphs run on to the next session of these sizes, unless NaN is left in it; this one holds no
+        text any more."""
         is_spoiled = any(pair.is_spoiled for pool in self._pools.values() for pair in pool.pairs)
         for pool in () if is_spoiled else self._pools.values():
             pool.runner.loaded.leave(pool.runner)
         self._pools.clear()
-        self._routes = {}
+        self.room.positions = 0
+        self.routes.begin([])
 
     def blame(
         self, row: int, start: int, tokens: Sequence[int], roles: Sequence[str], ensemble: Ensemble | None = None
@@ -264,9 +257,9 @@ class Session:
         """The slots of a row with these attributes, by role."""
         return self._fixed | {number: ensemble._slots[name] for number, name in enumerate(names)}
 
-    def _arrange(self) -> None:
-        """Give every row its pairs, and every pair its place."""
-        self._routes = {}
+    def _arrange(self, upload: Upload) -> list[tuple[Pool, Numbers]]:
+        """Give every row its pairs, and every pair its place. out: what has to move for it, with `_move`"""
+        self.routes.begin(self._rows)
         before = {(pair.row, pair.slot): pair for pool in self._pools.values() for pair in pool.pairs}
         pairs: dict[View, list[Pair]] = {view: [] for view in self._pools}
         for row, slots in enumerate(self._rows):
@@ -280,15 +273,21 @@ class Session:
             pool.spare -= ending
         rows = {view: len(of) for view, of in pairs.items()}
         self.room.grow(rows, max(self._ends, default=0), self._longest)
+        found = []
         for view, of_view in pairs.items():
             pool = self._pools[view]
             of_view.sort(key=lambda pair: (pair.slot.group, pair.slot.context, pair.row))
             old = {pair: place for place, pair in enumerate(pool.pairs)}
             moves = [(old[pair], place) for place, pair in enumerate(of_view) if old.get(pair, place) != place]
-            pool.runner.cache.copy(*_columns(moves), self._longest)
+            found.append((pool, upload.add(columns(moves))))
             pool.pairs = of_view
             if (merge := view[1]) is not None:
                 pool.runner.merge(merge.weights[: len(self._rows)] if merge.differs_by_row else merge.weights)
+        return found
+
+    def _move(self, moves: Sequence[tuple[Pool, Numbers]]) -> None:
+        for pool, of_pool in moves:
+            pool.runner.cache.copy(of_pool, self._longest)
 
     def _hand_out(
         self, pool: Pool, wanted: Mapping[int, Mapping[str, tuple[int, ...]]]
@@ -329,61 +328,6 @@ class Session:
         )
         return unread, begun, copied
 
-    def _read(self, pool: Pool, begins: Mapping[int, int], is_whole: bool) -> Tensor | None:
-        """Feed a pool the prompts of some places, each from a position on, but for their last tokens unless `is_whole`.
-
-        out: the logits (R, 1, V) behind what was fed last, None where that is nothing
-        """
-        places, logits, device = list(begins), None, self._ensemble.device
-        prompts = [pool.pairs[place].prompt[begin:] for place, begin in begins.items()]
-        width = max(map(len, prompts)) - (not is_whole)
-        # right-padded: what a short row writes behind its end is written again before it is seen
-        padded = [[*prompt, *[0] * (width - len(prompt))][:width] for prompt in prompts]
-        numbers = [[begin, *own] for begin, own in zip(begins.values(), padded, strict=True)]
-        start, tokens = torch.tensor(numbers).to(device).tensor_split([1], 1)
-        start, longest = start[:, 0], max(begins.values())
-        is_run = places == list(range(places[0], places[-1] + 1))
-        fed = slice(places[0], places[-1] + 1) if is_run else torch.tensor(places, device=device)
-        for first in range(0, width, PREFILL_TOKENS):
-            part = tokens[:, first : first + PREFILL_TOKENS]
-            with self._ensemble.observer(True):
-                kv_length = min(longest + first + part.shape[1], self.room.positions)
-                logits = pool.runner.forward(fed, pool.layout(places), part, start + first, kv_length, logits_to_keep=1)
-        return logits
-
-    def _find_route(self, roles: tuple[Role, ...], read: Collection[Slot]) -> Route:
-        """How these roles are run where the logits of some slots have been read."""
-        present = set[Role]().union(*self._rows)
-        roles = tuple(role for role in roles if role in present)
-        wanted = {slots[role] for slots in self._rows for role in roles if role in slots}
-        pairs, taken, forwards = list[Pair](), list[Slot](), list[Forward]()  # pairs: in the order of their logits
-        for pool in self._pools.values():
-            for slot in dict.fromkeys(pair.slot for pair in pool.pairs):
-                if slot in wanted and slot in read:
-                    taken.append(slot)
-                    pairs += [pair for pair in pool.pairs if pair.slot == slot]
-        device, every_row = self._ensemble.device, list(range(len(self._rows)))
-        for pool in self._pools.values():
-            for places in pool.places(wanted.difference(read)):
-                fed = pool.pairs[places.start : places.stop]
-                fed += fed[-1:] * pool.fill_up(places)
-                rows = [pair.row for pair in fed]
-                index = None if rows == every_row else torch.tensor(rows).to(device)
-                layout = Layout.of([pair.slot.group for pair in fed], pool.runner.loaded.model.device)
-                places = range(places.start, places.start + len(fed))
-                forwards.append(Forward(pool, places, layout, index, Shift.of([pair.own for pair in fed], device)))
-                pairs += fed
-        numbers: dict[tuple[int, Slot], int] = {}
-        for number, pair in enumerate(pairs):
-            numbers.setdefault((pair.row, pair.slot), number)  # not that of a spare row
-        found = []
-        for role in roles:
-            for row, slots in enumerate(self._rows):
-                own = [slots[other] for other in (role, *roles) if other in slots]
-                found.append(numbers[row, own[0]] if own else 0)
-        order = None if found == list(range(len(pairs))) else torch.tensor(found).to(device)
-        return Route(taken, forwards, order, len(roles))
-
     def _forget_beyond(self, kv_length: int) -> None:
         """What runs past kv_length is written at its end: among shorter rows one that has ended loses its prompt."""
         if kv_length < self._longest_prompt:
@@ -394,7 +338,3 @@ class Session:
 
 def _view(slot: Slot) -> View:
     return slot.model, slot.merge
-
-
-def _columns(moves: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    return [source for source, _ in moves], [target for _, target in moves]

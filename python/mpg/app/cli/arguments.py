@@ -74,7 +74,7 @@ Quantize = Annotated[
         "alone; or none. Default: the recipe's."
     ),
 ]
-Graphs = Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA graphs; not yet run on a GPU.")]
+Graphs = Annotated[bool, typer.Option("--graphs", help="Capture decoding as CUDA graphs; not yet run on a GPU.")]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base.")]
 MergeAdapters = Annotated[
     bool,
