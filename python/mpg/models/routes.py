@@ -85,7 +85,7 @@ class Routes:
         return tuple((each.num_roles, each.order is None, *(one.shape for one in each.forwards)) for each in routes)
 
     def _find(self, asked: tuple[Role, ...], read: Collection[Slot]) -> Route:
-        present = set[Role]().union(*self._rows)
+        present = {role for slots in self._rows for role in slots}
         roles = tuple(role for role in asked if role in present)
         wanted = {slots[role] for slots in self._rows for role in roles if role in slots}
         pairs, taken, forwards = list[Pair](), list[Slot](), list[Forward]()  # pairs: in the order of their logits
