@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from threading import local
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ FORBIDDEN = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_uniqu
 
 
 class Tape(TorchDispatchMode):
-    """A capture, as `mpg.models.graphs` wants it. `num_recorded` counts those of all tapes; while one of them records,
-    no other may, and none may be run."""
+    """A capture, as `mpg.models.graphs` wants it. `num_recorded` counts those of all tapes; while one of a thread
+    records, no other may, and none may be run there."""
 
-    num_recorded, is_recording = 0, False
+    num_recorded, of_thread = 0, local()
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -32,12 +33,12 @@ class Tape(TorchDispatchMode):
     def __call__(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
         _refuse_nesting()
         self.ops: list[tuple[Any, Any, Any, Any]] = []
-        Tape.is_recording = True
+        Tape.of_thread.is_recording = True
         try:
             with self:
                 output = step()
         finally:
-            Tape.is_recording = False
+            Tape.of_thread.is_recording = False
         Tape.num_recorded += 1
         ops = self.ops
         return lambda: _replay(ops), output, sum(out.nbytes for out in tree_leaves(output) if isinstance(out, Tensor))
@@ -64,7 +65,7 @@ class Tape(TorchDispatchMode):
 
 
 def _refuse_nesting() -> None:
-    if Tape.is_recording:
+    if getattr(Tape.of_thread, "is_recording", False):
         raise RuntimeError("operation not permitted when stream is capturing: a graph")
 
 

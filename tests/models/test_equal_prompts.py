@@ -25,10 +25,10 @@ def fed(monkeypatch):
     """The shapes (rows, positions) of all forwards."""
     shapes, forward = [], ModelRunner.forward
 
-    def record(runner, fed, layout, tokens, start, kv_length, source=None, **kwargs):
+    def record(runner, fed, layout, tokens, start, kv_length, *rest, **kwargs):
         num_rows = sum(count for _, count in layout.runs)
         shapes.append((len(layout.runs), num_rows // len(layout.runs), tokens.shape[1]))
-        return forward(runner, fed, layout, tokens, start, kv_length, source, **kwargs)
+        return forward(runner, fed, layout, tokens, start, kv_length, *rest, **kwargs)
 
     monkeypatch.setattr(ModelRunner, "forward", record)
     return shapes

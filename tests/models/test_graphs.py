@@ -106,8 +106,9 @@ def test_methods_answer_as_without_graphs(method, model, graphed):
 
 def test_later_calls_of_like_sizes_capture_nothing(model, graphed, captures):
     options = {"weights": BOTH, "max_new_tokens": 32, "draft": "merged"}
-    for seed in range(4):  # so that all numbers of rows that are left have been met
+    for seed in (1, 2, 1, 2):  # so that all rounds have been met, and are captured
         graphed.generate(QUESTIONS, seed=seed, **options)
+        graphed.generate([*QUESTIONS, "Why?"], seed=seed, **options)
     captured = len(captures)
     assert captured > 0
     for seed in (1, 2):
@@ -116,15 +117,23 @@ def test_later_calls_of_like_sizes_capture_nothing(model, graphed, captures):
     assert len(captures) == captured
 
 
-def test_idle_runners_are_bounded_and_the_oldest_goes_first(graphed, captures):
+def test_idle_runners_are_bounded_and_the_oldest_goes_first(graphed, monkeypatch):
+    made, make = [], ModelRunner.__init__
+
+    def noting(self, *args):
+        made.append(None)
+        make(self, *args)
+
+    monkeypatch.setattr(ModelRunner, "__init__", noting)
+
     def ask(num_rows):
         graphed.generate(QUESTIONS[:num_rows], weights={"E": 1}, seed=0, max_new_tokens=4, sampler="direct")
 
     kept = []
     for num_rows in (1, 2, 3, 4, 1, 5, 1, 2):
-        before = len(captures)
+        before = len(made)
         ask(num_rows)
-        kept.append(len(captures) == before)
+        kept.append(len(made) == before)
         assert all(len(loaded.idle) <= MAX_IDLE for loaded in graphed.models._models)
     assert MAX_IDLE == 4
     assert kept == [False] * 4 + [True, False, True, False]  # five rows took the place of two
@@ -204,7 +213,7 @@ def poisoned_call(graphed):
 def test_a_request_that_failed_does_not_poison_the_next(graphed, captures):
     before, after = poisoned_call(graphed)
     assert before.tokens == after.tokens
-    assert len(captures) == 2  # the runner that may hold NaN is taken by none
+    assert len(captures) == 4  # forwards and rounds: the runner that may hold NaN is taken by none
 
 
 def test_threads_have_runners_of_their_own(model, graphed, captures):
