@@ -108,6 +108,23 @@ def test_an_interrupted_run_has_printed_what_was_done(model, monkeypatch, run):
     assert done.stderr == ""
 
 
+def test_an_interrupted_text_is_printed_as_far_as_it_came(model, monkeypatch, run):
+    generate, pieces = mpg.Model.generate, []
+
+    def stop_at_three(self, prompts, on_token, **call):
+        def listen(token):
+            on_token(token)
+            pieces.append(token.text)
+            if len(pieces) == 3:
+                raise KeyboardInterrupt
+
+        return generate(self, prompts, on_token=listen, **call)
+
+    monkeypatch.setattr(mpg.Model, "generate", stop_at_three)
+    done = run("generate", "--prompt", PROMPT, "--weights", "E=1", "--seed", 4)
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "".join(pieces) + "\n", "")
+
+
 def test_results_come_as_their_rows_end(model):
     seen = []
     results = model.generate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -95,6 +97,24 @@ def test_the_least_recently_used_goes_first_and_bytes_are_bounded():
     assert [kept.find(end, text(end, 1)) is not None for end in (1, 3)] == [False, True]
     assert kept.clear() and not kept.clear()
     assert kept.num_bytes == 0
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_ctrl_c_while_bytes_are_counted_leaves_a_count_that_is_right(place, monkeypatch):
+    kept, count, counted = Kept(max_bytes=2 * bytes_of(71)), RaggedCache.bytes_per_position, []
+    for end in (1, 2):
+        kept.add(end, text(end), cache_of(text(end)), 0)
+
+    def interrupt(cache):
+        counted.append(cache)
+        if len(counted) == place + 1:
+            raise KeyboardInterrupt
+        return count(cache)
+
+    monkeypatch.setattr(RaggedCache, "bytes_per_position", interrupt)
+    with suppress(KeyboardInterrupt):
+        kept.add(3, text(3), cache_of(text(3)), 0)
+    assert kept.num_bytes == len(kept) * bytes_of(71)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))

@@ -86,6 +86,7 @@ class Ensemble:
         self.device, self.dtype = base.model.device, base.model.dtype
         self.observer: Observer = nullcontext
         self.idle: Idle[Any] = Idle()
+        self._process = os.getpid()
         self.kept = Kept(KEPT_SHARE * available_bytes(self.device) if self.device.type in ("cpu", "cuda") else 0)
 
     def is_same(self, role_a: str, role_b: str) -> bool:
@@ -209,8 +210,14 @@ class Ensemble:
                   caches grow from nothing to what the sequences need that are there
 
         Raises ValueError for an empty prompt, a token outside the vocabulary, an unknown role, and a capacity that the
-        prompts do not fit into or that exceeds max_positions; MemoryError where the caches would not fit.
+        prompts do not fit into or that exceeds max_positions; MemoryError where the caches would not fit; RuntimeError
+        in a process that was forked after the models were loaded.
         """
+        if os.getpid() != self._process:  # where torch would wait for threads, and locks be held, that it does not have
+            raise RuntimeError(
+                f"model: expected the process {self._process} that loaded it, got {os.getpid()}, a fork of it; load it "
+                "there, or start processes with 'spawn'"
+            )
         texts = [*prompts, *(text for of_prompt in contexts or () for text in of_prompt.values())]
         longest = max(map(len, texts), default=0)
         if unknown := [role for role in roles if isinstance(role, str) and role not in self._slots]:

@@ -23,12 +23,17 @@ class Kept:
     """
 
     def __init__(self, max_bytes: float) -> None:
-        self._max_bytes, self.num_bytes = max_bytes, 0
+        self._max_bytes = max_bytes
         self._texts: OrderedDict[Text, RaggedCache] = OrderedDict()
         self._lock = Lock()  # several threads may decode on one model
 
     def __len__(self) -> int:
         return len(self._texts)
+
+    @property
+    def num_bytes(self) -> int:
+        """What they take together: counted anew, as Ctrl-C may come between a text and a sum."""
+        return sum(cache.capacity * cache.bytes_per_position() for cache in list(self._texts.values()))
 
     @property
     def max_bytes(self) -> float:
@@ -56,9 +61,8 @@ class Kept:
         with self._lock:
             for other in [other for other in self._alike(reader, text) if len(other[1]) <= len(text)]:
                 if count_common(other[1], text) == len(other[1]) - 1:  # what goes on from it has all of it
-                    self._drop(other)
+                    del self._texts[other]
             self._texts[reader, text] = own
-            self.num_bytes += num_bytes
             self._make_room()
 
     def find(self, reader: Hashable, text: tuple[int, ...]) -> tuple[RaggedCache, int] | None:
@@ -77,7 +81,6 @@ class Kept:
         with self._lock:
             had_some = bool(self._texts)
             self._texts.clear()
-            self.num_bytes = 0
         return had_some
 
     def _alike(self, reader: Hashable, text: tuple[int, ...]) -> list[Text]:
@@ -85,8 +88,4 @@ class Kept:
 
     def _make_room(self) -> None:
         while self.num_bytes > self._max_bytes:
-            self._drop(next(iter(self._texts)))
-
-    def _drop(self, text: Text) -> None:
-        cache = self._texts.pop(text)
-        self.num_bytes -= cache.capacity * cache.bytes_per_position()
+            self._texts.popitem(last=False)

@@ -196,8 +196,11 @@ class _Answers:
         self.waiting: dict[str, dict[int, Result]] = {}  # by attribute under a method for single ones
         self.num_shown: dict[str, int] = {}
         self.shown: list[Result] = []
+        self.is_begun = False  # the one text that is streamed
 
     def close(self) -> None:
+        if self.is_begun and not self.shown:
+            print(flush=True)  # what follows on the terminal has a line of its own
         for name, results in self.waiting.items():
             for text in sorted(results):
                 self._show(name, text, results[text])
@@ -217,6 +220,7 @@ class _Answers:
 
     def stream(self, token: Token) -> None:
         if self.streams:
+            self.is_begun = True
             print(token.text, end="", flush=True)
 
     def _show(self, name: str, text: int, result: Result) -> None:
