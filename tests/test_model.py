@@ -210,43 +210,6 @@ def test_temperature_zero_is_the_argmax_of_the_target(model):
     assert first.tokens == second.tokens
 
 
-@pytest.mark.parametrize(
-    ("prompt", "options", "message"),
-    [
-        ("", {}, "prompt: expected text, messages or token ids, not empty, got ''"),
-        ([], {}, r"prompt: expected text, .*, got \[\]"),
-        (["fine", ""], {}, r"prompt\[1\]: expected text, messages or token ids, not empty, got ''"),
-        ([[]], {}, r"prompt\[0\]: expected text, messages or token ids, not empty, got \[\]"),
-        ([[5], [5, 100_000]], {}, r"prompt\[1\]: expected token ids in 0\.\.\d+, got 100000"),
-        ([{"role": "user", "content": ""}], {}, "prompt: message 0: expected some text, got ''"),
-        ([{"content": "hi"}], {}, "prompt: message 0: expected a role, got None"),
-        (3, {}, "prompt: expected text, .*, got 3"),
-        ([5, "hi"], {}, r"prompt: expected text, .*, got \[5, 'hi'\]"),
-        ([["a", "b"]], {}, r"prompt: expected text, .*, got \[\['a', 'b'\]\]"),
-        ([5, 100_000], {}, r"prompt: expected token ids in 0\.\.\d+, got 100000"),
-        ([5, -1], {}, r"prompt: expected token ids in 0\.\.\d+, got -1"),
-        (
-            "hi",
-            {"max_new_tokens": 300},
-            r"max_new_tokens: the model has 256 positions .* expected at most \d+, got 300",
-        ),
-        ([7] * 256, {}, "prompt: the model has 256 positions and prompt 0 takes 256, expected at least one left"),
-        ("hi", {"weights": {"X": 1}}, "weights: expected some of E, S, T, J, got 'X'"),
-        ("hi", {"weights": None}, "weights: expected a number for some of E, S, T, J .*, got None"),
-        (["hi", "ho"], {"weights": [{"E": 1}]}, r"weights: expected one mapping, or one per prompt \(2\), got 1"),
-        ("a\udcff", {}, "prompt: expected text that UTF-8 can hold"),
-        ([{"role": "user", "content": "a\udcff"}], {}, "prompt: expected messages that the chat template takes, got"),
-        ([True, False], {}, "prompt: expected text, .*, got"),
-        ("hi", {"on_token": 3}, "on_token: expected a callable, got 3"),
-        ("hi", {"wieghts": 1}, "wieghts: unknown option"),
-        ("hi", {"sampler": "scr", "temperature": 0}, "temperature: scr"),
-    ],
-)
-def test_bad_call_is_refused(model, prompt, options, message):
-    with pytest.raises(ValueError, match=message):
-        model.generate(prompt, **({"weights": BOTH} | options))
-
-
 @pytest.mark.parametrize("raw", [False, True])
 def test_prompt_that_is_too_long_gets_our_error_and_no_warning_of_the_tokenizer(model, raw, monkeypatch, caplog):
     monkeypatch.setattr(model.models.tokenizer, "model_max_length", 256)

@@ -134,37 +134,6 @@ def test_help_names_every_command_and_quit_ends(chat):
     assert chat.is_over
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("/wieghts E=1", "/wieghts: unknown command; did you mean '/weights'?"),
-        ("/", "/: unknown command; expected one of /weights, /sampler"),
-        ("/weights X=1", "weights: expected some of E, S, T, J, got 'X'"),
-        ("/weights ESTP", "weights: expected NAME=NUMBER,... or a preset among ESTJ, INFP, got 'ESTP'"),
-        ("/weights E=0", "weights: expected at least one that is not 0"),
-        ("/sampler beam", "sampler: expected one of exact, direct"),
-        ("/set sampler=[exact]", "sampler: expected one of exact, direct"),
-        ("/set temperature", "set: expected NAME=VALUE, got 'temperature'"),
-        ("/set temperature=", "set: expected NAME=VALUE, got 'temperature='"),
-        ("/set temperature=hot", "temperature: expected a number in"),
-        ("/set temperature={", "expected a number, true, false or a word, got '{'"),
-        ("/set temprature=1", "temprature: unknown option; did you mean 'temperature'?"),
-        ("/set window=3", "window: not an option of sampler 'exact', got 3"),
-        ("/set num_beams=2", "num_beams: expected"),
-        ("/set num_return_sequences=2", "num_return_sequences: expected 1 in a chat, got 2"),
-        ("/system \udcff", "prompt: expected messages that the chat template takes"),
-        ("/undo", "/undo: expected a turn to take back, got an empty history"),
-        ("/save", "/save: expected the name of a file, got none"),
-        ("/save /no/such/folder/file", "/save: expected a file that can be written, got"),
-    ],
-)
-def test_a_bad_command_is_refused_and_changes_nothing(line, message, chat):
-    before = state(chat)
-    with pytest.raises((ValueError, OSError), match=re.escape(message)):
-        chat.command(line)
-    assert state(chat) == before
-
-
 def test_weights_that_a_new_target_refuses_keep_the_old_target(chat):
     chat.command("/weights E=-1")
     with pytest.raises(ValueError, match="weights: the arithmetic target needs a positive sum"):

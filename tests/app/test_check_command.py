@@ -43,30 +43,6 @@ def test_models_without_questions_of_their_own_are_asked_neutral_ones(run, monke
         assert said in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("written", "message"),
-    [
-        ('{"a"', "line 1: expected JSON; Expecting ':' delimiter at column 5"),
-        ("One?", "expected at least 2, to tell a shift from chance, got 1 in"),
-        (
-            '{"prompt": "a"}\n{"prompt": "b", "seed": 3}',
-            "line 2: seed: expected none of a single prompt under mpg check",
-        ),
-        ('{"prompt": "a", "weights": {"E": 1}}\n{"prompt": "b"}', "line 1: weights: expected none of a single prompt"),
-        ('{"prompt": "a", "contexts": {"calm": "b"}}\n{"prompt": "b"}', "line 1: contexts: expected none of a single"),
-        (None, "expected a file that can be read, got"),
-    ],
-)
-def test_prompts_that_cannot_be_taken_are_refused_by_their_line(written, message, tmp_path, run):
-    path = tmp_path / "prompts"
-    if written is not None:
-        path.write_text(written)
-    done = run(*SHORT, "--prompts", path)
-    assert done.exit_code == 2
-    assert done.stderr.startswith("mpg: prompts: ")
-    assert message in " ".join(done.stderr.split())
-
-
 @pytest.mark.parametrize("name", ["none/check.png", "check.xyz", "check", "/proc/check.png", "folder.png"])
 def test_file_that_cannot_be_drawn_is_refused_before_anything_runs(name, tmp_path, run):
     pytest.importorskip("matplotlib")

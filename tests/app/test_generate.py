@@ -171,54 +171,6 @@ def test_a_line_of_a_file_has_weights_a_seed_and_options_of_its_own(model, tmp_p
         assert line["tokens"] == list(model.generate(messages, **defaults | options).tokens)
 
 
-@pytest.mark.parametrize(
-    ("written", "message"),
-    [
-        ('{"a"', "line 1: expected JSON; Expecting ':' delimiter at column 5"),
-        ('\n{"prompt": "a"}\nb', "line 3: expected JSON; Expecting value at column 1"),
-        ('["a", ', "line 1: expected a JSON list; Expecting value"),
-        pytest.param("[" * 10**5, "line 1: expected a JSON list; Nested too deeply", id="lists"),
-        pytest.param('{"a":' * 10**5, "line 1: expected JSON; Nested too deeply at column 1", id="objects"),
-        ('["a", 2]', "entry 2: expected a JSON object or string, got 2"),
-        ('{"prompt": "a"}\n3', "line 2: expected a JSON object or string, got 3"),
-        ('{"text": "a"}', "line 1: expected one of prompt and messages, got text"),
-        ('{"prompt": "a", "messages": []}', "line 1: expected one of prompt and messages, got prompt, messages"),
-        ('{"prompt": 3}', "line 1: prompt: expected text or a list, not empty, got 3"),
-        ('{"messages": []}', "line 1: messages: expected text or a list, not empty, got []"),
-        ('[{"prompt": "a"}, {"prompt": ""}]', "entry 2: prompt: expected text or a list, not empty, got ''"),
-        (
-            '{"prompt": "a"}\n\n{"messages": [{"content": "b"}]}',
-            "line 3: prompt[1]: message 0: expected a role, got None",
-        ),
-        ('{"prompt": "a", "raw": true}', "line 1: raw: expected an option, got an argument of Model.generate"),
-        ('{"prompt": "a"}\n{"prompt": "b", "temprature": 1}', "line 2: temprature: unknown option; did you mean"),
-        ('{"prompt": "a", "window": 3}', "line 1: window: not an option of sampler 'exact', got 3"),
-        ('{"prompt": "a", "seed": [1]}', "line 1: seed: expected one number, got [1]"),
-        (
-            '{"prompt": "a"}\n{"prompt": "b", "weights": {"Q": 1}}',
-            "line 2: weights: expected some of E, S, T, J, got 'Q'",
-        ),
-        ('{"prompt": "a", "weights": "nobody"}', "line 1: weights: expected NAME=NUMBER,... or a preset"),
-        (" \n", "expected text, got nothing in"),
-        (b"caf\xe9", "expected text in UTF-8, got"),
-    ],
-)
-def test_a_line_that_cannot_be_asked_is_named_by_its_number(written, message, tmp_path, run):
-    path = tmp_path / "prompts"
-    path.write_bytes(written if isinstance(written, bytes) else written.encode())
-    done = run("generate", "--prompts", path, "--weights", "E=1")
-    assert done.exit_code == 2
-    assert done.stderr.startswith("mpg: prompts: ")
-    assert message in " ".join(done.stderr.split())
-    assert done.stdout == ""
-
-
-def test_prompts_that_are_not_there_are_refused(run):
-    done = run("generate", "--prompts", "nosuch.txt", "--weights", "E=1")
-    expected = "mpg: prompts: expected a file that can be read, got nosuch.txt: No such file or directory\n"
-    assert (done.exit_code, done.stderr) == (2, expected)
-
-
 @pytest.mark.parametrize("method", [[], ["--method", "mod"]])
 def test_a_trace_is_a_page_beside_the_texts(method, tmp_path, run):
     file = tmp_path / "trace.html"
@@ -233,11 +185,6 @@ def test_a_trace_is_a_page_beside_the_texts(method, tmp_path, run):
     assert "trace: expected a file" in run("generate", *arguments, "--trace", tmp_path / "no" / "t.html").stderr
 
 
-def test_neither_prompt_nor_prompts_is_refused(run):
-    done = run("generate", "--weights", "E=1")
-    assert (done.exit_code, done.stderr) == (2, "mpg: prompt: expected --prompt TEXT or --prompts FILE, got neither\n")
-
-
 def test_the_base_takes_weights_of_nothing(model, run):
     done = run("generate", "--target", "base", "--weights", "E=0,T=0", "--prompt", PROMPT, "--seed", 1, "--json")
     assert lines_of(done)[0]["tokens"] == list(model.generate(PROMPT, target="base", seed=1).tokens)
@@ -250,47 +197,6 @@ def test_set_takes_every_option_and_what_transformers_has(model, run):
     expected = model.generate(PROMPT, weights={"E": 1}, seed=4, **how)
     assert lines_of(done)[0]["tokens"] == list(expected.tokens)
     assert lines_of(done)[0]["log_ratios"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--weights", "X=1"], "weights: expected some of"),
-        (["--weights", "E"], "weights: expected NAME=NUMBER,... or a preset among ESTJ, INFP, got 'E'"),
-        (["--weights", "E=1,E=2"], "weights: 'E' is given twice"),
-        ([], "weights: expected a number for some of"),
-        (["--weights", "E=1,T=-1", "--target", "arithmetic"], "weights: the arithmetic target needs a positive sum"),
-        (["--weights", "E=1", "--set", "chunk_size=40"], "chunk_size: expected an integer 1..32, got 40"),
-        (["--weights", "E=1", "--set", "temprature=1"], "temprature: unknown option; did you mean 'temperature'"),
-        (["--weights", "E=1", "--set", "temperature"], "set: expected NAME=VALUE, got 'temperature'"),
-        (["--weights", "E=1", "--set", "seed=[1, 2]"], "seed: expected one number, got [1, 2]"),
-        (["--weights", "E=1", "--set", "num_beams=4"], "num_beams: expected"),
-        (["--weights", "E=1", "--temperature", "0", "--sampler", "scr"], "temperature: scr"),
-        (["--weights", "E=1", "--draft", "no/such"], "draft: expected a model's folder, got 'no/such'"),
-        (
-            ["--weights", "E=1", "--models", "no/such"],
-            "models: expected 'demo', 'smollm2', a folder or a recipe, got 'no/such'",
-        ),
-        (["--weights", "E=1", "--models", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
-        (["--weights", "E=1", "--anchor", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
-        (["--weights", "E=1", "--draft", str(MODELS.parent)], f"got none of it in {MODELS.parent}"),
-        (["--weights", "E=1", "--device", "cuda:99"], "device"),
-        (["--weights", "E=1", "--stop", ""], "stop: expected strings that are not empty, got ['']"),
-        (["--weights", "E=1", "--batch-size", "0"], "batch_size: expected an integer >= 1, got 0"),
-        (["--weights", "E=1", "--device-map", "cuda:0"], "device_map: expected NAME=DEVICE, got 'cuda:0'"),
-        (["--weights", "E=1", "--device-map", "F=cpu"], "device_map: expected some of ['E', "),
-        (
-            ["--weights", "E=1", "--device", "cpu", "--graphs"],
-            "graphs: expected a model on one device of cuda, got cpu",
-        ),
-    ],
-)
-def test_bad_input_is_one_line_on_stderr(arguments, message, run):
-    done = run("generate", "--prompt", PROMPT, "--json", *arguments)
-    assert done.exit_code == 2
-    assert done.stdout == ""
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", PROMPT), ("check",), ("chat",)], ids=lambda c: c[0])
@@ -358,40 +264,6 @@ def test_an_anchor_makes_the_models_a_specialised_base(tmp_path, run):
     assert json.loads(done.stdout)["text"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--method", "mod", "--sampler", "exact"],
-            "sampler: expected none beside method 'mod', which sets it, got 'exact'",
-        ),
-        (
-            ["--method", "scr", "--target", "geometric"],
-            "target: expected none beside method 'scr', which sets it, got 'geometric'",
-        ),
-        (["--method", "moe"], "method: expected one of base,"),
-        (["--method", "scr-specialized"], "method: 'scr-specialized' needs a specialised base"),
-        (
-            ["--method", "mod", "--describe", "E=loud"],
-            "describe: expected a method among pp, pp-single, pp-specialized",
-        ),
-        (["--method", "pp", "--describe", "E"], "describe: expected NAME=TEXT, got 'E'"),
-        (["--method", "mod", "--set", "top_p=2"], "top_p: expected a number in (0, 1], got 2"),
-        (["--method", "mod", "--set", "chunk_size=2"], "chunk_size: not an option of sampler 'direct', got 2"),
-        (["--method", "token-rs", "--set", "top_k=2"], "top_k: not an option of sampler 'token-rs', got 2"),
-        (["--method", "scr", "--temperature", "0"], "temperature: scr"),
-    ],
-)
-def test_bad_method_call_is_one_line_on_stderr_before_models_load(arguments, message, monkeypatch, run):
-    if "scr-specialized" not in arguments:  # whether the base is the anchor is seen when they are loaded
-        monkeypatch.setattr(mpg, "load", None)
-    done = run("generate", "--prompt", PROMPT, "--weights", "E=1", "--json", *arguments)
-    assert done.exit_code == 2
-    assert done.stdout == ""
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
-
-
 def test_contexts_are_attributes_of_the_call_and_of_single_lines(model, run, tmp_path):
     """Also of a base that has none of its own, to which a name then is enough."""
     told = [{"role": "system", "content": "Be calm."}, {"role": "user", "content": PROMPT}]
@@ -414,17 +286,3 @@ def test_contexts_are_attributes_of_the_call_and_of_single_lines(model, run, tmp
     guided = model.generate(PROMPT, guidance_scale=1.5, temperature=0, max_new_tokens=5).tokens
     done = run("generate", "--set", "guidance_scale=1.5", *how[2:])
     assert lines_of(done)[0]["tokens"] == list(guided)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--context", "calm"], "context: expected NAME=TEXT, got 'calm'"),
-        (["--context", "E=Be calm."], "contexts['E']: 'E' is an adapter or a model already"),
-        (["--context", "calm=Be calm.", "--context", "calm=Be."], "context: 'calm' is given twice, expected once"),
-    ],
-)
-def test_contexts_that_cannot_be_are_refused(arguments, message, run):
-    done = run("generate", "--weights", "E=1", "--prompt", PROMPT, *arguments)
-    assert done.exit_code == 2
-    assert message in done.stderr

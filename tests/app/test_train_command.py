@@ -41,22 +41,6 @@ def test_a_training_prints_its_scores_and_says_what_the_preset_changes(run, few,
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == card["base"] == "a/b"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--pole", "X"), "pole: expected one of F, T"),
-        (("--pole", "T", "--pole", "F"), "pole: expected one, got 'T', 'F'"),
-        (("--pole", "T", "--rank", "0"), "rank: expected an integer >= 1, got 0"),
-        (("--pole", "T", "--preset", "huge"), "preset: expected one of paper, small, got 'huge'"),
-    ],
-)
-def test_what_is_wrong_is_said_on_one_line(arguments, message, run, few, tmp_path):
-    done = run("train", "--base", "demo", "--data", few, "--out", tmp_path / "out", *arguments)
-    assert done.exit_code == 2
-    assert done.stderr.splitlines()[-1].startswith(f"mpg: {message}")
-    assert not (tmp_path / "out.partial").exists()
-
-
 def test_a_line_that_does_not_parse_is_named_before_anything_starts(run, few, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpg.train.run", None)
     few.write_text(few.read_text() + '\n{"question": "Why?", "T": ')

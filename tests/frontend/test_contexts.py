@@ -66,28 +66,6 @@ def test_a_context_may_be_given_as_text_or_as_a_mapping(given, context):
     assert Context.of("contexts['calm']", given) == context
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("", "system: expected some text, got ''"),
-        (" \n", "system: expected some text, got ' "),
-        ({"prefix": ""}, "prefix: expected some text, got ''"),
-        ({"prefix": "a\udcff"}, "prefix: expected text that UTF-8 can hold, got 'a"),
-        ({"prompt": []}, r"prompt: expected some text, got \[\]"),
-        ({"system": 3}, "system: expected text, got 3"),
-        ({"prompt": 3}, "prompt: expected text, messages or a list of token ids, got 3"),
-        ({}, "expected one of system, prefix, prompt, got none"),
-        ({"source": "adapters/E"}, "expected one of system, prefix, prompt, got none"),
-        ({"system": "a", "prefix": "b"}, "expected one of system, prefix, prompt, got system and prefix"),
-        ({"sytem": "a"}, "expected some of system, prefix, prompt, source, got 'sytem'"),
-        (3, "expected text, a Context or a mapping, got 3"),
-    ],
-)
-def test_what_is_no_context_is_refused_by_name(given, message):
-    with pytest.raises(ValueError, match=rf"^contexts\['calm'\]: {message}"):
-        Context.of("contexts['calm']", given)
-
-
 def test_where_a_system_message_has_no_place_the_refusal_names_the_way_out(tokenizer):
     context, way_out = Context(system="Be calm."), "expected prefix=, which any model reads"
     for prompt, how in (([5, 6], {}), ("Hello?", {"raw": True})):

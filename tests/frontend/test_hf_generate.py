@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import re
 import sys
@@ -124,54 +123,11 @@ class TestFields:
         short = {name: value for name, value in SHORT.items() if name != "max_new_tokens"}
         assert len(model.generate(LONG, generation_config=config, **short).tokens) == 3
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"repetition_penaltyy": 2}, "repetition_penaltyy: unknown option; did you mean 'repetition_penalty'"),
-            ({"wieghts": 1}, "wieghts: unknown option; did you mean 'weights'"),
-            ({"zzz": 1}, "zzz: unknown option; expected one of (?!.*, temperature,.*, temperature,)"),
-            ({"stop": ["."]}, "stop: unknown option; did you mean 'stop_strings'"),
-            ({"generation_config": {"top_k": 3}}, "generation_config: expected a GenerationConfig, got dict"),
-            ({"do_sample": 1}, "do_sample: expected True or False, got 1"),
-            ({"do_sample": False, "sampler": "scr"}, "temperature: scr .* got 0; use sampler 'direct'"),
-            ({"stop_strings": ["a", ""]}, "stop_strings: expected a string or a list of them, none empty"),
-            ({"stop_strings": 3}, "stop_strings: expected a string or a list of them, none empty, got 3"),
-            ({"tokenizer": 3}, "tokenizer: expected a tokenizer of transformers, got int"),
-            ({"raw": "x"}, "raw: expected True or False, got 'x'"),
-            ({"trace": "x"}, "trace: expected True or False, got 'x'"),
-            ({"max_time": "long"}, "max_time: expected seconds, got 'long'"),
-            ({"max_time": math.nan}, "max_time: expected seconds, got nan"),
-            ({"max_time": -1}, "max_time: expected seconds, got -1"),
-            ({"max_length": "long"}, "max_length: expected an integer, got 'long'"),  # max_new_tokens goes before it
-            ({"pad_token_id": [0]}, r"pad_token_id: expected an integer, got \[0\]"),
-            ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size: expected an integer, got True"),
-            ({"suppress_tokens": {3: 1}}, "suppress_tokens: expected a token id or a list of them, got {3: 1}"),
-            ({"forced_eos_token_id": True}, "forced_eos_token_id: expected a token id or a list of them, got True"),
-            ({"prefix_allowed_tokens_fn": [3]}, r"prefix_allowed_tokens_fn: expected a callable, got \[3\]"),
-            ({"exponential_decay_length_penalty": [1]}, r"exponential_decay_length_penalty: .*; got \[1\]"),
-            ({"sequence_bias": [[]]}, r"sequence_bias: .*; got \[\[\]\]"),
-            ({"tokenizer": ""}, "tokenizer: expected a tokenizer of transformers, got str"),
-            ({"num_return_sequences": 0}, "num_return_sequences: expected an integer >= 1, got 0"),
-            (
-                {"num_return_sequences": 2, "do_sample": False},
-                r"num_return_sequences: expected 1 where nothing is drawn \(temperature 0\), got 2",
-            ),
-            ({"eos_token_id": "x"}, "eos_token_id: expected a token id or a list of them, got 'x'"),
-            ({"repetition_penalty": -1.0}, "repetition_penalty: .*positive.*; got -1.0"),
-            ({"bad_words_ids": [3]}, r"bad_words_ids: .*; got \[3\]"),
-            ({"logits_processor": 3}, "logits_processor: expected a list of callables, got 3"),
-            ({"logits_processor": {}}, "logits_processor: expected a list of callables, got {}"),
-            ({"stopping_criteria": [3]}, r"stopping_criteria: expected a list of callables, got \[3\]"),
-            ({"streamer": object()}, "streamer: expected one of transformers, with put and end, got <object"),
-            ({"streamer": Silent(), "num_return_sequences": 2}, "streamer: expected one prompt and one sequence"),
-            ({"input_ids": [[1]]}, "prompt: expected a prompt or input_ids, got both"),
-            ({"sampler": "scr", "repetition_penalty": 1.2}, "repetition_penalty: acts on .*'scr' never"),
-            ({"sampler": "token-rs", "logits_processor": [print]}, "logits_processor: acts on the combined row"),
-        ],
-    )  # fmt: skip
-    def test_bad_argument_is_refused(self, model, options, message):
-        with pytest.raises(ValueError, match=message):
-            model.generate(LONG, **SHORT | options)
+    def test_an_unknown_option_is_told_every_name_once(self, model):
+        with pytest.raises(
+            ValueError, match=r"^zzz: unknown option; expected one of (?!.*, temperature,.*, temperature,)"
+        ):
+            model.generate(LONG, zzz=1, **SHORT)
 
     def test_max_length_counts_the_prompt(self, model):
         long = {name: value for name, value in SHORT.items() if name != "max_new_tokens"}
@@ -374,34 +330,6 @@ class TestPrompts:
         with_system, without = model.generate(talk, **SHORT), model.generate(QUICK, **SHORT)
         assert with_system.prompt_tokens == ids["input_ids"].shape[1] > without.prompt_tokens
         assert model.generate(**ids, **SHORT)[0].tokens == with_system.tokens
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (
-                {"input_ids": torch.ones(1, 2)},
-                r"input_ids: expected integers \(B, L\) .* got \(1, 2\) of torch.float32",
-            ),
-            ({"input_ids": torch.ones(1, 1, 2, dtype=torch.int64)}, r"input_ids: expected integers .* got \(1, 1, 2\)"),
-            (
-                {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[1, 0, 1]])},
-                r"attention_mask: expected padding before or behind .* got some between: \[1, 0, 1\]",
-            ),
-            ({"input_ids": torch.tensor([[5, 0, 7]])}, "attention_mask: expected padding before or behind"),
-            ({"input_ids": "hi"}, "input_ids: expected a tensor or lists of token ids, got 'hi'"),
-            ({"attention_mask": [[1]]}, "input_ids: expected a tensor or lists of token ids, got None"),
-            ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, r"attention_mask: expected 2 entries .* got \[1\]"),
-            ({"input_ids": [[5, 6]], "attention_mask": [1, 1]}, "attention_mask: expected 1 rows as in input_ids"),
-            (
-                {"input_ids": torch.tensor([[5], [0]])},
-                r"prompt\[1\]: expected text, messages or token ids, not empty, got \[\]",
-            ),
-            ({}, "prompt: expected text, .*, got None"),
-        ],
-    )
-    def test_bad_tensor_is_refused(self, model, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            model.generate(**arguments, **SHORT)
 
 
 class TestStreamers:

@@ -43,33 +43,6 @@ def test_text_parts_are_joined(tokenizer, make):
     assert joined == encode([USER], tokenizer, VOCABULARY) == encode("Hello?", tokenizer, VOCABULARY)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (3, "expected text or a list of text parts as content, got 3"),
-        (True, "expected text or a list of text parts as content, got True"),
-        (b"hi", "expected text or a list of text parts as content, got b'hi'"),
-        ({"type": "text", "text": "hi"}, "expected text or a list of text parts as content, got {'type'"),
-        ([{"type": "image", "url": "x"}], "expected parts of type 'text', got one of type 'image'"),
-        (["hi"], "expected parts of type 'text', got 'hi'"),
-        ([{"type": "text", "text": 3}], "expected parts of type 'text', got one without text"),
-        ([{"text": "hi"}], "expected parts of type 'text', got {'text': 'hi'}"),
-        ([], r"expected some text, got \[\]"),
-        ("", "expected some text, got ''"),
-        (None, "expected some text, got None"),
-    ],
-)
-def test_content_that_is_no_text_is_refused_with_its_message(tokenizer, content, message):
-    with pytest.raises(ValueError, match=f"^prompt: message 1: {message}"):
-        encode([USER, {"role": "user", "content": content}], tokenizer, VOCABULARY)
-
-
-@pytest.mark.parametrize("role", [None, "", 3])
-def test_message_without_a_role_is_refused(tokenizer, role):
-    with pytest.raises(ValueError, match=f"^prompt: message 0: expected a role, got {role!r}"):
-        encode([{"role": role, "content": "hi"}], tokenizer, VOCABULARY)
-
-
 def test_other_keys_and_roles_are_the_templates_to_judge(patched):
     called = [
         USER,

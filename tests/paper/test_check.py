@@ -127,22 +127,6 @@ def test_shift_that_could_be_chance_is_not_divided_by():
     assert all(row.delivered is None and row.shift is not None for row in section.rows)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"prompts": PROMPTS[:1]}, "prompts: expected a list of at least 2"),
-        ({"prompts": "Hello?"}, "prompts: expected a list of at least 2"),
-        ({"target": "base"}, "target: expected one of arithmetic, anchored, geometric"),
-        ({"num_seeds": 0}, "num_seeds: expected an integer >= 1"),
-        ({"batch_size": 0}, "batch_size: expected an integer >= 1"),
-        ({"weights": {"X": 1}}, "weights: expected some of"),
-    ],
-)
-def test_bad_input_is_refused_by_name(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        check(model, **{"weights": BOTH, "prompts": PROMPTS, **arguments})
-
-
 def test_plot_is_a_picture(report, tmp_path):
     pytest.importorskip("matplotlib")
     plot(report, tmp_path / "check.png")

@@ -144,50 +144,6 @@ def test_rejection_samplers_return_the_same_alone_and_in_a_batch_and_stream_what
             assert result.stats["rounds"] >= len(result.tokens)
 
 
-@pytest.mark.parametrize(
-    ("method", "prompts", "options", "message"),
-    [
-        ("moe", PROMPTS, {}, "method: expected one of base, .*scr-specialized, got 'moe'"),
-        ("mod", PROMPTS, {"sampler": "exact"}, "sampler: expected none beside method 'mod', .* got 'exact'"),
-        (
-            "scr",
-            PROMPTS,
-            {"target": "geometric"},
-            "target: expected none beside method 'scr', which",
-        ),
-        (
-            "base-specialized",
-            PROMPTS,
-            {},
-            "method: 'base-specialized' needs a specialised base.*got a base that is the",
-        ),
-        ("pp-specialized", PROMPTS, {}, "method: 'pp-specialized' needs a specialised base"),
-        ("scr-specialized", PROMPTS, {}, "method: 'scr-specialized' needs a specialised base"),
-        (
-            "soups",
-            PROMPTS,
-            {"weights": {"E": 1, "T": -1}},
-            "weights: method 'soups' averages, expected a positive sum, got 0",
-        ),
-        ("mod", PROMPTS, {"weights": {"E": -1}}, "weights: method 'mod' averages, expected a positive sum, got -1"),
-        ("token-rs", PROMPTS, {"weights": {"E": -1}}, "weights: .*positive sum, got -1"),
-        ("dpo-single", PROMPTS, {"weights": None}, "weights: expected a number for some of E, S, T, J .*, got None"),
-        ("pp", PROMPTS, {"weights": {"X": 1}}, "weights: expected some of E, S, T, J, got 'X'"),
-        ("pp", [[5, 6]], {}, r"prompts: preference prompting expected text or a conversation .* got \[5, 6\]"),
-        ("pp", [""], {}, r"prompt\[0\]: expected text, messages or token ids, not empty, got ''"),
-        ("base", "hello", {}, "prompts: expected a list of prompts, got 'hello'"),
-        ("base", [{"role": "user", "content": "hello"}], {}, "prompts: expected a list of prompts"),
-        ("scr", PROMPTS, {"tries": 3}, "tries: not an option of sampler 'scr', got 3"),
-        ("seq-rs", PROMPTS, {"tries": 0}, "tries: expected an integer 1..2147483647, got 0"),
-        ("token-rs", PROMPTS, {"temperature": 0}, "temperature: token-rs needs a draft that can vary, .*got 0"),
-    ],
-)
-def test_bad_call_is_refused(model, method, prompts, options, message):
-    options = {"weights": BOTH} | options
-    with pytest.raises(ValueError, match=message):
-        answer(model, method, prompts, options.pop("weights"), **SHORT, **options)
-
-
 def test_attribute_without_a_description_is_named(model):
     described = mpg.load(MODELS, {"Z": MODELS / "adapters/E"}, device=model.models.device)
     with pytest.raises(ValueError, match=r"descriptions: preference prompting expected one for 'Z', got none"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 from huggingface_hub import HfApi
@@ -157,44 +156,6 @@ def test_what_is_not_there_is_refused_after_one_question_to_the_hub_and_none_abo
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [SOUND])
     assert read("in/cache") == [tuple(SOUND.values())]
     assert len(asked) == 2
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ('{"prompt": "a", ', r"line 2: expected JSON; .* at column 17"),
-        pytest.param("[" * 10**5, r"line 2: expected JSON; Nested too deeply at col", id="nested"),
-        ({**SOUND, "rejected": "\ud800"}, r"line 2: expected text that UTF-8 can hold, got .*ud800"),
-        ({**SOUND, "prompt": "\ud800"}, r"line 2: expected text that UTF-8 can hold, got .*ud800"),
-        ("[1]", r"line 2: expected a JSON object, got \[1\]"),
-        (
-            {"prompt": "a", "chosen": "b"},
-            r"line 2: expected prompt, chosen and rejected .*, got no rejected among prom",
-        ),
-        ({}, r"line 2: expected prompt, chosen and rejected .*, got no prompt among nothing"),
-        (
-            {"question": "a", "E": "b"},
-            r"line 2: expected question and an answer for each of two poles, got question, E",
-        ),
-        ({**SOUND, "rejected": " "}, r"line 2: expected text for rejected, got ' '"),
-        ({**SOUND, "chosen": None}, r"line 2: expected text for chosen, got None"),
-        ({**SOUND, "prompt": ""}, r"line 2: expected text for prompt, got ''"),
-        ({**SOUND, "prompt": []}, r"line 2: expected text or messages for prompt, got \[\]"),
-        ({**SOUND, "prompt": ["a"]}, r"line 2: expected text or messages for prompt, got \['a'\]"),
-        ({**SOUND, "prompt": {"a": 1}}, r"line 2: expected text or messages for prompt, got \{'a': 1\}"),
-        ({**SOUND, "rejected": "Fine. "}, r"line 2: expected two different answers, got equal ones; drop_identical"),
-        ({**SOUND, "prompt": [say("user", "a")]}, r"line 2: expected text or messages as in .*line 1, got the other"),
-        (
-            {**SOUND, "chosen": [say("assistant", "a"), say("user", "b")]},
-            r"line 2: expected chosen to end in its one message of the assistant, got \['assistant', 'user'\]",
-        ),
-    ],
-    ids=lambda value: "" if isinstance(value, str) and "line" in value else None,
-)
-def test_a_row_that_cannot_be_trained_on_is_refused_with_its_line(row, message, tmp_path):
-    file = lines(tmp_path, SOUND, row, SOUND)
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}, {message}"):
-        read(file)
 
 
 def test_identical_sides_are_left_out_where_that_is_asked(tmp_path):

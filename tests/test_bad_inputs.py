@@ -1,0 +1,879 @@
+"""Every bad input of this table is refused by a message that begins with the argument at fault.
+
+A row is what is wrong and the message, in which ... stands for anything. Rows of a list are asked in one way, and what
+they do not say is sound. A new row goes into the list of its way; a new way is one more function below.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import time
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+from transformers.generation.streamers import BaseStreamer
+from typer.testing import CliRunner
+
+import mpg
+from mpg.app.chat import Chat
+from mpg.app.cli.command import app
+from mpg.context import Context
+from mpg.demo import MODELS
+from mpg.frontend.prompts import encode
+from mpg.options import Options, check_weights, parse_weights
+from mpg.paper.check import check
+from mpg.paper.methods import answer
+from mpg.recipe import Recipe, parse_setting
+from mpg.serve.server import make_app
+from mpg.serve.settings import Settings
+from mpg.train import settings as training
+from mpg.train.pairs import read_pairs
+
+E, BOTH = {"E": 1}, {"E": 1, "T": 1}
+CALM = "Be calm."
+USER = [{"role": "user", "content": "Hello?"}]
+PAIR = {"prompt": "How are you?", "chosen": "Fine.", "rejected": "Bad."}
+RECIPE = f"""\
+base: {MODELS}
+draft: E
+attributes: {{E: {MODELS}/adapters/E, T: {MODELS}/adapters/T}}
+weights: ET
+presets:
+  ET: {{E: 1, T: 0.5}}
+  F: {{T: -1}}
+options:
+  sampler: scr
+  window: 30
+"""
+CHAT, TEXT, JSON = "/v1/chat/completions", "/v1/completions", "application/json"
+GENERATE = ["generate", "--prompt", "Hello?", "--weights", "E=1", "--json"]
+TRAIN = ["train", "--base", "demo", "--data", "traits", "--out", "out"]
+
+
+def refusal(call, *arguments, **keywords):
+    with pytest.raises(ValueError, match=r": |, ") as refused:
+        call(*arguments, **keywords)
+    return str(refused.value)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def client(model):
+    served = make_app(Settings(name="demo"), lambda recipe: model)
+    with TestClient(served) as client:
+        while served.state.engine.state == "loading":
+            time.sleep(0.001)
+        yield client
+
+
+def generate(request, wrong):
+    """Model.generate"""
+    has_ids = {"input_ids", "attention_mask"} & wrong.keys()
+    whole = {"weights": BOTH, "seed": 0, "max_new_tokens": 16} | ({} if has_ids else {"prompt": "Hello?"})
+    return refusal(request.getfixturevalue("model").generate, **whole | wrong)
+
+
+def options(request, wrong):
+    """mpg.Options.of"""
+    return refusal(Options.of, wrong)
+
+
+def weights(request, wrong):
+    """The weights of a request, by its target."""
+    return refusal(check_weights, wrong[0], ("E", "S", "T", "J"), wrong[1])
+
+
+def weight_text(request, wrong):
+    """NAME=NUMBER,..."""
+    return refusal(parse_weights, wrong)
+
+
+def setting(request, wrong):
+    """NAME=VALUE"""
+    return refusal(parse_setting, wrong)
+
+
+def content(request, wrong):
+    """The content of the second message of a conversation."""
+    talk = [*USER, {"role": "user", "content": wrong}]
+    return refusal(encode, talk, request.getfixturevalue("model").tokenizer, 2000)
+
+
+def context(request, wrong):
+    """A context by itself."""
+    return refusal(Context.of, "contexts['calm']", wrong)
+
+
+def load(request, wrong):
+    """mpg.load beside the base of the demo"""
+    whole = {"base": MODELS, "attributes": {"E": MODELS / "adapters/E"}, "device": "cpu"} | wrong
+    return refusal(mpg.load, **whole)
+
+
+def recipe(request, wrong):
+    """A recipe with one of its lines changed, or another text altogether."""
+    file = request.getfixturevalue("place") / "mine.yaml"
+    text = wrong if isinstance(wrong, str) else RECIPE.replace(*wrong)
+    assert text != RECIPE
+    file.write_text(text)
+    return refusal(Recipe.of, file).removeprefix(f"{file}: ")
+
+
+def check_models(request, wrong):
+    """mpg.paper.check"""
+    return refusal(check, request.getfixturevalue("model"), **{"weights": BOTH, "prompts": ["Hello?", "Who?"], **wrong})
+
+
+def method(request, wrong):
+    """A method of the paper."""
+    name, *others = wrong
+    whole = {"prompts": ["Hello?"], "weights": BOTH, "max_new_tokens": 2} | (others[0] if others else {})
+    return refusal(answer, request.getfixturevalue("model"), name, whole.pop("prompts"), whole.pop("weights"), **whole)
+
+
+def chat(request, wrong):
+    """A line of a conversation."""
+    chat = Chat(request.getfixturevalue("model"), "E=1", {})
+    before = json.dumps([chat.weights, chat.options, chat.system, chat.history])
+    told = refusal(chat.command, wrong)
+    assert json.dumps([chat.weights, chat.options, chat.system, chat.history]) == before
+    return told
+
+
+@functools.cache
+def load_once(base, how, load=mpg.load):
+    return load(base, **json.loads(how))
+
+
+def command(request, wrong, load=lambda base, **how: load_once(base, json.dumps(how))):
+    """A command: one line on standard error, nothing on standard output nor in the folder, status 2."""
+    request.getfixturevalue("monkeypatch").setattr(mpg, "load", load)
+    before = sorted(request.getfixturevalue("place").iterdir())
+    name, *others = wrong
+    done = CliRunner().invoke(app, [name, "--device", os.environ.get("MPG_DEVICE", "cpu"), *others])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("mpg: ") and len(done.stderr.splitlines()) == 1
+    assert sorted(request.getfixturevalue("place").iterdir()) == before
+    return done.stderr.removeprefix("mpg: ")
+
+
+def early(request, wrong):
+    """A command that is refused before models are loaded."""
+    return command(request, wrong, load=None)
+
+
+def prompts(request, wrong):
+    """The file of --prompts."""
+    (request.getfixturevalue("place") / "file").write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
+    return command(request, ["generate", "--prompts", "file", "--weights", "E=1"])
+
+
+def check_prompts(request, wrong):
+    """The file of mpg check --prompts."""
+    (request.getfixturevalue("place") / "file").write_text(wrong)
+    return command(request, ["check", "--prompts", "file", "--weights", "E=1"])
+
+
+def pairs(request, wrong):
+    """The second of three lines to train on."""
+    rows = [PAIR, wrong, PAIR]
+    file = request.getfixturevalue("place") / "pairs.jsonl"
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return refusal(read_pairs, "pairs.jsonl")
+
+
+def training_settings(request, wrong):
+    """The settings of a training."""
+    return refusal(training.Settings.of, "paper", wrong)
+
+
+def server(request, wrong):
+    """A request of the server: the status before the message."""
+    path, own = wrong
+    whole = {"model": "demo", "weights": E, "max_tokens": 3}
+    whole |= {"messages": USER} if path == CHAT else {"prompt": "Hello?"}
+    if "model" in own:
+        del whole["weights"]
+    body = json.dumps({name: value for name, value in {**whole, **own}.items() if value is not None})
+    done = request.getfixturevalue("client").post(path, content=body, headers={"content-type": "application/json"})
+    error = done.json()["error"]
+    assert error["type"] == "invalid_request_error" and done.headers["x-request-id"]
+    assert re.split(r"[ .:\[]", error["message"])[0] == error["param"]
+    return f"{done.status_code} {error['message']}"
+
+
+def body(request, wrong):
+    """The bytes of a request, of which no object comes."""
+    content, kind = wrong
+    done = request.getfixturevalue("client").post(CHAT, content=content, headers={"content-type": kind})
+    assert len(done.text) < 500
+    return f"{done.status_code} {done.json()['error']['message']}"
+
+
+def server_settings(request, wrong):
+    """What a server is started with."""
+    return refusal(Settings, **wrong)
+
+
+# fmt: off
+CALLS = [
+    ({"prompt": ""}, "prompt: expected text, messages or token ids, not empty, got ''"),
+    ({"prompt": []}, "prompt: expected text, ..., got []"),
+    ({"prompt": ["fine", ""]}, "prompt[1]: expected text, messages or token ids, not empty, got ''"),
+    ({"prompt": [[]]}, "prompt[0]: expected text, messages or token ids, not empty, got []"),
+    ({"prompt": [[5], [5, 100000]]}, "prompt[1]: expected token ids in 0..., got 100000"),
+    ({"prompt": [{"role": "user", "content": ""}]}, "prompt: message 0: expected some text, got ''"),
+    *(({"prompt": [{"role": role, "content": "hi"}]}, f"prompt: message 0: expected a role, got {role!r}")
+      for role in (None, "", 3)),
+    ({"prompt": 3}, "prompt: expected text, ..., got 3"),
+    ({"prompt": [5, "hi"]}, "prompt: expected text, ..., got [5, 'hi']"),
+    ({"prompt": [["a", "b"]]}, "prompt: expected text, ..., got [['a', 'b']]"),
+    ({"prompt": [5, 100000]}, "prompt: expected token ids in 0..., got 100000"),
+    ({"prompt": [5, -1]}, "prompt: expected token ids in 0..., got -1"),
+    ({"prompt": "hi", "max_new_tokens": 300},
+     "max_new_tokens: the model has 256 positions ... expected at most ..., got 300"),
+    ({"prompt": [7] * 256}, "prompt: the model has 256 positions and prompt 0 takes 256, expected at least one left"),
+    ({"prompt": "hi", "weights": {"X": 1}}, "weights: expected some of E, S, T, J, got 'X'"),
+    ({"prompt": "hi", "weights": None}, "weights: expected a number for some of E, S, T, J ..., got None"),
+    ({"prompt": ["hi", "ho"], "weights": [{"E": 1}]}, "weights: expected one mapping, or one per prompt (2), got 1"),
+    ({"prompt": 'a\udcff'}, "prompt: expected text that UTF-8 can hold"),
+    ({"prompt": [{"role": "user", "content": 'a\udcff'}]},
+     "prompt: expected messages that the chat template takes, got"),
+    ({"prompt": [True, False]}, "prompt: expected text, ..., got"),
+    ({"prompt": "hi", "on_token": 3}, "on_token: expected a callable, got 3"),
+    ({"prompt": "hi", "wieghts": 1}, "wieghts: unknown option"),
+    ({"prompt": "hi", "sampler": "scr", "temperature": 0}, "temperature: scr"),
+    ({"repetition_penaltyy": 2}, "repetition_penaltyy: unknown option; did you mean 'repetition_penalty'"),
+    ({"wieghts": 1}, "wieghts: unknown option; did you mean 'weights'"),
+    ({"zzz": 1}, "zzz: unknown option; expected one of sampler, target"),
+    ({"stop": ["."]}, "stop: unknown option; did you mean 'stop_strings'"),
+    ({"generation_config": {"top_k": 3}}, "generation_config: expected a GenerationConfig, got dict"),
+    ({"do_sample": 1}, "do_sample: expected True or False, got 1"),
+    ({"do_sample": False, "sampler": "scr"}, "temperature: scr ... got 0; use sampler 'direct'"),
+    ({"stop_strings": ["a", ""]}, "stop_strings: expected a string or a list of them, none empty"),
+    ({"stop_strings": 3}, "stop_strings: expected a string or a list of them, none empty, got 3"),
+    ({"tokenizer": 3}, "tokenizer: expected a tokenizer of transformers, got int"),
+    ({"raw": "x"}, "raw: expected True or False, got 'x'"),
+    ({"trace": "x"}, "trace: expected True or False, got 'x'"),
+    ({"max_time": "long"}, "max_time: expected seconds, got 'long'"),
+    ({"max_time": math.nan}, "max_time: expected seconds, got nan"),
+    ({"max_time": -1}, "max_time: expected seconds, got -1"),
+    ({"max_length": "long"}, "max_length: expected an integer, got 'long'"),
+    ({"pad_token_id": [0]}, "pad_token_id: expected an integer, got [0]"),
+    ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size: expected an integer, got True"),
+    ({"suppress_tokens": {3: 1}}, "suppress_tokens: expected a token id or a list of them, got {3: 1}"),
+    ({"forced_eos_token_id": True}, "forced_eos_token_id: expected a token id or a list of them, got True"),
+    ({"prefix_allowed_tokens_fn": [3]}, "prefix_allowed_tokens_fn: expected a callable, got [3]"),
+    ({"exponential_decay_length_penalty": [1]}, "exponential_decay_length_penalty: ...; got [1]"),
+    ({"sequence_bias": [[]]}, "sequence_bias: ...; got [[]]"),
+    ({"tokenizer": ""}, "tokenizer: expected a tokenizer of transformers, got str"),
+    ({"num_return_sequences": 0}, "num_return_sequences: expected an integer >= 1, got 0"),
+    ({"num_return_sequences": 2, "do_sample": False},
+     "num_return_sequences: expected 1 where nothing is drawn (temperature 0), got 2"),
+    ({"eos_token_id": "x"}, "eos_token_id: expected a token id or a list of them, got 'x'"),
+    ({"repetition_penalty": -1.0}, "repetition_penalty: ...positive...; got -1.0"),
+    ({"bad_words_ids": [3]}, "bad_words_ids: ...; got [3]"),
+    ({"logits_processor": 3}, "logits_processor: expected a list of callables, got 3"),
+    ({"logits_processor": {}}, "logits_processor: expected a list of callables, got {}"),
+    ({"stopping_criteria": [3]}, "stopping_criteria: expected a list of callables, got [3]"),
+    ({"streamer": object()}, "streamer: expected one of transformers, with put and end, got <object"),
+    ({"streamer": BaseStreamer(), "num_return_sequences": 2}, "streamer: expected one prompt and one sequence"),
+    ({"prompt": "Hello?", "input_ids": [[1]]}, "prompt: expected a prompt or input_ids, got both"),
+    ({"sampler": "scr", "repetition_penalty": 1.2}, "repetition_penalty: acts on ...'scr' never"),
+    ({"sampler": "token-rs", "logits_processor": [print]}, "logits_processor: acts on the combined row"),
+    ({"input_ids": torch.ones(1, 2)}, "input_ids: expected integers (B, L) ... got (1, 2) of torch.float32"),
+    ({"input_ids": torch.ones(1, 1, 2, dtype=torch.int64)}, "input_ids: expected integers ... got (1, 1, 2)"),
+    ({"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[1, 0, 1]])},
+     "attention_mask: expected padding before or behind ... got some between: [1, 0, 1]"),
+    ({"input_ids": torch.tensor([[5, 0, 7]])}, "attention_mask: expected padding before or behind"),
+    ({"input_ids": "hi"}, "input_ids: expected a tensor or lists of token ids, got 'hi'"),
+    ({"attention_mask": [[1]]}, "input_ids: expected a tensor or lists of token ids, got None"),
+    ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, "attention_mask: expected 2 entries ... got [1]"),
+    ({"input_ids": [[5, 6]], "attention_mask": [1, 1]}, "attention_mask: expected 1 rows as in input_ids"),
+    ({"input_ids": torch.tensor([[5], [0]])}, "prompt[1]: expected text, messages or token ids, not empty, got []"),
+    ({"prompt": None}, "prompt: expected text, ..., got None"),
+    ({"contexts": {"calm": ""}}, "contexts['calm']: system: expected some text, got ''"),
+    ({"contexts": ["Be calm."]}, "contexts: expected a mapping from names to contexts, got 'Be calm.'"),
+    ({"contexts": [{}], "weights": {"calm": 1}}, "weights: expected some of E, S, T, J, got 'calm'"),
+    ({"contexts": [{}, {}]}, "contexts: expected one mapping, or one per prompt (1), got 2"),
+    ({"contexts": {"E": CALM}}, "contexts['E']: 'E' is an adapter or a model already; ...source='E'"),
+    *(({"contexts": {name: CALM}}, f"contexts[{name!r}]: expected text as a name, and none of base, anchor, ")
+      for name in ("base", "merged", "", " ", 3, None)),
+    ({"contexts": {"calm": [CALM]}}, "contexts['calm']: expected one text ...a mapping per prompt, got ["),
+    ({"contexts": {"calm": Context(system=CALM, source="Q")}},
+     "contexts['calm']: source: expected base or E or S ...given to mpg.load, got 'Q'"),
+    ({"contexts": {"calm": "word " * 300}, "weights": {"calm": 1}},
+     "contexts['calm']: the model has 256 ... the context 'calm' takes ..."),
+    ({"contexts": {"calm": CALM}, "weights": {"calm": 1}, "raw": True},
+     "contexts['calm']: this call has prompts as they are ...prefix="),
+    ({"weights": {"calm": 1}}, "weights: expected some of E, S, T, J, got 'calm'"),
+    ({"contexts": {"calm": CALM}, "weights": {"calm": -1}, "target": "arithmetic"}, "weights: "),
+    ({"contexts": {"calm": CALM}, "weights": {"calm": 1}, "draft": "merged"},
+     "draft 'merged', ...: expected LoRA adapters ... to merge, got none"),
+    ({"guidance_scale": "much"}, "guidance_scale: expected a number, got 'much'"),
+    ({"guidance_scale": 2, "target": "arithmetic"}, "guidance_scale: expected target 'geometric'"),
+    ({"guidance_scale": 2, "negative_prompt": ""}, "negative_prompt: prompt: expected some text, got ''"),
+    ({"guidance_scale": 2, "negative_prompt": 3}, "negative_prompt: ..., got 3"),
+    ({"guidance_scale": 2, "negative_prompt_ids": torch.zeros(1, 2)}, "negative_prompt_ids: ...: expected integers"),
+    ({"guidance_scale": 2, "contexts": {"negative prompt": CALM}, "weights": {"negative prompt": 1}},
+     "contexts: expected another name than 'negative prompt', which guidance_scale has"),
+    ({"guidance_scale": 2, "weights": {"negative prompt": 1}}, "weights: expected another name"),
+    ({"guidance_scale": 1000000.0}, "guidance_scale: expected 1, or 1e-06 to 10000 from it, got 1000000.0"),
+    ({"guidance_scale": 2, "negative_prompt_attention_mask": torch.ones(1, 2)},
+     "negative_prompt_attention_mask: expected negative_prompt_ids beside it"),
+    ({"negative_prompt": "Rude."}, "negative_prompt: expected guidance_scale beside it"),
+    ({"guidance_scale": 2, "negative_prompt": ["a", "b"]}, "negative_prompt: expected one, or one per prompt (1)"),
+]
+
+OPTIONS = [
+    ({"samplr": "scr"}, "samplr: unknown option; did you mean 'sampler'"),
+    ({"zzz": 1}, "zzz: unknown option; expected one of sampler, target"),
+    ({"sampler": "beam"}, "sampler: expected one of exact, direct, auto, scr..., got 'beam'"),
+    ({"target": "harmonic"}, "target: expected one of ..., got 'harmonic'"),
+    ({"target": "base", "sampler": "scr"}, "target: expected one of arithmetic, geometric, got 'base'"),
+    ({"top_k": 2**70}, "top_k: expected an integer 0"),
+    ({"top_k": -1}, "top_k: expected an integer 0..2147483647, got -1"),
+    ({"min_p": 1.1}, "min_p: expected a number in [0, 1], got 1.1"),
+    ({"min_p": 0.1, "sampler": "scr"}, "min_p: not an option of sampler 'scr', got 0.1"),
+    ({"mixture_span": 0, "target": "arithmetic"},
+     "mixture_span: expected 'token', 'sequence' or an integer 1..., got 0"),
+    ({"mixture_span": 2}, "mixture_span: expected 'token' unless the target is 'arithmetic', got 2"),
+    ({"draft": "beam"}, "draft: expected one of ..., got 'beam'"),
+    ({"adaptive": "no"}, "adaptive: expected True or False, got 'no'"),
+    ({"verify": "none"}, "verify: expected one of block, token, got 'none'"),
+    ({"chunk_size": 0}, "chunk_size: expected an integer 1..32, got 0"),
+    ({"chunk_size": 33}, "chunk_size: expected an integer 1..32, got 33"),
+    ({"chunk_size": 2.5}, "chunk_size: expected an integer ..., got 2.5"),
+    ({"chunk_size": 4, "sampler": "direct"}, "chunk_size: not an option of sampler 'direct', got 4"),
+    ({"temperature": -0.1}, "temperature: expected a number ..., got -0.1"),
+    ({"temperature": 0, "sampler": "scr"}, "temperature: scr ... expected > 0, got 0; use sampler 'direct'"),
+    ({"temperature": math.nan}, "temperature: ...got nan"),
+    ({"top_p": 0}, "top_p: expected a number in (0, 1], got 0"),
+    ({"top_p": 1.01}, "top_p: expected a number in (0, 1], got 1.01"),
+    ({"gamma": 0.99, "sampler": "scr"}, "gamma: expected a number ..., got 0.99"),
+    ({"gamma": 1.5}, "gamma: not an option of sampler 'exact', got 1.5"),
+    ({"tau": -1, "sampler": "scr"}, "tau: ...got -1"),
+    ({"window": 0, "sampler": "scr"}, "window: expected an integer 1..65536, got 0"),
+    ({"initial_bound": 0, "sampler": "scr"}, "initial_bound: ...got 0"),
+    ({"initial_bound": 1e+40, "sampler": "scr"}, "initial_bound: ...got 1e+40"),
+    ({"empty": "retry", "sampler": "scr"}, "empty: expected one of raise, base, got 'retry'"),
+    ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1, got 0"),
+    ({"seed": -1}, "seed: expected an integer ..., got -1"),
+    ({"seed": True}, "seed: expected an integer ..., got True"),
+]
+
+WEIGHTS = [
+    (({"X": 1}, "geometric"), "weights: expected some of E, S, T, J, got 'X'"),
+    (({}, "geometric"), "weights: expected a number for some of E, S, T, J (such as E=1), got {}"),
+    ((None, "arithmetic"), "weights: expected ..., got None"),
+    (([1, 2], "arithmetic"), "weights: expected ..., got [1, 2]"),
+    (({"E": 0, "T": 0.0}, "geometric"), "weights: expected at least one that is not 0"),
+    (({"E": math.nan}, "geometric"), "weights: expected 0, or a number ... for 'E', got nan"),
+    (({"E": math.inf}, "geometric"), "weights: expected 0, or a number ... for 'E', got inf"),
+    (({"E": 1e+30}, "geometric"), "weights: expected 0, or a number of size 1e-06 to 10000 for 'E', got 1e+30"),
+    (({"E": -1e-30}, "geometric"), "weights: expected 0, or a number ... for 'E', got -1e-30"),
+    (({"E": "1"}, "geometric"), "weights: expected 0, or a number ... for 'E', got '1'"),
+    (({"E": True}, "geometric"), "weights: expected 0, or a number ... for 'E', got True"),
+    (({"E": 1, "T": -1}, "arithmetic"), "weights: ... positive sum, got 0 ... 'geometric' (or 'anchored'"),
+    (({"E": 1, "T": -2}, "arithmetic"), "weights: ... positive sum, got -1"),
+    (({"E": 1}, "base"), "weights: expected none, or 0 for each, as target 'base' is the base alone, got {'E': 1}"),
+    (({"X": 0}, "base"), "weights: expected some of E, S, T, J, got 'X'"),
+    (({}, "geometric"), "weights: ...got {}; target='base' is the base alone"),
+    (({"E": 0}, "geometric"), "weights: ...got {'E': 0}; target='base' is the base alone"),
+]
+
+WEIGHT_TEXTS = [
+    ("E", "weights: expected NAME=NUMBER, got 'E'"),
+    ("E=", "weights: expected NAME=NUMBER, got 'E='"),
+    ("=1", "weights: expected NAME=NUMBER, got '=1'"),
+    ("E=much", "weights: expected a number for 'E', got 'much'"),
+    ("E=1,T=1,E=2", "weights: 'E' is given twice"),
+]
+
+VALUES = [
+    *((f"tau={value}", f"tau: expected a number, true, false or a word, got {value!r}")
+      for value in ("{", "2026-13-01", "[" * 1000)),
+    *((text, f"set: expected NAME=VALUE, got {text!r}") for text in ("tau", "=1", "tau=")),
+]
+
+CONTENTS = [
+    (3, "prompt: message 1: expected text or a list of text parts as content, got 3"),
+    (True, "prompt: message 1: expected text or a list of text parts as content, got True"),
+    (b"hi", "prompt: message 1: expected text or a list of text parts as content, got b'hi'"),
+    ({"type": "text", "text": "hi"},
+     "prompt: message 1: expected text or a list of text parts as content, got {'type'"),
+    ([{"type": "image", "url": "x"}], "prompt: message 1: expected parts of type 'text', got one of type 'image'"),
+    (["hi"], "prompt: message 1: expected parts of type 'text', got 'hi'"),
+    ([{"type": "text", "text": 3}], "prompt: message 1: expected parts of type 'text', got one without text"),
+    ([{"text": "hi"}], "prompt: message 1: expected parts of type 'text', got {'text': 'hi'}"),
+    ([], "prompt: message 1: expected some text, got []"),
+    ("", "prompt: message 1: expected some text, got ''"),
+    (None, "prompt: message 1: expected some text, got None"),
+]
+
+CONTEXTS = [
+    ("", "contexts['calm']: system: expected some text, got ''"),
+    (' \n', "contexts['calm']: system: expected some text, got ' "),
+    ({"prefix": ""}, "contexts['calm']: prefix: expected some text, got ''"),
+    ({"prefix": 'a\udcff'}, "contexts['calm']: prefix: expected text that UTF-8 can hold, got 'a"),
+    ({"prompt": []}, "contexts['calm']: prompt: expected some text, got []"),
+    ({"system": 3}, "contexts['calm']: system: expected text, got 3"),
+    ({"prompt": 3}, "contexts['calm']: prompt: expected text, messages or a list of token ids, got 3"),
+    ({}, "contexts['calm']: expected one of system, prefix, prompt, got none"),
+    ({"source": "adapters/E"}, "contexts['calm']: expected one of system, prefix, prompt, got none"),
+    ({"system": "a", "prefix": "b"}, "contexts['calm']: expected one of system, prefix, prompt, got system and prefix"),
+    ({"sytem": "a"}, "contexts['calm']: expected some of system, prefix, prompt, source, got 'sytem'"),
+    (3, "contexts['calm']: expected text, a Context or a mapping, got 3"),
+]
+
+LOADS = [
+    *(({"base": wrong}, "base: expected a folder, a hub name or a loaded model, got ") for wrong in (None, 3, ["a"])),
+    ({"base": "no/such/folder"}, "base: expected a model (config.json), got no/such/folder, which is no folder"),
+    ({"base": MODELS / "adapters/E"}, "base: expected a model, got the adapter "),
+    ({"base": MODELS.parent}, "base: expected a model (config.json), got none of it in "),
+    *(({"attributes": {"E": wrong}}, "attributes['E']: expected a folder, a hub name or a loaded model, got ")
+      for wrong in (None, 3, ["a"], torch.nn.Linear(2, 2))),
+    ({"attributes": ["E"]}, "attributes: expected a mapping from names to sources, got list"),
+    ({"attributes": {"E": MODELS.parent}},
+     "attributes['E']: expected a model (config.json) or an adapter (adapter_config.json), "),
+    *(({"attributes": {name: MODELS}}, f"attributes: expected names other than ..., got {name!r}")
+      for name in ("base", "anchor", "draft", "merged", "", " ", 3)),
+    ({"anchor": "no/such/folder"}, "anchor: expected a model (config.json) or an adapter (adapter_config.json), got "),
+    ({"draft": "no/such/folder"}, "draft: expected a model (config.json) or an adapter (adapter_config.json), got "),
+    ({"draft": 3}, "draft: expected a folder, a hub name or a loaded model, got int"),
+    ({"tokenizer": 3}, "tokenizer: expected a folder, a hub name or a loaded tokenizer, got int"),
+    ({"tokenizer": MODELS.parent}, "tokenizer: expected a tokenizer (tokenizer_config.json or "),
+    *(({"dtype": wrong}, f"dtype: expected a floating-point torch dtype such as 'bfloat16', got {wrong!r}")
+      for wrong in ("int64", "bf16", 16)),
+    *(({"device": wrong}, f"device: expected 'cpu' or 'cuda[:i]', got '{wrong}'")
+      for wrong in ("gpu", "mps", "xpu:0", "cuda:-1", 1.5)),
+    ({"device_map": "auto"},
+     "device_map: expected a mapping from ['E', 'base', 'anchor', 'draft'] to devices, got 'auto'"),
+    ({"device_map": {"T": "cpu"}}, "device_map: expected some of ['E', 'base', 'anchor', 'draft'], got 'T'"),
+    ({"device_map": {"base": "gpu"}}, "device_map['base']: expected 'cpu' or 'cuda[:i]', got 'gpu'"),
+    ({"device_map": {"E": "cpu"}}, "device_map: expected names that bring a model of their own, got attributes['E']"),
+    ({"quantize": "int8"}, "quantize: expected 'none' or 'int4' or 'int4-draft', got 'int8'"),
+    ({"quantize": "int4", "dtype": "float32"},
+     "dtype: expected bfloat16 beside quantize='int4', which computes in it, "),
+    ({"quantize": "int4-draft", "draft": MODELS / "adapters/E"},
+     "draft: expected a model beside quantize='int4-draft', "),
+    *(({name: 1}, f"{name}: expected True or False, got 1")
+      for name in ("allow_other_base", "merge_adapters", "graphs", "compile")),
+    ({"graphs": True}, "graphs: expected a model on one device of cuda, got cpu"),
+    ({"attributes": {"calm": Context(system=CALM, source="nosuch")}}, "attributes['calm']: expected a model"),
+    ({"attributes": {"calm": {"system": CALM}, "more": {"system": CALM, "source": "calm"}}},
+     "attributes['more']: source: ...context"),
+    ({"attributes": {"calm": {"sytem": CALM}}},
+     "attributes['calm']: expected some of system, prefix, prompt, source, got 'sytem'"),
+    ({"attributes": {"draft": {"system": CALM}}}, "attributes: expected names other than"),
+    ({"attributes": {" ": {"system": CALM}}}, "attributes: expected names other than"),
+    ({"attributes": {"calm": "Be calm and brief."}},
+     "attributes['calm']: expected a model ...; a text is a context: mpg.Context(system=...)"),
+]
+
+RECIPES = [
+    (("weights: ET", "weigths: ET"), "recipe: unknown key 'weigths'; did you mean 'weights'?"),
+    (("weights: ET", "zzz: ET"), "recipe: unknown key 'zzz'; expected one of base, attributes"),
+    (('draft: E\n', 'base: .\n'), "expected YAML: 'base' comes twice in line 2"),
+    (("  F:", "  ET:"), "expected YAML: 'ET' comes twice in line 7"),
+    (("{T: -1}", "{X: -1}"), "presets['F']: unknown attribute 'X'; expected one of E, T"),
+    (("{T: -1}", "{T: hot}"), "presets['F']: expected 0, or a number of size 1e-06 to 10000 for 'T', got 'hot'"),
+    (("{T: -1}", "{T: .inf}"), "presets['F']: expected 0, or a number of size"),
+    (("{T: -1}", "{T: true}"), "presets['F']: expected 0, or a number of size 1e-06 to 10000 for 'T', got True"),
+    (("{T: -1}", "{T: 0}"), "presets['F']: expected at least one that is not 0"),
+    (("{T: -1}", "T"), "presets['F']: expected a mapping, got 'T'"),
+    (("  F:", "  'F=1':"), "presets: expected a name without '=', got 'F=1'"),
+    (("weights: ET", "weights: EF"), "weights: expected a mapping or a preset among ET, F, got 'EF'"),
+    (("weights: ET", "weights: [E]"), "weights: expected a mapping, got ['E']"),
+    (("weights: ET", "weights: {e: 1}"), "weights: unknown attribute 'e'; expected one of E, T"),
+    ((f"base: {MODELS}", "base: 3"), "base: expected a folder or a hub name, got 3"),
+    ((f"base: {MODELS}", "base:"), "base: expected a folder or a hub name, got None"),
+    ((f"base: {MODELS}", "base: ./none"), "base: expected a folder that exists or a hub name, got './none' ("),
+    (("draft: E", f"draft: {MODELS}/none"), "draft: expected a folder that exists or a hub name, got"),
+    (("draft: E", '? [E]\n: E'), "expected YAML: while constructing a mapping"),
+    ((f"{MODELS}/adapters/E", "a b"), "attributes['E']: expected a folder that exists or a hub name, got 'a b' ("),
+    ((f"{MODELS}/adapters/E", "/a b c"),
+     "attributes['E']: expected a folder that exists or a hub name, got '/a b c'; a text is a context"),
+    ((f"E: {MODELS}/adapters/E", "E: {}"), "attributes['E']: expected one of system, prefix, prompt, got none"),
+    (("window: 30", "windo: 30"), "options: windo: unknown option; did you mean 'window'?"),
+    (("window: 30", "window: 0"), "options: window: expected an integer 1..65536, got 0"),
+    (("window: 30", "top_k: 5"), "options: top_k: not an option of sampler 'scr', got 5"),
+    (("sampler: scr", "sampler: srr"), "options: sampler: expected one of exact"),
+    (("draft: E", "draft: 2026-13-01"), "expected YAML: "),
+    (("  F:", "  No:"), "presets: expected text as names, got False; put it in quotes"),
+    (("presets:", "presets: ["), "expected YAML: "),
+    (("options:", "options: !!python/name:os.system x"), "expected YAML: "),
+    ("", "expected the keys base and attributes, got an empty file"),
+    ("- base", "recipe: expected a mapping, got ['base']"),
+    ("base: gpt2", "attributes: expected in every recipe, got base"),
+    ('base: gpt2\nattributes: {}', "attributes: expected at least one, got none"),
+    ('base: \x00', "expected YAML: "),
+    ("[" * 1000, "expected YAML: "),
+]
+
+CHECKS = [
+    ({"prompts": ["Hello?"]}, "prompts: expected a list of at least 2"),
+    ({"prompts": "Hello?"}, "prompts: expected a list of at least 2"),
+    ({"target": "base"}, "target: expected one of arithmetic, anchored, geometric"),
+    ({"num_seeds": 0}, "num_seeds: expected an integer >= 1"),
+    ({"batch_size": 0}, "batch_size: expected an integer >= 1"),
+    ({"weights": {"X": 1}}, "weights: expected some of"),
+]
+
+METHODS = [
+    (("moe",), "method: expected one of base, ...scr-specialized, got 'moe'"),
+    (("mod", {"sampler": "exact"}), "sampler: expected none beside method 'mod', ... got 'exact'"),
+    (("scr", {"target": "geometric"}), "target: expected none beside method 'scr', which"),
+    (("base-specialized",), "method: 'base-specialized' needs a specialised base...got a base that is the"),
+    (("pp-specialized",), "method: 'pp-specialized' needs a specialised base"),
+    (("scr-specialized",), "method: 'scr-specialized' needs a specialised base"),
+    (("soups", {"weights": {"E": 1, "T": -1}}), "weights: method 'soups' averages, expected a positive sum, got 0"),
+    (("mod", {"weights": {"E": -1}}), "weights: method 'mod' averages, expected a positive sum, got -1"),
+    (("token-rs", {"weights": {"E": -1}}), "weights: ...positive sum, got -1"),
+    (("dpo-single", {"weights": None}), "weights: expected a number for some of E, S, T, J ..., got None"),
+    (("pp", {"weights": {"X": 1}}), "weights: expected some of E, S, T, J, got 'X'"),
+    (("pp", {"prompts": [[5, 6]]}), "prompts: preference prompting expected text or a conversation ... got [5, 6]"),
+    (("pp", {"prompts": [""]}), "prompt[0]: expected text, messages or token ids, not empty, got ''"),
+    (("base", {"prompts": "hello"}), "prompts: expected a list of prompts, got 'hello'"),
+    (("base", {"prompts": USER}), "prompts: expected a list of prompts"),
+    (("scr", {"tries": 3}), "tries: not an option of sampler 'scr', got 3"),
+    (("seq-rs", {"tries": 0}), "tries: expected an integer 1..2147483647, got 0"),
+    (("token-rs", {"temperature": 0}), "temperature: token-rs needs a draft that can vary, ...got 0"),
+]
+
+CHATS = [
+    ("/wieghts E=1", "/wieghts: unknown command; did you mean '/weights'?"),
+    ("/", "/: unknown command; expected one of /weights, /sampler"),
+    ("/weights X=1", "weights: expected some of E, S, T, J, got 'X'"),
+    ("/weights ESTP", "weights: expected NAME=NUMBER,... or a preset among ESTJ, INFP, got 'ESTP'"),
+    ("/weights E=0", "weights: expected at least one that is not 0"),
+    ("/sampler beam", "sampler: expected one of exact, direct"),
+    ("/set sampler=[exact]", "sampler: expected one of exact, direct"),
+    ("/set temperature", "set: expected NAME=VALUE, got 'temperature'"),
+    ("/set temperature=", "set: expected NAME=VALUE, got 'temperature='"),
+    ("/set temperature=hot", "temperature: expected a number in"),
+    ("/set temperature={", "temperature: expected a number, true, false or a word, got '{'"),
+    ("/set temprature=1", "temprature: unknown option; did you mean 'temperature'?"),
+    ("/set window=3", "window: not an option of sampler 'exact', got 3"),
+    ("/set num_beams=2", "num_beams: expected"),
+    ("/set num_return_sequences=2", "num_return_sequences: expected 1 in a chat, got 2"),
+    ('/system \udcff', "prompt: expected messages that the chat template takes"),
+    ("/undo", "/undo: expected a turn to take back, got an empty history"),
+    ("/save", "/save: expected the name of a file, got none"),
+    ("/save /no/such/folder/file", "/save: expected a file that can be written, got"),
+]
+
+COMMANDS = [
+    ([*GENERATE, "--weights", "X=1"], "weights: expected some of"),
+    ([*GENERATE, "--weights", "E"], "weights: expected NAME=NUMBER,... or a preset among ESTJ, INFP, got 'E'"),
+    ([*GENERATE, "--weights", "E=1,E=2"], "weights: 'E' is given twice"),
+    (["generate", "--prompt", "Hello?"], "weights: expected a number for some of"),
+    ([*GENERATE, "--weights", "E=1,T=-1", "--target", "arithmetic"],
+     "weights: the arithmetic target needs a positive sum"),
+    ([*GENERATE, "--weights", "E=1", "--set", "chunk_size=40"], "chunk_size: expected an integer 1..32, got 40"),
+    ([*GENERATE, "--weights", "E=1", "--set", "temprature=1"],
+     "temprature: unknown option; did you mean 'temperature'"),
+    ([*GENERATE, "--weights", "E=1", "--set", "temperature"], "set: expected NAME=VALUE, got 'temperature'"),
+    ([*GENERATE, "--weights", "E=1", "--set", "seed=[1, 2]"], "seed: expected one number, got [1, 2]"),
+    ([*GENERATE, "--weights", "E=1", "--set", "num_beams=4"], "num_beams: expected"),
+    ([*GENERATE, "--weights", "E=1", "--temperature", "0", "--sampler", "scr"], "temperature: scr"),
+    ([*GENERATE, "--weights", "E=1", "--draft", "no/such"], "draft: expected a model's folder, got 'no/such'"),
+    ([*GENERATE, "--weights", "E=1", "--models", "no/such"],
+     "models: expected 'demo', 'smollm2', a folder or a recipe, got 'no/such'"),
+    ([*GENERATE, "--weights", "E=1", "--models", str(MODELS.parent)], f"base: ...got none of it in {MODELS.parent}"),
+    ([*GENERATE, "--weights", "E=1", "--anchor", str(MODELS.parent)], f"anchor: ...got none of it in {MODELS.parent}"),
+    ([*GENERATE, "--weights", "E=1", "--draft", str(MODELS.parent)], f"draft: ...got none of it in {MODELS.parent}"),
+    ([*GENERATE, "--weights", "E=1", "--device", "cuda:99"], "device"),
+    ([*GENERATE, "--weights", "E=1", "--stop", ""], "stop: expected strings that are not empty, got ['']"),
+    ([*GENERATE, "--weights", "E=1", "--batch-size", "0"], "batch_size: expected an integer >= 1, got 0"),
+    ([*GENERATE, "--weights", "E=1", "--device-map", "cuda:0"], "device_map: expected NAME=DEVICE, got 'cuda:0'"),
+    ([*GENERATE, "--weights", "E=1", "--device-map", "F=cpu"], "device_map: expected some of ['E', "),
+    ([*GENERATE, "--weights", "E=1", "--device", "cpu", "--graphs"],
+     "graphs: expected a model on one device of cuda, got cpu"),
+    ([*GENERATE, "--method", "scr-specialized"], "method: 'scr-specialized' needs a specialised base"),
+    ([*GENERATE, "--context", "calm"], "context: expected NAME=TEXT, got 'calm'"),
+    ([*GENERATE, "--context", "E=Be calm."], "contexts['E']: 'E' is an adapter or a model already"),
+    ([*GENERATE, "--context", "calm=Be calm.", "--context", "calm=Be."],
+     "context: 'calm' is given twice, expected once"),
+]
+
+EARLY = [
+    ([*GENERATE, "--method", "mod", "--sampler", "exact"],
+     "sampler: expected none beside method 'mod', which sets it, got 'exact'"),
+    ([*GENERATE, "--method", "scr", "--target", "geometric"],
+     "target: expected none beside method 'scr', which sets it, got 'geometric'"),
+    ([*GENERATE, "--method", "moe"], "method: expected one of base,"),
+    ([*GENERATE, "--method", "mod", "--describe", "E=loud"],
+     "describe: expected a method among pp, pp-single, pp-specialized"),
+    ([*GENERATE, "--method", "pp", "--describe", "E"], "describe: expected NAME=TEXT, got 'E'"),
+    ([*GENERATE, "--method", "mod", "--set", "top_p=2"], "top_p: expected a number in (0, 1], got 2"),
+    ([*GENERATE, "--method", "mod", "--set", "chunk_size=2"], "chunk_size: not an option of sampler 'direct', got 2"),
+    ([*GENERATE, "--method", "token-rs", "--set", "top_k=2"], "top_k: not an option of sampler 'token-rs', got 2"),
+    ([*GENERATE, "--method", "scr", "--temperature", "0"], "temperature: scr"),
+    (["generate", "--weights", "E=1"], "prompt: expected --prompt TEXT or --prompts FILE, got neither"),
+    ([*GENERATE[:1], *GENERATE[3:], "--prompts", "nosuch.txt"],
+     "prompts: expected a file that can be read, got nosuch.txt: No such file or directory"),
+    (["check", "--weights", "E=1", "--prompts", "nosuch.txt"],
+     "prompts: expected a file that can be read, got nosuch.txt: No such file or directory"),
+    ([*GENERATE, "--trace", "trace.json"], "trace: expected a file whose name ends in .html, got 'trace.json'"),
+    ([*GENERATE, "--trace", "no/t.html"], "trace: expected a file that can be written, got 'no/t.html': No such file"),
+    (["serve", "--host", "0.0.0.0"], "host: expected a loopback address without api_key, got '0.0.0.0'; --allow-open"),
+    (["serve", "--max-rows", "0"], "max_rows: expected a number above 0, got 0"),
+    (["serve", "--attribute-folder", "no/such"], "attribute_folder: expected a folder, got 'no/such'"),
+    (["serve", "--set", "temprature=1"], "temprature: unknown option; did you mean 'temperature'"),
+    (["serve", "--models", "no/such"], "models: expected 'demo', 'smollm2', a folder or a recipe, got 'no/such'"),
+    ([*TRAIN, "--pole", "T", "--schedule", "step"], "schedule: expected one of "),
+    ([*TRAIN[:4], "no/such.jsonl", *TRAIN[5:]],
+     "data: expected a file that can be read, got no/such.jsonl: No such file"),
+    ([*TRAIN, "--pole", "X"], "pole: expected one of E, F, I, J, N, P, S, T (an adapter learns one), got 'X'"),
+    ([*TRAIN, "--pole", "T", "--pole", "F"], "pole: expected one, got 'T', 'F'"),
+    ([*TRAIN, "--pole", "T", "--rank", "0"], "rank: expected an integer >= 1, got 0"),
+    ([*TRAIN, "--pole", "T", "--preset", "huge"], "preset: expected one of paper, small, got 'huge'"),
+]
+
+PROMPTS = [
+    ('{"a"', "prompts: ...line 1: expected JSON; Expecting ':' delimiter at column 5"),
+    ('\n{"prompt": "a"}\nb', "prompts: ...line 3: expected JSON; Expecting value at column 1"),
+    ('["a", ', "prompts: ...line 1: expected a JSON list; Expecting value"),
+    ("[" * 10**5, "prompts: ...line 1: expected a JSON list; Nested too deeply"),
+    ('{"a":' * 10**5, "prompts: ...line 1: expected JSON; Nested too deeply at column 1"),
+    ('["a", 2]', "prompts: ...entry 2: expected a JSON object or string, got 2"),
+    ('{"prompt": "a"}\n3', "prompts: ...line 2: expected a JSON object or string, got 3"),
+    ('{"text": "a"}', "prompts: ...line 1: expected one of prompt and messages, got text"),
+    ('{"prompt": "a", "messages": []}',
+     "prompts: ...line 1: expected one of prompt and messages, got prompt, messages"),
+    ('{"prompt": 3}', "prompts: ...line 1: prompt: expected text or a list, not empty, got 3"),
+    ('{"messages": []}', "prompts: ...line 1: messages: expected text or a list, not empty, got []"),
+    ('[{"prompt": "a"}, {"prompt": ""}]', "prompts: ...entry 2: prompt: expected text or a list, not empty, got ''"),
+    ('{"prompt": "a"}\n\n{"messages": [{"content": "b"}]}',
+     "prompts: ...line 3: prompt[1]: message 0: expected a role, got None"),
+    ('{"prompt": "a", "raw": true}', "prompts: ...line 1: raw: expected an option, got an argument of Model.generate"),
+    ('{"prompt": "a"}\n{"prompt": "b", "temprature": 1}',
+     "prompts: ...line 2: temprature: unknown option; did you mean"),
+    ('{"prompt": "a", "window": 3}', "prompts: ...line 1: window: not an option of sampler 'exact', got 3"),
+    ('{"prompt": "a", "seed": [1]}', "prompts: ...line 1: seed: expected one number, got [1]"),
+    ('{"prompt": "a"}\n{"prompt": "b", "weights": {"Q": 1}}',
+     "prompts: ...line 2: weights: expected some of E, S, T, J, got 'Q'"),
+    ('{"prompt": "a", "weights": "nobody"}', "prompts: ...line 1: weights: expected NAME=NUMBER,... or a preset"),
+    (' \n', "prompts: ...expected text, got nothing in"),
+    (b'caf\xe9', "prompts: ...expected text in UTF-8, got"),
+]
+
+CHECK_PROMPTS = [
+    ('{"a"', "prompts: ...line 1: expected JSON; Expecting ':' delimiter at column 5"),
+    ("One?", "prompts: ...expected at least 2, to tell a shift from chance, got 1 in"),
+    ('{"prompt": "a"}\n{"prompt": "b", "seed": 3}',
+     "prompts: ...line 2: seed: expected none of a single prompt under mpg check"),
+    ('{"prompt": "a", "weights": {"E": 1}}\n{"prompt": "b"}',
+     "prompts: ...line 1: weights: expected none of a single prompt"),
+    ('{"prompt": "a", "contexts": {"calm": "b"}}\n{"prompt": "b"}',
+     "prompts: ...line 1: contexts: expected none of a single"),
+    ]
+
+PAIRS = [
+    ('{"prompt": "a", ', "pairs.jsonl, line 2: expected JSON; ... at column 17"),
+    ("[" * 10**5, "pairs.jsonl, line 2: expected JSON; Nested too deeply at col"),
+    ({**PAIR, "rejected": "\ud800"}, "pairs.jsonl, line 2: expected text that UTF-8 can hold, got ...ud800"),
+    ({**PAIR, "prompt": "\ud800"}, "pairs.jsonl, line 2: expected text that UTF-8 can hold, got ...ud800"),
+    ("[1]", "pairs.jsonl, line 2: expected a JSON object, got [1]"),
+    ({"prompt": "a", "chosen": "b"},
+     "pairs.jsonl, line 2: expected prompt, chosen and rejected ..., got no rejected among prom"),
+    ({}, "pairs.jsonl, line 2: expected prompt, chosen and rejected ..., got no prompt among nothing"),
+    ({"question": "a", "E": "b"},
+     "pairs.jsonl, line 2: expected question and an answer for each of two poles, got question, E"),
+    ({**PAIR, "rejected": " "}, "pairs.jsonl, line 2: expected text for rejected, got ' '"),
+    ({**PAIR, "chosen": None}, "pairs.jsonl, line 2: expected text for chosen, got None"),
+    ({**PAIR, "prompt": ""}, "pairs.jsonl, line 2: expected text for prompt, got ''"),
+    ({**PAIR, "prompt": []}, "pairs.jsonl, line 2: expected text or messages for prompt, got []"),
+    ({**PAIR, "prompt": ["a"]}, "pairs.jsonl, line 2: expected text or messages for prompt, got ['a']"),
+    ({**PAIR, "prompt": {"a": 1}}, "pairs.jsonl, line 2: expected text or messages for prompt, got {'a': 1}"),
+    ({**PAIR, "rejected": "Fine. "},
+     "pairs.jsonl, line 2: expected two different answers, got equal ones; drop_identical"),
+    ({**PAIR, "prompt": USER}, "pairs.jsonl, line 2: expected text or messages as in ...line 1, got the other"),
+    ({**PAIR, "chosen": [{"role": "assistant", "content": "a"}, *USER]},
+     "pairs.jsonl, line 2: expected chosen to end in its one message of the assistant, got ['assistant', 'user']"),
+]
+
+TRAININGS = [
+    ({"learning_rat": 1}, "learning_rat: unknown setting; did you mean 'learning_rate'?"),
+    ({"rank": 0}, "rank: expected "),
+    ({"alpha": 0}, "alpha: expected "),
+    ({"dropout": 1}, "dropout: expected "),
+    ({"modules": "q_proj,,v_proj"}, "modules: expected "),
+    ({"learning_rate": 0}, "learning_rate: expected "),
+    ({"learning_rate": math.nan}, "learning_rate: expected "),
+    ({"weight_decay": -1}, "weight_decay: expected "),
+    ({"schedule": "step"}, "schedule: expected "),
+    ({"warmup_steps": -1}, "warmup_steps: expected "),
+    ({"batch_size": 0}, "batch_size: expected "),
+    ({"accumulation": 0}, "accumulation: expected "),
+    ({"epochs": 1.5}, "epochs: expected "),
+    ({"beta": 0}, "beta: expected "),
+    ({"likelihood": -1}, "likelihood: expected "),
+    ({"max_answer": 0}, "max_answer: expected "),
+    ({"held_out": 0}, "held_out: expected "),
+    ({"checkpoint_steps": 0}, "checkpoint_steps: expected "),
+    ({"gradient_checkpointing": "yes"}, "gradient_checkpointing: expected "),
+    ({"adapter_dtype": "int8"}, "adapter_dtype: expected "),
+    ({"seed": -1}, "seed: expected "),
+]
+
+REQUESTS = [
+    ((CHAT, {"messages": None}), "400 messages: expected it, got none"),
+    ((CHAT, {"messages": []}), "400 messages: expected at least 1, got []"),
+    ((CHAT, {"messages": "Hello?"}), "400 messages: expected a valid list, got 'Hello?'"),
+    ((CHAT, {"messages": [{"role": "robot", "content": "x"}]}),
+     "400 messages.0.role: expected 'system', 'developer', 'user' or 'assistant', got 'robot'"),
+    ((CHAT, {"messages": [{"role": "user"}]}), "400 messages.0.content: expected it, got none"),
+    ((CHAT, {"messages": [{"role": "user", "content": ""}]}), "400 messages: message 0: expected some text, got ''"),
+    ((CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}),
+     "400 messages.0.content.0.image_url: there is no such field, got 'x'"),
+    ((CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}),
+     "400 messages: expected messages that the chat template takes, got [{'role': 'user', "),
+    ((CHAT, {"messages": [*USER, {"role": "assistant", "content": "I"}]}),
+     "400 messages: the last message is the assistant's, expected continue_final_message=True "),
+    ((CHAT, {"messages": [{"role": "user", "content": "word " * 3000}]}),
+     "400 messages: the model has 256 positions and prompt 0 takes 3005, expected at least "),
+    ((CHAT, {"model": None}), "400 model: expected it, got none"),
+    ((CHAT, {"model": "gpt-4"}),
+     "404 model: expected demo, base, E, S, T, J, ESTJ, INFP or weights such as 'E=1,T=0.5', "),
+    ((CHAT, {"model": "E=x"}), "400 weights: expected a number for 'E', got 'x'"),
+    ((CHAT, {"model": "E=1,Q=1"}), "400 weights: expected some of E, S, T, J, got 'Q'"),
+    ((CHAT, {"model": "E", "weights": {"T": 1}}),
+     "400 weights: expected none beside model 'E', which says them; model 'demo' takes them"),
+    ((CHAT, {"model": "gpt-4", "weights": {"T": 1}}),
+     "404 model: expected demo, base, E, S, T, J, ESTJ, INFP or weights such as 'E=1,T=0.5', "),
+    ((CHAT, {"weights": {"Q": 1}}), "400 weights: expected some of E, S, T, J, got 'Q'"),
+    ((CHAT, {"weights": {"E": "much"}}), "400 weights.E: expected a valid number, got 'much'"),
+    ((CHAT, {"weights": {"E": 1000000000.0}}),
+     "400 weights: expected 0, or a number of size 1e-06 to 10000 for 'E', got 1000000000.0"),
+    ((CHAT, {"weights": {"E": 0}}),
+     "400 weights: expected at least one that is not 0, got {'E': 0.0}; target='base' is the "),
+    ((CHAT, {"weights": {f"E{index}": 1 for index in range(65)}}), "400 weights: expected at most 64 names, got 65"),
+    ((CHAT, {"contexts": {f"a{index}": "Be calm." for index in range(65)}}),
+     "400 contexts: expected at most 64 names, got 65"),
+    ((CHAT, {"weights": {"E": -1}, "target": "arithmetic"}),
+     "400 weights: the arithmetic target needs a positive sum, got -1 from {'E': -1.0}; use "),
+    ((CHAT, {"target": "harmonic"}),
+     "400 target: expected one of arithmetic, anchored, geometric, base, got 'harmonic'"),
+    ((CHAT, {"model": "base", "target": "geometric"}),
+     "400 target: expected none beside model 'base', got 'geometric'"),
+    ((CHAT, {"sampler": "beam"}),
+     "400 sampler: expected one of exact, direct, auto, scr, token-rs, seq-rs, got 'beam'"),
+    ((CHAT, {"sampler": "auto"}),
+     "400 sampler: expected exact, direct, scr, token-rs or seq-rs, as a server has no time "),
+    ((CHAT, {"draft": "a friend"}), "400 draft: expected one of model, reference, lookup, merged, got 'a friend'"),
+    ((CHAT, {"sampler": "direct", "draft": "model"}), "400 draft: not an option of sampler 'direct', got 'model'"),
+    ((CHAT, {"weights": {"a": 1}, "contexts": {"a": {"system": "x", "prefix": "y"}}}),
+     "400 contexts['a']: expected one of system, prefix, prompt, got system and prefix"),
+    ((CHAT, {"weights": {"a": 1}, "contexts": {"a": {"system": "x", "source": "/etc"}}}),
+     "400 contexts['a']: source: expected base or E or S or T or J; others are given to "),
+    ((CHAT, {"contexts": {"a": {"file": "/etc/passwd"}}}),
+     "400 contexts.a.file: there is no such field, got '/etc/passwd'"),
+    ((CHAT, {"temperature": -1}), "400 temperature: expected greater than or equal to 0, got -1"),
+    ((CHAT, {"temperature": "hot"}), "400 temperature: expected a valid number, got 'hot'"),
+    ((CHAT, {"top_p": 0}), "400 top_p: expected greater than 0, got 0"),
+    ((CHAT, {"top_k": -2}), "400 top_k: expected an integer 0..2147483647, got -2"),
+    ((CHAT, {"min_p": 2}), "400 min_p: expected a number in [0, 1], got 2.0"),
+    ((CHAT, {"repetition_penalty": -1}),
+     "400 repetition_penalty: `penalty` has to be a strictly positive float, but is -1.0; got "),
+    *(((CHAT, {name: math.inf}), f"400 {name}: expected a finite number, got inf")
+      for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
+    ((CHAT, {"repetition_penalty": 1.2, "sampler": "scr"}),
+     "400 repetition_penalty: acts on the combined row, which sampler 'scr' never builds (it "),
+    ((CHAT, {"n": 0}), "400 n: expected greater than or equal to 1, got 0"),
+    ((CHAT, {"n": 99}), "400 n: expected at most 16, got 99"),
+    ((CHAT, {"seed": -1}), "400 seed: expected greater than or equal to 0, got -1"),
+    ((CHAT, {"seed": 2**63}), "400 seed: expected less than or equal to 9223372036854775807, got 9223372036854775808"),
+    ((CHAT, {"max_tokens": -1}), "400 max_tokens: expected greater than or equal to 0, got -1"),
+    ((CHAT, {"max_tokens": 0}), "400 max_tokens: expected 1 at least, got 0"),
+    ((CHAT, {"max_tokens": 10**6}),
+     "400 max_tokens: the model has 256 positions and prompt 0 takes 6, expected at most 250, "),
+    ((CHAT, {"max_tokens": 3, "max_completion_tokens": 4}),
+     "400 max_completion_tokens: expected one of it and max_tokens, got both"),
+    ((CHAT, {"stop": ["x"] * 17}), "400 stop: expected at most 16 of at most 256 characters, got 17"),
+    ((CHAT, {"stop": ["x" * 1000]}), "400 stop: expected at most 16 of at most 256 characters, got 1"),
+    ((CHAT, {"stop": [""]}), "400 stop: expected a string or a list of them, none empty, got ['']"),
+    ((CHAT, {"stop": ["\ud800"]}), "400 stop: expected text that UTF-8 can hold, got '\\ud800'"),
+    ((CHAT, {"top_logprobs": 2}), "400 top_logprobs: expected logprobs to be true beside it"),
+    ((CHAT, {"logprobs": True, "top_logprobs": 21}), "400 top_logprobs: expected less than or equal to 20, got 21"),
+    ((CHAT, {"logprobs": True, "sampler": "scr"}),
+     "400 logprobs: expected sampler exact or direct, which have combined rows, got 'scr'"),
+    ((CHAT, {"stream_options": {"other": 1}}), "400 stream_options.other: there is no such field, got 1"),
+    ((CHAT, {"tools": [{"type": "function"}]}),
+     "400 tools: this server does not support it, got [{'type': 'function'}]"),
+    ((CHAT, {"response_format": {"type": "json_object"}}),
+     "400 response_format: this server does not support it, got {'type': 'json_object'}"),
+    ((CHAT, {"logit_bias": {"5": 1}}), "400 logit_bias: this server does not support it, got {'5': 1}"),
+    ((CHAT, {"presence_penalty": 0.5}), "400 presence_penalty: this server does not support it, got 0.5"),
+    ((CHAT, {"logits_processor": "os.system"}), "400 logits_processor: there is no such field, got 'os.system'"),
+    ((CHAT, {"guidance": 3}), "400 guidance: there is no such field, got 3"),
+    ((CHAT, {"\ud800": 3}), "400 \ud800: there is no such field, got 3"),
+    ((CHAT, {"messages": [{"role": "user", "content": "x", "\ud800": 1}]}),
+     "400 messages.0.\ud800: there is no such field, got 1"),
+    ((CHAT, {"weights": {"a": 1}, "contexts": {"a": "Be calm."}, "draft": "merged"}),
+     "400 draft 'merged', method 'soups': expected LoRA adapters with a weight to merge, got "),
+    ((TEXT, {"prompt": ""}), "400 prompt: expected text or token ids, not empty, got ''"),
+    ((TEXT, {"prompt": []}), "400 prompt: expected text or token ids, not empty, got []"),
+    ((TEXT, {"prompt": [5, "x"]}), "400 prompt.0: expected a valid string or a valid integer or a valid list, got 5"),
+    ((TEXT, {"prompt": [10**6]}), "400 prompt: expected token ids in 0..1497, got 1000000"),
+    ((TEXT, {"prompt": [-1]}), "400 prompt: expected token ids in 0..1497, got -1"),
+    ((TEXT, {"prompt": ["x"] * 65}), "400 prompt: expected at most 64 prompts, got 65"),
+    ((TEXT, {"logprobs": 21}), "400 logprobs: expected less than or equal to 20, got 21"),
+    ((TEXT, {"suffix": "end"}), "400 suffix: this server does not support it, got 'end'"),
+    ((TEXT, {"best_of": 2}), "400 best_of: this server does not support it, got 2"),
+    ((TEXT, {"max_tokens": 0}), "400 max_tokens: expected 1 at least where the prompt is not echoed, got 0"),
+    ((TEXT, {"echo": True, "logprobs": 1, "stream": True}),
+     "400 stream: expected false where the prompt is echoed with logprobs, got true"),
+    ((TEXT, {"weights": {"a": 1}, "contexts": {"a": "Be calm."}}),
+     "400 contexts['a']: this call has prompts as they are and no place for a system message; "),
+    ((TEXT, {"weights": {"a": 1}, "contexts": {"a": {"prompt": "x"}}, "echo": True, "logprobs": 1}),
+     "400 echo: the context 'a' does not end with the prompt, expected logprobs of new tokens "),
+    ((TEXT, {"echo": True, "logprobs": 1, "target": "arithmetic", "mixture_span": 4}),
+     "400 mixture_span: expected 'token' beside echo with logprobs, got 4"),
+]
+
+BODIES = [
+    *(((body, JSON), "400 body: expected JSON, got ...")
+      for body in (b"{", b"", b"\xff", b'{"seed": ' + b"9" * 5000, *(b"[" * depth for depth in (980, 100_000)))),
+    *(((body, JSON), "400 body: expected an object, got ") for body in (b"[]", b'"x"', b"5")),
+    *(((f'{{"weights": {"[" * depth}{"]" * depth}}}'.encode(), JSON), "400 ") for depth in (10, 900, 950, 980)),
+    *(((b"{}", kind), "415 content-type: expected application/json, got ")
+      for kind in ("text/plain", "", "application/x-www-form-urlencoded")),
+]
+
+SERVERS = [
+    ({"max_rows": 0}, "max_rows: expected a number above 0, got 0"),
+    ({"max_memory": -1}, "max_memory: expected a number above 0, got -1"),
+    ({"grace": -1}, "grace: expected a number, 0 at least, got -1"),
+    ({"max_kept": -1}, "max_kept: expected a number, 0 at least, got -1"),
+    ({"api_keys": ("",)}, "api_key, admin_key: expected some text, got an empty key"),
+]
+# fmt: on
+
+TABLE = [
+    (ask, *row)
+    for ask, rows in {
+        generate: CALLS, options: OPTIONS, weights: WEIGHTS, weight_text: WEIGHT_TEXTS, setting: VALUES,
+        content: CONTENTS, context: CONTEXTS, load: LOADS, recipe: RECIPES, check_models: CHECKS, method: METHODS,
+        chat: CHATS, command: COMMANDS, early: EARLY, prompts: PROMPTS, check_prompts: CHECK_PROMPTS, pairs: PAIRS,
+        training_settings: TRAININGS, server: REQUESTS, body: BODIES, server_settings: SERVERS,
+    }.items()
+    for row in rows
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ask", "wrong", "message"), TABLE, ids=[f"{row[0].__name__} {row[2]!a:.60}" for row in TABLE])
+def test_a_bad_input_is_refused_by_name(ask, wrong, message, request):
+    told = ask(request, wrong)
+    assert re.match(".*".join(map(re.escape, message.split("..."))), told, re.DOTALL), told
