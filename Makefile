@@ -46,9 +46,10 @@ mutants: $(BIN)/.built
 levels: $(BIN)/.built
 	$(BIN)/python tests/levels.py
 
-# The property tests on a thousand examples each, from the seed that the command shows, and every simulated schedule.
+# The property tests, and made-up calls, recipes, adapters and requests, on a thousand examples each from the seed that the
+# command shows; and every simulated schedule.
 fuzz: $(BIN)/.built
-	$(BIN)/python -m pytest tests/ops -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
+	$(BIN)/python -m pytest tests/ops tests/test_fuzz.py -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
 	for order in forward reverse random; do \
 	  MPG_SIMT_ORDER=$$order $(BIN)/python -m pytest tests/ops -k simt || exit 1; \
 	done

@@ -13,6 +13,7 @@ import os
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 from starlette.testclient import TestClient
@@ -227,6 +228,11 @@ def server_settings(request, wrong):
 
 # fmt: off
 CALLS = [
+    ({"num_return_sequences": 2**31}, "num_return_sequences: expected an integer 1..65536, got 2147483648"),
+    ({"eos_token_id": 2**63}, "eos_token_id: expected a token id or a list of them, got 9223372036854775808"),
+    ({"chat_template_kwargs": {1: 2}}, "chat_template_kwargs: expected text as names, got 1"),
+    *(({name: np.ones(2)}, f"{name}: expected ") for name in ("target", "min_length", "guidance_scale", "mixture_span")),
+    ({"guidance_scale": 10**400}, "guidance_scale: expected a number, got 1000"),
     ({"prompt": ""}, "prompt: expected text, messages or token ids, not empty, got ''"),
     ({"prompt": []}, "prompt: expected text, ..., got []"),
     ({"prompt": ["fine", ""]}, "prompt[1]: expected text, messages or token ids, not empty, got ''"),
@@ -277,7 +283,7 @@ CALLS = [
     ({"exponential_decay_length_penalty": [1]}, "exponential_decay_length_penalty: ...; got [1]"),
     ({"sequence_bias": [[]]}, "sequence_bias: ...; got [[]]"),
     ({"tokenizer": ""}, "tokenizer: expected a tokenizer of transformers, got str"),
-    ({"num_return_sequences": 0}, "num_return_sequences: expected an integer >= 1, got 0"),
+    ({"num_return_sequences": 0}, "num_return_sequences: expected an integer 1..65536, got 0"),
     ({"num_return_sequences": 2, "do_sample": False},
      "num_return_sequences: expected 1 where nothing is drawn (temperature 0), got 2"),
     ({"eos_token_id": "x"}, "eos_token_id: expected a token id or a list of them, got 'x'"),
@@ -336,6 +342,11 @@ CALLS = [
 ]
 
 OPTIONS = [
+    *(({"sampler": wrong}, "sampler: expected one of exact, ") for wrong in (torch.ones(2), np.ones(2), ["scr"])),
+    *(({"sampler": "scr", "top_k": wrong}, "top_k: not an option of sampler 'scr', got ")
+      for wrong in (np.ones(2), [0])),
+    *(({name: 10**400, "sampler": "scr"}, f"{name}: expected a number ")
+      for name in ("temperature", "gamma", "tau")),
     ({"samplr": "scr"}, "samplr: unknown option; did you mean 'sampler'"),
     ({"zzz": 1}, "zzz: unknown option; expected one of sampler, target"),
     ({"sampler": "beam"}, "sampler: expected one of exact, direct, auto, scr..., got 'beam'"),

@@ -238,7 +238,7 @@ class Model:
         ]
         own_contexts = of_prompts(models.contexts, contexts, len(prompts))
         weights = self._weights(weights, len(prompts), checked.target)
-        if scale == 1 and not any(weights):  # no guidance, of nothing else
+        if isinstance(scale, int | float) and scale == 1 and not any(weights):  # no guidance, of nothing else
             checked = replace(checked, target="base" if checked.target == "geometric" else checked.target)
         weights, own_contexts = guidance.guide(scale, negative, checked.target, encoded, weights, own_contexts)
         models = models.with_contexts(own_contexts)

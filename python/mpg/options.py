@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -54,7 +55,7 @@ def _option(meaning: str, check: Check, *, off: Any = None, **defaults: Any) -> 
 
 def one_of(*allowed: str) -> Check:
     def check(name: str, value: Any) -> None:
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
     return check
@@ -73,11 +74,16 @@ def an_integer(low: int, high: int | None = None, *, otherwise: str = "") -> Che
 def a_number(low: float, high: float = math.inf, *, open_low: bool = False) -> Check:
     def check(name: str, value: Any) -> None:
         wanted = f"in {'(' if open_low else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or value < low or value > high or (open_low and value == low):
+        if not is_finite(value) or value < low or value > high or (open_low and value == low):
             raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
 
     return check
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can be, and no truth."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def check_truth(name: str, value: Any) -> None:
@@ -87,7 +93,7 @@ def check_truth(name: str, value: Any) -> None:
 
 
 def _span(name: str, value: Any) -> None:
-    if value not in ("token", "sequence"):
+    if not isinstance(value, str) or value not in ("token", "sequence"):
         an_integer(1, MAX_COUNT, otherwise="'token', 'sequence' or ")(name, value)
 
 
@@ -207,17 +213,18 @@ class Options:
         given = {name: value for name, value in options.items() if value is not None}
         merged = {**(defaults or {}), **given}
         sampler = merged.get("sampler", "exact")
+        one_of(*SAMPLERS)("sampler", sampler)
         return cls(**{name: value for name, value in merged.items() if name in given or has_option(sampler, name)})
 
     def __post_init__(self) -> None:
-        sampler = self.sampler or "exact"
+        sampler = "exact" if self.sampler is None else self.sampler
         for name, option in OPTIONS.items():  # the sampler first
             value, defaults = getattr(self, name), option.metadata["defaults"]
             if value is None:
                 object.__setattr__(self, name, defaults.get(sampler))
             elif name == "sampler" or sampler in defaults:
                 option.metadata["check"](name, value)
-            elif value != option.metadata["off"]:
+            elif not isinstance(value, numbers.Real) or value != option.metadata["off"]:
                 raise ValueError(f"{name}: not an option of sampler {sampler!r}, got {value!r}")
         if sampler in SCORE_SAMPLERS:
             one_of("arithmetic", "geometric")("target", self.target)

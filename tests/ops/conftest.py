@@ -1,4 +1,4 @@
-"""What the op tests share: the devices they run on, and how long hypothesis looks for a counterexample. Knows no op."""
+"""What the op tests share: the devices they run on. Knows no op."""
 
 from __future__ import annotations
 
@@ -12,19 +12,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 import mpg_ext
 import seeds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "simt"))
 import simulator
-
-# Chosen by --hypothesis-profile. A test's device stays what it is from example to example.
-settings.register_profile("fuzz", deadline=None, max_examples=1000, suppress_health_check=list(HealthCheck))
-settings.register_profile("test", settings.get_profile("fuzz"), max_examples=25, derandomize=True, database=None)
-settings.register_profile("sanitized", settings.get_profile("test"), max_examples=8)
-settings.load_profile("test")
 
 has_cuda = torch.cuda.is_available() and mpg_ext.build_info()["cuda"]
 

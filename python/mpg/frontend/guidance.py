@@ -6,13 +6,12 @@ et al., "Stay on topic with Classifier-Free Guidance", 2023.)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpg.context import Context
 from mpg.frontend.prompts import as_list, unpad
-from mpg.options import MAX_WEIGHT, MIN_WEIGHT
+from mpg.options import MAX_WEIGHT, MIN_WEIGHT, is_finite
 
 NAME = "negative prompt"  # of the attribute
 ARGUMENTS = ("negative_prompt", "negative_prompt_ids", "negative_prompt_attention_mask")
@@ -41,7 +40,7 @@ def guide(
         if given:
             raise ValueError(f"{next(iter(given))}: expected guidance_scale beside it, got none")
         return list(weights), [dict(of_prompt) for of_prompt in contexts]
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not is_finite(scale):
         raise ValueError(f"guidance_scale: expected a number, got {scale!r}")
     if scale == 1:
         return list(weights), [dict(of_prompt) for of_prompt in contexts]

@@ -21,13 +21,14 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from mpg.decode.batch import Processor
 from mpg.frontend import guidance
-from mpg.options import OPTIONS, Options, check_truth, hint
+from mpg.options import MAX_COUNT, OPTIONS, Options, an_integer, check_truth, hint
 from mpg.results import Token
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 Criterion: TypeAlias = Callable[[Tensor, None], Any]
+MAX_SEQUENCES = 2**16  # of one prompt in a call, each of which takes memory before it begins
 # Honoured: what each does here it does there. Beside it the value other than None that asks for nothing.
 HONOURED: dict[str, Any] = {
     # options of the sampler; do_sample=False is temperature 0
@@ -150,10 +151,9 @@ class Conventions:
         for name, value in self.fields.items():
             if name in _INTEGERS and not _is_integer(value):
                 raise ValueError(f"{name}: expected an integer, got {value!r}")
-            if name in _TOKEN_IDS and not all(map(_is_integer, _as_tuple(value))):
+            if name in _TOKEN_IDS and not all(_is_integer(one) and one <= MAX_COUNT for one in _as_tuple(value)):
                 raise ValueError(f"{name}: expected a token id or a list of them, got {value!r}")
-        if self.num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences: expected an integer >= 1, got {self.num_return_sequences}")
+        an_integer(1, MAX_SEQUENCES)("num_return_sequences", self.num_return_sequences)
         if not callable(self.fields.get("prefix_allowed_tokens_fn", callable)):
             got = self.fields["prefix_allowed_tokens_fn"]
             raise ValueError(f"prefix_allowed_tokens_fn: expected a callable, got {got!r}")
@@ -368,7 +368,8 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _is_neutral(name: str, value: Any) -> bool:
     neutral = HONOURED[name]
-    return neutral is not None and not isinstance(value, (bool, Tensor)) and value == neutral
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return neutral is not None and is_number and value == neutral
 
 
 def stream_to(streamer: BaseStreamer, on_token: Callable[[Token], None] | None = None) -> Callable[[Token], None]:

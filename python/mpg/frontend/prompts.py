@@ -56,6 +56,8 @@ def encode(
         check_truth("continue_final_message", continue_final_message)
     if not isinstance(chat_template_kwargs, Mapping | None):
         raise ValueError(f"chat_template_kwargs: expected a mapping, got {chat_template_kwargs!r}")
+    if unknown := [name for name in chat_template_kwargs or () if not isinstance(name, str)]:
+        raise ValueError(f"chat_template_kwargs: expected text as names, got {unknown[0]!r}")
     if not prompt:
         raise ValueError(f"{name}: expected text, messages or token ids, not empty, got {prompt!r}")
     is_text, is_ids = isinstance(prompt, str), isinstance(prompt[0], numbers.Integral)
