@@ -54,7 +54,7 @@ fuzz: $(BIN)/.built
 	  MPG_SIMT_ORDER=$$order $(BIN)/python -m pytest tests/ops -k simt || exit 1; \
 	done
 
-# Ten thousand short calls to one loaded model: memory stays flat. Some five minutes.
+# Ten thousand short calls to one loaded model and a server of it: memory, descriptors and threads stay flat. Minutes.
 soak: $(BIN)/.built
 	$(BIN)/python tests/soak.py
 

@@ -1,4 +1,5 @@
-"""Ten thousand short calls to one loaded model, of every kind: memory stays flat. Run by `make check`; last line JSON.
+"""Ten thousand short calls to one loaded model, of every kind, and of a server of it: memory, file descriptors and
+threads stay flat. Run by `make check`; last line JSON.
 
 Knows nothing of what is generated. Arguments: the number of calls (10000), a seed (0).
 """
@@ -13,12 +14,17 @@ import random
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 
 import mpg
 from mpg.demo import MODELS
+
+sys.path.append(str(Path(__file__).parent / "serve"))
+from serving import Served, serving
 
 LETTERS = "abcdefghij klmnop"
 SAMPLERS: list[dict[str, Any]] = [
@@ -41,8 +47,10 @@ HABITS: list[dict[str, Any]] = [  # beside what the sampler is told; the last th
     {"repetition_penalty": 1.3},
     {"logits_processor": [lambda input_ids, scores: scores - 1]},
 ]
-# From a fifth of the calls on, when caches have their size: 1 KB a call would show, or an object in 16 calls.
-MAY_GROW_BYTES, MAY_GROW_OBJECTS = 8 * 2**20, 500
+# From a fifth of the calls on, when caches have their size: 1 KB a call would show, or an object in 16 calls, or a
+# descriptor or thread in 2000. Threads of the handlers' pool come and go.
+MAY_GROW = {"bytes": 8 * 2**20, "objects": 500, "descriptors": 2, "threads": 4}
+SERVED = 0.25  # of all calls
 
 
 def refuse(token: mpg.Token) -> None:
@@ -76,28 +84,61 @@ def call(model: mpg.Model, draw: random.Random, seed: int) -> str:
     return "ok"
 
 
-def memory() -> tuple[int, int]:
-    """Resident bytes of this process that are no file's, and the objects that Python tracks; without garbage."""
+def request(client: httpx.Client, draw: random.Random, seed: int) -> str:
+    """One request of a random kind, of which some are refused and some left in their midst. out: how it ended"""
+    prompt, kind = (
+        "".join(draw.choices(LETTERS, k=draw.randint(1, 60))),
+        draw.choice(["whole", "stream", "left", "bad"]),
+    )
+    body = {"model": draw.choice(["E", "S=0.5,T=1", "base"]), "seed": seed, "max_tokens": 200 if kind == "left" else 2}
+    body |= {"messages": [{"role": "user", "content": prompt}], "stream": kind in ("stream", "left")}
+    if kind == "bad":
+        body |= draw.choice([{"messages": []}, {"temperature": -1}, {"model": "nobody"}, {"max_tokens": 10**6}])
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert (answer.status_code == 200) == (kind != "bad"), answer.read()
+        for line in answer.iter_lines():
+            if kind == "left" and line:
+                break
+    return kind
+
+
+def taken() -> dict[str, int]:
+    """Resident bytes of this process that are no file's, the objects that Python tracks, without garbage, open file
+    descriptors, and threads."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps free would hide a leak that fills it
     with open("/proc/self/statm") as pages:
         _, resident, of_files, *_ = map(int, pages.read().split())
-    return (resident - of_files) * os.sysconf("SC_PAGE_SIZE"), len(gc.get_objects())
+    descriptors, threads = (len(os.listdir(f"/proc/self/{of}")) for of in ("fd", "task"))
+    size = (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+    return {"bytes": size, "objects": len(gc.get_objects()), "descriptors": descriptors, "threads": threads}
+
+
+def soak(served: Served, num_calls: int, seed: int) -> dict[str, Any]:
+    """Calls and requests in turn. out: how they ended, and what was taken by the end beyond what was by a fifth."""
+    draw, ended = random.Random(seed), Counter[str]()
+    for calls in (num_calls // 5, num_calls - num_calls // 5):
+        with httpx.Client(base_url=served.url, timeout=60) as client:
+            for _ in range(calls):
+                number = ended.total()
+                is_served = draw.random() < SERVED
+                ended[request(client, draw, number) if is_served else call(served.model, draw, number)] += 1
+        served.is_idle()
+        time.sleep(1)  # until the server has noticed that its clients are gone
+        if calls == num_calls // 5:
+            before = taken()
+    return {"ended": ended, "grown": {name: after - before[name] for name, after in taken().items()}}
 
 
 def main(num_calls: int = 10_000, seed: int = 0) -> int:
     torch.set_num_threads(1)
-    model = mpg.load(MODELS)
-    draw, ended = random.Random(seed), Counter[str]()
     started = time.perf_counter()
-    for index in range(num_calls):
-        if index == num_calls // 5:
-            before = memory()
-        ended[call(model, draw, seed=index)] += 1
-    grown = [after - early for after, early in zip(memory(), before, strict=True)]
-    passed = grown[0] <= MAY_GROW_BYTES and grown[1] <= MAY_GROW_OBJECTS
-    result = {"calls": num_calls, "ended": ended, "seconds": round(time.perf_counter() - started, 1)}
-    print(json.dumps(result | {"grown_bytes": grown[0], "grown_objects": grown[1], "passed": passed}))
+    with serving(mpg.load(MODELS)) as served:
+        result = soak(served, num_calls, seed)
+    passed = all(result["grown"][name] <= most for name, most in MAY_GROW.items())
+    print(
+        json.dumps({"calls": num_calls, "seconds": round(time.perf_counter() - started, 1), **result, "passed": passed})
+    )
     return int(not passed)
 
 

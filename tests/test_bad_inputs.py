@@ -231,7 +231,8 @@ CALLS = [
     ({"num_return_sequences": 2**31}, "num_return_sequences: expected an integer 1..65536, got 2147483648"),
     ({"eos_token_id": 2**63}, "eos_token_id: expected a token id or a list of them, got 9223372036854775808"),
     ({"chat_template_kwargs": {1: 2}}, "chat_template_kwargs: expected text as names, got 1"),
-    *(({name: np.ones(2)}, f"{name}: expected ") for name in ("target", "min_length", "guidance_scale", "mixture_span")),
+    *(({name: np.ones(2)}, f"{name}: expected ")
+      for name in ("target", "min_length", "guidance_scale", "mixture_span")),
     ({"guidance_scale": 10**400}, "guidance_scale: expected a number, got 1000"),
     ({"prompt": ""}, "prompt: expected text, messages or token ids, not empty, got ''"),
     ({"prompt": []}, "prompt: expected text, ..., got []"),
