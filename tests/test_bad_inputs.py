@@ -11,12 +11,10 @@ import json
 import math
 import os
 import re
-import time
 
 import numpy as np
 import pytest
 import torch
-from starlette.testclient import TestClient
 from transformers.generation.streamers import BaseStreamer
 from typer.testing import CliRunner
 
@@ -30,10 +28,10 @@ from mpg.options import Options, check_weights, parse_weights
 from mpg.paper.check import check
 from mpg.paper.methods import answer
 from mpg.recipe import Recipe, parse_setting
-from mpg.serve.server import make_app
 from mpg.serve.settings import Settings
 from mpg.train import settings as training
 from mpg.train.pairs import read_pairs
+from serving import client_of
 
 E, BOTH = {"E": 1}, {"E": 1, "T": 1}
 CALM = "Be calm."
@@ -68,12 +66,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(model):
-    served = make_app(Settings(name="demo"), lambda recipe: model)
-    with TestClient(served) as client:
-        while served.state.engine.state == "loading":
-            time.sleep(0.001)
+    with client_of(model) as client:
         yield client
 
 

@@ -114,3 +114,15 @@ def test_a_model_folder_without_weights_is_refused(folders):
     (folders["base"] / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"^base: expected files .*model.safetensors"):
         load(folders["base"], {"E": folders["E"]}, device="cpu")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("lora_alpha", None), ("rank_pattern", 3), ("target_modules", 3), ("base_model_name_or_path", 3), ("r", "x")],
+)
+def test_a_setting_of_another_type_is_refused_with_the_folder(setting, value, merge, folders):
+    file = folders["E"] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value, "use_dora": merge}))
+    with pytest.raises(ValueError, match=r"^attributes\['E'\]: expected "):
+        load(folders["base"], {"E": folders["E"]}, device="cpu", merge_adapters=merge)

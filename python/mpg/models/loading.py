@@ -200,11 +200,13 @@ class _Loader:
                     raise ValueError(f"{error}; {remedy}") from error
             else:
                 try:
-                    self.slots[key] = self._add_adapter(self._read_adapter(argument, source))
+                    with sources.refuse_unreadable(argument, source):  # a configuration may hold anything
+                        self.slots[key] = self._add_adapter(self._read_adapter(argument, source))
                 except UnstackableError as error:
                     if not self.recipe.merge_adapters:
                         raise ValueError(f"{error}; merge it, or load with merge_adapters=True") from error
-                    self.slots[key] = self._add_merged(argument, source)
+                    with sources.refuse_unreadable(argument, source):
+                        self.slots[key] = self._add_merged(argument, source)
         return self.slots[key]
 
     def add_attribute(self, argument: str, source: Source) -> Slot:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mpg.models.sources import is_equal, refuse_unreadable
+from mpg.models.sources import is_equal
 
 PREFIX = "base_model.model."  # of every key that PEFT saves
 # The name of the adapter stands in the keys of a state_dict(), not in those that save_pretrained() writes.
@@ -80,17 +80,15 @@ def read_adapter(
 
     Warns, as PEFT does, of layers that the configuration targets and the file lacks: they stay the base's.
 
-    Raises ValueError, naming the file, setting or module, for missing or damaged files, and for weights that are not
-    those that the configuration describes. It is an UnstackableError for every kind that cannot be stacked, and for
-    weights of the base that were saved with the adapter (PEFT does so for an adapted head) and are not the model's.
+    Raises ValueError, naming the setting or module, for missing files and for weights that are not those that the
+    configuration describes, and what readers raise for damaged ones. It is an UnstackableError for every kind that
+    cannot be stacked, and for weights of the base that were saved with the adapter (PEFT does so for an adapted head)
+    and are not the model's.
     """
     if Path(folder).is_dir() and not any((Path(folder) / file).is_file() for file in WEIGHT_FILES):
         raise ValueError(f"{name}: expected {WEIGHT_FILES[0]} in the adapter folder {folder}, got none")
-    with refuse_unreadable(name, folder):
-        stored = PeftConfig.from_pretrained(str(folder))
-    config = _check_config(name, stored)
-    with refuse_unreadable(name, folder):
-        weights = load_peft_weights(str(folder), device="cpu")
+    config = _check_config(name, PeftConfig.from_pretrained(str(folder)))
+    weights = load_peft_weights(str(folder), device="cpu")
     sides: dict[str, dict[str, Tensor]] = {}  # lora_A and lora_B by module
     adapters = set()
     for key, match in [(key, FACTOR_KEY.fullmatch(key)) for key in weights]:

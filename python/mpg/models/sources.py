@@ -236,12 +236,15 @@ def _is_repository(source: str) -> bool:
 
 @contextmanager
 def refuse_unreadable(argument: str, source: str | Path) -> Iterator[None]:
-    """Turn what a damaged file makes its reader raise into a ValueError that names the argument and the file."""
+    """Turn what a damaged file makes its reader raise into a ValueError that names the argument and the file. Refusals
+    that name the argument go through."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the readers of JSON, safetensors and pickles share no type of their own
+        if isinstance(error, ValueError) and str(error).startswith(f"{argument}: "):
+            raise
         refuse_damage(argument, source)
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{argument}: expected files that can be read in {source}, got {reason}") from error
