@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from typer.testing import CliRunner
 
 import mpg
+from in_process import client_of
 from mpg.app.chat import Chat
 from mpg.app.cli.command import app
 from mpg.context import Context
@@ -31,7 +32,6 @@ from mpg.recipe import Recipe, parse_setting
 from mpg.serve.settings import Settings
 from mpg.train import settings as training
 from mpg.train.pairs import read_pairs
-from serving import client_of
 
 E, BOTH = {"E": 1}, {"E": 1, "T": 1}
 CALM = "Be calm."

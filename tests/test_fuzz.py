@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
 import mpg
+from in_process import client_of
 from mpg.demo import MODELS
 from mpg.models.lora import UnstackableError
 from mpg.options import OPTIONS
 from mpg.recipe import Recipe
 from mpg.serve.protocol import ChatRequest, CompletionRequest
-from serving import client_of
 
 WORDS = [
     "", " ", "E", "T", "base", "anchor", "E=1", "E=1,T=-0.5", "ESTJ", "exact", "direct", "scr", "token-rs", "seq-rs",

@@ -1,4 +1,4 @@
-"""A server in a thread of this process, on loopback, as clients see it; or its application without a socket."""
+"""A server in a thread of this process, on loopback, as clients see it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import httpx
 import uvicorn
-from starlette.testclient import TestClient
 
 from mpg.model import Model
 from mpg.models import loading
@@ -37,16 +36,6 @@ class Served:
     def is_idle(self):
         self.wait_until(lambda engine: engine.num_running == engine.num_waiting == len(engine.groups) == 0)
         return True
-
-
-@contextmanager
-def client_of(model):
-    """A client of the application itself, which is ready."""
-    app = make_app(Settings(name="demo"), lambda: model, lambda recipe, beside: model)
-    with TestClient(app, raise_server_exceptions=False) as client:
-        while app.state.engine.state == "loading":
-            time.sleep(0.001)
-        yield client
 
 
 @contextmanager
