@@ -151,10 +151,9 @@ class Model:
 
         Raises ValueError that names the argument if one is not as here or in `Options`, if a prompt is empty or leaves
         too few positions, if a model returns NaN or +inf, or if no token is left to draw (negative weights can do it,
-        and processors). Raises MemoryError with the sizes if the caches or a forward need more memory than there is.
-        Raises RuntimeError in a process forked after the model was loaded: each loads its own. What a forward or a
-        callback raises goes through, as does Ctrl-C: tokens and results so far went to on_token and on_result, and the
-        model stays usable. Threads may share it, and get the texts that they would have alone.
+        and processors); MemoryError with the sizes if caches or a forward need more memory than there is; RuntimeError
+        in a process forked after the model was loaded. What a forward or callback raises goes through, as does Ctrl-C:
+        what there was went to on_token and on_result, the model stays usable. Threads may share it.
         """
         started_at = time.perf_counter()
         for name, listener in (("on_token", on_token), ("on_result", on_result)):
