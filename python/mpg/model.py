@@ -317,6 +317,7 @@ def load(
     quantize: str | None = None,
     allow_other_base: bool | None = None,
     merge_adapters: bool | None = None,
+    allow_pickle: bool | None = None,
     graphs: bool = False,
     compile: bool = False,
 ) -> Model:
@@ -355,6 +356,7 @@ def load(
     merge_adapters: let PEFT merge an adapter in a folder that is more than LoRA on linear layers (DoRA, embeddings,
                 modules_to_save, trained tokens, biases, IA3, ...) into a further model, and warn how much memory that
                 takes. All others are stacked. Of a base in memory that model is a copy, and follows no later change
+    allow_pickle: read weights that are no safetensors but pickles (.bin), which no recipe may ask for
     graphs:     capture the forwards of decoding as CUDA graphs, and whole rounds where all models lie on one device
                 from the second call on that agrees with an earlier one in options and sizes. Caches are rounded up by a
                 quarter at most, or to the next 64 positions; those of a model's four latest sizes, and the graphs of
@@ -392,7 +394,7 @@ def load(
     if device is not None and device_map is None:
         device_map = {}  # this device for every model, whatever a recipe says
     recipe = Recipe.of(
-        base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer,
+        base, attributes, anchor=anchor, draft=draft, tokenizer=tokenizer, allow_pickle=allow_pickle,
         device_map=device_map, quantize=quantize, allow_other_base=allow_other_base, merge_adapters=merge_adapters,
     )  # fmt: skip
     with recipe.locate_errors():

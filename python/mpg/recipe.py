@@ -23,13 +23,14 @@ FILE = "mpg.yaml"  # what a folder is searched for
 SUFFIXES = (".yaml", ".yml")
 ROLES = ("base", "anchor", "draft")  # names that no attribute has
 SWITCHES = ("allow_other_base", "merge_adapters")
+NO_KEYS = ("allow_pickle", "files")  # of a recipe: a file from elsewhere may not allow itself to run code
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The models of a combination and its defaults, as `mpg.load` was given them or read them from a file.
 
-    base, anchor, draft, tokenizer, attributes, device_map, quantize, allow_other_base, merge_adapters
+    base, anchor, draft, tokenizer, attributes, device_map, quantize, allow_other_base, merge_adapters, allow_pickle
              as `mpg.load` takes them
     weights  alpha by attribute where the caller gives no weights, or None
     presets  alpha by attribute, by a name that stands for it
@@ -46,6 +47,7 @@ class Recipe:
     quantize: str | None = None
     allow_other_base: bool = False
     merge_adapters: bool = False
+    allow_pickle: bool = False
     weights: Mapping[str, float] | None = None
     presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -228,7 +230,7 @@ def _read(file: Path) -> Recipe:
 def _recipe(document: Any, file: Path) -> Recipe:
     if document is None:
         raise ValueError("expected the keys base and attributes, got an empty file")
-    given = _mapping("recipe", document, "key", [key.name for key in fields(Recipe) if key.name != "files"])
+    given = _mapping("recipe", document, "key", [key.name for key in fields(Recipe) if key.name not in NO_KEYS])
     for key in ("base", "attributes"):
         if key not in given:
             raise ValueError(f"{key}: expected in every recipe, got {', '.join(given) or 'none'}")

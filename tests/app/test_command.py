@@ -147,7 +147,7 @@ def test_public_names_are_imported_when_they_are_asked_for(start):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "check", "info"])
-@pytest.mark.parametrize("option", ["allow_other_base", "merge_adapters"])
+@pytest.mark.parametrize("option", ["allow_other_base", "merge_adapters", "allow_pickle"])
 def test_every_command_takes_what_loading_is_asked_for(option, command, run, monkeypatch):
     seen = {}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import mpg
 from ensembles import load
 from mpg.demo import MODELS
 from mpg.models import sources
@@ -62,7 +63,77 @@ def test_a_damaged_file_is_refused_with_argument_and_file(argument, file, damage
     damage(folder / file)
     wanted = f"{argument}: expected a file that can be read, got {folder / file}: "
     with pytest.raises(ValueError, match="^" + re.escape(wanted)):
-        load(folders["base"], {"E": folders["E"]}, device="cpu")
+        load(folders["base"], {"E": folders["E"]}, device="cpu", allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "safe", "pickled"),
+    [
+        ("base", "model.safetensors", "pytorch_model.bin"),
+        ("draft", "model.safetensors", "pytorch_model.bin"),
+        ("attributes['E']", "adapter_model.safetensors", "adapter_model.bin"),
+        ("attributes['E']", "model.safetensors", "pytorch_model.bin"),  # a model for an attribute
+    ],
+)
+def test_weights_that_are_a_pickle_are_read_where_that_is_allowed(argument, safe, pickled, folders, tmp_path):
+    folder = folders["base" if argument == "base" else "E"]
+    if argument != "base" and safe == "model.safetensors":
+        folder = shutil.copytree(folders["base"], tmp_path / "other")
+    attribute = folder if argument.startswith("attributes") else folders["E"]
+    how = {"attributes": {"E": attribute}, "draft": folder if argument == "draft" else None, "device": "cpu"}
+    expected = load(folders["base"], **how)
+    weights = load_file(folder / safe)
+    (folder / safe).unlink()
+    torch.save(weights, folder / pickled)
+    wanted = (
+        f"{argument}: expected {safe}, got {pickled} in {folder}, a pickle; save it with safetensors, or load with "
+    )
+    with pytest.raises(ValueError, match="^" + re.escape(wanted)):
+        load(folders["base"], **how)
+    read = load(folders["base"], **how, allow_pickle=True)
+    for own, its in zip(expected._models, read._models, strict=True):
+        assert all(map(torch.equal, own.model.parameters(), its.model.parameters()))
+    (folder / safe).write_bytes(b"")  # where both are there the pickle is not looked at
+    with pytest.raises(ValueError, match=re.escape(str(folder / safe))):
+        load(folders["base"], **how)
+
+
+class Runs:
+    """A pickle of this writes a file when it is read."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return (open, (str(self.place), "w"))
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin"])
+def test_what_a_pickle_would_run_is_not_run(name, allow_pickle, folders, tmp_path):
+    folder, argument = (folders["E"], "attributes") if name.startswith("adapter") else (folders["base"], "base")
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save({"weight": Runs(tmp_path / "ran")}, folder / name)
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        load(folders["base"], {"E": folders["E"]}, device="cpu", allow_pickle=allow_pickle)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_beside_a_model_is_not_run(folders, tmp_path):
+    config = json.loads((folders["base"] / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folders["base"] / "config.json").write_text(json.dumps(config | {"model_type": "its-own", "auto_map": own}))
+    (folders["base"] / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match=r"^base: expected files that can be read in "):
+        load(folders["base"], {}, device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_recipe_allows_itself_a_pickle(folders, tmp_path):
+    (tmp_path / "mpg.yaml").write_text("base: base\nattributes: {E: E}\nallow_pickle: true\n")
+    with pytest.raises(ValueError, match="recipe: unknown key 'allow_pickle'"):
+        mpg.load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, scramble])

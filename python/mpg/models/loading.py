@@ -55,7 +55,7 @@ def load(
     beside: what was loaded by these arguments of a recipe that differs in attributes alone; the models and adapters of
             folders that it has are not loaded again, and their weights shared
     """
-    of_recipe = {name: getattr(recipe, name) for name in ("allow_other_base", "merge_adapters")}
+    of_recipe = {name: getattr(recipe, name) for name in ("allow_other_base", "merge_adapters", "allow_pickle")}
     switches = {**of_recipe, "graphs": graphs, "compile": compile}
     for argument, value in switches.items():
         if not isinstance(value, bool):
@@ -185,6 +185,10 @@ class _Loader:
         """The slot of an adapter (by its name in the host or by its folder) or of a model."""
         key = _key(source)
         if key not in self.slots:
+            in_memory = self.host.peft_config if isinstance(self.host, PeftModel) else ()
+            is_read = isinstance(source, str | Path) and source not in in_memory and key not in self.known
+            if is_read and not self.recipe.allow_pickle:
+                sources.refuse_pickle(argument, source, sources.is_adapter(source, self.host))
             if key in self.known:
                 self.reused.append(reuse(argument, self.known[key]))
                 self.models.append(self.reused[-1])

@@ -28,6 +28,10 @@ from transformers.utils.logging import set_tqdm_hook
 ADAPTER_CONFIG = "adapter_config.json"
 CACHED = "models--"  # what the folder of a repository begins with in the hub's cache: models--OWNER--NAME
 CONFIG = "config.json"
+# Of a model and of an adapter: files of weights, and those that say in which files they are.
+WEIGHTS = {False: ("model.safetensors", "model.safetensors.index.json"), True: ("adapter_model.safetensors",)}
+PICKLES = {False: ("pytorch_model.bin", "pytorch_model.bin.index.json"), True: ("adapter_model.bin",)}
+ALLOWING = ", or load with allow_pickle=True (--allow-pickle) if you trust it"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
 
@@ -80,6 +84,15 @@ def has_file(source: str | Path, *names: str) -> bool:
         return False
 
 
+def refuse_pickle(argument: str, source: str | Path, adapts: bool, otherwise: str = ALLOWING) -> None:
+    """Refuse a model, or an adapter, that has weights as a pickle alone: reading one may run what it says."""
+    if has_file(source, *WEIGHTS[adapts]):
+        return
+    if found := [name for name in PICKLES[adapts] if has_file(source, name)]:
+        wanted, got = WEIGHTS[adapts][0], f"{found[0]} in {source}, a pickle"
+        raise ValueError(f"{argument}: expected {wanted}, got {got}; save it with safetensors{otherwise}")
+
+
 def is_adapter(source: Source, host: Source) -> bool:
     """Whether a source is an adapter: in a folder, in a repository, or by its name in the host."""
     if isinstance(source, nn.Module):
@@ -99,7 +112,7 @@ def default_attributes(host: Source) -> dict[str, Source]:
 
 def read_model(argument: str, source: str | Path, dtype: torch.dtype | None, place: Place) -> PreTrainedModel:
     with refuse_unreadable(argument, source):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(f"{argument}: expected a decoder-only model, got the encoder-decoder {source}")
     quantisation = getattr(config, "quantization_config", None) or {}
@@ -112,6 +125,7 @@ def read_model(argument: str, source: str | Path, dtype: torch.dtype | None, pla
             source,
             dtype=dtype or (torch.float32 if is_cpu else "auto"),
             device_map={"": place} if isinstance(place, torch.device) else place,
+            trust_remote_code=False,  # else a terminal would be asked
         )
     left_out = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if left_out and place != torch.device("meta"):
@@ -134,7 +148,7 @@ def read_tokenizer(argument: str, source: str | Path) -> PreTrainedTokenizerBase
     if not has_file(source, *TOKENIZER_FILES):
         return None
     with refuse_unreadable(argument, source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     refuse_damage(argument, source, TEMPLATE)
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)

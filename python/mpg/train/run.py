@@ -219,6 +219,7 @@ def _read_base(
         raise ValueError(f"base: expected a tokenizer ({' or '.join(sources.TOKENIZER_FILES)}) in {base}, got none")
     if tokenizer.chat_template is None and not isinstance(trained[0].prompt, str):
         raise ValueError(f"base: expected a chat template in {base}, since the pairs are messages, got none")
+    sources.refuse_pickle("base", base, adapts=False, otherwise="")
     model = sources.read_model("base", base, getattr(torch, dtype) if dtype else None, torch.device(device))
     _check_trainable(base, model, settings)
     return model, tokenizer

@@ -76,6 +76,10 @@ Quantize = Annotated[
 ]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Capture decoding as CUDA graphs; not yet run on a GPU.")]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base.")]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read weights that are pickles (.bin), not safetensors: they may run code."),
+]
 MergeAdapters = Annotated[
     bool,
     typer.Option(

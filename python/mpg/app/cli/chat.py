@@ -23,6 +23,7 @@ def chat(
     graphs: arguments.Graphs = False,
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
+    allow_pickle: arguments.AllowPickle = False,
 ) -> None:
     """Talk with a weighted combination of attributes; weights and options change on the way, /help says how."""
     from mpg.app.chat import Chat, run
@@ -35,6 +36,6 @@ def chat(
     check_options(options, recipe.options)
     model = arguments.load(
         models, bool(contexts), device=device, dtype=dtype, quantize=quantize, graphs=graphs,
-        allow_other_base=allow_other_base, merge_adapters=merge_adapters,
+        allow_other_base=allow_other_base, merge_adapters=merge_adapters, allow_pickle=allow_pickle,
     )  # fmt: skip
     run(Chat(model, weights, options, system, contexts), Console())

@@ -46,6 +46,7 @@ def check(
     quantize: arguments.Quantize = None,
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
+    allow_pickle: arguments.AllowPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
     """Measure how much of the intended shift each sampler delivers on these models, and at what cost."""
@@ -74,7 +75,7 @@ def check(
         arguments.err.print(f"prompts: {len(chosen)} that come with mpg; --prompts FILE measures on yours", style="dim")
     model = arguments.load(
         models, bool(contexts), device=device, dtype=dtype, quantize=quantize, draft=draft,
-        allow_other_base=allow_other_base, merge_adapters=merge_adapters,
+        allow_other_base=allow_other_base, merge_adapters=merge_adapters, allow_pickle=allow_pickle,
     )  # fmt: skip
     with Progress(console=arguments.err, disable=not arguments.err.is_terminal, transient=True) as progress:
         tasks: dict[str, TaskID] = {}

@@ -71,6 +71,7 @@ def generate(
     graphs: arguments.Graphs = False,
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
+    allow_pickle: arguments.AllowPickle = False,
     trace: Annotated[
         Path | None, typer.Option(help="Also write a page (.html) that shows which attribute pushed which token.")
     ] = None,
@@ -117,7 +118,7 @@ def generate(
     model = arguments.load(
         models, any(line.contexts for line in lines), device=device, dtype=dtype, quantize=quantize, draft=own_draft,
         anchor=anchor, device_map=places, graphs=graphs, allow_other_base=allow_other_base,
-        merge_adapters=merge_adapters,
+        merge_adapters=merge_adapters, allow_pickle=allow_pickle,
     )  # fmt: skip
     for index, (line, of_line) in enumerate(zip(lines if method is None else (), targets, strict=False)):
         with line.locate_errors():

@@ -23,6 +23,7 @@ def info(
     device: arguments.Device = None,
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
+    allow_pickle: arguments.AllowPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
     """Show the build, the devices and, if asked, the models; or the methods, or the options."""
@@ -51,8 +52,9 @@ def info(
         }
         if models is not None:
             model = arguments.load(
-                models, device=device, allow_other_base=allow_other_base, merge_adapters=merge_adapters
-            )
+                models, device=device, allow_other_base=allow_other_base, merge_adapters=merge_adapters,
+                allow_pickle=allow_pickle,
+            )  # fmt: skip
             facts["models"] = model.models.describe()
             facts["recipe"] = {
                 name: getattr(model.recipe, name) for name in ("quantize", "weights", "presets", "options")

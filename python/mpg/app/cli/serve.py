@@ -62,6 +62,7 @@ def serve(
     graphs: arguments.Graphs = False,
     allow_other_base: arguments.OtherBase = False,
     merge_adapters: arguments.MergeAdapters = False,
+    allow_pickle: arguments.AllowPickle = False,
 ) -> None:
     """Serve the models under OpenAI's API; needs the package's extra 'serve'."""
     try:
@@ -96,7 +97,7 @@ def serve(
     def load() -> Model:
         model = arguments.load(
             models, device=device, dtype=dtype, quantize=quantize, graphs=graphs, allow_other_base=allow_other_base,
-            merge_adapters=merge_adapters,
+            merge_adapters=merge_adapters, allow_pickle=allow_pickle,
         )  # fmt: skip
         if model.models.device.type == "cpu":
             arguments.leave_a_core()
