@@ -17,7 +17,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs adapters gpu clean
+.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs site adapters gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -58,14 +58,20 @@ fuzz: $(BIN)/.built
 soak: $(BIN)/.built
 	$(BIN)/python tests/soak.py
 
-# The suite with its long forms, every planted bug, levels, fuzz, soak, and the suite under the oldest transformers.
-check: $(BIN)/.built lint
+# The suite with its long forms (every snippet of every page among them), the site, every planted bug, levels, fuzz, soak, and the suite under the oldest transformers.
+check: $(BIN)/.built lint site
 	# clients that test the server, the second by Chromium, and Ray: too large for every environment
 	$(PIP) lm_eval playwright "ray[data,serve]>=2.60"
 	MPG_LONG=1 $(BIN)/python $(PYTEST)
 	$(MAKE) mutants levels fuzz soak
 	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built
 	$(OLD_VENV)/bin/python $(PYTEST) --ignore=tests/test_build.py --ignore=tests/ops --ignore=tests/simt
+
+# The documentation site, into build/site. It needs no network, but for its search a server:
+#   python -m http.server --directory build/site
+site: $(BIN)/.built
+	$(PIP) --no-build-isolation --editable ".[site]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The table and the plot of docs/laws.md, enumerated anew, the tables of docs/architectures.md, and where nvcc is that of
 # docs/kernels.md.

@@ -29,7 +29,7 @@ import tabulate_laws as page  # noqa: E402
 
 from fakes import enumerate_sampler, total_variation  # noqa: E402
 
-PAGES = {page.name: page for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))}
+PAGES = {page.name: page for page in (*DOCS.parent.glob("*.md"), *sorted(DOCS.rglob("*.md")))}
 COMMANDS = re.compile(r"^```sh\n(.*?)^```|(?<![`\w])`((?:mpg|make|python) [^`]+)`", re.DOTALL | re.MULTILINE)
 
 
@@ -110,26 +110,8 @@ def execute(command, **places):
     return done.stdout
 
 
-def test_commands_that_generate_in_the_readme_answer(tmp_path):
-    (tmp_path / "prompts").write_text("Hello?\n")
-    shown = [command for command in commands("README.md") if command[:2] == ["mpg", "generate"]]
-    assert len(shown) == 4
-    for command in shown:
-        command = ["demo" if word == "smollm2" else word for word in command]
-        short = [*command, "--max-new-tokens", "2", "--device", "cpu"]
-        assert execute(short, PATH=str(MODELS), FILE=str(tmp_path / "prompts")).strip()
-
-
-def test_example_of_the_readme_answers(capsys):
-    example = blocks("README.md", "python")[0]
-    assert example.count('"smollm2"') == 1
-    exec(compile(example.replace('"smollm2"', '"demo"'), "README.md", "exec"), {})
-    text, rate = capsys.readouterr().out.rsplit(maxsplit=1)
-    assert text and float(rate) > 0
-
-
 def test_slow_expression_of_the_readme_is_the_geometric_target():
-    slow = blocks("README.md", "python")[1]
+    [slow] = [block for block in blocks("README.md", "python") if "log_softmax" in block]
     torch.manual_seed(0)
     base, attributes = torch.randn(7), {"E": torch.randn(7), "T": torch.randn(7)}
     names = {

@@ -277,9 +277,9 @@ def test_commands_take_a_recipe(cooked, tmp_path):
     assert report["sections"][0]["weights"] == {"E": 1, "T": 0.5}
 
 
-def test_the_recipe_in_the_readme_loads(tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    [body] = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+def test_the_recipe_of_the_page_loads(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    [body] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "mpg.yaml").write_text(body)
     (tmp_path / "base").symlink_to(MODELS)
     (tmp_path / "adapters").symlink_to(MODELS / "adapters")

@@ -354,8 +354,7 @@ def load(
                 draft="model"; the text's law stays that of the other models. "none" goes before a recipe's
     allow_other_base: take adapters also where they name another base model than the one they get, as below
     merge_adapters: let PEFT merge an adapter in a folder that is more than LoRA on linear layers (DoRA, embeddings,
-                modules_to_save, trained tokens, biases, IA3, ...) into a further model, and warn how much memory that
-                takes. All others are stacked. Of a base in memory that model is a copy, and follows no later change
+                ...) into a further model, of a base in memory a copy that follows no later change, and warn of its size
     allow_pickle: read weights that are no safetensors but pickles (.bin), which no recipe may ask for
     graphs:     capture the forwards of decoding as CUDA graphs, and whole rounds where all models lie on one device
                 from the second call on that agrees with an earlier one in options and sizes. Caches are rounded up by a

@@ -32,7 +32,7 @@ from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.frontend.hf_generate import HONOURED, IDLE, REASONS, Conventions
 from mpg.recipe import Recipe
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 BOTH = {"E": 1.0, "T": 1.0}
 SHORT = {"weights": BOTH, "seed": 0, "max_new_tokens": 16}
 LONG, QUICK = DEMO_QUESTIONS[0], "Hello?"
@@ -548,10 +548,9 @@ class TestCustomGenerate:
             other.generate(torch.tensor([[1]]), custom_generate=decode)
 
 
-def test_script_in_the_readme_switches_by_one_line(tmp_path, monkeypatch, capsys):
+def test_script_of_the_page_switches_by_one_line(tmp_path, monkeypatch, capsys):
     """It is run as it stands, and as it was before its one changed line."""
-    section = README.read_text().split("## From transformers")[1]
-    script = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    script = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
     (before,) = re.findall(r"^# (output = .*\n)", script, re.MULTILINE)
     (after,) = re.findall(r"^output = .*?^\)\n", script, re.MULTILINE | re.DOTALL)
     (tmp_path / "path/to").mkdir(parents=True)
@@ -562,7 +561,7 @@ def test_script_in_the_readme_switches_by_one_line(tmp_path, monkeypatch, capsys
     outputs = []
     for text in (script, script.replace(after, before)):
         torch.manual_seed(0)
-        exec(compile(text, "README.md", "exec"), {})
+        exec(compile(text, "transformers.md", "exec"), {})
         outputs.append(capsys.readouterr().out)
         assert DEMO_QUESTIONS[0] in outputs[-1]
         assert len(outputs[-1]) > len(DEMO_QUESTIONS[0]) + 20

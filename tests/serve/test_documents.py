@@ -1,4 +1,4 @@
-"""What the README and docs/serving.md show of the server does what it says."""
+"""What docs/serving.md shows of the server does what it says."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mpg.demo import MODELS
 from serving import serving
 
 ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "serving.md").read_text()
 ADDRESS = "http://127.0.0.1:8000"
 QUESTION = "How do you like to spend a free weekend?"
 
 
 def blocks(language):
-    section = README[README.index("## Serving") : README.index("## From transformers")]
+    section = PAGE[PAGE.index("## Asking") : PAGE.index("## The playground")]
     return re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
 
 
-def test_the_curl_of_the_readme_answers(served):
-    [command] = blocks("bash")
+def test_the_curl_of_the_document_answers(served):
+    command, _ = blocks("sh")  # the second is lm_eval's
     assert command.count(ADDRESS) == 1
     done = subprocess.run(command.replace(ADDRESS, served.url), shell=True, capture_output=True, text=True)
     if done.returncode == 127:
@@ -37,12 +37,12 @@ def test_the_curl_of_the_readme_answers(served):
     assert text == wanted.text
 
 
-def test_the_client_of_the_readme_answers(served):
+def test_the_client_of_the_document_answers(served):
     [code] = blocks("python")
     assert code.count(ADDRESS) == code.count('"smollm2"') == 1
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        exec(compile(code.replace(ADDRESS, served.url).replace('"smollm2"', '"demo"'), "README.md", "exec"), {})
+        exec(compile(code.replace(ADDRESS, served.url).replace('"smollm2"', '"demo"'), "serving.md", "exec"), {})
     assert shown.getvalue().strip()
 
 
@@ -50,10 +50,7 @@ def test_the_curls_of_the_document_add_an_attribute_and_remove_it(precise_model,
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     shutil.copytree(MODELS / "adapters" / "T", tmp_path / "mine")
-    document = (ROOT / "docs" / "serving.md").read_text()
-    [block] = re.findall(
-        r"^```sh\nmpg serve [^\n]*--attribute-folder[^\n]*\n(.*?)^```", document, re.DOTALL | re.MULTILINE
-    )
+    [block] = re.findall(r"^```sh\nmpg serve [^\n]*--attribute-folder[^\n]*\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     with serving(precise_model, admin_key="KEY", attribute_folders=(tmp_path,)) as served:
         done = subprocess.run(block.replace(ADDRESS, served.url), shell=True, capture_output=True, text=True)
     added, removed = (json.loads("{" + answer) for answer in done.stdout.split("{")[1:])
