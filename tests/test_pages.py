@@ -41,7 +41,7 @@ PAGES = {
 BLOCK = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$|^#+ ([^\n]*)$", re.DOTALL | re.MULTILINE)
 SHELLS = ("sh", "bash")
 ADDRESS = "127.0.0.1:8000"
-READY_SECONDS = 120
+READY_SECONDS = 600
 NEEDS_SHELL = re.compile(ADDRESS + r"|\bopenai\b")
 
 
@@ -124,7 +124,7 @@ class Shell:
         """Applies a change to a copy of this checkout, in which commands run from then on."""
         if self.place.name != "checkout":
             self.place = self.place / "checkout"
-            ignored = shutil.ignore_patterns(".venv*", ".git", "build", "__pycache__", ".*_cache", "adapters")
+            ignored = shutil.ignore_patterns(".venv*", ".git", "build", "__pycache__", ".*_cache")
             shutil.copytree(ROOT, self.place, ignore=ignored, symlinks=True)
             self.paths = [str(self.place / "python"), str(self.place), *sys.path]
         subprocess.run(["git", "apply", "-"], cwd=self.place, input=diff, text=True, check=True)

@@ -304,6 +304,10 @@ def test_a_base_that_cannot_be_trained_on_is_refused(train, tmp_path):
         with pytest.raises(ValueError, match=rf"(?is)^base: {message}"):
             train(base=base)
     (base / "config.json").write_text(json.dumps(config))
+    weights = (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"^base: expected model.safetensors, got pytorch_model.bin .*safetensors$"):
+        train(base=base)
+    weights.rename(base / "model.safetensors")
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"^base: expected a chat template in .*, since the pairs are messages"):
         train(base=base)
