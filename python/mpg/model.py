@@ -362,9 +362,8 @@ def load(
                 the four latest kinds of calls, stay in memory, and are given up where a call needs it. What cannot be
                 captured warns once and runs as without. Not yet run on a GPU
     compile:    run decoding passes through torch.compile, with one code for all decoder layers that are alike, made in
-                some 10 seconds whenever a kind of pass (one token or several, how many adapters) first comes. It halves
-                the operations of a layer: meant for GPUs, and not yet run on one; on the CPU nothing is gained. Hooks
-                of single layers may be passed over
+                some 10 seconds whenever a kind of pass (one token or several, how many adapters) first comes. Meant for
+                GPUs, and not yet run on one; on the CPU nothing is gained. Hooks of single layers may be passed over
 
     Adapters attach to the model they were trained on: the anchor where that is a model, else the base. So
     base=specialised, anchor=original, attributes={name: adapter of the original} is the specialised reference of

@@ -234,11 +234,11 @@ def test_compiled_layers_are_captured_and_give_the_same_texts(tape_of_compiled, 
     plain, model = (mpg.load(MODELS, dtype="float32", graphs=captured, compile=captured) for captured in (False, True))
     settings = dict(weights={"E": 1, "J": 0.5}, seed=4, max_new_tokens=16, trace=True)
     expected = plain.generate(DEMO_QUESTIONS[:1], **settings)
-    for _ in range(2):
+    for _ in range(3):  # forwards are captured, then whole rounds
         before = WarmTape.num_compiled
         for text, wanted in zip(model.generate(DEMO_QUESTIONS[:1], **settings), expected, strict=True):
             assert text.tokens == wanted.tokens
             torch.testing.assert_close(text.log_ratios, wanted.log_ratios, atol=1e-4, rtol=1e-4)
-    assert WarmTape.num_compiled == before > 0  # the second time all was replayed
+    assert WarmTape.num_compiled == before > 0  # the third time all was replayed
     assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
     assert not [warning for warning in recwarn if "captured" in str(warning.message)]

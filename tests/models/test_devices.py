@@ -43,7 +43,7 @@ def test_models_on_several_devices_answer_on_that_of_the_base(is_split, tiny_mod
         name: lora_folder(name, base=copy.deepcopy(whole), target_modules=targets) for name, targets in ADAPTED.items()
     }
     adapters = {folder: read_adapter(name, folder, whole) for name, folder in folders.items()}  # before values are gone
-    monkeypatch.setattr(mpg.models.loading, "read_adapter", lambda name, folder, model: adapters[folder])
+    monkeypatch.setattr(mpg.models.loading, "read_adapter", lambda name, folder, model, **_: adapters[folder])
     monkeypatch.setattr(mpg.models.loading, "Origin", lambda *given: None)  # nor any to change
     monkeypatch.setattr(mpg.models.loading, "verify_ragged_attention", lambda model, argument: 0)  # there are no values
     with FakeTensorMode(allow_non_fake_inputs=True):
