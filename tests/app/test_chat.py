@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import mpg
+from longer import long
 from mpg.app.chat import COMMANDS, Chat, run
 from mpg.app.colours import colours_of, legend, strongest_push
 from mpg.demo import MODELS
@@ -288,6 +289,7 @@ class Terminal:
         os.close(self.master)
 
 
+@long
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_a_conversation_through_a_terminal():
     pytest.importorskip("pty")

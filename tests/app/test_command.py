@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import pytest
 
 import mpg
+from longer import thinned
 from mpg.demo import MODELS
 
 HEAVY = "{'torch', 'transformers', 'peft', 'numpy', 'mpg_ext', 'mpg.model'}"
@@ -108,7 +109,7 @@ def test_ctrl_c_leaves_the_answers_that_were_done(start):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("where", ["full", "closed pipe"])
+@pytest.mark.parametrize("where", thinned(["full", "closed pipe"]))
 def test_output_that_cannot_be_written_is_one_line_on_every_command(where, start, tmp_path):
     (tmp_path / "PROMPTS").write_text("One?\nTwo?\n")
     pair = {"chosen": "Yes.", "rejected": "No."}

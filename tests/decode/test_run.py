@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import mpg
+from longer import thinned
 from mpg.decode import run
 from mpg.decode.call import finish
 from mpg.decode.request import Request
@@ -98,7 +99,7 @@ def assert_same(one, other, tolerance):
         assert ratios == pytest.approx(wanted, abs=tolerance)
 
 
-@pytest.mark.parametrize("way", EVERY_WAY, ids=lambda way: " ".join(map(str, way.values())))
+@pytest.mark.parametrize("way", thinned(EVERY_WAY), ids=lambda way: " ".join(map(str, way.values())))
 def test_text_and_statistics_are_those_of_the_request_alone(precise_model, way):
     """Whatever runs beside it or has left it its row; ended by its limit, an end-of-sequence token or a stop string."""
     ids = precise_model.models.tokenizer.convert_tokens_to_ids
@@ -204,7 +205,7 @@ def raise_at(count, error):
 
 
 @pytest.mark.parametrize("rounds_ahead", [0, 2])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
+@pytest.mark.parametrize("way", thinned(WAYS, first=1), ids=lambda way: " ".join(map(str, way.values())))
 def test_requests_of_any_arrival_get_the_results_that_they_get_alone(precise_model, way, rounds_ahead):
     """In a scheduler that was opened for none of them, with room for more, and more attributes."""
     scheduler = open_scheduler(precise_model, way, num_rows=3, capacity=90, rounds_ahead=rounds_ahead)
@@ -354,7 +355,7 @@ def test_a_round_runs_the_base_and_what_each_running_request_weighs_and_nothing_
 
 
 @pytest.mark.parametrize("rounds_ahead", [0, 1])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
+@pytest.mark.parametrize("way", thinned(WAYS), ids=lambda way: " ".join(map(str, way.values())))
 def test_request_that_fails_carries_its_error_and_leaves_the_others_alone(precise_model, way, rounds_ahead):
     model, bad_token, boom = precise_model, precise_model.models.vocab_size - 1, RuntimeError("mine")
     scheduler = open_scheduler(model, way, capacity=90, rounds_ahead=rounds_ahead)

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import mpg
 from architectures import ARCHITECTURES
 from ensembles import load
+from longer import long
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.models import compiled, graphs, linear
 from mpg.models.compiled import compile_layers
 from tape import Tape
 
-LONG = pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes in all; make check sets MPG_LONG")
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
 
@@ -102,6 +102,7 @@ def test_one_code_for_all_layers_and_rounds_gives_the_same_logits(quick, load_bo
     assert not counters["graph_break"]
 
 
+@long
 def test_a_merged_model_with_weights_of_every_row_is_compiled(quick_but_in_the_long_form, load_both):
     shares = torch.tensor([[1.0, 0.0], [0.3, -0.5], [2.0, 1.0]])
     sessions = [ensemble.merge(["E", "T"], shares).open(PROMPTS, ["merged"], 20) for ensemble in load_both()]
@@ -114,6 +115,7 @@ def test_a_merged_model_with_weights_of_every_row_is_compiled(quick_but_in_the_l
     assert not counters["graph_break"]
 
 
+@long
 def test_a_forward_that_a_mode_watches_does_not_keep_later_ones_from_being_compiled(quick, load_both):
     """So are forwards looked at before they are captured."""
 
@@ -145,7 +147,7 @@ def test_a_layer_that_fails_leaves_the_cache_to_the_next_forward(quick, load_bot
 @pytest.mark.parametrize(
     "model_type",
     [
-        pytest.param(architecture.model_type, marks=[] if architecture.model_type in ("gemma3", "mixtral") else LONG)
+        pytest.param(architecture.model_type, marks=[] if architecture.model_type == "gemma3" else long)
         for architecture in ARCHITECTURES
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mpg
+from longer import thinned
 from mpg.demo import MODELS
 from mpg.models import beginnings
 from mpg.models.cache import RaggedCache
@@ -117,7 +118,7 @@ def test_ctrl_c_while_bytes_are_counted_leaves_a_count_that_is_right(place, monk
     assert kept.num_bytes == len(kept) * bytes_of(71)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
+@pytest.mark.parametrize("way", thinned(WAYS), ids=lambda way: " ".join(map(str, way.values())))
 def test_texts_are_those_that_are_read_from_their_first_token(way, model, monkeypatch):
     """Calls after one another, of requests that wait for rows: conversations that go on, beginnings that are shared."""
     monkeypatch.setattr(beginnings, "MIN_SHARED", 2)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from longer import long
 from mpg.app.cli import arguments
 from mpg.app.cli.command import app
 from mpg.app.cli.serve import _name
@@ -72,6 +73,7 @@ def all_are_in(url, answers):
     return held > BODY["n"] * (sum(not answer.done() for answer in answers) - 1)
 
 
+@long
 def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
     """The latter in the long form."""
     with started("--grace", "50", "--max-rows", "4") as (process, url), ThreadPoolExecutor(4) as pool:

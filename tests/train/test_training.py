@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mpg
+from longer import long, thinned
 from mpg.demo import MODELS
 from mpg.demo.corpus import preference_pair
 from mpg.train.pairs import read_pairs, split
@@ -105,6 +106,7 @@ def whole(tmp_path_factory):
     return folder / "adapter", card
 
 
+@long
 def test_one_seed_gives_the_same_weights_and_another_others(train, whole, tmp_path):
     assert train()["losses"] == whole[1]["losses"]
     train("other", settings=changed(seed=1))
@@ -182,7 +184,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["before a pass is scored", "after the last"])
+@pytest.mark.parametrize("where", thinned(["before a pass is scored", "after the last"]))
 def test_a_training_that_was_killed_at_the_end_of_a_pass_goes_on(where, train, whole, tmp_path, monkeypatch):
     is_last = where == "after the last"
     with monkeypatch.context() as patch:
