@@ -1,0 +1,91 @@
+"""What the scripts of the study share: its models, its questions, and settings that are measured one by one and kept.
+
+Knows where things lie; nothing of what is asked. Scores are committed, in bench/results/study; texts never are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mpg
+from mpg.evaluate.records import open_records
+from mpg.frontend.prompts import Prompt
+from mpg.model import Model
+from mpg.paper.check import score_texts
+from mpg.paper.scoring import token_logprobs
+from mpg.results import Result
+from pairs import DIMENSIONS, mbti_pairs
+
+POLES = "ESTPINFJ"
+PAPERS_DRAW = {"temperature": 0.7, "top_p": 0.9}
+UNWARPED = {"temperature": 1.0, "top_p": 1.0}
+RESULTS = Path(__file__).parents[1] / "results" / "study"
+BATCH = 24
+
+DATA = Path(os.environ.get("MPG_DATA", "data"))  # the paper's release
+RUNS = Path(os.environ.get("MPG_STUDY", "study"))  # where train.sh put pairs and adapters
+
+
+def load(names: Iterable[str], **more: Any) -> Model:
+    """The base with these adapters of the study, in bfloat16 on one thread."""
+    torch.set_num_threads(1)
+    attributes = {name: str(RUNS / "adapters" / name) for name in names}
+    return mpg.load("smollm2", attributes, dtype="bfloat16", **more)
+
+
+def questions(each: int = 6) -> list[str]:
+    """Questions that neither adapters nor judges were trained on, the same number of each dimension."""
+    return [pair.question for of in DIMENSIONS for pair in mbti_pairs(DATA, of, "reported")[:each]]
+
+
+def measure(
+    name: str, header: Mapping[str, Any], settings: Sequence[str], rows_of: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    """Measure what is not yet in the file of these scores, setting by setting; a kill loses one setting."""
+    path = RESULTS / f"{name}.jsonl"
+    with open_records(path, {"what": name, **header}) as records:
+        counts: dict[str, int] = {}
+        for row in records.rows:
+            counts[row["setting"]] = row["of"]
+        for setting in settings:
+            if setting in counts:
+                continue
+            started_at = time.process_time()
+            rows = rows_of(setting)
+            records.append({"setting": setting, "of": len(rows), "rows": rows})
+            print(f"{name}: {setting}: {len(rows)} rows, {time.process_time() - started_at:.0f} s", file=sys.stderr)
+
+
+def log_ratios(model: Model, attributes: Sequence[str], prompts: Sequence[Prompt], results: Sequence[Result]) -> Any:
+    """log pi_i - log base of whole texts, (texts, attributes)."""
+    parts = []
+    for first in range(0, len(results), BATCH):
+        of = slice(first, first + BATCH)
+        parts.append(score_texts(model.models, attributes, *_ids(model, prompts[of], results[of])))
+    return torch.cat(parts).tolist()
+
+
+def surprise(model: Model, prompts: Sequence[Prompt], results: Sequence[Result]) -> list[float]:
+    """-log p of whole texts under the base, in nats."""
+    parts = []
+    for first in range(0, len(results), BATCH):
+        of = slice(first, first + BATCH)
+        parts += (-token_logprobs(model.models, ("base",), *_ids(model, prompts[of], results[of]))[0].sum(1)).tolist()
+    return parts
+
+
+def told(result: Result) -> dict[str, Any]:
+    """What a row says of how a text came."""
+    costs = {"calls": result.stats["model_calls_per_token"], "depth": result.stats["depth_per_token"]}
+    return {"tokens": len(result.tokens), **{name: round(value, 3) for name, value in costs.items()}}
+
+
+def _ids(model: Model, prompts: Sequence[Prompt], results: Sequence[Result]) -> tuple[list[list[int]], list[Any]]:
+    return [model.encode(prompt) for prompt in prompts], [result.tokens for result in results]

@@ -1,0 +1,87 @@
+"""Question 3: a trait suppressed by a negative weight of its own adapter, against the opposite pole's adapter.
+
+    MPG_DATA=... MPG_STUDY=... python bench/study/negative.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from common import BATCH, DATA, PAPERS_DRAW, load, measure, questions, surprise, told
+from judge import study_judge
+
+POLES, KEPT = ("E", "I", "S", "N", "T", "F", "J"), "N"  # E is to go, N is asked for beside it
+NEW_TOKENS = 40
+SIZES = (0.25, 0.5, 0.9)
+TARGETS = ("geometric", "anchored", "arithmetic")
+# Weights as the paper gives them for INFJ, [1, 0, -9, -3], which it calls those of E, S, T and J; or of INFJ's own poles;
+# and milder ones
+ROWS = {
+    "E=1,T=-9,J=-3": {"E": 1, "T": -9, "J": -3},
+    "I=1,F=-9,J=-3": {"I": 1, "F": -9, "J": -3},
+    "E=-1,S=-1,T=-1,J=1": {"E": -1, "S": -1, "T": -1, "J": 1},
+    "N=1,E=-0.9": {"N": 1, "E": -0.9},
+    "I=1,N=1,F=1,E=-1,T=-1": {"I": 1, "N": 1, "F": 1, "E": -1, "T": -1},
+}
+
+
+def main() -> None:
+    prompts, model = questions(), load(POLES)
+    own = {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH, "seed": 3000, "sampler": "direct", **PAPERS_DRAW}
+    base: list[Any] = []
+
+    def texts_of(setting: str) -> list[Any]:
+        if setting == "base":
+            return model.generate(prompts, target="base", **own)
+        target, _, text = setting.partition(" ")
+        return model.generate(prompts, target=target, weights=text, **own)
+
+    def rows_of(setting: str) -> list[dict[str, Any]]:
+        if setting.startswith("rows "):
+            base[:] = base or texts_of("base")
+            return empty_rows(model, prompts, [result.tokens for result in base], ROWS[setting.removeprefix("rows ")])
+        results = texts_of(setting)
+        nats, traits = surprise(model, prompts, results), study_judge(DATA).score([result.text for result in results])
+        return [
+            {
+                "prompt": index, **told(result), "nats": round(nats[index], 3),
+                "traits": {of: round(float(of_texts[index]), 4) for of, of_texts in traits.items()},
+            }
+            for index, result in enumerate(results)
+        ]  # fmt: skip
+
+    settings = ["base", f"geometric {KEPT}=1", *(f"rows {name}" for name in ROWS)]
+    for size in SIZES:
+        settings += [f"{target} {KEPT}=1,{way}" for target in TARGETS for way in (f"E=-{size:g}", f"I={size:g}")]
+    header = {"new_tokens": NEW_TOKENS, "judge": study_judge(DATA).accuracy}
+    measure("negative", header, settings, rows_of)
+
+
+def empty_rows(model: Any, prompts: list[str], texts: list[Any], weights: dict[str, float]) -> list[dict[str, Any]]:
+    """Along texts of the base: positions where no token of the vocabulary, and where none of the draft's nucleus, has a
+    positive arithmetic score, and the base's probability of those that have one."""
+    roles, alpha = ("base", *weights), torch.tensor(list(weights.values()), dtype=torch.float64)
+    rows = []
+    for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        ids = model.encode(prompt)
+        session = model.models.open([ids], roles, len(ids) + len(text))
+        fed = torch.tensor([[ids[-1], *text[:-1]]])
+        logits = session.forward(roles, fed, torch.tensor([len(ids) - 1]), kv_length=len(ids) + len(text) - 1)[:, 0]
+        session.close()
+        logprobs = logits.double().log_softmax(-1)
+        is_left = torch.einsum("i,ipv->pv", alpha, (logprobs[1:] - logprobs[0]).exp()) > 0
+        warped = (logits[0].double() / PAPERS_DRAW["temperature"]).softmax(-1)
+        ordered, order = warped.sort(-1, descending=True)
+        in_nucleus = torch.zeros_like(is_left).scatter(-1, order, ordered.cumsum(-1) - ordered < PAPERS_DRAW["top_p"])
+        left_mass = (logprobs[0].exp() * is_left).sum(-1)
+        rows.append({
+            "prompt": index, "tokens": len(text), "empty": int((~is_left.any(-1)).sum()),
+            "empty_nucleus": int((~(is_left & in_nucleus).any(-1)).sum()), "left_mass": round(float(left_mass.sum()), 5),
+        })  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    main()
