@@ -1,6 +1,6 @@
 """Question 2: the front of trait against perplexity, per method as weights grow, and what it costs in forwards.
 
-    MPG_DATA=... MPG_STUDY=... python bench/study/front.py
+MPG_DATA=... MPG_STUDY=... python bench/study/front.py
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from common import BATCH, DATA, PAPERS_DRAW, load, log_ratios, measure, questions, surprise, told
+from common import BATCH, PAPERS_DRAW, load, log_ratios, measure, questions, surprise, told
 from judge import study_judge
 from mpg.model import Model
 from mpg.paper.methods import answer
 
 NAMES = ("E", "S", "T", "P")
 NEW_TOKENS = 40
-SCALES = (0.25, 0.5, 1.0, 1.5)
+SCALES = (0.25, 0.5, 1.0)
 BEST_OF = 4  # soups that cost as many forwards as one text of a target of 4 attributes
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         asked, results = results_of(setting)
         ratios = [sum(own) for own in log_ratios(model, NAMES, asked, results)]
         nats = surprise(model, asked, results)
-        traits = study_judge(DATA).score([result.text for result in results])
+        traits = study_judge().score([result.text for result in results])
         first_poles = {of: [float(p) if of[0] in NAMES else 1 - float(p) for p in ps] for of, ps in traits.items()}
         each = len(results) // len(prompts)
         return [
@@ -55,7 +55,7 @@ def main() -> None:
 
     settings = ["base", "pp", "arithmetic", "arithmetic-scr", "geometric-scr"]
     settings += [f"{method} {scale:g}" for scale in SCALES for method in ("soups", "geometric", "anchored")]
-    header = {"new_tokens": NEW_TOKENS, "names": list(NAMES), "judge": study_judge(DATA).accuracy}
+    header = {"new_tokens": NEW_TOKENS, "names": list(NAMES), "judge": study_judge().accuracy}
     measure("front", header, settings, rows_of)
 
 

@@ -1,25 +1,30 @@
 """The study's judge of traits: trained on the judge's side of the paper's pairs, which no adapter sees.
 
-    python bench/study/judge.py DATA     prints the share of held-out answers whose pole it tells, by dimension
+MPG_DATA=... MPG_STUDY=... python bench/study/judge.py     saves it for `mpg evaluate --judge`, in MPG_STUDY/judge
 """
 
 from __future__ import annotations
 
-import sys
-from functools import cache
-from pathlib import Path
-
-from mpg.demo.trait_judge import TraitJudge, train_judge
+from common import DATA, RUNS
+from mpg.evaluate.judges.classifier import Labelled, TraitClassifier
 from pairs import DIMENSIONS, mbti_pairs
 
+FOLDER = RUNS / "judge"
 
-@cache
-def study_judge(data: str | Path) -> TraitJudge:
-    """The judge, made anew in some seconds: it keeps words of the release, so it is in no file."""
-    of_sides = ({of: mbti_pairs(data, of, side) for of in DIMENSIONS} for side in ("judge", "reported"))
-    return train_judge(*of_sides)
+
+def study_judge() -> TraitClassifier:
+    """The judge, trained in some seconds where it is not there yet."""
+    if not FOLDER.is_dir():
+        of_sides = ({of: _labelled(of, side) for of in DIMENSIONS} for side in ("judge", "reported"))
+        TraitClassifier.train(*of_sides, about={"trained on": "the judge's side of the paper's pairs"}).save(FOLDER)
+    return TraitClassifier.load(FOLDER)
+
+
+def _labelled(dimension: str, side: str) -> Labelled:
+    pairs = mbti_pairs(DATA, dimension, side)
+    return [text for pair in pairs for text in (pair.chosen, pair.rejected)], [True, False] * len(pairs)
 
 
 if __name__ == "__main__":
-    for dimension, accuracy in study_judge(sys.argv[1]).accuracy.items():
+    for dimension, accuracy in study_judge().accuracy.items():
         print(f"{dimension}: {accuracy:.3f}")

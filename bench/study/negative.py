@@ -1,6 +1,6 @@
 """Question 3: a trait suppressed by a negative weight of its own adapter, against the opposite pole's adapter.
 
-    MPG_DATA=... MPG_STUDY=... python bench/study/negative.py
+MPG_DATA=... MPG_STUDY=... python bench/study/negative.py
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from common import BATCH, DATA, PAPERS_DRAW, load, measure, questions, surprise, told
+from common import BATCH, PAPERS_DRAW, load, measure, questions, surprise, told
 from judge import study_judge
 
 POLES, KEPT = ("E", "I", "S", "N", "T", "F", "J"), "N"  # E is to go, N is asked for beside it
 NEW_TOKENS = 40
-SIZES = (0.25, 0.5, 0.9)
+SIZES = (0.5, 0.9)
 TARGETS = ("geometric", "anchored", "arithmetic")
-# Weights as the paper gives them for INFJ, [1, 0, -9, -3], which it calls those of E, S, T and J; or of INFJ's own poles;
-# and milder ones
+# Weights as the paper gives them for INFJ, [1, 0, -9, -3], which it calls those of E, S, T and J; or of INFJ's own
+# poles; and milder ones
 ROWS = {
     "E=1,T=-9,J=-3": {"E": 1, "T": -9, "J": -3},
     "I=1,F=-9,J=-3": {"I": 1, "F": -9, "J": -3},
@@ -43,7 +43,7 @@ def main() -> None:
             base[:] = base or texts_of("base")
             return empty_rows(model, prompts, [result.tokens for result in base], ROWS[setting.removeprefix("rows ")])
         results = texts_of(setting)
-        nats, traits = surprise(model, prompts, results), study_judge(DATA).score([result.text for result in results])
+        nats, traits = surprise(model, prompts, results), study_judge().score([result.text for result in results])
         return [
             {
                 "prompt": index, **told(result), "nats": round(nats[index], 3),
@@ -55,7 +55,7 @@ def main() -> None:
     settings = ["base", f"geometric {KEPT}=1", *(f"rows {name}" for name in ROWS)]
     for size in SIZES:
         settings += [f"{target} {KEPT}=1,{way}" for target in TARGETS for way in (f"E=-{size:g}", f"I={size:g}")]
-    header = {"new_tokens": NEW_TOKENS, "judge": study_judge(DATA).accuracy}
+    header = {"new_tokens": NEW_TOKENS, "judge": study_judge().accuracy}
     measure("negative", header, settings, rows_of)
 
 
@@ -75,11 +75,10 @@ def empty_rows(model: Any, prompts: list[str], texts: list[Any], weights: dict[s
         warped = (logits[0].double() / PAPERS_DRAW["temperature"]).softmax(-1)
         ordered, order = warped.sort(-1, descending=True)
         in_nucleus = torch.zeros_like(is_left).scatter(-1, order, ordered.cumsum(-1) - ordered < PAPERS_DRAW["top_p"])
-        left_mass = (logprobs[0].exp() * is_left).sum(-1)
-        rows.append({
-            "prompt": index, "tokens": len(text), "empty": int((~is_left.any(-1)).sum()),
-            "empty_nucleus": int((~(is_left & in_nucleus).any(-1)).sum()), "left_mass": round(float(left_mass.sum()), 5),
-        })  # fmt: skip
+        left_mass = (logprobs[0].exp() * is_left).sum()
+        row = {"prompt": index, "tokens": len(text), "empty": int((~is_left.any(-1)).sum())}
+        row["empty_nucleus"] = int((~(is_left & in_nucleus).any(-1)).sum())
+        rows.append({**row, "left_mass": round(float(left_mass), 5)})
     return rows
 
 

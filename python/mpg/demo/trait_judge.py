@@ -6,7 +6,7 @@ trained when it is first asked, in some seconds, on pairs of its own (traits/jud
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -35,17 +35,12 @@ class TraitJudge:
 @cache
 def trait_judge() -> TraitJudge:
     """The judge. Raises ImportError, with what helps, without scikit-learn."""
-    own = {of: read_pairs(TRAITS / "judge" / f"{of.lower()}.jsonl", of[0]) for of in DIMENSIONS}
-    return train_judge(own, {of: held_out_pairs(of) for of in DIMENSIONS})
-
-
-def train_judge(pairs: Mapping[str, Sequence[Pair]], held_out: Mapping[str, Sequence[Pair]]) -> TraitJudge:
-    """A judge of the dimensions that pairs are of, the first pole of each being chosen, and what it tells of others.
-
-    Raises ImportError, with what helps, without scikit-learn."""
-    classifiers = {dimension: _untrained().fit(*_texts(own)) for dimension, own in pairs.items()}
-    scores = {of: float(classifier.score(*_texts(held_out[of]))) for of, classifier in classifiers.items()}
-    return TraitJudge(classifiers, scores)
+    classifiers, accuracy = {}, {}
+    for dimension in DIMENSIONS:
+        own = read_pairs(TRAITS / "judge" / f"{dimension.lower()}.jsonl", dimension[0])
+        classifiers[dimension] = _untrained().fit(*_texts(own))
+        accuracy[dimension] = float(classifiers[dimension].score(*_texts(held_out_pairs(dimension))))
+    return TraitJudge(classifiers, accuracy)
 
 
 def held_out_pairs(dimension: str) -> list[Pair]:

@@ -20,13 +20,14 @@ from mpg.app.cli.generate import generate
 from mpg.app.cli.info import info
 from mpg.app.cli.serve import serve
 from mpg.app.cli.train import train
+from mpg.app.cli.tune import tune
 
 app = typer.Typer(
     help="Text from several aligned language models at once, combined while decoding.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, batch, chat, serve, check, train, info):
+for command in (demo, generate, batch, chat, serve, check, train, tune, info):
     app.command()(command)
 app.add_typer(evaluate, name="evaluate")
 

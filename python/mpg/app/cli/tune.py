@@ -1,0 +1,88 @@
+"""`mpg tune`: weights for a target type, by multiple choice or a judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mpg.app.cli import arguments
+
+# of `mpg.evaluate.tune.SEARCHES`, which imports torch
+SEARCH_HELP = "iterative (the paper's adjustment) or optuna (its tree-structured Parzen estimator; mpg[tune])."
+
+
+@arguments.clear_errors()
+def tune(
+    type: Annotated[str, typer.Option(help="The target's poles, such as ESTP: each the name of an attribute.")],
+    data: Annotated[str, typer.Option(help="The folder of the paper's data release.")],
+    out: Annotated[Path, typer.Option(help="The history, JSON Lines: one line a trial, which goes on where it ends.")],
+    models: arguments.Models = "smollm2",
+    search: Annotated[str, typer.Option(help=SEARCH_HELP)] = "iterative",
+    trials: Annotated[int, typer.Option(min=1, help="Weights to try.")] = 20,
+    target: Annotated[str, typer.Option(help="geometric | anchored | arithmetic")] = "geometric",
+    low: Annotated[float, typer.Option(help="The least that a weight may be.")] = -2.0,
+    high: Annotated[float, typer.Option(help="The most.")] = 4.0,
+    start: Annotated[float, typer.Option(help="The weight of every pole in the first trial.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of optuna and of texts for a judge.")] = 0,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="'classifier' (the demo's judge of traits) or the folder of one: tune by texts that it reads, instead "
+            "of by multiple choice."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of texts for a judge.")] = 40,
+    limit: Annotated[int | None, typer.Option(min=2, help="Items on each side at most.")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Draw the history into this image file.")] = None,
+    device: arguments.Device = None,
+    dtype: arguments.Dtype = None,
+    quantize: arguments.Quantize = None,
+) -> None:
+    """Find weights for a target type on one half of the questions, and report them on the other."""
+    from mpg.paper.report import check_plot
+
+    if picture is not None:
+        check_plot(picture)
+    from mpg.evaluate import tune as tuning
+    from mpg.evaluate.tasks import read_items, split
+
+    def on_problem(problem: str) -> None:
+        arguments.err.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    items = read_items(data, ["16p" if judge else "mcqa"], on_problem=on_problem)
+    sides = [side[:limit] for side in split([item for item in items if set(type) & set(item.about["dimension"])])]
+    model = arguments.load(models, device=device, dtype=dtype, quantize=quantize)
+    about: dict[str, Any] = {"by": "multiple choice"}
+    if judge is None:
+        scores_of: Any = lambda side, target: tuning.ChoiceScores(model, side, type, target)  # noqa: E731
+    else:
+        from mpg.evaluate.judges.classifier import ClassifierJudge
+
+        own = ClassifierJudge(None if judge == "classifier" else judge, tuple(type))
+        about = {"by": own.identity, "max_new_tokens": max_new_tokens}
+        how = {"max_new_tokens": max_new_tokens, "seed": seed}
+        scores_of = lambda side, target: tuning.TraitScores(model, side, own.scorer, target, **how)  # noqa: E731
+
+    def on_trial(row: dict[str, Any]) -> None:
+        best = "  best so far" if row["is_best"] else ""
+        line = f"{row['trial']}: {tuning.spell(row['weights']) or 'none'}: {_words(row['scores'])}{best}"
+        arguments.err.print(line, highlight=False, soft_wrap=True)
+
+    found = tuning.tune(
+        out, model, type, sides[0], sides[1], scores_of, about=about, target=target, search=search, trials=trials,
+        low=low, high=high, start=start, seed=seed, on_trial=on_trial,
+    )  # fmt: skip
+    if picture is not None:
+        tuning.plot(found.trials, picture, f"{type}, {target}")
+    for name, scores in {
+        "tuned on": found.tuned,
+        **{f"held out, {name}": s for name, s in found.held_out.items()},
+    }.items():
+        arguments.err.print(f"{name}: {_words(scores)}", highlight=False, soft_wrap=True)
+    print(found.weights)
+
+
+def _words(scores: dict[str, float]) -> str:
+    return " ".join(f"{pole} {score:.3f}" for pole, score in scores.items())
