@@ -33,11 +33,11 @@ DATA = Path(os.environ.get("MPG_DATA", "data"))  # the paper's release
 RUNS = Path(os.environ.get("MPG_STUDY", "study"))  # where train.sh put pairs and adapters
 
 
-def load(names: Iterable[str], **more: Any) -> Model:
-    """The base with these adapters of the study, in bfloat16 on one thread."""
+def load(names: Iterable[str], base: str = "smollm2", **more: Any) -> Model:
+    """The base, or another, with these adapters of the study, in bfloat16 on one thread."""
     torch.set_num_threads(1)
     attributes = {name: str(RUNS / "adapters" / name) for name in names}
-    return mpg.load("smollm2", attributes, dtype="bfloat16", **more)
+    return mpg.load(base, attributes, dtype="bfloat16", **more)
 
 
 def questions(each: int = 6) -> list[str]:
