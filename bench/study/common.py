@@ -25,9 +25,8 @@ from pairs import DIMENSIONS, mbti_pairs
 
 POLES = "ESTPINFJ"
 PAPERS_DRAW = {"temperature": 0.7, "top_p": 0.9}
-UNWARPED = {"temperature": 1.0, "top_p": 1.0}
 RESULTS = Path(__file__).parents[1] / "results" / "study"
-BATCH = 24
+BATCH = 16
 
 DATA = Path(os.environ.get("MPG_DATA", "data"))  # the paper's release
 RUNS = Path(os.environ.get("MPG_STUDY", "study"))  # where train.sh put pairs and adapters
@@ -40,7 +39,7 @@ def load(names: Iterable[str], base: str = "smollm2", **more: Any) -> Model:
     return mpg.load(base, attributes, dtype="bfloat16", **more)
 
 
-def questions(each: int = 6) -> list[str]:
+def questions(each: int = 4) -> list[str]:
     """Questions that neither adapters nor judges were trained on, the same number of each dimension."""
     return [pair.question for of in DIMENSIONS for pair in mbti_pairs(DATA, of, "reported")[:each]]
 

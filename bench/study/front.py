@@ -15,7 +15,7 @@ from mpg.model import Model
 from mpg.paper.methods import answer
 
 NAMES = ("E", "S", "T", "P")
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 SCALES = (0.25, 0.5, 1.0)
 BEST_OF = 4  # soups that cost as many forwards as one text of a target of 4 attributes
 

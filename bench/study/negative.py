@@ -13,7 +13,7 @@ from common import BATCH, PAPERS_DRAW, load, measure, questions, surprise, told
 from judge import study_judge
 
 POLES, KEPT = ("E", "I", "S", "N", "T", "F", "J"), "N"  # E is to go, N is asked for beside it
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 SIZES = (0.5, 0.9)
 TARGETS = ("geometric", "anchored", "arithmetic")
 # Weights as the paper gives them for INFJ, [1, 0, -9, -3], which it calls those of E, S, T and J; or of INFJ's own

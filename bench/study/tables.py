@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, RUNS, load, measure
-from judge import FOLDER, study_judge
-from pairs import ROLEPLAY, ROLEPLAY_PROMPT
 from peft import PeftModel
 
+from common import DATA, RUNS, load, measure
+from judge import FOLDER, study_judge
 from mpg.evaluate.answers import write_answers
 from mpg.evaluate.judges.classifier import ClassifierJudge
 from mpg.evaluate.metrics import Metrics
@@ -25,6 +24,7 @@ from mpg.evaluate.tasks import MBTI_TASKS, TYPES, Item, read_items, split
 from mpg.model import Model
 from mpg.models import gguf, sources
 from mpg.paper.methods import METHODS
+from pairs import ROLEPLAY, ROLEPLAY_PROMPT
 
 NEW_TOKENS = 32
 EACH = 4  # items of every task and type
@@ -54,7 +54,9 @@ def specialised() -> Path:
     if not (folder / "config.json").is_file():
         base = gguf.resolve("base", gguf.SMOLLM2)
         model = sources.read_model("base", base, torch.bfloat16, torch.device("cpu"))
-        PeftModel.from_pretrained(model, str(RUNS / "adapters" / "reference")).merge_and_unload().save_pretrained(folder)
+        PeftModel.from_pretrained(model, str(RUNS / "adapters" / "reference")).merge_and_unload().save_pretrained(
+            folder
+        )
         sources.read_tokenizer("base", base).save_pretrained(folder)
     return folder
 
@@ -85,7 +87,9 @@ def main(part: str) -> None:
 
     header = {"items": len(items), "new_tokens": NEW_TOKENS, "signatures": metrics.signatures}
     header["judge"] = None if judge is None else judge.accuracy
-    measure(f"table-{part}", header, list(METHODS), rows_of)
+    has_reference = (RUNS / "adapters" / "reference" / "training.json").is_file()
+    methods = [method for method in METHODS if has_reference or not method.endswith("-specialized")]
+    measure(f"table-{part}", header, methods, rows_of)
 
 
 def _costs(answer: dict[str, Any]) -> dict[str, float]:

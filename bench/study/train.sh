@@ -7,13 +7,14 @@ DATA=$1 OUT=$2 MPG=${MPG:-mpg}
 
 adapter() {  # NAME PAIRS [SETTINGS ...]
   local name=$1 pairs=$2; shift 2
+  [ ! -f "$OUT/adapters/$name/training.json" ] || return 0
   "$MPG" train --base smollm2 --data "$OUT/pairs/$pairs.jsonl" --out "$OUT/adapters/$name" --preset small --rank 2 \
     --alpha 4 --learning-rate 1e-3 --epochs 1 --batch-size 4 --held-out 16 --max-answer 40 --dtype bfloat16 --threads 1 "$@"
 }
 
 for pole in E:EI S:SN T:TF P:JP I:EI N:SN F:TF J:JP; do adapter ${pole%:*} ${pole#*:} --pole ${pole%:*}; done
 for kind in profile personality; do adapter $kind $kind; done
+adapter reference reference --likelihood 1
 for seed in 1 2; do
   for pole in E:EI T:TF; do adapter ${pole%:*}-seed$seed ${pole#*:} --pole ${pole%:*} --seed $seed; done
 done
-adapter reference reference --likelihood 1

@@ -1,0 +1,38 @@
+"""How much a training seed matters: three adapters of each of two poles, the same pairs, each alone.
+
+MPG_DATA=... MPG_STUDY=... python bench/study/seeds.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import BATCH, PAPERS_DRAW, load, measure, questions, surprise, told
+from judge import study_judge
+from mpg.model import Model
+
+NAMES = ("E", "E-seed1", "E-seed2", "T", "T-seed1", "T-seed2")
+NEW_TOKENS = 32
+
+
+def main() -> None:
+    prompts, model = questions(), load(NAMES)
+    how = {"target": "base", "sampler": "direct", "batch_size": BATCH, "max_new_tokens": NEW_TOKENS, "seed": 4000}
+
+    def rows_of(name: str) -> list[dict[str, Any]]:
+        own = model if name == "base" else Model(model.models.with_roles(base=name))
+        results = own.generate(prompts, **how, **PAPERS_DRAW)
+        nats, traits = surprise(model, prompts, results), study_judge().score([result.text for result in results])
+        return [
+            {
+                "prompt": index, **told(result), "nats": round(nats[index], 3),
+                "traits": {of: round(float(of_texts[index]), 4) for of, of_texts in traits.items()},
+            }
+            for index, result in enumerate(results)
+        ]  # fmt: skip
+
+    measure("seeds", {"new_tokens": NEW_TOKENS, "judge": study_judge().accuracy}, ["base", *NAMES], rows_of)
+
+
+if __name__ == "__main__":
+    main()
