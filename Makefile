@@ -17,7 +17,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs site wheel release-check lock sbom adapters gpu clean
+.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs report site wheel release-check lock sbom adapters gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/mpg demo
@@ -114,6 +114,10 @@ docs: $(BIN)/.built
 	$(BIN)/python docs/tabulate_laws.py
 	$(BIN)/python docs/tabulate_architectures.py
 	if command -v nvcc; then $(BIN)/python docs/tabulate_kernels.py; fi
+
+# docs/reproduction.md and its pictures, from the study's committed scores: the same bytes every time.
+report: $(INSTALLED)
+	$(BIN)/python bench/study/reproduction.py
 
 # An adapter for each pole of the shipped pairs, on one thread: some 6 minutes each. What is finished is left, what is
 # begun goes on.

@@ -16,8 +16,8 @@ from mpg.paper.methods import answer
 
 NAMES = ("E", "S", "T", "P")
 NEW_TOKENS = 32
-SCALES = (0.25, 0.5, 1.0)
-BEST_OF = 4  # soups that cost as many forwards as one text of a target of 4 attributes
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+BEST_OF = 4  # soups that cost about as many forwards as one text of a target of 4 attributes
 
 
 def main() -> None:
@@ -27,10 +27,11 @@ def main() -> None:
     def results_of(setting: str) -> tuple[list[str], list[Any]]:
         method, _, scale = setting.partition(" ")
         weights = dict.fromkeys(NAMES, float(scale or 0.25))
-        if method == "soups":  # each prompt BEST_OF times
+        if method.endswith("soups"):
             merged = model.models.merge(NAMES, torch.tensor(list(weights.values())))
-            many = [prompt for prompt in prompts for _ in range(BEST_OF)]
-            return many, Model(merged.with_roles(base="merged")).generate(many, target="base", sampler="direct", **own)
+            soups = Model(merged.with_roles(base="merged"))
+            many = [prompt for prompt in prompts for _ in range(BEST_OF if method == "best-soups" else 1)]
+            return many, soups.generate(many, target="base", sampler="direct", **own)
         if method in ("base", "pp"):
             return prompts, answer(model, method, prompts, weights, **own)[""]
         target, _, sampler = method.partition("-")
@@ -39,22 +40,28 @@ def main() -> None:
 
     def rows_of(setting: str) -> list[dict[str, Any]]:
         asked, results = results_of(setting)
-        ratios = [sum(own) for own in log_ratios(model, NAMES, asked, results)]
-        nats = surprise(model, asked, results)
+        if setting.startswith("best"):  # of each prompt's texts that of the largest combined log-ratio a token
+            sums = [sum(ratios) for ratios in log_ratios(model, NAMES, asked, results)]
+            rates = [total / len(result.tokens) for total, result in zip(sums, results, strict=True)]
+            firsts = range(0, len(results), BEST_OF)
+            results = [results[max(range(n, n + BEST_OF), key=rates.__getitem__)] for n in firsts]
+            # a text's forwards, and those of one pass of each model over it
+            costs = [BEST_OF * (1 + (1 + len(NAMES)) / len(result.tokens)) for result in results]
+        else:
+            costs = [result.stats["model_calls_per_token"] for result in results]
+        nats = surprise(model, prompts, results)
         traits = study_judge().score([result.text for result in results])
-        first_poles = {of: [float(p) if of[0] in NAMES else 1 - float(p) for p in ps] for of, ps in traits.items()}
-        each = len(results) // len(prompts)
+        own_poles = {of: [float(p) if of[0] in NAMES else 1 - float(p) for p in ps] for of, ps in traits.items()}
         return [
             {
-                "prompt": index // each, "draw": index % each, **told(result), "nats": round(nats[index], 3),
-                "log_ratio": round(ratios[index], 3),
-                "traits": {of: round(of_texts[index], 4) for of, of_texts in first_poles.items()},
+                "prompt": index, **told(result), "calls": round(costs[index], 3), "nats": round(nats[index], 3),
+                "traits": {of: round(of_texts[index], 4) for of, of_texts in own_poles.items()},
             }
             for index, result in enumerate(results)
         ]  # fmt: skip
 
-    settings = ["base", "pp", "arithmetic", "arithmetic-scr", "geometric-scr"]
-    settings += [f"{method} {scale:g}" for scale in SCALES for method in ("soups", "geometric", "anchored")]
+    settings = ["base", *(f"soups {scale:g}" for scale in SCALES), *(f"geometric {scale:g}" for scale in SCALES)]
+    settings += ["arithmetic", "arithmetic-scr", "anchored 1", "anchored 2", "best-soups 2", "pp", "geometric-scr"]
     header = {"new_tokens": NEW_TOKENS, "names": list(NAMES), "judge": study_judge().accuracy}
     measure("front", header, settings, rows_of)
 

@@ -1,10 +1,11 @@
 """Question 3: a trait suppressed by a negative weight of its own adapter, against the opposite pole's adapter.
 
-MPG_DATA=... MPG_STUDY=... python bench/study/negative.py
+MPG_DATA=... MPG_STUDY=... python bench/study/negative.py [negative | rows]
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from common import BATCH, PAPERS_DRAW, load, measure, questions, surprise, told
 from judge import study_judge
 
-POLES, KEPT = ("E", "I", "S", "N", "T", "F", "J"), "N"  # E is to go, N is asked for beside it
+KEPT = "T"  # is asked for, and E is to go
 NEW_TOKENS = 32
 SIZES = (0.5, 0.9)
 TARGETS = ("geometric", "anchored", "arithmetic")
@@ -27,8 +28,8 @@ ROWS = {
 }
 
 
-def main() -> None:
-    prompts, model = questions(), load(POLES)
+def main(part: str) -> None:
+    prompts, model = questions(), load("EIT" if part == "negative" else "EISNTFJ")
     own = {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH, "seed": 3000, "sampler": "direct", **PAPERS_DRAW}
     base: list[Any] = []
 
@@ -52,11 +53,11 @@ def main() -> None:
             for index, result in enumerate(results)
         ]  # fmt: skip
 
-    settings = ["base", f"geometric {KEPT}=1", *(f"rows {name}" for name in ROWS)]
-    for size in SIZES:
+    settings = ["base", f"geometric {KEPT}=1"] if part == "negative" else [f"rows {name}" for name in ROWS]
+    for size in SIZES if part == "negative" else ():
         settings += [f"{target} {KEPT}=1,{way}" for target in TARGETS for way in (f"E=-{size:g}", f"I={size:g}")]
     header = {"new_tokens": NEW_TOKENS, "judge": study_judge().accuracy}
-    measure("negative", header, settings, rows_of)
+    measure(part, header, settings, rows_of)
 
 
 def empty_rows(model: Any, prompts: list[str], texts: list[Any], weights: dict[str, float]) -> list[dict[str, Any]]:
@@ -83,4 +84,5 @@ def empty_rows(model: Any, prompts: list[str], texts: list[Any], weights: dict[s
 
 
 if __name__ == "__main__":
-    main()
+    for part in sys.argv[1:] or ("negative", "rows"):
+        main(part)

@@ -27,8 +27,8 @@ from mpg.paper.methods import METHODS
 from pairs import ROLEPLAY, ROLEPLAY_PROMPT
 
 NEW_TOKENS = 32
-EACH = 4  # items of every task and type
-NUM_PLAYS = 12
+EACH = 3  # items of every task and type
+NUM_PLAYS = 10
 OPTIONS: dict[str, dict[str, Any]] = {
     "seq-rs": {"tries": 8},  # of whole texts, where 64 would take an hour
     **{method: {"empty": "base"} for method in METHODS if method.startswith("scr")},

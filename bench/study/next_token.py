@@ -1,18 +1,19 @@
 """Question 1: how much of the shift that is asked for SCR delivers, from its own law of the next token.
 
-Behind a context every token of the nucleus that SCR drafts from is walked, and from each of them chunks are drafted on.
-SCR keeps the token if the chunk or any prefix of it passes, with probability 1 - prod_j (1 - A_j), and else falls back to
+Behind a context every token of the nucleus that SCR drafts from is walked, and chunks are drafted on from each. SCR
+keeps the token if the chunk or any prefix of it passes, with probability 1 - prod_j (1 - A_j), and else falls back to
 one token: so its law of the next token is a mean over chunks of probabilities, in which no accepted token is drawn. The
 same chunks serve every chunk size, bound M, score and number of attributes; k = 1 is exact.
 
 Then what M becomes: texts are drawn with a bound that begins anew with each, that has a short window, and that a row
 keeps from text to text.
 
-    MPG_DATA=... MPG_STUDY=... python bench/study/laws.py
+    MPG_DATA=... MPG_STUDY=... python bench/study/next_token.py ESTP          the same with ESTPINFJ goes on to N = 8
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import BATCH, PAPERS_DRAW, POLES, load, log_ratios, measure, questions, told
+from common import BATCH, PAPERS_DRAW, load, log_ratios, measure, questions, told
 from mpg.decode import scr
 from mpg.decode.bound import Bound, _normalise
 from mpg.model import Model
@@ -39,18 +40,18 @@ BOUND_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    prompts, model = questions(), load(POLES)
+def main(names: str) -> None:
+    prompts, model = questions(), load(names)
     contexts: list[tuple[int, int, list[int]]] = []
 
     def laws() -> list[dict[str, Any]]:
         texts = model.generate(prompts, target="base", sampler="direct", seed=900, max_new_tokens=max(PREFIXES))
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             contexts.extend((index, n, [*model.encode(prompt), *text.tokens[:n]]) for n in PREFIXES)
-        return [{"prompt": index, "prefix": n, **law_of(model, context)} for index, n, context in contexts]
+        return [{"prompt": index, "prefix": n, **law_of(model, names, context)} for index, n, context in contexts]
 
     def texts_of(name: str) -> list[dict[str, Any]]:
-        names, options = POLES[:4], {**BOUND_RUNS[name], **PAPERS_DRAW}
+        options = {**BOUND_RUNS[name], **PAPERS_DRAW}
         weights = None if name == "base" else dict.fromkeys(names, 1 / len(names))
         options |= {"empty": "base"} if options["sampler"] == "scr" else {}
         is_carried = name.endswith("carried")
@@ -66,19 +67,20 @@ def main() -> None:
             for index, (result, own) in enumerate(zip(results, ratios, strict=True))
         ]  # fmt: skip
 
-    header = {"bounds": list(BOUNDS), "prefixes": list(PREFIXES), "names": POLES, "new_tokens": NEW_TOKENS}
-    measure("laws", header, ["laws", *BOUND_RUNS], lambda name: laws() if name == "laws" else texts_of(name))
+    header = {"bounds": list(BOUNDS), "prefixes": list(PREFIXES), "new_tokens": NEW_TOKENS}
+    settings = ["laws", *(BOUND_RUNS if len(names) == 4 else ())]
+    measure(f"laws-{names}", header, settings, lambda name: laws() if name == "laws" else texts_of(name))
 
 
-def law_of(model: Model, context: list[int]) -> dict[str, Any]:
+def law_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
     """What one context tells: of base, target and SCR the mean combined log-ratio of the next token, and of base and
     SCR the total variation from the target. By "score N k M"; "target score N" is what scr aims at."""
-    draft, tokens, log_ratios_of, is_text = _draft_chunks(model, context)
+    draft, tokens, log_ratios_of, is_text = _draft_chunks(model, names, context)
     nucleus = draft.nonzero()[:, 0]
     p, place = draft[nucleus], torch.searchsorted(nucleus, tokens)
     told: dict[str, Any] = {"nucleus": len(nucleus)}
     for score in ("arithmetic", "geometric"):
-        for n in range(1, len(POLES) + 1) if score == "arithmetic" else (4,):
+        for n in range(1, len(names) + 1) if score == "arithmetic" else (4,):
             along = log_ratios_of[:n].cumsum(2)  # (n, tokens, MOST)
             scores = (along.exp() if score == "arithmetic" else along.mean(0, keepdim=True).exp()).mean(0)
             own = torch.zeros_like(p).scatter(0, place, scores[:, 0])  # of the token alone, the same in all its chunks
@@ -103,13 +105,13 @@ def _pair(law: Tensor, wanted: Tensor, shift: Tensor) -> list[float]:
 
 
 @torch.inference_mode()
-def _draft_chunks(model: Model, context: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _draft_chunks(model: Model, names: str, context: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The draft's row (V,); the first tokens (T,) of chunks, each token of its nucleus once or more; their log-ratios
     (names, T, MOST), token by token; and which of their tokens are text, none behind an end (T, MOST)."""
-    roles = ("base", *POLES)
+    roles = ("base", *names)
     start = torch.tensor([len(context) - 1])
     session = model.models.open([context], roles, len(context))
-    draft = _warped(session.forward(roles, start * 0 + context[-1], start, kv_length=len(context))[0, 0, -1])
+    draft = _warped(session.forward(roles, torch.tensor([[context[-1]]]), start, kv_length=len(context))[0, 0, -1])
     session.close()
     nucleus = draft.nonzero()[:, 0]
     first = nucleus.repeat_interleave((1 + CHUNKS_PER_MASS * draft[nucleus]).round().long())
@@ -117,21 +119,21 @@ def _draft_chunks(model: Model, context: list[int]) -> tuple[Tensor, Tensor, Ten
     parts, texts = [], []
     for tokens in first.split(BATCH):
         session = model.models.open([context] * len(tokens), roles, len(context) + MOST)
-        fed, position = torch.stack([torch.full_like(tokens, context[-1]), tokens], 1), len(context) - 1
-        is_text, ratios = [torch.ones(len(tokens), dtype=torch.bool)], []
-        for step in range(MOST):
-            starts = torch.full((len(tokens),), position)
-            logits = session.forward(roles, fed, starts, kv_length=position + fed.shape[1]).float()
-            before, position = (logits[:, :, 0] if step == 0 else before), position + fed.shape[1]
-            ratios.append(_log_ratios(before, tokens))
-            is_end = torch.isin(tokens, torch.tensor(model.models.eos_token_ids))
-            is_text.append(is_text[-1] & ~is_end)
-            before = logits[:, :, -1]
-            tokens = torch.multinomial(_warped(before[0]), 1, generator=generator)[:, 0]
-            fed = tokens[:, None]
+        position = torch.full_like(tokens, len(context) - 1)
+        fed = torch.stack([torch.full_like(tokens, context[-1]), tokens], 1)
+        logits = session.forward(roles, fed, position, kv_length=len(context) + 1).float()
+        is_text, ratios = [torch.ones(len(tokens), dtype=torch.bool)], [_log_ratios(logits[:, :, 0], tokens)]
+        for step in range(1, MOST):
+            is_text.append(is_text[-1] & ~torch.isin(tokens, torch.tensor(model.models.eos_token_ids)))
+            rows = logits[:, :, -1]
+            tokens = torch.multinomial(_warped(rows[0]), 1, generator=generator)[:, 0]
+            ratios.append(_log_ratios(rows, tokens))
+            if step + 1 < MOST:
+                kv_length = len(context) + step + 1
+                logits = session.forward(roles, tokens[:, None], position + step + 1, kv_length=kv_length).float()
         session.close()
         parts.append(torch.stack(ratios, 2))
-        texts.append(torch.stack(is_text[:MOST], 1))
+        texts.append(torch.stack(is_text, 1))
     return draft, first, torch.cat(parts, 1).double(), torch.cat(texts)
 
 
@@ -172,4 +174,4 @@ def carried() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

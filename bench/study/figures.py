@@ -1,0 +1,226 @@
+"""The study's pictures, from its scores: the same bytes whenever they are drawn by one matplotlib.
+
+Knows how to draw; what a picture says is `reproduction`'s business. A picture without scores is not drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mpg.evaluate import tune
+from mpg.paper.statistics import Estimate
+from scores import RESULTS, Rows, distance, perplexity, ratio, read, share_of, trait
+
+PLAIN = {"dpi": 110, "metadata": {"Software": None}}
+BOUNDS = (1.25, 2.0, 5.0, 10.0)
+METHODS = {"soups": "C0", "best-soups": "C9", "geometric": "C1", "anchored": "C2", "arithmetic": "C3"}
+METHODS |= {"arithmetic-scr": "C4", "geometric-scr": "C5", "pp": "C6", "base": "0.3"}
+WAYS = {"own adapter, weight below 0": "E=-", "opposite pole's adapter": "I="}
+TARGETS = {"geometric": "C1", "anchored": "C2", "arithmetic": "C3"}
+
+
+def draw_all(folder: Path) -> list[str]:
+    """Draw every picture whose scores are there. out: their names"""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, figure in PICTURES.items():
+        if (picture := figure()) is not None:
+            picture.savefig(folder / f"{name}.png", **PLAIN)
+            drawn.append(name)
+    for path in sorted(RESULTS.glob("tune-*.jsonl")):
+        trials = tuned(path)
+        if any(trials):
+            _, type_name, search = path.stem.split("-")
+            tune.plot(trials, folder / f"{path.stem}.png", f"{type_name}, {search}")
+            drawn.append(path.stem)
+    return drawn
+
+
+def tuned(path: Path) -> list[dict[str, Any]]:
+    """The trials of a history."""
+    return [row for row in map(json.loads, path.read_text().splitlines()[1:]) if "trial" in row]
+
+
+def _bars(axes: Any, xs: Sequence[float], estimates: Sequence[Estimate], **how: Any) -> None:
+    """Points with their intervals."""
+    values = [e.value for e in estimates]
+    spread = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
+    axes.errorbar(xs, values, spread, capsize=2, ms=4, lw=1.2, **how)
+
+
+def delivered() -> Figure | None:
+    """Share over chunk sizes, by bound, of both scores."""
+    if share_of("arithmetic", 4, 4, 2.0) is None:
+        return None
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    sizes = range(1, 9)
+    for axes, score in zip(panels, ("arithmetic", "geometric"), strict=True):
+        for index, bound in enumerate(BOUNDS):
+            own = [share_of(score, 4, k, bound) for k in sizes]
+            _bars(axes, [k + 0.06 * index for k in sizes], [e for e in own if e], fmt="o-", label=f"M = {bound:g}")
+        axes.axhline(1, color="0.7", lw=0.8)
+        axes.axhline(0, color="0.7", lw=0.8)
+        axes.set(title=f"{score} score", xlabel="k, tokens a chunk", ylim=(-0.05, 1.1))
+    panels[0].set_ylabel("share of the intended shift (exact = 1)")
+    panels[1].legend(fontsize="small")
+    return figure
+
+
+def bound() -> Figure | None:
+    """Share over the bound, with the bounds that runs end with."""
+    header, runs = read("laws-ESTP")
+    if "laws" not in runs:
+        return None
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for k in (1, 2, 4, 8):
+        own = [share_of("arithmetic", 4, k, m) for m in header["bounds"]]
+        _bars(axes, header["bounds"], [e for e in own if e], fmt="o-", label=f"k = {k}")
+    for index, name in enumerate(name for name in runs if name.startswith("scr")):
+        ends = sorted(2.718281828459045 ** row["log_bound"] for row in runs[name])
+        axes.plot(ends, [-0.08 - 0.06 * index] * len(ends), "|", ms=9, label=f"M at the end of a text, {name}")
+    axes.set(xscale="log", xlabel="M, the bound", ylabel="share of the intended shift (exact = 1)")
+    axes.set_xticks(header["bounds"], [f"{m:g}" for m in header["bounds"]])
+    axes.minorticks_off()
+    axes.legend(fontsize="x-small")
+    return figure
+
+
+def attributes() -> Figure | None:
+    """Share and the target's distance from the base over the number of attributes."""
+    sizes = [n for n in range(1, 9) if share_of("arithmetic", n, 4, 2.0)]
+    if not sizes:
+        return None
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for k in (1, 4):
+        own = [share_of("arithmetic", n, k, 2.0) for n in sizes]
+        _bars(axes, sizes, [e for e in own if e], fmt="o-", label=f"SCR, k = {k}, M = 2")
+    axes.axhline(1, color="0.7", lw=0.8)
+    axes.set(
+        xlabel="N, attributes of equal weight", ylabel="share of the intended shift (exact = 1)", ylim=(-0.05, 1.1)
+    )
+    axes.legend(fontsize="small")
+    return figure
+
+
+def distances() -> Figure | None:
+    """Total variation of the next token's law from the target's, over the bound."""
+    header, runs = read("laws-ESTP")
+    if "laws" not in runs:
+        return None
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for k in (1, 2, 4, 8):
+        own = [distance(f"arithmetic N=4 k={k} M={m:g}") for m in header["bounds"]]
+        _bars(axes, header["bounds"], [e for e in own if e], fmt="o-", label=f"k = {k}")
+    base = distance("base arithmetic N=4")
+    assert base is not None
+    axes.axhline(base.value, color="0.4", ls="--", lw=1, label="the base itself")
+    axes.set(xscale="log", xlabel="M, the bound", ylabel="total variation from the target", ylim=(0, None))
+    axes.set_xticks(header["bounds"], [f"{m:g}" for m in header["bounds"]])
+    axes.minorticks_off()
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _front(cost: bool) -> Figure | None:
+    _, runs = read("front")
+    if not runs:
+        return None
+    figure = Figure(figsize=(6.8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for method, colour in METHODS.items():
+        own = [name for name in runs if name.split()[0] == method]
+        traits = [ratio(runs[name], trait) for name in own]
+        if not own:
+            continue
+        x = [_forwards(runs[name]) if cost else perplexity(runs[name]) for name in own]
+        sides = {"xerr": [[e.value - e.low for e in x], [e.high - e.value for e in x]]} if not cost else {}
+        spread = [[e.value - e.low for e in traits], [e.high - e.value for e in traits]]
+        values = [e.value for e in x]
+        axes.errorbar(values, [e.value for e in traits], spread, fmt="o-", color=colour, capsize=2, ms=4, lw=1,
+                      label=method, **sides)  # fmt: skip
+        for name, place, height in zip(own, values, traits, strict=True):
+            axes.annotate(f" {name.partition(' ')[2]}", (place, height.value), fontsize=7, color=colour)
+    axes.set(xlabel="forwards a token" if cost else "perplexity under the base", ylabel="mean P(pole), E S T P")
+    axes.legend(fontsize="x-small")
+    return figure
+
+
+def _forwards(rows: Rows) -> Estimate:
+    return ratio(rows, lambda row: row["calls"] * row["tokens"], lambda row: row["tokens"])
+
+
+def negative() -> Figure | None:
+    """P(E) and perplexity of both ways to take E away."""
+    _, runs = read("negative")
+    if not any("E=-" in name for name in runs):
+        return None
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for target, colour in TARGETS.items():
+        for (way, sign), marker in zip(WAYS.items(), ("o-", "s--"), strict=True):
+            own = [name for name in runs if name.startswith(f"{target} ") and f",{sign}" in name]
+            sizes = [float(name.split(sign)[1]) for name in own]
+            if own:
+                first = ratio(runs["geometric T=1"], lambda row: row["traits"]["EI"])
+                traits = [first, *(ratio(runs[name], lambda row: row["traits"]["EI"]) for name in own)]
+                how = {"fmt": marker, "color": colour, "label": f"{target}, {way}"}
+                _bars(panels[0], [0, *sizes], traits, **how)
+                nats = [perplexity(runs["geometric T=1"]), *(perplexity(runs[name]) for name in own)]
+                _bars(panels[1], [0, *sizes], nats, **how)
+    panels[0].set(xlabel="size of the weight", ylabel="P(E) by the judge")
+    panels[1].set(xlabel="size of the weight", ylabel="perplexity under the base", yscale="log")
+    panels[0].legend(fontsize=6)
+    return figure
+
+
+def empty() -> Figure | None:
+    """How often an arithmetic row is empty, by weights."""
+    _, runs = read("rows")
+    if not runs:
+        return None
+    figure = Figure(figsize=(7.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    names = list(runs)
+    for index, (key, label) in enumerate(
+        {"empty": "of the vocabulary", "empty_nucleus": "of the draft's nucleus"}.items()
+    ):
+        own = [ratio(runs[name], lambda row, key=key: row[key], lambda row: row["tokens"]) for name in names]
+        spread = [[e.value - e.low for e in own], [e.high - e.value for e in own]]
+        axes.barh([i + 0.35 * index for i in range(len(names))], [e.value for e in own], 0.33, xerr=spread, label=label)
+    axes.set_yticks([i + 0.18 for i in range(len(names))], [name.removeprefix("rows ") for name in names], fontsize=8)
+    axes.set(xlabel="share of positions without any token of positive score", xlim=(0, 1.05))
+    axes.legend(fontsize="small")
+    return figure
+
+
+def values() -> Figure | None:
+    """The paper's Figure 4: the best value so far over trials."""
+    histories = {path.stem: tuned(path) for path in sorted(RESULTS.glob("tune-*.jsonl"))}
+    histories = {name: trials for name, trials in histories.items() if trials}
+    if not histories:
+        return None
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name, trials in histories.items():
+        best = [max(row["value"] for row in trials[: n + 1]) for n in range(len(trials))]
+        line = axes.step(range(len(trials)), best, where="post", label=name.removeprefix("tune-"))[0]
+        axes.plot(range(len(trials)), [row["value"] for row in trials], ".", color=line.get_color(), ms=3)
+    axes.set(xlabel="adjustments", ylabel="accuracy on the half tuned on")
+    axes.legend(fontsize="small")
+    return figure
+
+
+PICTURES: dict[str, Callable[[], Figure | None]] = {
+    "delivered": delivered, "bound": bound, "distances": distances, "attributes": attributes,
+    "front": lambda: _front(False), "cost": lambda: _front(True), "negative": negative, "empty": empty,
+    "values": values,
+}  # fmt: skip

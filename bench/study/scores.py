@@ -1,0 +1,92 @@
+"""The study's committed scores as estimates: shares, differences and their intervals, by a bootstrap over prompts.
+
+Knows the files in bench/results/study; nothing of pictures and pages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpg.paper.statistics import Bootstrap, Estimate
+
+RESULTS = Path(__file__).parents[1] / "results" / "study"
+SEED = 0
+Rows = Sequence[Mapping[str, Any]]
+
+
+@cache
+def read(name: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The header of a file and its rows by setting; nothing of one that is not there yet."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.is_file():
+        return {}, {}
+    header, *lines = map(json.loads, path.read_text().splitlines())
+    return header, {line["setting"]: line["rows"] for line in lines if "setting" in line}
+
+
+def ratio(rows: Rows, over: Callable[[Any], float], under: Callable[[Any], float] = lambda row: 1.0) -> Estimate:
+    """The sum of one number of rows over that of another, resampled by prompt."""
+    return Bootstrap.estimate(_ratios(rows, over, under))
+
+
+def difference(
+    rows: Rows, others: Rows, over: Callable[[Any], float], under: Callable[[Any], float] = lambda row: 1.0
+) -> Estimate:
+    """The ratio of some rows less that of others, on the same resamples of prompts."""
+    return Bootstrap.estimate(_ratios(rows, over, under) - _ratios(others, over, under))
+
+
+def trait(row: Mapping[str, Any]) -> float:
+    """The mean probability of the target's poles that the judge gave a text."""
+    return float(np.mean(list(row["traits"].values())))
+
+
+def perplexity(rows: Rows) -> Estimate:
+    """Of texts under the base."""
+    log = _ratios(rows, lambda row: row["nats"], lambda row: row["tokens"])
+    return Bootstrap.estimate(np.exp(log))
+
+
+def share(setting: str, base: str, target: str, file: str = "laws-ESTP", prefix: int | None = None) -> Estimate | None:
+    """The share of the shift from base to target that a law of the next token delivers."""
+    rows = [row for row in read(file)[1].get("laws", ()) if prefix in (None, row["prefix"])]
+    if not rows or setting not in rows[0]:
+        return None
+    return ratio(rows, lambda row: row[setting][0] - row[base][0], lambda row: row[target][0] - row[base][0])
+
+
+def share_of(score: str, n: int, k: int, bound: float) -> Estimate | None:
+    """The share that SCR delivers with n attributes, chunks of k and bound M; from the file that has it."""
+    names = (f"{score} N={n} k={k} M={bound:g}", f"base {score} N={n}", f"target {score} N={n}")
+    return share(*names) or share(*names, "laws-ESTPINFJ")
+
+
+def distance(setting: str) -> Estimate | None:
+    """The mean total variation between a law of the next token and the target's."""
+    rows = read("laws-ESTP")[1].get("laws", ())
+    return ratio(rows, lambda row: row[setting][1]) if rows else None
+
+
+def words(estimate: Estimate | None, spec: str = ".2f") -> str:
+    """An estimate with its interval."""
+    if estimate is None:
+        return "not run"
+    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
+
+
+def _ratios(rows: Rows, over: Callable[[Any], float], under: Callable[[Any], float]) -> np.ndarray:
+    names = sorted({_prompt(row) for row in rows})
+    sums = np.zeros((2, len(names)))
+    for row in rows:
+        sums[:, names.index(_prompt(row))] += over(row), under(row)
+    return Bootstrap(len(names), SEED).ratios(*sums)
+
+
+def _prompt(row: Mapping[str, Any]) -> Any:
+    return row["prompt"] if "prompt" in row else row["item"]

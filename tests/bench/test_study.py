@@ -1,0 +1,78 @@
+"""The study's page and pictures come from its committed scores alone, and are the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs mpg[evaluate]")
+
+import pairs
+import reproduction
+import scores
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_report_is_written_twice_to_the_same_bytes_and_is_the_page_that_is_committed(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        reproduction.main(tmp_path / name)
+    written = files(tmp_path / "one")
+    assert written == files(tmp_path / "other")
+    assert written["reproduction.md"] == (reproduction.DOCS / "reproduction.md").read_bytes()
+    assert {name for name in written if name.endswith(".png")} == {
+        path.relative_to(reproduction.DOCS).as_posix() for path in (reproduction.DOCS / "reproduction").glob("*.png")
+    }
+    assert b"<!--" not in written["reproduction.md"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.1, 0.3, "confirmed"), (-0.1, 0.3, "not confirmed at this scale"), (-0.3, -0.1, "refuted")],
+)
+def test_a_verdict_follows_from_the_interval_alone(low, high, said):
+    assert reproduction.verdict(scores.Estimate((low + high) / 2, low, high)) == said
+    assert reproduction.verdict(None) == "not run"
+
+
+def test_scores_hold_no_texts():
+    longest = max(
+        (len(word) for path in scores.RESULTS.glob("*.jsonl") for word in path.read_text().splitlines()[-1].split('"')),
+        default=0,
+    )
+    assert longest < 200
+
+
+def test_a_question_is_on_one_side_however_it_is_spaced():
+    sides = [pairs.side_of(f"What about day {index}?") for index in range(400)]
+    for name, share in pairs.SHARES.items():
+        assert abs(sides.count(name) / 400 - share) < 0.08
+    assert pairs.side_of("What  ABOUT day 3? ") == sides[3]
+
+
+def test_pairs_lose_their_personas_and_identical_sides(tmp_path):
+    preamble = (
+        "Extraversion (E) - Introversion (I), Sensing (S) - Intuition (N). you are the '{}' person. "
+        "Please answer the questions:{}"
+    )
+    rows = [
+        {"prompt": preamble.format(pole, f"Question {index}?"), "chosen": own, "rejected": other}
+        for index, (pole, own, other) in enumerate([("E", "out", "in"), ("I", "in", "out"), ("E", "same", "same")] * 20)
+    ]
+    folder = tmp_path / "mbti/preferences"
+    folder.mkdir(parents=True)
+    for name, part in (("e_i_test", rows[:30]), ("e_i_train", rows[30:])):
+        (folder / f"{name}.json").write_text(json.dumps(part))
+    found = [pair for side in pairs.SHARES for pair in pairs.mbti_pairs(tmp_path, "EI", side)]
+    assert len(found) == 40
+    assert {(pair.chosen, pair.rejected) for pair in found} == {("out", "in")}
+    assert all(pair.question.startswith("Question ") for pair in found)
+
+
+def test_the_page_names_its_scale_in_its_title():
+    assert "135 M parameters" in Path(reproduction.__file__).with_name("reproduction.md").read_text().splitlines()[0]
