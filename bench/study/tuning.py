@@ -1,6 +1,6 @@
 """Figures 3 and 4: weights for ESTP and INFJ, tuned by `mpg tune` on one half of the multiple-choice questions.
 
-MPG_DATA=... MPG_STUDY=... python bench/study/tuning.py
+MPG_DATA=... MPG_STUDY=... python bench/study/tuning.py [ESTP | INFJ]
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ SEARCHES = (("ESTP", "iterative", 16), ("INFJ", "iterative", 20), ("INFJ", "optu
 
 def main() -> None:
     for poles, search, trials in SEARCHES:
+        if sys.argv[1:] and poles not in sys.argv[1:]:
+            continue
         recipe = RUNS / f"set-{poles}" / "mpg.yaml"
         recipe.parent.mkdir(exist_ok=True)
         adapters = "".join(f"  {pole}: ../adapters/{pole}\n" for pole in poles)
