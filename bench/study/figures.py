@@ -137,7 +137,7 @@ def _front(cost: bool) -> Figure | None:
     figure = Figure(figsize=(6.8, 4.2), layout="constrained")
     axes = figure.subplots()
     for method, colour in METHODS.items():
-        own = [name for name in runs if name.split()[0] == method]
+        own = sorted((name for name in runs if name.split()[0] == method), key=_weight)
         traits = [ratio(runs[name], trait) for name in own]
         if not own:
             continue
@@ -152,6 +152,10 @@ def _front(cost: bool) -> Figure | None:
     axes.set(xlabel="forwards a token" if cost else "perplexity under the base", ylabel="mean P(pole), E S T P")
     axes.legend(fontsize="x-small")
     return figure
+
+
+def _weight(name: str) -> float:
+    return float(name.partition(" ")[2] or 0)
 
 
 def _forwards(rows: Rows) -> Estimate:

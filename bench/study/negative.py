@@ -10,26 +10,28 @@ from typing import Any
 
 import torch
 
-from common import BATCH, PAPERS_DRAW, load, measure, questions, surprise, told
+from common import BATCH, PAPERS_DRAW, POLES, RUNS, load, measure, questions, surprise, told
 from judge import study_judge
 
 KEPT = "T"  # is asked for, and E is to go
 NEW_TOKENS = 32
 SIZES = (0.5, 0.9)
 TARGETS = ("geometric", "anchored", "arithmetic")
-# Weights as the paper gives them for INFJ, [1, 0, -9, -3], which it calls those of E, S, T and J; or of INFJ's own
-# poles; and milder ones
-ROWS = {
+# Weights as the paper gives them for INFJ, [1, 0, -9, -3], which it calls those of E, S, T and J; the same with P in
+# the place of J, and of INFJ's own poles; and milder ones
+ROWS: dict[str, dict[str, float]] = {
+    "E=1,T=-9,P=-3": {"E": 1, "T": -9, "P": -3},
+    "E=-1,S=-1,T=-1,P=1": {"E": -1, "S": -1, "T": -1, "P": 1},
+    "T=1,E=-0.9": {"T": 1, "E": -0.9},
+    "I=1,S=1,T=1,E=-1,P=-1": {"I": 1, "S": 1, "T": 1, "E": -1, "P": -1},
     "E=1,T=-9,J=-3": {"E": 1, "T": -9, "J": -3},
     "I=1,F=-9,J=-3": {"I": 1, "F": -9, "J": -3},
-    "E=-1,S=-1,T=-1,J=1": {"E": -1, "S": -1, "T": -1, "J": 1},
-    "N=1,E=-0.9": {"N": 1, "E": -0.9},
-    "I=1,N=1,F=1,E=-1,T=-1": {"I": 1, "N": 1, "F": 1, "E": -1, "T": -1},
 }
 
 
 def main(part: str) -> None:
-    prompts, model = questions(), load("EIT" if part == "negative" else "EISNTFJ")
+    names = [name for name in POLES if (RUNS / "adapters" / name / "training.json").is_file()]
+    prompts, model = questions(), load("EIT" if part == "negative" else names)
     own = {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH, "seed": 3000, "sampler": "direct", **PAPERS_DRAW}
     base: list[Any] = []
 
@@ -53,7 +55,9 @@ def main(part: str) -> None:
             for index, result in enumerate(results)
         ]  # fmt: skip
 
-    settings = ["base", f"geometric {KEPT}=1"] if part == "negative" else [f"rows {name}" for name in ROWS]
+    settings = ["base", f"geometric {KEPT}=1"]
+    if part == "rows":  # of the adapters that are there
+        settings = [f"rows {name}" for name, weights in ROWS.items() if weights.keys() <= set(names)]
     for size in SIZES if part == "negative" else ():
         settings += [f"{target} {KEPT}=1,{way}" for target in TARGETS for way in (f"E=-{size:g}", f"I={size:g}")]
     header = {"new_tokens": NEW_TOKENS, "judge": study_judge().accuracy}

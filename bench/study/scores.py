@@ -67,6 +67,13 @@ def share_of(score: str, n: int, k: int, bound: float) -> Estimate | None:
     return share(*names) or share(*names, "laws-ESTPINFJ")
 
 
+def share_at(k: int, bound: float) -> float:
+    """The share of four attributes at any M between those that were enumerated, read off their curve."""
+    bounds = read("laws-ESTP")[0]["bounds"]
+    found = [share_of("arithmetic", 4, k, m) for m in bounds]
+    return float(np.interp(np.log(bound), np.log(bounds), [e.value for e in found if e]))
+
+
 def distance(setting: str) -> Estimate | None:
     """The mean total variation between a law of the next token and the target's."""
     rows = read("laws-ESTP")[1].get("laws", ())
