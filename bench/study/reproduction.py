@@ -41,7 +41,7 @@ def page(drawn: Sequence[str]) -> str:
     parts: dict[str, str] = {
         "findings": "\n".join(f"{n}. {text or NOT_RUN}" for n, text in enumerate(findings(), 1)),
         "claims": claims(), "judge": judge(), "adapters": adapters(), "table1": table1(), "table2": table2(),
-        "table3": table3(), "table4": table4(), "tuning": tuning(), "front": front_table(),
+        "table3": table3(), "table4": table4(), "tuning": tuning(), "front": front_table(), "dominance": dominance(),
         "negative": negative_table(), "empty": empty_table(), "seeds": seeds(), "missing": missing(),
     }  # fmt: skip
     for name in [*figures.PICTURES, *HISTORIES]:
@@ -338,6 +338,23 @@ def front_table() -> str:
         ppl = words(perplexity(rows), ".1f")
         lines.append(f"| {name} | {words(ratio(rows, trait), '.3f')} | {gain} | {ppl} | {calls:.2f} |")
     return "\n".join(lines) if runs else NOT_RUN
+
+
+def dominance() -> str:
+    """Which settings are better than soups in one of both, measurably, and no worse in the other."""
+    runs = read("front")[1]
+    soups = [name for name in runs if name.startswith("soups ")]
+    pairs = [
+        f"{name} over {soup}"
+        for name in runs
+        for soup in soups
+        if name not in soups
+        and difference(runs[name], runs[soup], trait).low > 0
+        and perplexity(runs[name]).value <= perplexity(runs[soup]).value
+    ]
+    if not soups:
+        return NOT_RUN
+    return f"Settings with measurably more trait than soups of no smaller perplexity: {', '.join(pairs) or 'none'}."
 
 
 def negative_table() -> str:
