@@ -171,8 +171,8 @@ def negative() -> Figure | None:
     panels = figure.subplots(1, 2)
     for target, colour in TARGETS.items():
         for (way, sign), marker in zip(WAYS.items(), ("o-", "s--"), strict=True):
-            own = [name for name in runs if name.startswith(f"{target} ") and f",{sign}" in name]
-            sizes = [float(name.split(sign)[1]) for name in own]
+            of_sizes = {float(name.split(sign)[1]): name for name in runs if f"{target} T=1,{sign}" in name}
+            sizes, own = sorted(of_sizes), [of_sizes[size] for size in sorted(of_sizes)]
             if own:
                 first = ratio(runs["geometric T=1"], lambda row: row["traits"]["EI"])
                 traits = [first, *(ratio(runs[name], lambda row: row["traits"]["EI"]) for name in own)]

@@ -15,7 +15,7 @@ from judge import study_judge
 
 KEPT = "T"  # is asked for, and E is to go
 NEW_TOKENS = 32
-SIZES = (0.5, 0.9)
+SIZES = (0.9, 0.5)
 TARGETS = ("geometric", "anchored", "arithmetic")
 # Weights as the paper gives them for INFJ, [1, 0, -9, -3], which it calls those of E, S, T and J; the same with P in
 # the place of J, and of INFJ's own poles; and milder ones

@@ -41,8 +41,9 @@ def page(drawn: Sequence[str]) -> str:
     parts: dict[str, str] = {
         "findings": "\n".join(f"{n}. {text or NOT_RUN}" for n, text in enumerate(findings(), 1)),
         "claims": claims(), "judge": judge(), "adapters": adapters(), "table1": table1(), "table2": table2(),
-        "table3": table3(), "table4": table4(), "tuning": tuning(), "front": front_table(), "dominance": dominance(), "bounds": bounds_table(),
-        "negative": negative_table(), "empty": empty_table(), "seeds": seeds(), "missing": missing(),
+        "table3": table3(), "table4": table4(), "tuning": tuning(), "front": front_table(), "dominance": dominance(),
+        "bounds": bounds_table(), "negative": negative_table(), "empty": empty_table(), "seeds": seeds(),
+        "missing": missing(),
     }  # fmt: skip
     for name in [*figures.PICTURES, *HISTORIES]:
         parts[f"picture {name}"] = f"![{name}](reproduction/{name}.png)" if name in drawn else f"({name}: {NOT_RUN})"
@@ -90,11 +91,17 @@ def findings() -> Iterator[Any]:
         )
     else:
         yield ""
-    own, opposite = (suppression("geometric", way) for way in ("E=-0.9", "I=0.9"))
-    yield own and (
-        f"A weight of -.9 of E's own adapter changes P(E) by {words(own, '+.3f')}, and one of .9 of the opposite "
-        f"pole's by {words(opposite, '+.3f')} (geometric target)."
-    )
+    changes = [suppression(target, way) for target in ("arithmetic", "geometric") for way in ("E=-0.9", "I=0.9")]
+    if all(changes):
+        told = [words(change, "+.3f") for change in changes]
+        costs = [words(perplexity(read("negative")[1][f"arithmetic T=1,{way}"]), ".1f") for way in ("E=-0.9", "I=0.9")]
+        yield (
+            f"In the arithmetic target a weight of -.9 of E's own adapter changes P(E) by {told[0]} at a perplexity of "
+            f"{costs[0]}, and .9 of the opposite pole's by {told[1]} at {costs[1]}; in the geometric target the two "
+            f"change it by {told[2]} and {told[3]}."
+        )
+    else:
+        yield ""
     share, whose = infj_emptiness()
     yield share and (
         f"At the paper's INFJ weights [1, 0, -9, -3]{whose} its arithmetic score is positive for no token of the "
@@ -185,8 +192,8 @@ def claims() -> str:
          compare(mbti, "scr-specialized", "base-specialized", trait)),
         ("Iterative adjustment raises the accuracy of multiple choice (Figure 3), on questions it did not see",
          "accuracy, tuned - start", tuned),
-        ("A negative weight suppresses its trait (4.4)", "P(E) of T=1 less that of T=1, E=-.9, geometric",
-         less(suppression("geometric", "E=-0.9"))),
+        ("A negative weight suppresses its trait (4.4)", "P(E) of T=1 less that of T=1, E=-.9, arithmetic",
+         less(suppression("arithmetic", "E=-0.9"))),
         ("The INFJ weights [1, 0, -9, -3] are weights to generate with (4.4)", "1 - share of empty nuclei - .5",
          less(infj_emptiness()[0], 0.5)),
     ]  # fmt: skip
