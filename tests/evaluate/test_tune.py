@@ -53,6 +53,8 @@ def test_the_iterative_search_goes_below_zero_where_that_is_better_and_tries_not
 @pytest.mark.parametrize("name", ["iterative", pytest.param("optuna", marks=pytest.mark.skipif(
     "MPG_LONG" not in os.environ, reason="imports optuna"))])  # fmt: skip
 def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(name, model, tmp_path):
+    if name == "optuna":
+        pytest.importorskip("optuna", reason="needs mpg[tune]")
     whole = search(model, tmp_path / "whole", 9, search=name)
     lines = (tmp_path / "whole").read_text().splitlines(keepends=True)
     (tmp_path / "torn").write_text("".join(lines[:5]) + lines[5][:20])
