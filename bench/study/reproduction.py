@@ -17,6 +17,7 @@ from typing import Any
 
 import figures
 import scores
+from mpg.evaluate.tasks import DIMENSIONS
 from mpg.paper.methods import METHODS
 from mpg.paper.statistics import Estimate
 from scores import difference, perplexity, ratio, read, share_at, share_of, trait, words
@@ -140,8 +141,8 @@ def mbti(method: str) -> list[Row]:
     rows = []
     for name in TYPES:
         for row in read(f"table-{name}")[1].get(method, ()):
-            poles = {pole: row[pole] for pole in name if row.get(pole) is not None}
-            rows.append({**row, "item": f"{name} {row['item']}", "traits": poles})
+            traits = {dimension: row[dimension] for dimension in DIMENSIONS}
+            rows.append({**row, "item": f"{name} {row['item']}", "traits": traits})
     return rows
 
 
@@ -194,8 +195,8 @@ def claims() -> str:
          "accuracy, tuned - start", tuned),
         ("A negative weight suppresses its trait (4.4)", "P(E) of T=1 less that of T=1, E=-.9, arithmetic",
          less(suppression("arithmetic", "E=-0.9"))),
-        ("The INFJ weights [1, 0, -9, -3] are weights to generate with (4.4)", "1 - share of empty nuclei - .5",
-         less(infj_emptiness()[0], 0.5)),
+        (f"The INFJ weights [1, 0, -9, -3]{infj_emptiness()[1]} are weights to generate with (4.4)",
+         "1 - share of empty nuclei - .5", less(infj_emptiness()[0], 0.5)),
     ]  # fmt: skip
     lines = ["| claim | what is compared | estimate, 95 % | verdict |", "|---|---|---|---|"]
     lines += [f"| {claim} | {what} | {words(e, '+.3f')} | {verdict(e)} |" for claim, what, e in rows]
