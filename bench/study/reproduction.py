@@ -19,7 +19,7 @@ import figures
 import scores
 from mpg.evaluate.tasks import DIMENSIONS
 from mpg.paper.methods import METHODS
-from mpg.paper.statistics import Estimate
+from mpg.paper.statistics import FEW_PROMPTS, Estimate
 from scores import difference, perplexity, ratio, read, share_at, share_of, trait, words
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -192,7 +192,7 @@ def claims() -> str:
         ("SCR(ref-specialized) is above the specialised model alone (Table 4)", "mean P(pole), difference",
          compare(mbti, "scr-specialized", "base-specialized", trait)),
         ("Iterative adjustment raises the accuracy of multiple choice (Figure 3), on questions it did not see",
-         "accuracy, tuned - start", tuned),
+         "accuracy, tuned - start, over poles and not questions", tuned),
         ("A negative weight suppresses its trait (4.4)", "P(E) of T=1 less that of T=1, E=-.9, arithmetic",
          less(suppression("arithmetic", "E=-0.9"))),
         (f"The INFJ weights [1, 0, -9, -3]{infj_emptiness()[1]} are weights to generate with (4.4)",
@@ -200,6 +200,12 @@ def claims() -> str:
     ]  # fmt: skip
     lines = ["| claim | what is compared | estimate, 95 % | verdict |", "|---|---|---|---|"]
     lines += [f"| {claim} | {what} | {words(e, '+.3f')} | {verdict(e)} |" for claim, what, e in rows]
+    prompts = len({row["item"] for row in mbti("base")})
+    if 0 < prompts < FEW_PROMPTS:
+        lines += [
+            "",
+            f"What is compared by Table 1 rests on {prompts} prompts: too few, so those intervals are too narrow.",
+        ]
     return "\n".join(lines)
 
 
