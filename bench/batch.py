@@ -44,8 +44,9 @@ def run(rows: Path, output: Path, way: str) -> Row:
     begun_at = time.time()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"}
     done = subprocess.run(
-        [*command, "--set", "sampler=direct", *WAYS[way]], env=environment, capture_output=True, text=True
-    )
+        [*command, "--set", "sampler=direct", *WAYS[way]], env=environment, capture_output=True, text=True,
+        start_new_session=True,  # by which Linux shares a busy machine: Ray's processes have one of their own, too
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(done.stderr)
     seconds = time.time() - begun_at

@@ -56,21 +56,18 @@ def run_on_ray(
 ) -> None:
     """Run chunks by `min_workers` to `workers` workers of so many processors and GPUs each.
 
-    Joins the cluster that RAY_ADDRESS names, or one that this machine is of, else starts Ray here.
-
     Raises ValueError where workers cannot start, and where rows cannot be written.
     """
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    is_alone = connect()
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    is_alone = _connect(ray)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     try:
         if is_alone:
-            _check_room(ray, min_workers, cpus, gpus)
+            check_room("workers", min_workers, cpus, gpus)
         pool = ActorPoolStrategy(
             min_size=min_workers, max_size=workers, max_tasks_in_flight_per_actor=2 * AT_ONCE,
             max_concurrent_calls_per_actor=AT_ONCE,
@@ -90,8 +87,15 @@ def run_on_ray(
         ray.shutdown()
 
 
-def _connect(ray: Any) -> bool:
-    """Join a cluster, or start one of this machine alone. out: whether it is that"""
+def connect() -> bool:
+    """Join the cluster that RAY_ADDRESS names, or one that this machine is of, else start Ray for this machine alone.
+    out: whether it is that
+
+    Raises ValueError where Ray does not start.
+    """
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    import ray
+
     how = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if os.environ.get("RAY_ADDRESS") != "local":
         with suppress(ConnectionError):
@@ -108,10 +112,12 @@ def _connect(ray: Any) -> bool:
     raise AssertionError
 
 
-def _check_room(ray: Any, workers: int, cpus: float, gpus: float) -> None:
-    """Raises ValueError where this machine has no room for the fewest workers, who would wait for ever."""
+def check_room(argument: str, count: int, cpus: float, gpus: float) -> None:
+    """Raises ValueError where this machine has no room for so many actors, who would wait for ever."""
+    import ray
+
     has = ray.cluster_resources()
     for name, each in (("CPU", cpus), ("GPU", gpus)):
-        if each * workers > has.get(name, 0):
+        if each * count > has.get(name, 0):
             wanted = f"as many as there are {name}s for ({has.get(name, 0):g}, {each:g} each)"
-            raise ValueError(f"workers: expected {wanted}, got {workers}")
+            raise ValueError(f"{argument}: expected {wanted}, got {count}")

@@ -98,11 +98,11 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             if self.first is not None:
-                await send({"type": "http.response.body", "body": _line(self.first), "more_body": True})
+                await send({"type": "http.response.body", "body": as_event(self.first), "more_body": True})
             async for chunk in self.chunks:
-                await send({"type": "http.response.body", "body": _line(chunk), "more_body": True})
+                await send({"type": "http.response.body", "body": as_event(chunk), "more_body": True})
         except ApiError as error:
-            await send({"type": "http.response.body", "body": _line(error.body(self.request_id)), "more_body": True})
+            await send({"type": "http.response.body", "body": as_event(error.body(self.request_id)), "more_body": True})
         except ClientGone:
             return
         await send({"type": "http.response.body", "body": DONE})
@@ -113,5 +113,6 @@ async def as_stream(chunks: AsyncIterator[dict[str, Any]], request_id: str) -> E
     return EventStream(await anext(chunks, None), chunks, request_id)
 
 
-def _line(chunk: dict[str, Any]) -> bytes:
+def as_event(chunk: dict[str, Any]) -> bytes:
+    """The bytes of one server-sent event."""
     return f"data: {json.dumps(chunk)}\n\n".encode()

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -55,6 +55,19 @@ def serve(
     max_seconds: Annotated[float, typer.Option(help="That a request may take.")] = 600.0,
     grace: Annotated[float, typer.Option(help="Seconds that running requests have when the server ends.")] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what requests say, too.")] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Servers of Ray that each load the models, behind one address.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="That there may be while requests queue up. Default: --replicas.")
+    ] = None,
+    cpus_per_replica: Annotated[float, typer.Option(min=0, help="Processors that each takes.")] = 1,
+    gpus_per_replica: Annotated[float, typer.Option(min=0, help="GPUs that each takes.")] = 0,
+    print_config: Annotated[
+        str | None,
+        typer.Option(help="serve: print a file for 'serve deploy'; kuberay: one for 'kubectl apply'. Serve nothing."),
+    ] = None,
+    image: Annotated[str, typer.Option(help="A container image that has mpg[ray], for kuberay's file.")] = "IMAGE",
     settings: arguments.Settings = None,
     device: arguments.Device = None,
     dtype: arguments.Dtype = None,
@@ -67,7 +80,7 @@ def serve(
     """Serve the models under OpenAI's API; needs the package's extra 'serve'."""
     try:
         from mpg.serve.logs import log_to
-        from mpg.serve.server import check_host, make_app
+        from mpg.serve.server import address, check_host, make_app
         from mpg.serve.server import serve as run
         from mpg.serve.settings import Settings
     except ImportError as error:
@@ -77,12 +90,17 @@ def serve(
     from mpg.frontend.hf_generate import check_options
     from mpg.model import Model
     from mpg.models import loading
+    from mpg.options import one_of
     from mpg.recipe import parse_setting
 
+    how = {"device": device, "dtype": dtype, "quantize": quantize, "graphs": graphs,
+           "allow_other_base": allow_other_base, "merge_adapters": merge_adapters, "allow_pickle": allow_pickle}  # fmt: skip
     keys = api_key or [key for key in [os.environ.get("MPG_API_KEY")] if key]
-    hosts = check_host(host, bool(keys), allow_open)
-    recipe, options = arguments.read_recipe(models), dict(map(parse_setting, settings or ()))
-    check_options(options, recipe.options)
+    # of a cluster, its own environment's key counts
+    hosts = check_host(host, bool(keys or print_config), allow_open)
+    options = dict(map(parse_setting, settings or ()))
+    if print_config is None or Path(models).exists():  # else the cluster has them
+        check_options(options, arguments.read_recipe(models).options)
     limits = Settings(
         name=_name(models), hosts=hosts, api_keys=tuple(keys), admin_key=admin_key or os.environ.get("MPG_ADMIN_KEY"),
         attribute_folders=tuple(attribute_folder or ()), max_rows=max_rows, max_length=max_length,
@@ -90,28 +108,40 @@ def serve(
         prefill_tokens=prefill_tokens, max_kept=None if max_kept is None else int(max_kept * 2**30),
         max_seconds=max_seconds, grace=grace, log_prompts=log_prompts,
     )  # fmt: skip
+    if replicas or max_replicas or print_config:
+        from mpg.serve import deploy
+
+        scale = deploy.Scale(
+            replicas=replicas or 1, max_replicas=max_replicas, cpus=cpus_per_replica, gpus=gpus_per_replica
+        )
+        load_how = {name: value for name, value in how.items() if value not in (None, False)}
+        given = {"load": load_how, "options": options, "allow_open": allow_open, **deploy.told(limits)}
+        given = {name: value for name, value in given.items() if value not in ({}, False)}
+        if print_config:
+            one_of(*deploy.FILES)("print_config", print_config)
+            config = deploy.Config(models, scale, given, host, port, image)
+            print(config.text(print_config), end="")
+        else:
+            application = deploy.deployment(deploy.place(models), scale=scale, **given, api_keys=keys)
+            deploy.run(application, scale, host, port, lambda: _say(address(host, port)))
+        return
 
     def reload(other: Recipe, beside: Ensemble) -> Model:
         return Model(loading.load(other, dtype=dtype, device=device, graphs=graphs, beside=beside), other)
 
     def load() -> Model:
-        model = arguments.load(
-            models, device=device, dtype=dtype, quantize=quantize, graphs=graphs, allow_other_base=allow_other_base,
-            merge_adapters=merge_adapters, allow_pickle=allow_pickle,
-        )  # fmt: skip
+        model = arguments.load(models, **how)
         if model.models.device.type == "cpu":
             arguments.leave_a_core()
         return Model(model.models, replace(model.recipe, options={**model.recipe.options, **options}))
 
     stderr = sys.stderr  # another while the engine's thread loads a set that ships
     log_to(stderr)
-    run(
-        make_app(limits, load, reload),
-        limits,
-        host,
-        port,
-        lambda at: print(f"mpg: serving at {at}/v1", file=stderr, flush=True),
-    )
+    run(make_app(limits, load, reload), limits, host, port, lambda at: _say(at, stderr))
+
+
+def _say(at: str, stream: TextIO | None = None) -> None:
+    print(f"mpg: serving at {at}/v1", file=stream or sys.stderr, flush=True)
 
 
 def _name(models: str) -> str:
