@@ -194,7 +194,7 @@ def test_requests_of_one_conversation_have_one_session():
     assert told(prompt=long) == told(prompt=f"{long} and on") == told(prompt=[long, "other"]) != told(prompt="b")
     assert told(prompt=[1, 2]) == told(prompt=[[1, 2]]) != told(prompt=[1, 3])
     assert told(messages=[system]) and told(messages=[1])
-    for body in (b"", b"\xff", b"[]", b"{}", b'{"prompt": ""}', b'{"prompt": 3}', b'{"messages": []}'):
+    for body in (b"", b"\xff", b"[]", b"{}", b'{"prompt": ""}', b'{"prompt": 3}', b'{"messages": []}', b"[" * 10**5):
         assert session_of(body) == ""
 
 

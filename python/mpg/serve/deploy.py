@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
@@ -232,6 +233,12 @@ def run(application: Any, scale: Scale, host: str, port: int, on_ready: Callable
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens at."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
+        return int(found.getsockname()[1])
 
 
 def place(models: str) -> str:

@@ -66,8 +66,8 @@ class Replica:
         self.engine.stop()
 
     def _reload(self, recipe: Recipe, beside: Ensemble) -> Model:
-        how = {name: self.load.get(name) for name in ("dtype", "device")}
-        return Model(loading.load(recipe, graphs=self.load.get("graphs", False), beside=beside, **how), recipe)
+        how: dict[str, Any] = {name: self.load[name] for name in ("dtype", "device", "graphs") if name in self.load}
+        return Model(loading.load(recipe, beside=beside, **how), recipe)
 
     def check_health(self) -> None:
         if self.engine.state == "failed":
@@ -78,14 +78,14 @@ class Replica:
         if config.keys() - {"attributes"}:
             raise ValueError(f"user_config: expected attributes alone, got {', '.join(config)}")
         more = config.get("attributes") or {}
-        recipe = replace(self.recipe, attributes={**self.recipe.attributes, **more}) if more else self.recipe
+        recipe = replace(self.recipe, attributes={**(self.recipe.attributes or {}), **more}) if more else self.recipe
         if recipe.attributes != self.engine.model.recipe.attributes:
             beside = self.engine.model.models
             self.engine.replace(await asyncio.to_thread(self._reload, recipe, beside))
 
     async def answer(self, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
         """The messages that answer a request, as many at a time as there are."""
-        sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        sent: asyncio.Queue[Any] = asyncio.Queue()  # messages, and None at the end
         asked = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
@@ -170,15 +170,16 @@ def session_of(body: bytes) -> str:
     user's first, or of how its prompt begins. Empty where there is neither: any replica may answer."""
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     asked = asked if isinstance(asked, dict) else {}
     messages, prompt = asked.get("messages"), asked.get("prompt")
+    first: Any = None
     if isinstance(messages, list):
         roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
         first = messages[: roles.index("user") + 1 if "user" in roles else None]
     else:
-        is_many = isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list))
-        prompt = prompt[0] if is_many else prompt
+        while isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):  # the first of several
+            prompt = prompt[0]
         first = prompt[:BEGINNING] if isinstance(prompt, (str, list)) else None
     return hashlib.sha256(json.dumps(first).encode()).hexdigest() if first else ""

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -93,7 +93,7 @@ def serve(
     from mpg.options import one_of
     from mpg.recipe import parse_setting
 
-    how = {"device": device, "dtype": dtype, "quantize": quantize, "graphs": graphs,
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "graphs": graphs,
            "allow_other_base": allow_other_base, "merge_adapters": merge_adapters, "allow_pickle": allow_pickle}  # fmt: skip
     keys = api_key or [key for key in [os.environ.get("MPG_API_KEY")] if key]
     # of a cluster, its own environment's key counts
@@ -122,6 +122,7 @@ def serve(
             config = deploy.Config(models, scale, given, host, port, image)
             print(config.text(print_config), end="")
         else:
+            port = port or deploy.free_port(host)  # Ray's own choice is not told
             application = deploy.deployment(deploy.place(models), scale=scale, **given, api_keys=keys)
             deploy.run(application, scale, host, port, lambda: _say(address(host, port)))
         return
