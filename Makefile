@@ -108,11 +108,12 @@ sbom: $(INSTALLED)
 	  $(BIN)/python
 	$(BIN)/pip-licenses --format markdown --with-urls --output-file build/licenses.md
 
-# The table and the plot of docs/laws.md, enumerated anew, the tables of docs/architectures.md, and where nvcc is that of
-# docs/kernels.md.
+# The table and the plot of docs/laws.md, enumerated anew, the tables of docs/architectures.md and docs/scale.md, and where
+# nvcc is that of docs/kernels.md.
 docs: $(BIN)/.built
 	$(BIN)/python docs/tabulate_laws.py
 	$(BIN)/python docs/tabulate_architectures.py
+	$(BIN)/python docs/tabulate_capacity.py
 	if command -v nvcc; then $(BIN)/python docs/tabulate_kernels.py; fi
 
 # docs/reproduction.md and its pictures, from the study's committed scores: the same bytes every time.

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import mpg
 import mpg_ext
 from mpg.app.cli.command import app
 from mpg.demo import MODELS
@@ -25,6 +28,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
 
 import tabulate_architectures as architectures  # noqa: E402
+import tabulate_capacity as capacity  # noqa: E402
 import tabulate_laws as page  # noqa: E402
 
 from fakes import enumerate_sampler, total_variation  # noqa: E402
@@ -61,6 +65,30 @@ def test_chained_rounds_have_the_law_of_the_whole_loop(name, monkeypatch):
 
 def test_table_of_architectures_is_the_tested_list():
     assert architectures.table() in (DOCS / "architectures.md").read_text()
+
+
+def test_table_of_capacity_is_the_arithmetic_of_measured_models():
+    assert capacity.table() in (DOCS / "scale.md").read_text()
+    demo = mpg.load(MODELS, device="cpu")
+    grouped = LlamaConfig(
+        num_hidden_layers=2, hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+        intermediate_size=40, vocab_size=50,
+    )  # fmt: skip
+    for model in (demo, mpg.load(LlamaForCausalLM(grouped), {}, device="cpu")):
+        loaded, names = model.models, model.models.attribute_names
+        config = grouped if not names else AutoConfig.from_pretrained(MODELS)
+        shape = capacity.Shape(
+            layers=config.num_hidden_layers, width=config.hidden_size, heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads, head_size=config.head_dim, inner=config.intermediate_size,
+            vocabulary=config.vocab_size, is_tied=config.tie_word_embeddings, bytes=4,
+        )  # fmt: skip
+        rows = [loaded.cache_bytes(["base", *names], 3, positions) for positions in (10, 11)]
+        assert rows[1] - rows[0] == 3 * (1 + len(names)) * shape.position_bytes()
+        assert loaded.describe()["base"]["parameters"] * shape.bytes == shape.weight_bytes()
+        for name in names:
+            saved = load_file(MODELS / "adapters" / name / "adapter_model.safetensors")
+            assert sum(tensor.numel() for tensor in saved.values()) * shape.bytes == shape.adapter_bytes(rank=8)
+    assert capacity.cost(3.6, 1000) == pytest.approx(1)
 
 
 def blocks(page, language):

@@ -249,6 +249,13 @@ def test_what_replicas_cannot_have_is_refused(arguments, message):
         deploy.deployment(max_row=3)
 
 
+def test_without_ray_the_command_that_installs_it_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert show("--print-config", "serve")
+    done = CliRunner().invoke(app, ["serve", "--replicas", "2"])
+    assert done.exit_code == 2 and "ray: expected it installed: pip install 'mpg[ray]'" in done.stderr
+
+
 @contextmanager
 def started(*arguments):
     """The command with a Ray of its own, and the address that it says it serves at."""
@@ -321,6 +328,51 @@ def test_a_replica_that_is_killed_under_load_costs_retries_alone_and_returns(cap
         p50, p99 = seconds[len(seconds) // 2], seconds[int(len(seconds) * 0.99)]
         print(f"\n{dict(statuses)}, seconds with retries p50 {p50:.2f}, p99 {p99:.2f}")
     assert len(seconds) == 200
+
+
+@pytest.mark.skipif(not IS_LONG, reason="takes minutes; make check sets MPG_LONG")
+def test_a_file_deploys_and_its_attributes_change_beside_requests(monkeypatch):
+    import ray
+    from ray import serve
+
+    from mpg.batch.on_ray import connect
+
+    port = deploy.free_port("127.0.0.1")
+    file = show(
+        "--print-config", "serve", "--device", "cpu", "--dtype", "float64", "--replicas", "2", "--port", str(port)
+    )
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    connect()
+    try:
+        serve.start(http_options=file["http_options"])
+        client = serve.context._get_global_client()  # what `serve deploy` asks through a dashboard
+        url = f"http://127.0.0.1:{port}"
+
+        def deploy_it():
+            client.deploy_apps(ServeDeploySchema.model_validate(file), _blocking=True)
+
+        def known():
+            answer = httpx.get(f"{url}/v1/models", timeout=300)
+            return [model["id"] for model in answer.json()["data"]] if answer.status_code == 200 else []
+
+        deploy_it()
+        assert "E" in known() and "mine" not in known()
+        first = {actor.pid for actor in replicas_of(psutil.Process())}
+        assert len(first) == 2
+        adapter = str(MODELS / "adapters" / "E")
+        file["applications"][0]["deployments"][0]["user_config"]["attributes"]["mine"] = adapter
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(httpx.post, f"{url}{CHAT}", json=BODY, timeout=300) for _ in range(30)]
+            deploy_it()
+            ends_at = time.monotonic() + 300
+            while not all("mine" in known() for _ in range(8)):  # of either replica
+                assert time.monotonic() < ends_at
+            assert {answer.result().status_code for answer in answers} == {200}
+        assert {actor.pid for actor in replicas_of(psutil.Process())} == first  # in place
+        assert httpx.post(f"{url}{CHAT}", json={**BODY, "model": "mine"}, timeout=300).status_code == 200
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 def counted(url, headers):
