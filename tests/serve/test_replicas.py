@@ -32,6 +32,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ServeDeploySchema
 
+from mpg.serve import replicas
 from mpg.serve.replicas import Front, Replica, session_of
 
 CHAT = "/v1/chat/completions"
@@ -62,6 +63,12 @@ class Handle:
                     raise self.failure
                 count += 1
                 yield [message]
+
+
+@pytest.fixture(autouse=True)
+def log(monkeypatch):
+    """That of the process stays as it is."""
+    monkeypatch.setattr(replicas, "log_to", lambda stream: None)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +217,7 @@ def test_files_are_those_of_rays_schema(monkeypatch):
     kuberay = show("--print-config", "kuberay", "--models", "/models/mine", "--image", "here/mpg:1", *how, *scale)
     pods = kuberay["spec"]["rayClusterConfig"]
     [worker] = pods["workerGroupSpecs"]
+    assert pods["enableInTreeAutoscaling"] is True
     assert (kuberay["kind"], worker["minReplicas"], worker["maxReplicas"]) == ("RayService", 2, 4)
     [container] = worker["template"]["spec"]["containers"]
     assert container["image"] == "here/mpg:1" and container["resources"]["limits"]["nvidia.com/gpu"] == 1
@@ -245,6 +253,8 @@ def test_files_are_those_of_rays_schema(monkeypatch):
 def test_what_replicas_cannot_have_is_refused(arguments, message):
     done = CliRunner().invoke(app, ["serve", *arguments])
     assert done.exit_code == 2 and message in done.stderr
+    with pytest.raises(ValueError, match="replicas: expected 1 at least, got 0"):
+        deploy.Scale(replicas=0)
     with pytest.raises(ValueError, match="max_row: expected an argument of deployment"):
         deploy.deployment(max_row=3)
 
@@ -278,7 +288,7 @@ def started(*arguments):
         process.wait(120)
 
 
-def replicas_of(process):
+def actors_of(process):
     found = [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
     return [child for child in found if "ServeReplica:mpg:Replica" in " ".join(child.cmdline())]
 
@@ -295,7 +305,7 @@ def test_a_replica_that_is_killed_under_load_costs_retries_alone_and_returns(cap
             for _ in range(3):
                 assert httpx.post(f"{url}{CHAT}", json=body, headers=head, timeout=300).status_code == 200
             assert counted(url, head) == count + 3
-        first = replicas_of(process)
+        first = actors_of(process)
         assert len(first) == 2
         [killed] = rng.sample(first, 1)
 
@@ -319,7 +329,7 @@ def test_a_replica_that_is_killed_under_load_costs_retries_alone_and_returns(cap
             for answer in answers:
                 answer.result()
         ends_at = time.monotonic() + 300
-        while len(again := replicas_of(process)) < 2 or killed in again:
+        while len(again := actors_of(process)) < 2 or killed in again:
             assert time.monotonic() < ends_at
             time.sleep(0.5)
         assert httpx.post(f"{url}{CHAT}", json=body, timeout=300).json()["choices"][0]["message"]["content"] == expected
@@ -357,7 +367,7 @@ def test_a_file_deploys_and_its_attributes_change_beside_requests(monkeypatch):
 
         deploy_it()
         assert "E" in known() and "mine" not in known()
-        first = {actor.pid for actor in replicas_of(psutil.Process())}
+        first = {actor.pid for actor in actors_of(psutil.Process())}
         assert len(first) == 2
         adapter = str(MODELS / "adapters" / "E")
         file["applications"][0]["deployments"][0]["user_config"]["attributes"]["mine"] = adapter
@@ -368,7 +378,7 @@ def test_a_file_deploys_and_its_attributes_change_beside_requests(monkeypatch):
             while not all("mine" in known() for _ in range(8)):  # of either replica
                 assert time.monotonic() < ends_at
             assert {answer.result().status_code for answer in answers} == {200}
-        assert {actor.pid for actor in replicas_of(psutil.Process())} == first  # in place
+        assert {actor.pid for actor in actors_of(psutil.Process())} == first  # in place
         assert httpx.post(f"{url}{CHAT}", json={**BODY, "model": "mine"}, timeout=300).status_code == 200
     finally:
         serve.shutdown()

@@ -181,6 +181,7 @@ class Config:
             "spec": {
                 "serveConfigV2": yaml.dump(everywhere._serve(), sort_keys=False),
                 "rayClusterConfig": {
+                    "enableInTreeAutoscaling": most > scale.replicas,
                     "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": pod("ray-head", 2, 0)},
                     "workerGroupSpecs": [
                         {
