@@ -108,8 +108,8 @@ sbom: $(INSTALLED)
 	  $(BIN)/python
 	$(BIN)/pip-licenses --format markdown --with-urls --output-file build/licenses.md
 
-# The table and the plot of docs/laws.md, enumerated anew, the tables of docs/architectures.md and docs/scale.md, and where
-# nvcc is that of docs/kernels.md.
+# The table and the plot of docs/laws.md, enumerated anew, the tables of docs/architectures.md and docs/scale.md, and
+# where nvcc is that of docs/kernels.md.
 docs: $(BIN)/.built
 	$(BIN)/python docs/tabulate_laws.py
 	$(BIN)/python docs/tabulate_architectures.py

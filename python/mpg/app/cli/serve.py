@@ -93,8 +93,10 @@ def serve(
     from mpg.options import one_of
     from mpg.recipe import parse_setting
 
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "graphs": graphs,
-           "allow_other_base": allow_other_base, "merge_adapters": merge_adapters, "allow_pickle": allow_pickle}  # fmt: skip
+    how: dict[str, Any] = {
+        "device": device, "dtype": dtype, "quantize": quantize, "graphs": graphs,
+        "allow_other_base": allow_other_base, "merge_adapters": merge_adapters, "allow_pickle": allow_pickle,
+    }  # fmt: skip
     keys = api_key or [key for key in [os.environ.get("MPG_API_KEY")] if key]
     # of a cluster, its own environment's key counts
     hosts = check_host(host, bool(keys or print_config), allow_open)
