@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from common import BATCH, PAPERS_DRAW, POLES, RUNS, load, measure, questions, surprise, told
-from judge import study_judge
+from common import BATCH, PAPERS_DRAW, POLES, RUNS, load, measure, questions
+from judge import judged, study_judge
 
 KEPT = "T"  # is asked for, and E is to go
 NEW_TOKENS = 32
@@ -45,15 +45,7 @@ def main(part: str) -> None:
         if setting.startswith("rows "):
             base[:] = base or texts_of("base")
             return empty_rows(model, prompts, [result.tokens for result in base], ROWS[setting.removeprefix("rows ")])
-        results = texts_of(setting)
-        nats, traits = surprise(model, prompts, results), study_judge().score([result.text for result in results])
-        return [
-            {
-                "prompt": index, **told(result), "nats": round(nats[index], 3),
-                "traits": {of: round(float(of_texts[index]), 4) for of, of_texts in traits.items()},
-            }
-            for index, result in enumerate(results)
-        ]  # fmt: skip
+        return judged(model, prompts, texts_of(setting))
 
     settings = ["base", f"geometric {KEPT}=1"]
     if part == "rows":  # of the adapters that are there

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import BATCH, PAPERS_DRAW, load, measure, questions, surprise, told
-from judge import study_judge
+from common import BATCH, PAPERS_DRAW, load, measure, questions
+from judge import judged, study_judge
 from mpg.model import Model
 
 NAMES = ("E", "E-seed1", "E-seed2", "T", "T-seed1", "T-seed2")
@@ -21,15 +21,7 @@ def main() -> None:
 
     def rows_of(name: str) -> list[dict[str, Any]]:
         own = model if name == "base" else Model(model.models.with_roles(base=name))
-        results = own.generate(prompts, **how, **PAPERS_DRAW)
-        nats, traits = surprise(model, prompts, results), study_judge().score([result.text for result in results])
-        return [
-            {
-                "prompt": index, **told(result), "nats": round(nats[index], 3),
-                "traits": {of: round(float(of_texts[index]), 4) for of, of_texts in traits.items()},
-            }
-            for index, result in enumerate(results)
-        ]  # fmt: skip
+        return judged(model, prompts, own.generate(prompts, **how, **PAPERS_DRAW))
 
     measure("seeds", {"new_tokens": NEW_TOKENS, "judge": study_judge().accuracy}, ["base", *NAMES], rows_of)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -100,6 +101,22 @@ def test_one_code_for_all_layers_and_rounds_gives_the_same_logits(quick, load_bo
         == [3] * 5
     )
     assert not counters["graph_break"]
+
+
+@long
+def test_widened_products_give_the_same_texts_compiled_captured_and_both(tape_of_compiled):
+    """As on a GPU, with requests that weigh the same and with such as do not."""
+    weights = [[{"E": 1, "J": 0.5}] * 2, [{"E": 1}, {"T": 1, "J": 1}]]
+    texts = []
+    for is_wide, settings in product((False, True), ({}, {"compile": True}, {"graphs": True, "compile": True})):
+        model = mpg.load(MODELS, dtype="float32", **settings)
+        if is_wide:
+            model.models._models[0].stack.widen()
+        texts.append([
+            [result.tokens for result in model.generate(DEMO_QUESTIONS[:2], weights=own, seed=3, max_new_tokens=12)]
+            for own in [*weights, *weights]
+        ])  # fmt: skip
+    assert texts == [texts[0]] * 6
 
 
 @long
