@@ -46,8 +46,8 @@ mutants: $(BIN)/.built
 levels: $(BIN)/.built
 	$(BIN)/python tests/levels.py
 
-# The property tests, and made-up calls, recipes, adapters and requests, on a thousand examples each from the seed that the
-# command shows; and every simulated schedule.
+# The property tests, and made-up calls, recipes, adapters and requests, on a thousand examples each (half as many
+# adapters) from the seed that the command shows; and every simulated schedule.
 fuzz: $(BIN)/.built
 	$(BIN)/python -m pytest tests/ops tests/test_fuzz.py -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
 	for order in forward reverse random; do \

@@ -778,7 +778,7 @@ REQUESTS = [
     ((CHAT, {"sampler": "beam"}),
      "400 sampler: expected one of exact, direct, auto, scr, token-rs, seq-rs, got 'beam'"),
     ((CHAT, {"sampler": "auto"}),
-     "400 sampler: expected exact, direct, scr, token-rs or seq-rs, as a server has no time "),
+     "400 sampler: expected one of exact, direct, scr, token-rs, seq-rs, as a server has no time "),
     ((CHAT, {"draft": "a friend"}), "400 draft: expected one of model, reference, lookup, merged, got 'a friend'"),
     ((CHAT, {"sampler": "direct", "draft": "model"}), "400 draft: not an option of sampler 'direct', got 'model'"),
     ((CHAT, {"weights": {"a": 1}, "contexts": {"a": {"system": "x", "prefix": "y"}}}),

@@ -12,6 +12,12 @@ from contextlib import contextmanager
 import pytest
 from torch.utils.data import DataLoader
 
+import mpg
+from longer import IS_LONG
+from mpg.demo import MODELS
+from mpg.models import graphs
+from tape import Tape
+
 WAYS = [
     {"sampler": "direct", "target": "anchored", "trace": True},
     {"sampler": "exact"},
@@ -21,7 +27,7 @@ WAYS = [
     {"sampler": "token-rs", "tries": 4},
     {"sampler": "seq-rs", "tries": 2},
 ]
-CUTS = 40 if "MPG_LONG" in os.environ else 2  # of a kind, by way
+CUTS = 40 if IS_LONG else 2  # of a kind, by way
 BEGINNING = list(range(10, 90))  # that is kept for the next text
 
 
@@ -98,7 +104,7 @@ def test_threads_that_share_a_model_get_the_texts_of_calls_alone(model):
     before, kept.max_bytes = kept.max_bytes, kept.num_bytes // 2
     try:
         with ThreadPoolExecutor(len(asked)) as pool:
-            for _ in range(20 if "MPG_LONG" in os.environ else 1):
+            for _ in range(20 if IS_LONG else 1):
                 assert list(pool.map(lambda of: ask(model, *of), asked)) == expected
     finally:
         kept.max_bytes = before
@@ -112,8 +118,14 @@ def _refusal(model):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_fork_of_the_process_is_refused_and_waits_for_nothing(model):
+@pytest.mark.parametrize("is_graphed", [False, True])
+def test_a_fork_of_the_process_is_refused_and_waits_for_nothing(is_graphed, model, monkeypatch):
     """A lock that another thread held as the process was forked is held for ever there."""
+    if is_graphed:
+        monkeypatch.setitem(graphs.CAPTURES, "cpu", Tape)
+        model = mpg.load(MODELS, device="cpu", graphs=True)
+        ask(model, WAYS[0])
+        assert len(model.models.idle)  # a call after it takes what is left, and opens nothing
     reader, writer = multiprocessing.Pipe(duplex=False)
     with model.models._models[0].lock, model.models.kept._lock:
         child = multiprocessing.get_context("fork").Process(target=lambda: writer.send(_refusal(model)))

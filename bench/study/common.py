@@ -50,11 +50,9 @@ def measure(
     """Measure what is not yet in the file of these scores, setting by setting; a kill loses one setting."""
     path = RESULTS / f"{name}.jsonl"
     with open_records(path, {"what": name, **header}) as records:
-        counts: dict[str, int] = {}
-        for row in records.rows:
-            counts[row["setting"]] = row["of"]
+        done = {row["setting"] for row in records.rows}
         for setting in settings:
-            if setting in counts:
+            if setting in done:
                 continue
             started_at = time.process_time()
             rows = rows_of(setting)

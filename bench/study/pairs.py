@@ -6,7 +6,6 @@ licence: keep the folder out of the repository.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
@@ -14,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mpg.evaluate.tasks import DIMENSIONS, ROLEPLAY_PROMPT, hash_of
 from mpg.train.pairs import Pair, read_pairs
 
-DIMENSIONS = ("EI", "SN", "TF", "JP")
 # Shares of the questions, by their hash: what adapters learn from, what judges learn from, what is only reported on.
 SHARES = {"adapters": 0.45, "judge": 0.35, "reported": 0.2}
 NUM_ADAPTER_QUESTIONS = 96  # of each dimension at most, 16 of them to measure a training on
@@ -24,12 +23,11 @@ OPENING_WORDS = 20  # answers that open alike teach nothing within the tokens th
 ROLEPLAY = ("profile", "personality")
 NUM_ROLEPLAY_PAIRS = 64  # of each kind at most
 PERSONA = re.compile(r"Profile: *(?P<profile>.*?)\nPersonalities: *(?P<personality>.*?)\n", re.DOTALL)
-ROLEPLAY_PROMPT = "You are this person: {profile}\nYour personality: {personality}\nSend one message to a friend."
 
 
 def side_of(question: str) -> str:
     """The side that a question is on: a name of SHARES."""
-    part = int(_hash(question)[:12], 16) / 16**12
+    part = int(hash_of(question)[:12], 16) / 16**12
     for name, share in SHARES.items():
         if part < share:
             return name
@@ -55,7 +53,7 @@ def roleplay_pairs(data: str | Path, kind: str) -> list[dict[str, Any]]:
             prompt = [{"role": "user", "content": ROLEPLAY_PROMPT.format(**persona.groupdict())}]
             pairs.append({"prompt": prompt, **{side: [{"role": "assistant", "content": getattr(pair, side)}]
                                                for side in ("chosen", "rejected")}})  # fmt: skip
-    return sorted(pairs, key=lambda pair: _hash(pair["prompt"][0]["content"]))
+    return sorted(pairs, key=lambda pair: hash_of(pair["prompt"][0]["content"]))
 
 
 def write_training_data(data: str | Path, out: Path) -> None:
@@ -79,17 +77,12 @@ def write_training_data(data: str | Path, out: Path) -> None:
 
 def _ordered(pairs: Iterable[Pair]) -> list[Pair]:
     """One pair for each question, in the order of their hashes."""
-    by_hash = {_hash(pair.question): pair for pair in pairs}
+    by_hash = {hash_of(pair.question): pair for pair in pairs}
     return [by_hash[key] for key in sorted(by_hash)]
 
 
 def _opening(answer: str) -> list[str]:
     return answer.split()[:OPENING_WORDS]
-
-
-def _hash(text: str) -> str:
-    """The hash of a text, as its words read: another spacing or another case is the same question."""
-    return hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:

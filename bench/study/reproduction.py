@@ -17,13 +17,13 @@ from typing import Any
 
 import figures
 import scores
-from mpg.evaluate.tasks import DIMENSIONS
+from mpg.evaluate.tasks import DIMENSIONS, TYPES
 from mpg.paper.methods import METHODS
 from mpg.paper.statistics import FEW_PROMPTS, Estimate
 from scores import difference, perplexity, ratio, read, share_at, share_of, trait, words
 
 DOCS = Path(__file__).parents[2] / "docs"
-TYPES = ("ESTP", "INFJ", "ENTJ")
+
 NOT_RUN = "not run"
 HISTORIES = ("tune-ESTP-iterative", "tune-INFJ-iterative", "tune-INFJ-optuna")
 INFJ = ("rows E=1,T=-9,J=-3", "rows E=1,T=-9,P=-3")  # the second until there is an adapter of J
@@ -252,9 +252,11 @@ def adapters() -> str:
         own = card["scores"]
         numbers = f"{own['accuracy']:.3f} | {own['margin']:.3f} | {own['loss']:.3f}"
         lines.append(f"| {name} | {card['pairs']} | {numbers} | {card['recipe']['seed']} |")
-    recipe = next(iter(cards.values()))["recipe"]
+    recipe, *others = ({**card["recipe"], "seed": None, "likelihood": None} for card in cards.values())
+    assert all(other == recipe for other in others), "the adapters are of several recipes"
     told = ", ".join(f"{key} {value}" for key, value in recipe.items() if key not in ("seed", "likelihood"))
-    return "\n".join([*lines, "", f"All by DPO with {told}; the reference with likelihood 1."])
+    reference = "; the reference with likelihood 1" if "reference" in cards else ""
+    return "\n".join([*lines, "", f"All by DPO with {told}{reference}."])
 
 
 def table1() -> str:

@@ -7,7 +7,6 @@ Texts are written to MPG_STUDY/answers, which is not committed; their scores to 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from mpg.evaluate.tasks import MBTI_TASKS, TYPES, Item, read_items, split
 from mpg.model import Model
 from mpg.models import gguf, sources
 from mpg.paper.methods import METHODS
-from pairs import ROLEPLAY, ROLEPLAY_PROMPT
+from pairs import ROLEPLAY
 
 NEW_TOKENS = 32
 EACH = 3  # items of every task and type
@@ -38,9 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def items_of(part: str) -> list[Item]:
     """Items of the side that is only reported on, the same number of each task."""
     if part == "roleplay":
-        plays = read_items(DATA, ["roleplay"], on_problem=_ignore)
-        # the prompt that the study's adapters were trained with, a fifth of the release's in length
-        return [dataclasses.replace(i, prompt=ROLEPLAY_PROMPT.format(**i.about)) for i in plays[:NUM_PLAYS]]
+        return read_items(DATA, ["roleplay"], on_problem=_ignore)[:NUM_PLAYS]
     items = []
     for task in MBTI_TASKS:
         reported = split(read_items(DATA, [task], part, on_problem=_ignore))[1]

@@ -3,14 +3,16 @@ one that cannot be read or parsed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 PROBE_BYTES = 2**18  # more than a picture or a table takes
+ENDS = 2**20  # bytes at either end of a large file that a hash of it is of
 
 
 @contextmanager
@@ -31,6 +33,18 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise json.JSONDecodeError("Nested too deeply", text, 0) from None
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """A hash of the names, sizes and ends of files, which may be a model's."""
+    found = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            found.update(f"{file.name} {size}".encode() + stream.read(ENDS))
+            stream.seek(max(0, size - ENDS))
+            found.update(stream.read())
+    return found.hexdigest()
 
 
 @contextmanager

@@ -260,7 +260,9 @@ GOOD = '{"id": 1, "prompt": "a"}\n'
         (GOOD * 2, "line 2: id: expected another one in every row, got 1 again"),
         (GOOD + '{"prompt": "b"}', "line 2: expected an id in every row or in none"),
         (GOOD + '{"id": "2", "prompt": "b"}', "line 2: id: expected int as before it, got '2'"),
-        ('{"id": 1.5, "prompt": "b"}', "line 1: id: expected text or an integer, got 1.5"),
+        ('{"id": 1.5, "prompt": "b"}', "line 1: id: expected text or an integer of 64 bits, got 1.5"),
+        (f'{{"id": {2**63}, "prompt": "b"}}', f"line 1: id: expected text or an integer of 64 bits, got {2**63}"),
+        (r'{"id": "\ud800", "prompt": "b"}', "line 1: id: expected text or an integer of 64 bits, got"),
         ('{"text_": "b"}', "input: expected prompt or messages in its rows, got the columns text_"),
         ('{"prompt": "b", "text": "c"}', "input: column 'text': expected another name"),
         (b"\xff\xfe", "line 1: expected text in UTF-8"),
@@ -279,7 +281,7 @@ def test_inputs_of_json_lines_that_cannot_be_are_refused(tmp_path, text, message
         ({"prompt": [b"a"]}, "column 'prompt': expected text or a list of token ids, got binary"),
         ({"messages": ["a"]}, "column 'messages': expected a list of structs, got string"),
         ({"prompt": ["a"], "other": [b"a"]}, "column 'other': expected text, numbers, truths"),
-        ({"prompt": ["a"], "id": [1.5]}, "row 1: id: expected text or an integer, got 1.5"),
+        ({"prompt": ["a"], "id": [1.5]}, "row 1: id: expected text or an integer of 64 bits, got 1.5"),
         ({"prompt": ["a", "b"], "id": [1, 1]}, "row 2: id: expected another one"),
         ({"other": ["a"]}, "expected prompt or messages in its rows, got the columns other"),
     ],
@@ -336,7 +338,13 @@ def test_the_folder_of_another_job_is_refused_with_what_differs(model, job, tmp_
     assert begin(task, describe(task, moved, {})) == []  # the same models elsewhere
     weights = tmp_path / "moved" / "adapters" / "E" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
-    assert "models.attributes.E.blake2b" in refused(recipe=moved)
+    assert "models.attributes.E.sha256" in refused(recipe=moved)
+    sources = [replace(model.recipe, attributes={"calm": {"source": name, "text": "Be calm."}}) for name in "ET"]
+    first, second = (describe(task, recipe, {}) for recipe in sources)
+    task = make_task(model, name, tmp_path / "calm")
+    begin(task, first)
+    with pytest.raises(ValueError, match=r"models\.attributes\.calm\.source: 'E' there, 'T' here"):
+        begin(task, second)
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "a.txt").touch()
     assert "which holds 'a.txt'" in refused(tmp_path / "others")

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import mpg
+from longer import IS_LONG
 from mpg.decode import rounds, run
 from mpg.decode.batch import Batch, Snapshot
 from mpg.decode.rounds import Rounds
@@ -31,7 +32,7 @@ from mpg.models.routes import Forward, Routes
 from planted import plant
 from tape import Tape
 
-DEVICE, IS_LONG = os.environ.get("MPG_DEVICE", "cpu"), "MPG_LONG" in os.environ
+DEVICE = os.environ.get("MPG_DEVICE", "cpu")
 QUESTIONS = [*DEMO_QUESTIONS[:3], *(question.text for question in HELD_OUT_QUESTIONS[:3])]
 WEIGHTS = [{"E": 1, "T": 1}, {"T": 0.5, "J": 1}, {"E": 1, "T": 0.5}, {"J": 1}, {"E": 2, "J": 0.5}, {"E": 0.5, "T": 1}]
 TIMES = ("tokens_per_second", "time_to_first_token")

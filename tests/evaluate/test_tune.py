@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
@@ -92,6 +93,13 @@ def test_weights_that_a_target_refuses_are_worth_nothing(model, tmp_path):
     found = search(model, tmp_path / "history", 3, target="arithmetic", start=-1.0)
     assert found.trials[0]["value"] == 0
     assert found.trials[0]["refused"].startswith("weights: the arithmetic target needs a positive sum")
+
+
+def test_an_option_that_a_negative_weight_excludes_is_worth_nothing(model, data):
+    items = read_items(data, ["mcqa"], on_problem=pytest.fail)
+    scores, weights = ChoiceScores(model, items, POLES, "arithmetic"), {"E": -9, "S": 4, "T": 3, "J": 3}
+    assert -math.inf in [value for batch in scores._batches for value in scores._combine(weights, *batch)]
+    assert 0 <= scores(weights, POLES).value <= 1.1
 
 
 def test_texts_are_scored_by_a_judge_of_traits_the_same_in_every_trial(model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from typing import Any
 import mpg
 from mpg.batch.rows import Chunk
 from mpg.batch.worker import Done, Task, Worker
+from mpg.files import hash_files
 from mpg.recipe import Recipe
-
-SAMPLE = 2**20  # bytes at either end of a file of weights that its digest is of
-FOUND_ELSEWHERE = ("mpg", "source")  # entries in which the folder of a job may differ from the job
 
 
 def describe(task: Task, recipe: Recipe, how: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,15 +70,7 @@ def _identify(source: Any) -> Any:
     if not path.exists():
         return str(source)
     files = sorted(part for part in path.iterdir() if part.is_file()) if path.is_dir() else [path]
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(SAMPLE))
-            opened.seek(max(size - SAMPLE, 0))
-            digest.update(opened.read(SAMPLE))
-    return {"source": str(path.absolute()), "blake2b": digest.hexdigest()}
+    return {"source": str(path.absolute()), "sha256": hash_files(files)}
 
 
 def _plain(value: Any) -> Any:
@@ -94,9 +83,11 @@ def _plain(value: Any) -> Any:
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Where two descriptions differ, by the names of entries, and what each has there."""
+    """Where two descriptions differ, by the names of entries, and what each has there. mpg's version may differ, and
+    where models of the same files lie."""
     if isinstance(found, dict) and isinstance(wanted, dict):
-        names = [part for part in {**wanted, **found} if part not in FOUND_ELSEWHERE]
+        free = {"source"} if "sha256" in wanted and "sha256" in found else set() if name else {"mpg"}
+        names = [part for part in {**wanted, **found} if part not in free]
         parts = [(f"{name}.{part}".strip("."), found.get(part), wanted.get(part)) for part in names]
         return [different for part, a, b in parts for different in _differences(a, b, part)]
     return [] if found == wanted else [(name, found, wanted)]

@@ -166,8 +166,8 @@ class _Look:
             raise ValueError(f"input: {place}: expected an id in every row or in none, got {row_id!r}")
         if row_id is None:
             return
-        if not isinstance(row_id, int | str) or isinstance(row_id, bool) or row_id == "":
-            raise ValueError(f"input: {place}: id: expected text or an integer, got {row_id!r}")
+        if row_id == "" or _kind(row_id) not in ("int", "text"):
+            raise ValueError(f"input: {place}: id: expected text or an integer of 64 bits, got {row_id!r}")
         self.id_type = self.id_type or type(row_id)
         if type(row_id) is not self.id_type:
             raise ValueError(f"input: {place}: id: expected {self.id_type.__name__} as before it, got {row_id!r}")
@@ -230,7 +230,10 @@ def _parse(line: bytes, place: str) -> Row:
 def _kind(value: Any) -> str:
     kinds = {bool: "bool", int: "int", float: "float", str: "text", type(None): ""}
     kind = kinds.get(type(value), "json")
-    return "json" if kind == "int" and not -(2**63) <= value < 2**63 else kind
+    is_beyond_parquet = (kind == "int" and not -(2**63) <= value < 2**63) or (
+        kind == "text" and any("\ud800" <= character <= "\udfff" for character in value)
+    )
+    return "json" if is_beyond_parquet else kind
 
 
 def _read_json(stream: Any, chunk: Chunk) -> list[Row]:

@@ -34,6 +34,7 @@ def decode(
 
     Raises what `Model.generate` says that decoding may raise.
     """
+    scheduler: Scheduler | None = None
     try:
         scheduler, key = _open(models, requests, options, eos_token_ids, plan)
         results = finish(scheduler, requests, on_token=on_token, on_result=on_result, started_at=started_at)
@@ -42,7 +43,7 @@ def decode(
         return results
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:2])
-    # here, where nothing holds the caches any more: the error's traceback did
+    scheduler = None  # nothing holds the caches and the graphs any more: the error's traceback did too
     while models.drop_idle():
         pass
     if models.device.type == "cuda":

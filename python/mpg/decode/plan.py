@@ -82,7 +82,8 @@ class Plan:
 def plan(models: Ensemble, requests: Sequence[Request], options: Options, eos_token_ids: tuple[int, ...]) -> Plan:
     """Continue some of the requests for up to TRIAL_TOKENS tokens, time rounds, and rank the ways to go on.
 
-    The requests run as many at once as `options` says, so that rounds are timed as they will be.
+    The requests run as many at once as `options` says, so that rounds are timed as they will be; where whole rounds are
+    captured, with their forwards captured alone.
 
     options  of sampler "auto": those of the target
 

@@ -22,11 +22,12 @@ from typing import Any
 import mpg
 from mpg.evaluate.records import open_records
 from mpg.evaluate.tasks import Item, items_hash
+from mpg.files import hash_files
 from mpg.model import Model, Weights
 from mpg.paper.methods import SINGLE_METHODS, answer
 from mpg.results import Result
 
-ENDS = 2**20  # bytes of a weights' file that are hashed at either end
+WEIGHTS = ("safetensors", "bin", "gguf")  # how their files end
 # What preference prompting says of the attributes of role-play; the item's own words are in the prompt
 DESCRIPTIONS = {
     "profile": "what you speak of comes from your profile: your work, your home, your interests",
@@ -119,14 +120,9 @@ def describe_models(model: Model, attributes: Collection[str]) -> dict[str, Any]
 
 def _describe(source: Path) -> dict[str, Any]:
     described: dict[str, Any] = {"name": source.name}
-    if files := sorted(source.glob("*.safetensors")):
-        found = hashlib.sha256()
-        for file in files:
-            with file.open("rb") as stream:
-                found.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(ENDS))
-                stream.seek(max(0, file.stat().st_size - ENDS))
-                found.update(stream.read())
-        described["sha256"] = found.hexdigest()
+    weights = [source] if source.is_file() else [file for kind in WEIGHTS for file in source.glob(f"*.{kind}")]
+    if weights:
+        described["sha256"] = hash_files(sorted(weights))
     if (config := source / "adapter_config.json").is_file():
         adapter = json.loads(config.read_text())
         described |= {name: adapter.get(name) for name in ("r", "lora_alpha", "lora_dropout")}

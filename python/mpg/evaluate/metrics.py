@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mpg.evaluate.answers import describe_models
 from mpg.evaluate.judging import OnScore
 from mpg.evaluate.tasks import Item
 from mpg.model import Model
@@ -56,6 +57,7 @@ class Metrics:
             "perplexity": f"under {scoring}, behind the prompt",
         }
         self.identity: dict[str, Any] = {"judge": self.name, "signatures": self.signatures}
+        self.identity["scoring"] = describe_models(self._model, ())["models"]
 
     def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> int:
         """As `judging.Judge` has it; perplexities of some texts at a time."""

@@ -206,6 +206,7 @@ class Evaluation:
                 try:
                     rows = write_choices(
                         file, self.model, items, weights, target=law, way=self.way, seeds=self.seeds,
+                        batch_size=self.batch_size,
                         on_row=lambda *counts, what=f"{target.name} choices, {law}": self.on_row(what, *counts),
                     )  # fmt: skip
                 except RecordsError:

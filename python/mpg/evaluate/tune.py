@@ -97,7 +97,8 @@ class ChoiceScores:
             pole = next((pole for pole in poles if pole in choice.logprobs), None)
             if pole is not None:
                 rates = {name: logprob / choice.lengths[name] for name, logprob in choice.logprobs.items()}
-                wanted.append(1 / (1 + np.exp(sum(rates.values()) - 2 * rates[pole])))
+                total = np.logaddexp.reduce([*rates.values()])  # -inf where the law has neither of them
+                wanted.append(float(np.exp(rates[pole] - total)) if total > -np.inf else 0.0)
         shares = {pole: share for pole, share in accuracy(choices, poles).items() if share is not None}
         return Score(shares, float(np.mean(list(shares.values())) + TIE_SHARE * np.mean(wanted)))
 
@@ -203,9 +204,9 @@ def tune(
             f"these models have {', '.join(model.models.attribute_names)}"
         )
     header = {
-        "what": "tuning", **describe_models(model, poles), "poles": list(poles), "target": target, "search": search,
-        "bounds": [low, high], "start": start, "seed": seed, "tuned_on": items_hash(tuned_on),
-        "held_out": items_hash(held_out), **about,
+        "what": "tuning", **describe_models(model, poles), "precision": model.precision, "poles": list(poles),
+        "target": target, "search": search, "bounds": [low, high], "start": start, "seed": seed,
+        "tuned_on": items_hash(tuned_on), "held_out": items_hash(held_out), **about,
     }  # fmt: skip
     with open_records(path, header) as records:
         rows = [row for row in records.rows if "trial" in row]

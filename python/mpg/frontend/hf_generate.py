@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from mpg.decode.batch import Processor
 from mpg.frontend import guidance
-from mpg.options import MAX_COUNT, OPTIONS, Options, an_integer, check_truth, hint
+from mpg.options import MAX_COUNT, OPTIONS, ROW_SAMPLERS, Options, an_integer, check_truth, hint
 from mpg.results import Token
 
 if TYPE_CHECKING:
@@ -222,10 +222,10 @@ class Conventions:
             got = self.num_return_sequences
             raise ValueError(f"num_return_sequences: expected 1 where nothing is drawn (temperature 0), got {got}")
         names = self._processing()
-        if names and options.sampler not in ("exact", "direct", "auto"):
+        if names and options.sampler not in ROW_SAMPLERS:
             raise ValueError(
                 f"{names[0]}: acts on the combined row, which sampler {options.sampler!r} never builds (it draws from "
-                "the base and weighs by ratios); expected sampler 'exact', 'direct' or 'auto'"
+                f"the base and weighs by ratios); expected sampler {' or '.join(map(repr, ROW_SAMPLERS))}"
             )
         return options
 

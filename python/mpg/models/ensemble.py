@@ -213,11 +213,6 @@ class Ensemble:
         prompts do not fit into or that exceeds max_positions; MemoryError where the caches would not fit; RuntimeError
         in a process that was forked after the models were loaded.
         """
-        if os.getpid() != self._process:  # where torch would wait for threads, and locks be held, that it does not have
-            raise RuntimeError(
-                f"model: expected the process {self._process} that loaded it, got {os.getpid()}, a fork of it; load it "
-                "there, or start processes with 'spawn'"
-            )
         texts = [*prompts, *(text for of_prompt in contexts or () for text in of_prompt.values())]
         longest = max(map(len, texts), default=0)
         if unknown := [role for role in roles if isinstance(role, str) and role not in self._slots]:
@@ -261,6 +256,12 @@ class Ensemble:
         self._follow(self._models, always=True)
 
     def _follow(self, models: Collection[LoadedModel], always: bool = False) -> None:
+        """Take over what the caller has changed, before anything runs and any lock is taken."""
+        if os.getpid() != self._process:  # where torch would wait for threads, and locks be held, that it does not have
+            raise RuntimeError(
+                f"model: expected the process {self._process} that loaded it, got {os.getpid()}, a fork of it; load it "
+                "there, or start processes with 'spawn'"
+            )
         if any([loaded.follow(always) for loaded in models]):
             self.idle.clear()
 

@@ -83,7 +83,7 @@ def most_queries(attend: Callable[..., object], query_heads: int, keys: Tensor) 
     """
     found = 0
     for num_queries, most in QUERIES.items():
-        seconds = [0.0, 0.0]  # by the mask, by lengths
+        totals = [0.0, 0.0]  # by the mask, by lengths
         for rows in TIMED_ROWS:
             query = keys.new_zeros(rows, query_heads, num_queries, keys.shape[3])
             spacing = TIMED_KEYS + num_queries
@@ -92,8 +92,8 @@ def most_queries(attend: Callable[..., object], query_heads: int, keys: Tensor) 
             mask = keys.new_zeros(rows, 1, num_queries, TIMED_KEYS)
             ways = mask, Lengths.of(start, num_queries, TIMED_KEYS, spacing)
             times = _time([partial(attend, query, held, held, way) for way in ways])
-            seconds = [total + time for total, time in zip(seconds, times, strict=True)]
-        if seconds[1] >= seconds[0]:
+            totals = [total + time for total, time in zip(totals, times, strict=True)]
+        if totals[1] >= totals[0]:
             break
         found = most
     return found

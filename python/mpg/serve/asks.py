@@ -12,6 +12,7 @@ from dataclasses import replace
 from time import monotonic
 from typing import Any
 
+import mpg.options
 from mpg.decode.request import Request
 from mpg.frontend.requests import Call
 from mpg.model import Model
@@ -25,7 +26,8 @@ OPTIONS = (
     "target", "sampler", "draft", "chunk_size", "verify", "adaptive", "mixture_span", "top_k", "min_p", "temperature",
     "top_p", "repetition_penalty", "trace",
 )  # fmt: skip
-ROW_SAMPLERS = ("exact", "direct")  # those that draw from the combined row
+SAMPLERS = tuple(name for name in mpg.options.SAMPLERS if name != "auto")  # for whose trial a server has no time
+ROW_SAMPLERS = tuple(name for name in mpg.options.ROW_SAMPLERS if name in SAMPLERS)
 
 
 def describe_models(model: Model, name: str) -> dict[str, dict[str, Any]]:
@@ -69,7 +71,7 @@ def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int, **how:
     Raises ApiError that names the field.
     """
     weights, target = weights_of(asked, model, limits.name)
-    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    stops = asked.stops
     if len(stops) > limits.max_stops or any(len(stop) > limits.max_stop_length for stop in stops):
         wanted = f"at most {limits.max_stops} of at most {limits.max_stop_length} characters"
         raise ApiError(400, f"stop: expected {wanted}, got {len(stops)}", "stop")
@@ -78,7 +80,7 @@ def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int, **how:
         raise ApiError(400, f"n: expected at most {limits.max_n}, got {n}", "n")
     options = {name: getattr(asked, name) for name in OPTIONS} | {"target": target}
     if asked.sampler == "auto":
-        wanted = "exact, direct, scr, token-rs or seq-rs, as a server has no time for the trial of 'auto'"
+        wanted = f"one of {', '.join(SAMPLERS)}, as a server has no time for the trial of 'auto'"
         raise ApiError(400, f"sampler: expected {wanted}", "sampler")
     contexts = {
         name: context if isinstance(context, str) else context.model_dump(exclude_none=True)

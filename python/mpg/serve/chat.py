@@ -32,7 +32,7 @@ async def answer_chat(engine: Engine, asked: ChatRequest, request: Request, requ
     num_top = (asked.top_logprobs or 0) if asked.logprobs else None
     is_limited = asked.max_tokens is not None or asked.max_completion_tokens is not None
     jobs = Jobs(engine, model, request_id, events.take).of(call, 0, num_top, is_limited)
-    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    stops = asked.stops
     choices = [Choice(model.tokenizer, stops) for _ in jobs]
     head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": asked.model}
     head["system_fingerprint"] = f"mpg-{__version__}"

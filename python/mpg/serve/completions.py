@@ -45,7 +45,7 @@ async def answer_completion(engine: Engine, asked: CompletionRequest, request: R
     if asked.echo and asked.logprobs is not None:  # numbered behind the choices
         long = [index for index, call in enumerate(calls) if len(call.requests[0].token_ids) > 1]
         scoring = [makes.scoring(calls[index], len(jobs) + index, asked.logprobs) for index in long]
-    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    stops = asked.stops
     choices = [Choice(model.tokenizer, stops) for _ in jobs]
     head = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": int(time.time()), "model": asked.model}
     head["system_fingerprint"] = f"mpg-{__version__}"

@@ -30,15 +30,24 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self.head_size += len(data) if self.is_in_head else 0
-        super().data_received(data)
-        if self.is_in_head and self.head_size > MAX_HEAD:
+        room = MAX_HEAD - self.head_size if self.is_in_head else len(data)
+        fitting, rest = data[:room], data[room:]
+        self.head_size += len(fitting) if self.is_in_head else 0
+        if fitting:
+            super().data_received(fitting)
+        if rest and self.is_in_head:
             self._refuse(431, f"expected a head of at most {MAX_HEAD} bytes, got more")
+        elif rest and not self.transport.is_closing():
+            super().data_received(rest)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if not self.is_in_head:  # of another request than the first
+        if self.late is None:  # of another request than the first
             self._wait_for_head()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.is_in_head, self.head_size = True, 0
 
     def on_headers_complete(self) -> None:
         self._end_head()
@@ -48,7 +57,6 @@ class Connection(HttpToolsProtocol):
         self._refuse(400, msg)
 
     def _wait_for_head(self) -> None:
-        self.is_in_head, self.head_size = True, 0
         reason = f"expected the head of a request within {HEAD_SECONDS} s"
         self.late = self.loop.call_later(HEAD_SECONDS, self._refuse, 408, reason)
 
@@ -56,6 +64,7 @@ class Connection(HttpToolsProtocol):
         self.is_in_head = False
         if self.late is not None:
             self.late.cancel()
+            self.late = None
 
     def _refuse(self, status: int, message: str) -> None:
         """End the connection, with an answer where none is on its way."""

@@ -17,10 +17,10 @@ from mpg.decode.run import ROUNDS_AHEAD, Scheduler
 from mpg.decode.scoring import score_texts
 from mpg.model import Model
 from mpg.models.pool import View
-from mpg.options import Options
+from mpg.options import ROW_SAMPLERS, Options
 from mpg.serve.jobs import Event, Job
+from mpg.serve.settings import MOST_ATTRIBUTES
 
-MOST_ATTRIBUTES = 64  # that one request may weigh, contexts among them
 OWN_OPTIONS = ("temperature", "top_k", "top_p", "min_p")  # of every request, under samplers that take them per row
 SCORED_AT_ONCE = 8
 
@@ -72,7 +72,7 @@ def group_key(job: Job) -> Hashable:
 def shared_options(options: Options) -> Options:
     """Options without those that each request may have for itself."""
     fields = {**vars(options), "seed": None, "max_new_tokens": None, "trace": False, "batch_size": None}
-    if options.sampler in ("exact", "direct"):
+    if options.sampler in ROW_SAMPLERS:
         fields |= dict.fromkeys(OWN_OPTIONS)
     return Options(**fields)
 

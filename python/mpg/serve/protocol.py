@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from mpg.serve.errors import ApiError
+from mpg.serve.settings import MOST_ATTRIBUTES
 
 # Fields of the API that are refused by name, unless they ask for nothing: beside each what does.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -27,7 +28,6 @@ IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 MAX_SEED = 2**63 - 1
 UNKNOWN = "value_error"  # pydantic's name for an error of a validator, of which `_Unknown` is the only one
 MAX_MESSAGES = 4096  # and parts of one: checking them holds up others
-MAX_NAMES = 64  # of weights, and of contexts
 BRANCH = re.compile(r"str|int|Context|(list|dict)\[.*\]")  # what pydantic calls one of several ways to read a field
 
 
@@ -122,6 +122,10 @@ class Asked(_Strict):
     repetition_penalty: float | None = None
     trace: bool | None = None
 
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
     @model_validator(mode="before")
     @classmethod
     def _know(cls, given: Any) -> Any:
@@ -136,8 +140,8 @@ class Asked(_Strict):
                 message = f"{name}: this server does not support it, got {short(value)}"
                 raise ApiError(400, message, name, "unsupported_parameter")
         for name in ("weights", "contexts"):
-            if isinstance(value := kept.get(name), dict) and len(value) > MAX_NAMES:
-                raise ApiError(400, f"{name}: expected at most {MAX_NAMES} names, got {len(value)}", name)
+            if isinstance(value := kept.get(name), dict) and len(value) > MOST_ATTRIBUTES:
+                raise ApiError(400, f"{name}: expected at most {MOST_ATTRIBUTES} names, got {len(value)}", name)
         return _known(kept, cls)
 
 

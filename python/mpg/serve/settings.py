@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+MOST_ATTRIBUTES = 64  # that one request may weigh, contexts among them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
