@@ -95,9 +95,13 @@ def test_weights_that_a_target_refuses_are_worth_nothing(model, tmp_path):
     assert found.trials[0]["refused"].startswith("weights: the arithmetic target needs a positive sum")
 
 
-def test_an_option_that_a_negative_weight_excludes_is_worth_nothing(model, data):
-    items = read_items(data, ["mcqa"], on_problem=pytest.fail)
-    scores, weights = ChoiceScores(model, items, POLES, "arithmetic"), {"E": -9, "S": 4, "T": 3, "J": 3}
+@pytest.mark.parametrize("weights", [{"E": -1, "S": 1, "T": 1, "J": 1}, {"E": -50, "S": 51}])  # one option, and both
+def test_an_option_that_a_negative_weight_excludes_is_worth_nothing(weights, model):
+    about = {"dimension": "EI", "stem": "On a free day you"}
+    options = {"E": "go out and meet all of your friends in the garden", "I": "stay in"}
+    scores = ChoiceScores(
+        model, [Item("mcqa:1", "mcqa", "", about["stem"], options=options, about=about)], POLES, "arithmetic"
+    )
     assert -math.inf in [value for batch in scores._batches for value in scores._combine(weights, *batch)]
     assert 0 <= scores(weights, POLES).value <= 1.1
 
