@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import linecache
+import sys
 from contextlib import suppress
 
 import pytest
@@ -100,22 +103,44 @@ def test_the_least_recently_used_goes_first_and_bytes_are_bounded():
     assert kept.num_bytes == 0
 
 
-@pytest.mark.parametrize("place", range(4))
-def test_ctrl_c_while_bytes_are_counted_leaves_a_count_that_is_right(place, monkeypatch):
-    kept, count, counted = Kept(max_bytes=2 * bytes_of(71)), RaggedCache.bytes_per_position, []
-    for end in (1, 2):
-        kept.add(end, text(end), cache_of(text(end)), 0)
+def test_ctrl_c_at_any_line_leaves_a_count_that_is_right_and_what_is_kept_found():
+    """While a text is added in the place of one that it goes on from, and another one makes room."""
 
-    def interrupt(cache):
-        counted.append(cache)
-        if len(counted) == place + 1:
-            raise KeyboardInterrupt
-        return count(cache)
+    def interrupted(at):
+        kept, left = Kept(max_bytes=2 * bytes_of(71)), [at]
+        for end in (1, 2):
+            kept.add(end, text(end), cache_of(text(end)), 0)
 
-    monkeypatch.setattr(RaggedCache, "bytes_per_position", interrupt)
-    with suppress(KeyboardInterrupt):
+        def trace(frame, event, _):
+            if frame.f_code.co_filename != inspect.getfile(Kept):
+                return None
+            # not as a lock is let go, which Python does not make safe
+            if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith(
+                "with"
+            ):
+                left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with suppress(KeyboardInterrupt):
+                kept.add(2, text(2, 3), cache_of(text(2, 3)), 0)
+        finally:
+            sys.settrace(before)
+        sizes = {reader: found[0].capacity for reader in (1, 2) if (found := kept.find(reader, text(reader, 3, 4)))}
+        assert len(sizes) == len(kept) and kept.num_bytes == sum(map(bytes_of, (size + 1 for size in sizes.values())))
+        assert kept.num_bytes <= kept.max_bytes or left[0] == 0
         kept.add(3, text(3), cache_of(text(3)), 0)
-    assert kept.num_bytes == len(kept) * bytes_of(71)
+        assert kept.find(3, text(3, 4)) is not None and kept.num_bytes <= kept.max_bytes
+        return left[0] <= 0
+
+    lines = 1
+    while interrupted(lines):
+        lines += 1
+    assert lines > 20
 
 
 @pytest.mark.parametrize("way", thinned(WAYS), ids=lambda way: " ".join(map(str, way.values())))

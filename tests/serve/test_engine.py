@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import socket
@@ -122,6 +123,27 @@ def test_a_client_that_goes_leaves_its_rows_to_others(served, stream):
         served.wait_until(lambda engine: engine.num_running == 0)
     assert served.is_idle()
     assert counted(served, "mpg_generated_tokens_total") == tokens  # none of them came to its end
+
+
+@pytest.mark.parametrize("interval", [0.0, 60.0])
+def test_a_stream_has_an_event_a_round_or_one_an_interval(precise_model, interval):
+    """The first at once, what an interval has held back with the end; an answer in one piece is handed on in one."""
+    handed = []
+    with serving(precise_model, stream_interval=interval) as served, pytest.MonkeyPatch.context() as patched:
+        deliver = served.engine._deliver
+        patched.setattr(served.engine, "_deliver", lambda events: (handed.extend(events), deliver(events)))
+        fields = completion(CALM, max_tokens=11, sampler="direct", trace=True)
+        [whole] = served.post(TEXT, fields).json()["choices"]
+        of_whole, handed = handed, []
+        lines = served.post(TEXT, {**fields, "stream": True}).text.splitlines()
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    tokens = [chunk["mpg"].get("tokens", []) for chunk in chunks]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    assert [token for of_chunk in tokens for token in of_chunk] == whole["mpg"]["tokens"] and len(
+        whole["mpg"]["tokens"]
+    ) == 11
+    assert list(map(len, tokens)) == ([1] * 11 + [0] if interval == 0 else [1, 10, 0])
+    assert [len(event) for _, event in of_whole if isinstance(event, list)] == [11]
 
 
 def test_a_slow_reader_does_not_slow_others(served):

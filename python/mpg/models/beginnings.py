@@ -32,10 +32,10 @@ def find_beginnings(
     begun = dict[int, tuple[Any, int]]()
     alike = defaultdict[tuple[Hashable, tuple[int, ...]], list[int]](list)  # places of texts that may share enough
     for place in known:
-        alike[_opening(*texts[place])].append(place)
+        alike[opening(*texts[place])].append(place)
     for place in unread:
         reader, own = texts[place]
-        places = alike[_opening(*texts[place])]
+        places = alike[opening(*texts[place])]
         others = {place: held[place], **{other: texts[other][1] for other in places}}
         found: list[tuple[Any, int]] = [(at, count_common(own, other)) for at, other in others.items()]
         source, shared = max((*found, find_kept(reader, own) or (None, 0)), key=itemgetter(1))
@@ -46,7 +46,8 @@ def find_beginnings(
     return begun
 
 
-def _opening(reader: Hashable, text: tuple[int, ...]) -> Text:
+def opening(reader: Hashable, text: tuple[int, ...]) -> Text:
+    """What texts have in common that share enough."""
     return reader, text[:MIN_SHARED]
 
 

@@ -5,12 +5,12 @@ Knows cache rows and token ids; nothing of who asks.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable
 from threading import Lock
 
 from mpg.models import beginnings
-from mpg.models.beginnings import Text, count_common
+from mpg.models.beginnings import Text, count_common, opening
 from mpg.models.cache import RaggedCache
 from mpg.models.upload import Numbers
 
@@ -24,7 +24,8 @@ class Kept:
 
     def __init__(self, max_bytes: float) -> None:
         self._max_bytes = max_bytes
-        self._texts: OrderedDict[Text, RaggedCache] = OrderedDict()
+        self._texts: OrderedDict[Text, tuple[RaggedCache, int]] = OrderedDict()  # with its bytes
+        self._openings = defaultdict[Text, set[Text]](set)  # texts by what those share that share enough
         self._lock = Lock()  # several threads may decode on one model
 
     def __len__(self) -> int:
@@ -33,7 +34,7 @@ class Kept:
     @property
     def num_bytes(self) -> int:
         """What they take together: counted anew, as Ctrl-C may come between a text and a sum."""
-        return sum(cache.capacity * cache.bytes_per_position() for cache in list(self._texts.values()))
+        return sum(num_bytes for _, num_bytes in list(self._texts.values()))
 
     @property
     def max_bytes(self) -> float:
@@ -61,8 +62,9 @@ class Kept:
         with self._lock:
             for other in [other for other in self._alike(reader, text) if len(other[1]) <= len(text)]:
                 if count_common(other[1], text) == len(other[1]) - 1:  # what goes on from it has all of it
-                    del self._texts[other]
-            self._texts[reader, text] = own
+                    self._drop(other)
+            self._openings[opening(reader, text)].add((reader, text))
+            self._texts[reader, text] = own, num_bytes
             self._make_room()
 
     def find(self, reader: Hashable, text: tuple[int, ...]) -> tuple[RaggedCache, int] | None:
@@ -74,18 +76,30 @@ class Kept:
             if best is None or shared[best] < beginnings.MIN_SHARED:
                 return None
             self._texts.move_to_end(best)
-            return self._texts[best], shared[best]
+            return self._texts[best][0], shared[best]
 
     def clear(self) -> bool:
         """Drop all of them; whether there were any."""
         with self._lock:
             had_some = bool(self._texts)
             self._texts.clear()
+            self._openings.clear()
         return had_some
 
     def _alike(self, reader: Hashable, text: tuple[int, ...]) -> list[Text]:
-        return [other for other in self._texts if other[0] == reader and other[1][0] == text[0]]
+        # what Ctrl-C kept from being added or dropped wholly is in the second alone
+        return [other for other in self._openings.get(opening(reader, text), ()) if other in self._texts]
 
     def _make_room(self) -> None:
-        while self.num_bytes > self._max_bytes:
-            self._texts.popitem(last=False)
+        num_bytes = self.num_bytes
+        while num_bytes > self._max_bytes:
+            oldest = next(iter(self._texts))
+            num_bytes -= self._texts[oldest][1]
+            self._drop(oldest)
+
+    def _drop(self, kept: Text) -> None:
+        del self._texts[kept]
+        alike = self._openings[opening(*kept)]
+        alike.discard(kept)
+        if not alike:
+            del self._openings[opening(*kept)]

@@ -9,6 +9,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -114,13 +115,17 @@ def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int, **how:
 class Jobs:
     """Makes the jobs of one request.
 
-    take  called in the handler's loop with the number of a choice and every event of its
+    take         called in the handler's loop with the number of a choice and every event of its
+    is_streamed  whether tokens are wanted as they come
     """
 
-    def __init__(self, engine: Engine, model: Model, request_id: str, take: Callable[[int, Event], None]):
+    def __init__(
+        self, engine: Engine, model: Model, request_id: str, take: Callable[[int, Event], None], *, is_streamed: bool
+    ):
         self.engine, self.model, self.id, self.take = engine, model, request_id, take
         self.loop = asyncio.get_running_loop()
         self.deadline = monotonic() + engine.settings.max_seconds
+        self.interval = engine.settings.stream_interval if is_streamed else inf
 
     def of(self, call: Call, first: int, num_top: int | None, is_limited: bool) -> list[Job]:
         """The jobs of one prompt's choices, numbered from `first` on. is_limited: whether the request says how long
@@ -165,6 +170,7 @@ class Jobs:
             loop=self.loop,
             take=lambda event: self.take(number, event),
             deadline=self.deadline,
+            interval=self.interval,
             scores_prompt=scores_prompt,
         )
 

@@ -31,7 +31,8 @@ async def answer_chat(engine: Engine, asked: ChatRequest, request: Request, requ
     events = Events(engine, request)
     num_top = (asked.top_logprobs or 0) if asked.logprobs else None
     is_limited = asked.max_tokens is not None or asked.max_completion_tokens is not None
-    jobs = Jobs(engine, model, request_id, events.take).of(call, 0, num_top, is_limited)
+    makes = Jobs(engine, model, request_id, events.take, is_streamed=bool(asked.stream))
+    jobs = makes.of(call, 0, num_top, is_limited)
     stops = asked.stops
     choices = [Choice(model.tokenizer, stops) for _ in jobs]
     head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": asked.model}
@@ -60,7 +61,7 @@ async def answer_chat(engine: Engine, asked: ChatRequest, request: Request, requ
 async def _chunks(
     asked: ChatRequest, events: Events, jobs: list[Job], choices: list[Choice], head: dict[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
-    """One chunk a round and choice, the role with the first."""
+    """One chunk a round and choice at most, the role with the first."""
     head = {**head, "object": "chat.completion.chunk"}
     has_usage = asked.stream_options is not None and asked.stream_options.include_usage
     begun: set[int] = set()

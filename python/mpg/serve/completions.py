@@ -35,7 +35,8 @@ async def answer_completion(engine: Engine, asked: CompletionRequest, request: R
         ]
     )
     events = Events(engine, request)
-    makes, n = Jobs(engine, model, request_id, events.take), asked.n or 1
+    makes = Jobs(engine, model, request_id, events.take, is_streamed=bool(asked.stream))
+    n = asked.n or 1
     jobs = [
         job
         for index, call in enumerate(calls)
@@ -85,7 +86,7 @@ async def _chunks(
     head: dict[str, Any],
     echoed: Sequence[str],
 ) -> AsyncIterator[dict[str, Any]]:
-    """One chunk a round and choice, the echoed prompt with the first."""
+    """One chunk a round and choice at most, the echoed prompt with the first."""
     has_usage, n = asked.stream_options is not None and asked.stream_options.include_usage, asked.n or 1
     begun: set[int] = set()
 

@@ -115,7 +115,7 @@ class DecodeGroup:
         for entry, tokens in self.scheduler.step():
             if (job := by_entry.get(id(entry))) is None:  # given up
                 continue
-            if new := job.unsent(tokens):
+            if new := job.unsent(tokens, is_last=entry.is_over):
                 events.append((job, new))
             if entry.is_over:
                 self.running.remove(job)

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from time import monotonic
 from typing import Any, TypeAlias
 
@@ -36,8 +37,9 @@ class Job:
     loop      of its handler, where `take` is called with every event
     entry     while it is decoded
     rows      of caches that it takes, once that has been asked
-    num_sent  tokens that its handler has got, and `num_seen` those that its entry has brought: fewer where it had to
-              begin again, as it does with the same uniforms
+    interval  seconds from one event with tokens to the next, at least; inf: all tokens come with the end
+    num_sent  tokens that its handler has got or `_held` has for it, and `num_seen` those that its entry has brought:
+              fewer where it had to begin again, as it does with the same uniforms
     """
 
     id: str
@@ -47,6 +49,7 @@ class Job:
     loop: asyncio.AbstractEventLoop
     take: Callable[[Event], None]
     deadline: float
+    interval: float = inf
     scores_prompt: bool = False
     added_at: float = field(default_factory=monotonic)
     entry: Entry | None = None
@@ -54,10 +57,17 @@ class Job:
     num_sent: int = 0
     num_seen: int = 0
     is_over: bool = False
+    _held: list[Token] = field(default_factory=list)
+    _told_at: float = 0.0
 
-    def unsent(self, tokens: list[Token]) -> list[Token]:
-        """Those of a round's tokens that its handler has not got yet."""
+    def unsent(self, tokens: list[Token], *, is_last: bool) -> list[Token]:
+        """What its handler is to get after a round that brought these tokens: nothing, or all that it has not got."""
         skipped = min(max(self.num_sent - self.num_seen, 0), len(tokens))
         self.num_seen += len(tokens)
         self.num_sent = max(self.num_sent, self.num_seen)
-        return tokens[skipped:]
+        self._held += tokens[skipped:]
+        now = monotonic()
+        if not self._held or (now < self._told_at + self.interval and not is_last):
+            return []
+        new, self._held, self._told_at = self._held, [], now
+        return new

@@ -25,6 +25,7 @@ class Settings:
                       the device's
     max_queue         choices that may wait; more are refused with 429
     max_seconds       that a request may take, its wait among them
+    stream_interval   seconds from one event of a stream to its next, at least: tokens of faster rounds come together
     grace             seconds that running requests are left when the server is told to end
     max_body          bytes of a request
     log_prompts       whether the log has what requests say
@@ -42,6 +43,7 @@ class Settings:
     max_kept: int | None = None
     max_queue: int = 256
     max_seconds: float = 600.0
+    stream_interval: float = 0.05
     grace: float = 30.0
     max_body: int = 4 * 2**20
     max_n: int = 16
@@ -57,7 +59,7 @@ class Settings:
         for name in ("max_length", "max_memory"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
-        for name in ("grace", "max_kept"):
+        for name in ("grace", "max_kept", "stream_interval"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number, 0 at least, got {getattr(self, name)!r}")
         if not all(self.api_keys) or self.admin_key == "":

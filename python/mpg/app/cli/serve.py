@@ -53,6 +53,9 @@ def serve(
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused.")] = 256,
     max_seconds: Annotated[float, typer.Option(help="That a request may take.")] = 600.0,
+    stream_interval: Annotated[
+        float, typer.Option(help="Seconds between two events of a stream, at least; 0: one a round.")
+    ] = 0.05,
     grace: Annotated[float, typer.Option(help="Seconds that running requests have when the server ends.")] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what requests say, too.")] = False,
     replicas: Annotated[
@@ -108,7 +111,7 @@ def serve(
         attribute_folders=tuple(attribute_folder or ()), max_rows=max_rows, max_length=max_length,
         max_memory=None if max_memory is None else int(max_memory * 2**30), max_queue=max_queue,
         prefill_tokens=prefill_tokens, max_kept=None if max_kept is None else int(max_kept * 2**30),
-        max_seconds=max_seconds, grace=grace, log_prompts=log_prompts,
+        max_seconds=max_seconds, stream_interval=stream_interval, grace=grace, log_prompts=log_prompts,
     )  # fmt: skip
     if replicas or max_replicas or print_config:
         from mpg.serve import deploy
