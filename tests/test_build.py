@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from longer import long
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 import tabulate_kernels
 
@@ -111,7 +113,7 @@ def test_every_kernel_compiles(tmp_path):
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="compiles all for four generations; make check sets MPG_LONG")
+@long  # compiles all for four generations
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_forced_cuda_compiles_links_and_imports(tmp_path):
     """For every generation that is supported."""
@@ -135,7 +137,7 @@ def test_forced_cuda_compiles_links_and_imports(tmp_path):
             assert is_real or f"sm_{number}.ptx" in listing
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="builds twice and installs; make check sets MPG_LONG")
+@long  # builds twice and installs
 def test_a_wheel_from_the_source_archive_generates_in_a_clean_environment(tmp_path):
     """Of what is not mpg, only the packages that lie beside this Python are lent to it. And a wheel that was built
     elsewhere, at another time, has the same bytes."""
@@ -175,7 +177,7 @@ def test_logits_are_loaded_16_bytes_at_a_time():
     assert all(kernel.loads > 0 for kernel in kernels)
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="compiles all kernels; make check sets MPG_LONG")
+@long  # compiles all kernels
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_no_kernel_spills_and_packed_ones_load_16_bytes(arch):
@@ -185,7 +187,7 @@ def test_no_kernel_spills_and_packed_ones_load_16_bytes(arch):
             assert kernel.loads > 0, kernel
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="compiles all kernels; make check sets MPG_LONG")
+@long  # compiles all kernels
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_table_of_kernels_is_what_the_compiler_says():
     page = tabulate_kernels.PAGE.read_text()

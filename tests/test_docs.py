@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from typer.testing import CliRunner
 
 import mpg
 import mpg_ext
+from longer import long
 from mpg.app.cli.command import app
 from mpg.demo import MODELS
 from mpg.train.pairs import read_pairs
@@ -174,7 +174,7 @@ def test_the_page_on_training_makes_an_attribute_that_answers(tmp_path, monkeypa
         assert execute([*command, "--max-new-tokens", "2", "--device", "cpu"], PATH="base").strip()
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="starts Ray; make check sets MPG_LONG")
+@long  # starts Ray
 def test_the_page_on_scale_answers_its_own_row(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="needs mpg[ray]")
     monkeypatch.chdir(tmp_path)

@@ -65,3 +65,9 @@ def test_no_two_test_files_have_one_name():
     """Which one worker cannot import, and another can."""
     names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
     assert sorted(set(names)) == sorted(names)
+
+
+def test_the_long_form_is_told_in_one_place():
+    tests = Path(__file__).parent
+    readers = [file for file in tests.rglob("*.py") if '"MPG_LONG"' in file.read_text()]
+    assert [str(file.relative_to(tests)) for file in readers if file != Path(__file__)] == ["longer.py"]

@@ -31,6 +31,7 @@ from typing import Any
 import pytest
 import yaml
 
+from longer import long
 from mpg.demo import MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -196,7 +197,7 @@ def test_python_of_a_page_runs(page, folder):
     run_page(page, folder, in_short_form=True)
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="runs every command; make check sets MPG_LONG")
+@long  # runs every command
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language in SHELLS for b in blocks(page))])
 def test_whole_page_runs(page, folder):
     run_page(page, folder, in_short_form=False)

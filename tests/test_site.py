@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import http.server
-import os
 import re
 import shutil
 import subprocess
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-if "MPG_LONG" not in os.environ:
-    pytest.skip("builds the site; make check sets MPG_LONG", allow_module_level=True)
+from longer import long
+
 pytest.importorskip("mkdocs", reason="needs mpg[site]")
+pytestmark = long
 
 ROOT = Path(__file__).parent.parent
 LOADED = r"<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc=[\"']?|<link\b[^>]*\bhref=[\"']?"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from longer import long
 
 # The rest of what mpg imports takes most of a minute to read, and of it these calls know one class.
 TORCH = """\
@@ -24,7 +23,7 @@ follow_imports = skip
 """
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="reads all of mpg anew; make check sets MPG_LONG")
+@long  # reads all of mpg anew
 def test_result_of_a_call_has_a_type_and_the_package_is_found(tmp_path):
     (tmp_path / "stubs/torch").mkdir(parents=True)
     for name, text in {"mypy.ini": CONFIG, "stubs/torch/__init__.pyi": TORCH}.items():

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 
 import mpg
-from longer import thinned
+from longer import IS_LONG, thinned
 from mpg.demo import MODELS
 
 HEAVY = "{'torch', 'transformers', 'peft', 'numpy', 'mpg_ext', 'mpg.model'}"
@@ -71,7 +71,7 @@ def test_the_shell_completes_commands_and_options(start):
 
 @pytest.mark.parametrize(
     "reaction",
-    ["raise", "raise ImportError(name)", "pass"] if "MPG_LONG" in os.environ else ["raise ImportError(name)"],
+    ["raise", "raise ImportError(name)", "pass"] if IS_LONG else ["raise ImportError(name)"],
 )
 @pytest.mark.parametrize("module", ["typer", "torch", "mpg.paper.methods"])
 def test_ctrl_c_during_imports_is_silent_and_130(module, reaction, start):
@@ -115,7 +115,7 @@ def test_output_that_cannot_be_written_is_one_line_on_every_command(where, start
     pair = {"chosen": "Yes.", "rejected": "No."}
     (tmp_path / "PAIRS").write_text("\n".join(json.dumps(pair | {"prompt": f"{n}?"}) for n in range(4)))
     chosen = [command for command in COMMANDS if command[0] != "train" or find_spec("trl")]
-    if "MPG_LONG" not in os.environ:  # a command each that prints rows, texts and a table
+    if not IS_LONG:  # a command each that prints rows, texts and a table
         chosen = chosen[::3] if where == "full" else chosen[1:8:3]
     commands = [
         [str(tmp_path / word) if word in ("PROMPTS", "PAIRS", "ADAPTER") else word for word in command]

@@ -18,12 +18,13 @@ import pytest
 
 import mpg
 from jobs import make_rows, make_task, told, write_rows
+from longer import long
 from mpg.batch.job import begin, describe
 from mpg.demo import MODELS
 from mpg.recipe import Recipe
 
 pytest.importorskip("ray", reason="needs mpg[ray]")
-pytestmark = pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes; make check sets MPG_LONG")
+pytestmark = long
 
 COUNT, KILLS = 5000, 10
 SECONDS = 1200  # that anything here may take

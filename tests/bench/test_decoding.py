@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 import decoding as bench
 import peers
+from longer import long
 from mpg.model import load
 from mpg.paper.methods import METHODS, PROMPTED_METHODS
 
@@ -32,7 +32,7 @@ def _load(adapted):
     return load(adapted, {name: name for name in adapted.peft_config})
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes; make check sets MPG_LONG")
+@long
 def test_a_run_has_every_row_with_its_goal_and_every_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers, "SMALL", TINY)
     monkeypatch.setattr(bench, "Plan", lambda: PLAN)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from longer import long
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -168,7 +170,7 @@ def test_what_was_found_before_a_part_was_stopped_is_kept(tmp_path):
     assert (report["part"], report["first"]) == ("light", 1)
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes; make check sets MPG_LONG")
+@long
 def test_every_part_but_sanitizers_can_be_rehearsed(tmp_path):
     """From the command to the file, each on the CPU's stand-ins."""
     finished = run(sys.executable, "bench/gpu.py", "--rehearse", "light", "decode", "ops", "tests")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 import reference
 from fakes import FakeModels, enumerate_sampler, total_variation
 from laws import target_law
+from longer import IS_LONG
 
 EOS = 2
 BOTH = {"E": 0.7, "T": 0.6}
@@ -49,7 +49,7 @@ def cases():
     long form, which `make law` is, at all of them."""
     numbered = itertools.product(*map(enumerate, (TARGETS, DRAFTS, ("block", "token"), LENGTHS)))
     for (i, target), (j, draft), (k, verify), (m, lengths) in numbered:
-        if "MPG_LONG" in os.environ or (i + j + k + m) % len(LENGTHS) == 0:
+        if IS_LONG or (i + j + k + m) % len(LENGTHS) == 0:
             yield target, draft, verify, lengths
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import mpg
-from longer import thinned
+from longer import IS_LONG, thinned
 from mpg.decode import run
 from mpg.decode.call import finish
 from mpg.decode.request import Request
@@ -46,7 +46,7 @@ DRAFTED = [
     for (i, draft), (j, verify), adaptive in product(
         enumerate(("model", "reference", "lookup", "merged")), enumerate(("block", "token")), (False, True)
     )
-    if "MPG_LONG" in os.environ or (i + j + adaptive) % 2 == 0
+    if IS_LONG or (i + j + adaptive) % 2 == 0
 ]
 EVERY_WAY = [
     {"sampler": "direct", **GEOMETRIC, "trace": True},
@@ -112,14 +112,14 @@ def test_text_and_statistics_are_those_of_the_request_alone(precise_model, way):
         for i, (question, own) in enumerate(zip(questions, weights, strict=True))
     ]
     assert len({len(result.tokens) for result in alone}) > 1  # rows become free at different rounds
-    for batch_size in (2, len(questions)) if "MPG_LONG" in os.environ else (2,):
+    for batch_size in (2, len(questions)) if IS_LONG else (2,):
         together = precise_model.generate(questions, weights=weights, seed=11, batch_size=batch_size, **end, **way)
         for one, other in zip(alone, together, strict=True):
             assert_same(one, other, 1e-9)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
-@pytest.mark.parametrize("batch_size", [2, 32] if "MPG_LONG" in os.environ else [2])
+@pytest.mark.parametrize("batch_size", [2, 32] if IS_LONG else [2])
 def test_rounds_read_late_give_the_same_texts_and_statistics(model, way, batch_size, monkeypatch):
     at_once = answers(model, **way, batch_size=batch_size)
     monkeypatch.setitem(run.ROUNDS_AHEAD, model.models.device.type, 2)

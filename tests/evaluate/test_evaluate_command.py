@@ -13,6 +13,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from longer import long
 from mpg.app.cli.command import app
 from mpg.evaluate.tasks import MBTI_TASKS, read_items, split
 
@@ -180,7 +181,7 @@ def test_what_is_wrong_is_said_on_one_line_before_anything_is_loaded(arguments, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="starts a process of its own; make check sets MPG_LONG")
+@long  # starts a process of its own
 def test_an_interrupted_run_stops_at_once_and_goes_on_later(run, endpoint, data, tmp_path):
     server = endpoint(MBTI, MBTI, 900.0)
     arguments = ["evaluate", "mbti", "--data", data, "--out", tmp_path / "out", "--type", "ESTJ", "--methods", "base"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from longer import long
 from mpg.demo import MODELS
 from mpg.evaluate.choices import Choice, accuracy, choice_of, choose, write_choices
 from mpg.evaluate.judging import write_scores
@@ -80,7 +80,7 @@ def test_bertscore_needs_a_models_folder(model, tmp_path):
         Metrics(("base", model), tmp_path)
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="imports bert-score; make check sets MPG_LONG")
+@long  # imports bert-score
 def test_bertscore_is_that_of_a_local_model(model, tmp_path):
     pytest.importorskip("bert_score", reason="needs bert-score")
     from transformers import BertConfig, BertModel, BertTokenizerFast

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import sys
 from itertools import pairwise, product
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 import mpg
+from longer import IS_LONG
 from mpg.decode import run
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
@@ -395,7 +395,7 @@ class TestCustomGenerate:
         [
             (name, sampler)
             for (i, name), (j, sampler) in product(enumerate(SAME_AS_THERE), enumerate(("exact", "direct")))
-            if "MPG_LONG" in os.environ or (i + j) % 2 == 0
+            if IS_LONG or (i + j) % 2 == 0
         ],
     )
     def test_greedy_base_is_what_transformers_returns(self, plain, combined, inputs, name, sampler):

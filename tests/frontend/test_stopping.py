@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import product
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 
 from fakes import FakeModels, enumerate_sampler, total_variation
 from laws import target_law
+from longer import IS_LONG
 from mpg.frontend.hf_generate import end_of_text
 from mpg.results import Transcript
 from test_processors import without_repeated_pairs
@@ -47,7 +47,7 @@ def cases():
     """Of stops, samplers and rounds ahead every two meet; in the long form all."""
     samplers = ("exact, block", "exact, token", "exact, lookup", "direct")
     for (i, name), (j, sampler), rounds_ahead in product(enumerate(STOPS), enumerate(samplers), (0, 1)):
-        if "MPG_LONG" in os.environ or (i + j + rounds_ahead) % 2 == 0:
+        if IS_LONG or (i + j + rounds_ahead) % 2 == 0:
             yield name, sampler, rounds_ahead
 
 

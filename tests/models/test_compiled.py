@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import product
 
 import pytest
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import mpg
 from architectures import ARCHITECTURES
 from ensembles import load
-from longer import long
+from longer import IS_LONG, long
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.models import compiled, graphs, linear
@@ -34,13 +33,13 @@ def _no_code_yet():
 @pytest.fixture
 def quick(monkeypatch):
     """What is traced runs as it is, without the seconds that machine code takes to be made."""
-    compile, backend = torch.compile, "aot_eager" if "MPG_LONG" in os.environ else "eager"
+    compile, backend = torch.compile, "aot_eager" if IS_LONG else "eager"
     monkeypatch.setattr(torch, "compile", lambda f, *, dynamic, options: compile(f, dynamic=dynamic, backend=backend))
 
 
 @pytest.fixture
 def quick_but_in_the_long_form(request):
-    if "MPG_LONG" not in os.environ:
+    if not IS_LONG:
         request.getfixturevalue("quick")
 
 

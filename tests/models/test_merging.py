@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import warnings
 from itertools import product
 
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import mpg
 from ensembles import load
-from longer import thinned
+from longer import IS_LONG, thinned
 
 TOKENS = [3, 4, 5, 6, 7, 3]
 LORA = dict(target_modules=["q_proj", "v_proj"], init_lora_weights=False, r=4)
@@ -98,7 +97,7 @@ def logits_of(ensemble):
         pytest.param(kind, tied, id=f"{kind}-{'tied' if tied else 'untied'}")
         for (i, kind), tied in product(enumerate(KINDS), (False, True))
         if tied or kind not in TIED  # which are always
-        if "MPG_LONG" in os.environ or kind in TIED or i % 2 == tied
+        if IS_LONG or kind in TIED or i % 2 == tied
     ],
 )
 def test_a_merged_adapter_beside_a_stacked_one_computes_what_peft_computes(kind, tied, folders):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
 
+from longer import IS_LONG
 from mpg.model import Model
 from mpg.models import linear, loading, sources
 from mpg.recipe import Recipe
 
-HOWS = ["packed", "merged", "int4-draft"] + ["plain", "a model", "int4"] * ("MPG_LONG" in os.environ)
+HOWS = ["packed", "merged", "int4-draft"] + ["plain", "a model", "int4"] * IS_LONG
 OPTIONS = {"weights": {"E": 1, "F": 0.5}, "max_new_tokens": 8, "seed": 1}
 
 

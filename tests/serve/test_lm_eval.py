@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
+from longer import long
 from mpg.demo import MODELS
 from mpg.evaluate.choices import accuracy, choose
 from mpg.evaluate.tasks import Item
@@ -56,7 +56,7 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="set MPG_LONG=1")
+@long
 def test_a_whole_task_of_the_harness_has_the_scores_of_the_combined_law(served, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -100,7 +100,7 @@ STEMS = [
 ]
 
 
-@pytest.mark.skipif("MPG_LONG" not in os.environ, reason="imports the harness' tasks; make check sets MPG_LONG")
+@long  # imports the harness' tasks
 def test_the_harness_chooses_as_mpg_evaluate_does(served, tmp_path):
     """Its own multiple choice over the server: each option's log-probability, and the accuracies made of them."""
     from lm_eval import simple_evaluate

@@ -18,7 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from longer import long
+from longer import IS_LONG, long
 from mpg.app.cli import arguments
 from mpg.app.cli.command import app
 from mpg.app.cli.serve import _name
@@ -85,7 +85,7 @@ def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
         assert {json.loads(line)["level"] for line in process.logged} == {"INFO"}  # all of it is JSON
         assert process.wait(60) == 0
     port = url.rsplit(":", 1)[1]
-    if "MPG_LONG" in os.environ:
+    if IS_LONG:
         with started("--port", port) as (process, again):
             assert again == url and post(url, n=1).status_code == 200
             process.kill()

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from longer import long
 from mpg.app.cli.command import app
 from mpg.demo import MODELS
 from mpg.serve import deploy
@@ -38,7 +39,6 @@ from mpg.serve.replicas import Front, Replica, session_of
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "How was your weekend?"}]
 BODY = {"model": "E=1", "messages": MESSAGES, "max_tokens": 8, "seed": 3, "sampler": "direct"}
-IS_LONG = "MPG_LONG" in os.environ
 
 
 class Handle:
@@ -293,7 +293,7 @@ def actors_of(process):
     return [child for child in found if "ServeReplica:mpg:Replica" in " ".join(child.cmdline())]
 
 
-@pytest.mark.skipif(not IS_LONG, reason="takes minutes; make check sets MPG_LONG")
+@long
 def test_a_replica_that_is_killed_under_load_costs_retries_alone_and_returns(capsys):
     rng, seconds, statuses = random.Random(0), [], Counter()
     with started("--replicas", "2") as (process, url):
@@ -340,7 +340,7 @@ def test_a_replica_that_is_killed_under_load_costs_retries_alone_and_returns(cap
     assert len(seconds) == 200
 
 
-@pytest.mark.skipif(not IS_LONG, reason="takes minutes; make check sets MPG_LONG")
+@long
 def test_a_file_deploys_and_its_attributes_change_beside_requests(monkeypatch):
     import ray
     from ray import serve

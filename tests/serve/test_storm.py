@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 import resource
 import shutil
@@ -13,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from longer import IS_LONG
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from serving import serving
 
-COUNT, AT_ONCE = (1000, 200) if "MPG_LONG" in os.environ else (100, 40)
+COUNT, AT_ONCE = (1000, 200) if IS_LONG else (100, 40)
 WEIGHTS = ["E=1", "E=1,T=0.5", "J=-0.5,S=1", "ESTJ", "E=0.5,S=0.5,T=1"]
 KINDS = [
     {},
@@ -83,7 +83,7 @@ def test_a_storm_leaves_every_text_as_it_is_alone_and_nothing_behind(precise_mod
                 assert text_of(answer, body["stream"]) == wanted(served.model, body)
         assert statuses[200] >= COUNT // 3 and statuses[400] >= COUNT // 20
         assert set(statuses) == {200, 400}
-        if "MPG_LONG" in os.environ:  # memory is flat: the same again takes no more
+        if IS_LONG:  # memory is flat: the same again takes no more
             before = resident_bytes()
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(lambda one: ask(*one), asked))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 
@@ -12,10 +11,10 @@ import torch
 import mpg_ext
 import mutants
 import simulator
+from longer import long
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="simt.h switches stacks on x86-64 only")
 
-LONG = pytest.mark.skipif("MPG_LONG" not in os.environ, reason="takes minutes; make check sets MPG_LONG")
 # Left out: what looks at torch (opcheck), and many small launches of one shape, which repeat others slowly.
 SANITIZED = "simt and not opcheck and not over_rounds and not rejection_loop"
 
@@ -32,7 +31,7 @@ def test_kernels_run_on_cpu_tensors_while_asked_to(monkeypatch):
     mpg_ext.draw_uniforms(zeros, zeros, purpose=0, count=3)
 
 
-@LONG
+@long
 def test_op_tests_pass_under_the_sanitizers():
     simulator.build(sanitize=True)
     run = simulator.run_sanitized("tests/ops", "-k", SANITIZED, "--hypothesis-profile=sanitized")
@@ -40,7 +39,7 @@ def test_op_tests_pass_under_the_sanitizers():
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 600
 
 
-@LONG  # `make mutants` has the others
+@long  # `make mutants` has the others
 @pytest.mark.parametrize("bug", ["missing barrier before reuse of shared memory", "tail overrun"])
 def test_planted_bug_is_caught(bug):
     assert mutants.caught_by(mutants.MUTANTS[bug]) is not None
