@@ -12,6 +12,8 @@ SEED ?= $(shell date +%s)
 BIN := $(VENV)/bin
 # of all that is installed only a part is ever imported, and compiled then
 PIP := $(BIN)/python -m pip install --quiet --no-compile
+# images for containers set it: every process would then compile all that it imports anew, half of a command's time
+unexport PYTHONDONTWRITEBYTECODE
 # another torch or transformers, another stamp: the environment is then set up again
 INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum | cut -d' ' -f1)
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
