@@ -323,9 +323,9 @@ def load(
 ) -> Model:
     """Load the models of a combination. Models that are passed in stay as they are: only their weights are shared.
 
-    What the caller changes in them later (training of the base or its adapters goes on) is noticed when `generate`
-    begins, and followed; a merged adapter or other layers are refused. A change of a few values through `.data` may be
-    overlooked: `refresh()` reads all again. torch.autocast does not reach the models: each runs in its own type.
+    What the caller changes in them later (training goes on) is noticed when `generate` begins, and followed; merged,
+    unloaded or deleted adapters, other layers and other sizes are refused at every call. `refresh()` reads all again: a
+    change of few values through `.data` may be overlooked. Hooks that are set later, and torch.autocast, do nothing.
 
     base:       a folder or hub name, a GGUF file (converted once into the user's cache; other models may be one too),
                 "smollm2", a loaded model, or a PeftModel (its adapters are then off for the base itself)

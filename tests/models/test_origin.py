@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+import mpg
 from ensembles import load
 from mpg.models import linear
 
@@ -104,11 +105,85 @@ def test_a_merged_adapter_is_refused_until_it_is_taken_out(adapted):
     torch.testing.assert_close(run(ensemble), before, atol=1e-3, rtol=1e-4)
 
 
+def replace_adapter(model, **settings):
+    model.delete_adapter("E")
+    target_modules = settings.pop("target_modules", "all-linear")
+    model.add_adapter("E", LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules, **settings))
+
+
+GONE = r"attributes\['E'\]: expected the adapter 'E' in memory, got a model without it"
+OTHER = "expected the modules and weights that it was loaded with, got"
+REFUSED = {
+    "unloaded": (lambda model: model.unload(), GONE),
+    "merged for good": (lambda model: model.merge_and_unload(), GONE),
+    "deleted": (lambda model: model.delete_adapter("E"), GONE),
+    "of another rank": (lambda model: replace_adapter(model, r=4), rf"attributes\['E'\]: {OTHER} others at model"),
+    "of fewer layers": (
+        lambda model: replace_adapter(model, target_modules=["q_proj"]),
+        rf"attributes\['E'\]: {OTHER} others at model",
+    ),
+    "of another vocabulary": (
+        lambda model: model.get_base_model().resize_token_embeddings(70, mean_resizing=False),
+        f"base: {OTHER} others at lm_head",
+    ),
+    "with another activation": (
+        lambda model: setattr(model.get_base_model().model.layers[0].mlp, "act_fn", nn.GELU()),
+        f"base: {OTHER} others at model.layers.0.mlp.act_fn",
+    ),
+    "without weights": (lambda model: model.to("meta"), rf"base: {OTHER} none \(on the meta device\)"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_must_be_loaded_again_is_refused_at_every_call(kind, adapted):
+    model, tokens = mpg.load(adapted, device="cpu"), []
+    change, message = REFUSED[kind]
+    change(adapted)
+    for _ in range(3):
+        with pytest.raises(ValueError, match=f"^{message}.*; load again$"):
+            model.generate([3, 4], weights={"E": 1.0}, max_new_tokens=2, on_token=tokens.append)
+    assert not tokens
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: list(model.generate([[3, 4]] * 2, weights={"E": 1.0}, max_new_tokens=2)),
+        lambda model: model.generate([3, 4], weights={"E": 1.0}, max_new_tokens=2, sampler="auto"),
+        lambda model: model.generate([3, 4], weights={"E": 1.0}, max_new_tokens=2, draft="merged", sampler="exact"),
+        lambda model: model.generate([3, 4], target="base", max_new_tokens=2),
+    ],
+    ids=["many", "auto", "merged draft", "base"],
+)
+def test_every_way_to_ask_refuses_a_model_that_must_be_loaded_again(ask, adapted):
+    model = mpg.load(adapted, device="cpu")
+    ask(model)
+    adapted.unload()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^{GONE}"):
+            ask(model)
+
+
+def test_a_peft_model_whose_adapters_were_unloaded_has_none_to_load(adapted):
+    adapted.unload()
+    with pytest.raises(
+        ValueError, match=r"^attributes\['E'\]: expected layers of the adapter 'E' .*, got none: it was"
+    ):
+        load(adapted, device="cpu")
+
+
+def test_a_model_without_weights_is_not_moved_to_where_it_would_need_some(tiny_model):
+    with pytest.raises(ValueError, match="^base: expected a model with weights, got one on the meta device$"):
+        load(tiny_model().to("meta"), {}, device="cpu")
+
+
 def test_other_layers_than_those_that_were_loaded_are_refused(tiny_model, lora_folder):
     base = tiny_model()
     ensemble = load(base, {"E": lora_folder("E")})
     base.lm_head = nn.Linear(32, 61)
-    with pytest.raises(ValueError, match=r"^base: expected the weights .*, got others at lm_head.bias; load again$"):
+    with pytest.raises(
+        ValueError, match=r"^base: expected the modules and weights .*, got others at lm_head.bias; load again$"
+    ):
         run(ensemble)
 
 

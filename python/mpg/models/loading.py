@@ -335,6 +335,8 @@ class _Loader:
         dtype = self.dtype or model.dtype
         if (model.device, model.dtype) == (device, dtype):
             return
+        if model.device.type == "meta":
+            raise ValueError(f"{argument}: expected a model with weights, got one on the meta device")
         is_split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
         if is_split or getattr(model.config, "quantization_config", None):
             wanted = f"a {'split' if is_split else 'quantised'} model of {dtype} on {device}, as it cannot be changed"

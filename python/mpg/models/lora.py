@@ -182,6 +182,9 @@ def adapter_in_memory(name: str, model: PeftModel, adapter_name: str) -> Adapter
             down, up = (part[adapter_name].get_parameter("weight").detach() for part in (layer.lora_A, layer.lora_B))
             factors[module] = (down.float().T, up.float().T * layer.scaling[adapter_name])
             _check_fit(base, name, module, *factors[module])
+    if not factors:
+        got = "none: it was deleted, unloaded, or merged and unloaded"
+        raise ValueError(f"{name}: expected layers of the adapter {adapter_name!r} in the PeftModel, got {got}")
     return Adapter(name, adapter_name, factors, model=model)
 
 

@@ -32,20 +32,28 @@ class Origin:
     def __init__(self, argument: str, source: PreTrainedModel | PeftModel, adapters: Sequence[Adapter]) -> None:
         self.argument = argument
         self._base: Any = source.get_base_model() if isinstance(source, PeftModel) else source
-        self._names = set(self._weights())
-        self._adapters = list(adapters)
+        self._adapters = [adapter for adapter in adapters if adapter.model is not None]
         self._parts = self._walk()  # a walk names nothing: names take ten times as long, at every call
+        self._shapes = self._describe()
         self._found = self._find()
         self._places: list[Any] = []
         self._samples: list[list[Tensor]] = []  # views of the weights, as long as they lie where they lay
-        self._seen = self._look()
+        self._seen = self._new = self._look()
 
     def has_changed(self) -> bool:
-        """Raises ValueError where its modules are other ones, or hold a merged adapter."""
+        """Whether its weights are others than those that were last read.
+
+        Raises ValueError, at every call, where its modules, the sizes of its weights or its adapters are other ones, or
+        an adapter is merged into it.
+        """
         if (parts := self._walk()) != self._parts:
+            self._check()
             self._found, self._parts = self._find(), parts
-        seen, self._seen = self._seen, self._look()
-        return seen[0] != self._seen[0] or not all(map(torch.equal, seen[1], self._seen[1]))
+        self._new = self._look()
+        is_same = self._seen[0] == self._new[0] and all(map(torch.equal, self._seen[1], self._new[1]))
+        if not is_same:
+            self._check()
+        return not is_same
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, adapters: list[Adapter], stack: LoraStack | None) -> None:
@@ -74,6 +82,7 @@ class Origin:
                 if adapter.model is not None:
                     adapters[place] = adapter_in_memory(adapter.name, adapter.model, adapter.source)
             stack.fill(adapters)
+        self._seen = self._new
 
     def _weights(self) -> dict[str, nn.Parameter]:
         """Weights by their names without PEFT's layers; quantised ones are the caller's own and do not change."""
@@ -92,15 +101,40 @@ class Origin:
                 found.append(tuple(module.merged_adapters))
         return found
 
+    def _describe(self) -> dict[str, Any]:
+        """Types of modules, without PEFT's, and shapes of weights and of the adapters' factors, by their names."""
+        found: dict[str, Any] = {}
+        for name, module in self._base.named_modules():
+            if not isinstance(module, LoraLayer) and ".lora_" not in name:
+                found[name.removesuffix(".base_layer")] = type(module)
+        found |= {name: tuple(weight.shape) for name, weight in self._weights().items()}
+        for module, layer in own_layers(self.argument, self._base):
+            for adapter in [adapter for adapter in self._adapters if adapter.source in layer.lora_A]:
+                parts = (layer.lora_A, layer.lora_B)
+                found[f"{adapter.name}: {module}"] = [part[adapter.source].weight.shape for part in parts]
+        return found
+
+    def _check(self) -> None:
+        shapes, wanted = self._describe(), "the modules and weights that it was loaded with"
+        for adapter in self._adapters:
+            own = f"{adapter.name}: "
+            if not any(name.startswith(own) for name in shapes):
+                got = "a model without it (deleted, unloaded, or merged and unloaded)"
+                raise ValueError(f"{own}expected the adapter {adapter.source!r} in memory, got {got}; load again")
+        for name in sorted(self._shapes.keys() | shapes.keys()):
+            if self._shapes.get(name) != shapes.get(name):
+                at = name if ": " in name else f"{self.argument}: {name}"
+                argument, _, at = at.partition(": ")
+                raise ValueError(f"{argument}: expected {wanted}, got others at {at}; load again")
+        if any(weight.device.type == "meta" for weight in self._weights().values()):
+            raise ValueError(f"{self.argument}: expected {wanted}, got none (on the meta device); load again")
+
     def _find(self) -> tuple[list[Tensor], list[tuple[LoraLayer, str]]]:
         """All weights, and the layers of each adapter."""
-        layers, weights = dict(own_layers(self.argument, self._base)), self._weights()
-        if other := sorted(self._names ^ weights.keys()):
-            wanted = f"the weights that it was loaded with, got others at {other[0]}; load again"
-            raise ValueError(f"{self.argument}: expected {wanted}")
-        found: list[Tensor] = list(weights.values())
+        layers = dict(own_layers(self.argument, self._base))
+        found: list[Tensor] = list(self._weights().values())
         adapted = []
-        for adapter in [adapter for adapter in self._adapters if adapter.model is not None]:
+        for adapter in self._adapters:
             for layer in [layer for layer in layers.values() if adapter.source in layer.lora_A]:
                 found += [part[adapter.source].get_parameter("weight") for part in (layer.lora_A, layer.lora_B)]
                 adapted.append((layer, adapter.source))

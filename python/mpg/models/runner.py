@@ -131,6 +131,11 @@ class LoadedModel:
             self.version += 1
             return True
 
+    def is_stale(self, version: int) -> bool:
+        """Whether what was read with this version of the weights was read with others than the caller's by now."""
+        with self.lock:
+            return version != self.version or (self.origin is not None and self.origin.has_changed())
+
     def graph_bytes(self) -> int:
         with self.lock:
             return sum(graphs.num_bytes for graphs in self.graphs)
@@ -198,7 +203,8 @@ class ModelRunner:
 
     def resize(self, num_rows: int, capacity: int, num_positions: int) -> None:
         """As `RaggedCache.resize`, where no graphs hold addresses; a sum has no weights until it gets new ones."""
-        self.key = self.loaded.runner_key(self.key.merged, num_rows, capacity)
+        key = self.loaded.runner_key(self.key.merged, num_rows, capacity)
+        self.key = key._replace(version=self.key.version)
         self.num_rows = self.key.num_rows
         self.cache.resize(self.key.num_rows, self.key.capacity, num_positions)
         if self.merge_weights is not None:

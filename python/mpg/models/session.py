@@ -203,6 +203,14 @@ class Session:
         """The cache rows that a text with these attributes takes, by what runs them."""
         return Counter(map(_view, set(self._slots_of(names, ensemble).values())))
 
+    def stale(self) -> str | None:
+        """The argument of a model that the caller has changed since rows began to be fed to it, if there is one.
+
+        Raises ValueError where it is so changed that it must be loaded again.
+        """
+        runners = [pool.runner for pool in self._pools.values()]
+        return next((one.loaded.argument for one in runners if one.loaded.is_stale(one.key.version)), None)
+
     def fit(self) -> None:
         """Give back the rows and positions that no text needs."""
         rows = {view: len(pool.pairs) for view, pool in self._pools.items() if pool.pairs}

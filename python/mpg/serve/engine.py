@@ -217,10 +217,19 @@ class Engine:
 
     def _reopen(self, group: Group) -> None:
         """Let what waits in a group that was closed wait in a new one."""
-        key, waiting = self._keys.pop(id(group), None), list(group.waiting)
+        key = self._keys.pop(id(group), None)
         self.groups.remove(group)
-        if waiting:
-            self._open(waiting, key).waiting.extend(waiting)
+        self._queue(list(group.waiting), key)
+
+    def _queue(self, jobs: Sequence[Job], key: Hashable | None) -> None:
+        """Let jobs that are counted as waiting wait in a new group, or fail where there cannot be one."""
+        try:
+            if jobs:
+                self._open(jobs, key).waiting.extend(jobs)
+        except Exception as error:  # of a model that the caller has changed meanwhile
+            for job in jobs:
+                self._end_waiting(job)
+            self._deliver([(job, error) for job in jobs])
 
     def _take_turn(self) -> None:
         """A round of the group that has had the least time."""
@@ -256,11 +265,10 @@ class Engine:
             self._deliver([(jobs[0], failure)])
             jobs = []
         for half in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]):
-            if half:
-                self._open(half, None).waiting.extend(half)
+            with self._changed:
                 self._num_waiting += len(half)
-        if group.waiting:
-            self._open(list(group.waiting), key).waiting.extend(group.waiting)
+            self._queue(half, None)
+        self._queue(list(group.waiting), key)
 
     def _drop(self, given_up: Sequence[Job] | deque[Job], new: deque[Job]) -> None:
         for job in given_up:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -88,11 +89,12 @@ class DecodeGroup:
         self.part = part
         self.waiting, self.running = deque[Job](), list[Job]()
         self.spent = 0.0
-        self.scheduler = Scheduler(
-            models, shared_options(first.call.options), first.call.eos_token_ids, num_rows=num_rows, capacity=capacity,
-            attributes=names, most=MOST_ATTRIBUTES, part=part, rounds_ahead=ROUNDS_AHEAD[models.device.type],
-            is_patient=True,
+        self._open = partial(
+            Scheduler, models, shared_options(first.call.options), first.call.eos_token_ids, num_rows=num_rows,
+            capacity=capacity, attributes=names, most=MOST_ATTRIBUTES, part=part,
+            rounds_ahead=ROUNDS_AHEAD[models.device.type], is_patient=True,
         )  # fmt: skip
+        self.scheduler = self._open()
 
     def num_bytes(self, *jobs: Job, is_fitted: bool = False) -> int:
         return self._bytes_of([*self.running, *jobs], is_fitted)
@@ -104,6 +106,12 @@ class DecodeGroup:
         self.scheduler.session.fit()
 
     def begin(self, job: Job) -> None:
+        if (argument := self.scheduler.session.stale()) is not None:
+            if self.running:
+                wanted = "the weights that requests began with which still run"
+                raise ValueError(f"{argument}: expected {wanted}, got others; ask again once they have ended")
+            self.scheduler.close()
+            self.scheduler = self._open()
         request = replace(job.request, options=job.call.options)
         job.num_seen = 0
         job.entry = self.scheduler.add(request, contexts=job.call.contexts[0])
