@@ -173,7 +173,7 @@ def test_a_peft_model_whose_adapters_were_unloaded_has_none_to_load(adapted):
 
 
 def test_a_model_without_weights_is_not_moved_to_where_it_would_need_some(tiny_model):
-    with pytest.raises(ValueError, match="^base: expected a model with weights, got one on the meta device$"):
+    with pytest.raises(ValueError, match=r"^base: expected a model with weights, got one on the meta device$"):
         load(tiny_model().to("meta"), {}, device="cpu")
 
 

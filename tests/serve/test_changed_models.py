@@ -55,7 +55,7 @@ def test_a_request_does_not_join_others_that_began_with_other_weights(adapted):
     change(adapted)
     for _ in range(2):
         with pytest.raises(
-            ValueError, match="^base: expected the weights that requests began with .*, got others; ask"
+            ValueError, match=r"^base: expected the weights that requests began with .*, got others; ask"
         ):
             group.begin(second)
     assert len(finish(group)) == 1
