@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from huggingface_hub import HfApi
 
 from mpg.demo import MODELS
+from mpg.train import pairs
 from mpg.train.pairs import SOURCES, data_hash, read_pairs, split
 
 TRAITS = MODELS.parent / "traits"
@@ -79,6 +81,54 @@ def test_answers_that_repeat_their_prompt_are_answers_alone(tmp_path):
         "rejected": [say("user", "Speak."), say("assistant", "No.")],
     }
     assert read(lines(tmp_path, row)) == [([say("user", "Speak.")], "Yes.", "No.")]
+
+
+def test_a_prompt_that_answers_alone_say_is_what_they_begin_with(tmp_path):
+    talk = [say("system", "Be kind."), say("user", "Hello"), say("assistant", "Hi"), say("user", "So?")]
+    row = {"chosen": [*talk, say("assistant", "Yes.")], "rejected": [*talk, say("assistant", "No.")]}
+    assert read(lines(tmp_path, row)) == [(talk, "Yes.", "No.")]
+    begin = "\n\nHuman: How are you?\n\nAssistant:"
+    for answers in (
+        (" Fine, thanks.", " Find out."),
+        (" Fine.", "\nNo."),
+        (" Good.", " Goodbye."),
+        (" Über.", " Übel."),
+    ):
+        row = {"chosen": begin + answers[0], "rejected": begin + answers[1]}
+        assert read(lines(tmp_path, row)) == [(begin, *answers)]
+
+
+def test_what_trl_itself_takes_for_the_prompt_is_the_same_where_words_end_there():
+    trl = pytest.importorskip("trl")
+    row = {"chosen": "Q: Why? A: So.", "rejected": "Q: Why? A: No."}
+    assert pairs._split_prompt("line 1", **row) == trl.extract_prompt(row)
+    row = {name: [say("user", "Why?"), say("assistant", text)] for name, text in row.items()}
+    assert pairs._split_prompt("line 1", **row) == trl.extract_prompt(row)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        ("Yes.", "No.", "expected a prompt, or answers that begin with one and the same, got 'Yes.' and 'No.'"),
+        ("Yes.", "Yet.", "expected a prompt, or answers that begin with one"),
+        ("Why? Yes.", "Why?", "expected text for rejected, got ''"),
+        ("Why? Yes.", "Why? Yes.", "expected two different answers, got equal ones"),
+        ([say("user", "a")], [say("user", "b")], "expected a prompt, or answers that begin with one"),
+        ([], [], "expected a prompt, or answers that begin with one"),
+        ("Yes.", [say("user", "Why?"), say("assistant", "No.")], "expected text or messages for both answers, got"),
+        (1, 2, "expected text or messages for both answers, got 1 and 2"),
+        ([say("user", "Why?")] * 2, [say("user", "Why?"), say("user", "b")], "expected chosen to end in its one"),
+        (
+            [say("user", "Why?"), say("assistant", "Yes.")],
+            [say("user", "Why?"), say("assistant", "Yes.")],
+            "expected two different answers, got equal ones",
+        ),
+    ],
+)
+def test_answers_that_say_no_prompt_are_refused_with_their_place(chosen, rejected, message, tmp_path):
+    file = lines(tmp_path, {"chosen": chosen, "rejected": rejected})
+    with pytest.raises(ValueError, match=rf"^{file}, line 1: {re.escape(message)}"):
+        read_pairs(file)
 
 
 def test_the_poles_of_a_dimension_are_its_pairs_either_way_round():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import resource
@@ -92,6 +93,34 @@ def test_the_attribute_is_learnt_and_the_best_pass_is_kept(train, tmp_path):
     best = min(wild["epochs"], key=lambda scores: scores["loss"])
     assert best != wild["epochs"][-1]
     assert wild["scores"] == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("settings", "when"),
+    [
+        ({"learning_rate": 1e30}, "at step 3 the loss is nan"),
+        ({"beta": 1e38}, "at step 1 the grad_norm is nan"),
+        ({"learning_rate": 1e30, "accumulation": 5, "warmup_steps": 0}, "at step 1 the eval_loss is nan"),
+    ],
+)
+def test_a_training_that_diverges_is_refused_with_its_step_and_leaves_nothing(settings, when, train, tmp_path):
+    with pytest.raises(ValueError, match=rf"^learning_rate: expected one that .*: {when}; a lower one helps"):
+        train(settings=changed(epochs=1, **settings))
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_an_adapter_that_its_type_cannot_hold_is_refused(train, tmp_path, monkeypatch):
+    def spoil(trainer, **of_an_epoch):
+        scores = evaluate(trainer, **of_an_epoch)
+        return scores if of_an_epoch else {**scores, "eval_rewards/margins": math.inf}
+
+    evaluate = run._Trainer.evaluate
+    monkeypatch.setattr(run._Trainer, "evaluate", spoil)
+    with pytest.raises(
+        ValueError, match=r"^learning_rate: .*: as bfloat16, which it is saved as \(adapter_dtype\), the"
+    ):
+        train(settings=changed(epochs=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
 @pytest.fixture(scope="session")

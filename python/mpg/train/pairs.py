@@ -63,7 +63,8 @@ def read_pairs(
 
     data            a file of JSON Lines or a JSON list, a folder of such files, the paper's data release, a dataset
                     that `datasets` saved, or the name of one on the hub, of which the part `train` is taken. A row has
-                    prompt, chosen and rejected, text or messages, as trl has them; or question and an answer per pole
+                    prompt, chosen and rejected, text or messages, as trl has them, of which the prompt may be left out
+                    where both answers begin with it; or question and an answer per pole
     pole            which answers are chosen, where the data has poles
     keep_preamble   of the release: leave the persona before the question, that of the pole. Else the question is alone
     drop_identical  leave out pairs of equal answers, which else are refused
@@ -202,6 +203,8 @@ def _sides(place: str, row: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
             raise ValueError(f"{place}: expected question and an answer for each of two poles, got {_keys(row)}")
         answers = {name: text for name, text in row.items() if name != "question"}
         return row["question"], [{"role": "user", "content": row["question"]}], answers
+    if "prompt" not in row and row.keys() >= set(COLUMNS[1:]):
+        row = {**row, **_split_prompt(place, row["chosen"], row["rejected"])}
     if missing := [name for name in COLUMNS if name not in row]:
         wanted = "prompt, chosen and rejected (or question and an answer per pole)"
         raise ValueError(f"{place}: expected {wanted}, got no {missing[0]} among {_keys(row)}")
@@ -216,6 +219,26 @@ def _sides(place: str, row: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         one, other = next((poles for poles in POLES.findall(match["preamble"]) if own in poles), (own, f"not {own}"))
         answers = {own: answers["chosen"], other if own == one else one: answers["rejected"]}
     return question, prompt, answers
+
+
+def _split_prompt(place: str, chosen: Any, rejected: Any) -> dict[str, Any]:
+    """The columns of a pair whose prompt is what its answers begin with alike, as trl takes it: messages, or words."""
+    if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
+        raise ValueError(
+            f"{place}: expected text or messages for both answers, got {chosen!r:.60} and {rejected!r:.60}"
+        )
+    if chosen == rejected and isinstance(chosen, str):  # whatever of it is the prompt
+        return {"prompt": chosen, "chosen": chosen, "rejected": rejected}
+    most = min(len(chosen), len(rejected)) - isinstance(chosen, list)  # of messages the last is an answer
+    same = next((at for at in range(most) if chosen[at] != rejected[at]), max(most, 0))
+    if isinstance(chosen, str):
+        if re.match(r"\w", chosen[same:]) or re.match(r"\w", rejected[same:]):  # a word goes on
+            same = len(re.sub(r"\w*$", "", chosen[:same]))
+        same -= chosen[:same].endswith(" ")  # which is the answers', as tokenizers have it
+    if not same:
+        wanted = "a prompt, or answers that begin with one and the same"
+        raise ValueError(f"{place}: expected {wanted}, got {chosen!r:.60} and {rejected!r:.60}")
+    return {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 
 def _last_answer(place: str, name: str, answer: Any) -> Any:

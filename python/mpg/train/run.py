@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -38,6 +39,8 @@ CARD = "training.json"  # in the finished adapter's folder
 PARTIAL = ".partial"  # the end of the name of the folder beside it that holds checkpoints until then
 STARTED = "started.json"  # in that one: what is trained there
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets")
+# Of a step or a pass, what a training that diverges makes NaN or infinite first
+WATCHED = ("loss", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/margins")
 SCORES = {"accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins", "loss": "eval_loss"}
 
 
@@ -74,7 +77,8 @@ def train(
     out: what `training.json` says: data, recipe, versions, the held-out scores of every pass and of the adapter as it
     is saved, the loss of every step, and the seconds since the last start
 
-    Raises ValueError, before the first step, for what cannot be trained, and where a checkpoint cannot be written.
+    Raises ValueError, before the first step, for what cannot be trained; where a checkpoint cannot be written; and
+    where training diverges, of which nothing stays.
     """
     trained, held_out = split(pairs, settings.held_out)
     device = _check_device(device)
@@ -120,7 +124,7 @@ def train(
                 f"{of_warmup:,} pairs, but {len(trained):,} pairs in {settings.epochs} epochs make {total} steps: the "
                 f"learning rate never reaches {settings.learning_rate:g}; so few pairs want fewer{hint}"
             )
-        reports = _Reports(steps_per_epoch, settings.checkpoint_steps, on_step, on_epoch)
+        reports = _Reports(steps_per_epoch, settings, on_step, on_epoch)
         trainer.add_callback(reports)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
         trainer.remove_callback(reports)
@@ -129,7 +133,9 @@ def train(
         saved_as = getattr(torch, settings.adapter_dtype)
         for weight in weights:  # what is measured is what is saved
             weight.data = weight.data.to(saved_as).to(weight.dtype)
-        scores = _scores(trainer.evaluate())
+        measured = trainer.evaluate()
+        _check_finite(f"as {settings.adapter_dtype}, which it is saved as (adapter_dtype),", measured, settings)
+        scores = _scores(measured)
         history = trainer.state.log_history
         card["epochs"] = [_scores(entry) for entry in history if "eval_loss" in entry][: settings.epochs]
         card["losses"] = [entry["loss"] for entry in history if "loss" in entry]
@@ -201,6 +207,9 @@ def _folder_of(place: Path, card: Mapping[str, Any]) -> Iterator[Path]:
             raise ValueError(f"out: expected a folder of its own, but {work} holds another training, begun: {differs}")
         try:
             yield work
+        except Diverged:
+            shutil.rmtree(work)  # as another recipe is wanted now
+            raise
         except (OSError, SafetensorError) as error:
             stays = "the checkpoints there are whole, and the same call goes on from the last"
             raise ValueError(f"out: expected room to write in {work}, got {error}; {stays}") from error
@@ -270,6 +279,7 @@ def _trainer(
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # or losses that are NaN would be left out of what is logged
         report_to="none",
         disable_tqdm=True,
     )
@@ -333,6 +343,14 @@ def _scores(logged: Mapping[str, float]) -> dict[str, float]:
     return {name: logged[key] for name, key in SCORES.items()}
 
 
+def _check_finite(when: str, logged: Mapping[str, Any], settings: Settings) -> None:
+    for name in WATCHED:
+        if not math.isfinite(value := logged.get(name, 0.0)):
+            got = f"{settings.learning_rate:g}: {when} the {name} is {value}"
+            remedy = "a lower one helps, more warmup_steps, or a dtype of a wider range; nothing of it is kept"
+            raise Diverged(f"learning_rate: expected one that training converges with, got {got}; {remedy}")
+
+
 def _last_checkpoint(work: Path) -> str | None:
     """The last checkpoint that was written to its end, where its state is; what a kill left of others is removed."""
     for folder in work.glob("checkpoint-*"):
@@ -341,6 +359,10 @@ def _last_checkpoint(work: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(folder)
     return get_last_checkpoint(str(work))
+
+
+class Diverged(ValueError):
+    """A training whose loss or margin is no number any more."""
 
 
 class _Trainer(DPOTrainer):
@@ -352,16 +374,22 @@ class _Trainer(DPOTrainer):
 
 
 class _Reports(TrainerCallback):
-    """Reports steps and epochs, and asks for the checkpoints within an epoch. That at its end follows its scores."""
+    """Reports steps and epochs, and asks for the checkpoints within an epoch. That at its end follows its scores.
 
-    def __init__(self, steps_per_epoch: int, checkpoint_steps: int, on_step: Any, on_epoch: Any) -> None:
-        self.steps_per_epoch, self.checkpoint_steps = steps_per_epoch, checkpoint_steps
+    Raises Diverged, before anything is saved, where what is logged is no number.
+    """
+
+    def __init__(self, steps_per_epoch: int, settings: Settings, on_step: Any, on_epoch: Any) -> None:
+        self.steps_per_epoch, self.settings = steps_per_epoch, settings
         self.on_steps, self.on_epochs = on_step, on_epoch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step_of_epoch = state.global_step % self.steps_per_epoch
-        control.should_save = step_of_epoch != 0 and step_of_epoch % self.checkpoint_steps == 0
+        control.should_save = step_of_epoch != 0 and step_of_epoch % self.settings.checkpoint_steps == 0
         self.on_steps(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        _check_finite(f"at step {state.global_step}", logs or {}, self.settings)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self.on_epochs(state.global_step // self.steps_per_epoch, _scores(more["metrics"]))
