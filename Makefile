@@ -27,7 +27,9 @@ demo: $(BIN)/.built
 # a worker a processor, each of one thread; more than eight only wait for memory
 PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-test: $(BIN)/.built lint
+# the linters beside the build, most of which is one file
+test:
+	$(MAKE) --jobs=2 $(BIN)/.built lint
 	$(BIN)/python $(PYTEST)
 
 # The proofs alone, in their long form; the last line is JSON.
