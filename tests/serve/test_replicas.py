@@ -345,7 +345,7 @@ def test_a_file_deploys_and_its_attributes_change_beside_requests(monkeypatch):
     import ray
     from ray import serve
 
-    from mpg.batch.on_ray import connect
+    from mpg.batch.cluster import connect
 
     port = deploy.free_port("127.0.0.1")
     file = show(

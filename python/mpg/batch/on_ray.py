@@ -8,18 +8,14 @@ workers die.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
+from mpg.batch.cluster import check_room, connect
 from mpg.batch.rows import Chunk
 from mpg.batch.worker import AT_ONCE, Done, Task, Worker
 
 LOADS = 2  # of the models that a worker may die of, beside which Ray has no limit
-START_TRIES = 3  # Ray gives its own processes 15 s to start in, which they may not on a busy machine
-# Ray's own: its processes are given time to start on a machine that is busy, and say nothing of themselves to anybody
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
 
 
 class RayWorker:
@@ -85,39 +81,3 @@ def run_on_ray(
         raise ValueError(f"workers: they cannot start: {str(cause).strip().splitlines()[-1]}") from error
     finally:
         ray.shutdown()
-
-
-def connect() -> bool:
-    """Join the cluster that RAY_ADDRESS names, or one that this machine is of, else start Ray for this machine alone.
-    out: whether it is that
-
-    Raises ValueError where Ray does not start.
-    """
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    import ray
-
-    how = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    if os.environ.get("RAY_ADDRESS") != "local":
-        with suppress(ConnectionError):
-            ray.init("auto", **how)
-            return False
-    for tries_left in reversed(range(START_TRIES)):
-        try:
-            ray.init("local", include_dashboard=False, **how)
-            return True
-        except Exception as error:  # it has no type of its own
-            ray.shutdown()
-            if not tries_left:
-                raise ValueError(f"ray: expected it to start, got: {error}") from error
-    raise AssertionError
-
-
-def check_room(argument: str, count: int, cpus: float, gpus: float) -> None:
-    """Raises ValueError where this machine has no room for so many actors, who would wait for ever."""
-    import ray
-
-    has = ray.cluster_resources()
-    for name, each in (("CPU", cpus), ("GPU", gpus)):
-        if each * count > has.get(name, 0):
-            wanted = f"as many as there are {name}s for ({has.get(name, 0):g}, {each:g} each)"
-            raise ValueError(f"{argument}: expected {wanted}, got {count}")

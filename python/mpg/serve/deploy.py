@@ -213,7 +213,7 @@ def run(application: Any, scale: Scale, host: str, port: int, on_ready: Callable
 
     Raises ValueError where the replicas cannot start.
     """
-    from mpg.batch.on_ray import check_room, connect
+    from mpg.batch.cluster import check_room, connect
 
     is_alone = connect()
     import ray
