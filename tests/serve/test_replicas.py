@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import psutil
@@ -240,9 +241,25 @@ def test_files_are_those_of_rays_schema(monkeypatch):
     assert deploy.build({**inner["applications"][0]["args"], "allow_open": True})
 
 
+@pytest.mark.parametrize("port", [8000, 9000])
+def test_the_manifest_has_kuberays_fields_and_the_ports_that_its_services_and_probes_look_for(port):
+    how = ["--models", "/models/mine", "--port", str(port), "--gpus-per-replica", "2", "--max-replicas", "3"]
+    manifest = show("--print-config", "kuberay", *how)
+    jsonschema = pytest.importorskip("jsonschema", reason="comes with mpg[ray]")
+    jsonschema.validate(manifest, json.loads((Path(__file__).parent / "rayservice.json").read_text()))
+    spec = manifest["spec"]
+    assert yaml.safe_load(spec["serveConfigV2"])["http_options"] == {"host": "0.0.0.0", "port": port}
+    pods = [spec["rayClusterConfig"]["headGroupSpec"], *spec["rayClusterConfig"]["workerGroupSpecs"]]
+    head, worker = (pod["template"]["spec"]["containers"] for pod in pods)
+    found = [{one["name"]: one["containerPort"] for one in pod[0]["ports"]} for pod in (head, worker)]
+    assert found == [{"gcs-server": 6379, "dashboard": 8265, "client": 10001, "serve": port}, {"serve": port}]
+    assert not {"livenessProbe", "readinessProbe"} & {*head[0], *worker[0]}  # KubeRay's own ask Ray and port "serve"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--print-config", "kuberay", "--port", "0"], "port: expected one above 0 in a file, got 0"),
         (["--replicas", "2", "--max-replicas", "1"], "max_replicas: expected at least the 2 replicas, got 1"),
         (["--replicas", "2", "--admin-key", "k"], "admin_key, attribute_folder: expected none beside replicas"),
         (["--print-config", "helm"], "print_config: expected one of serve, kuberay, got 'helm'"),

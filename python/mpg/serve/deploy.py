@@ -21,6 +21,7 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 FRONT_REQUESTS = 4096  # that one front has under way
 KEY = "MPG_API_KEY"
 APPLICATION = "mpg"
+PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}  # of the head, as Ray has them by default
 FILES = ("serve", "kuberay")  # that there are
 
 
@@ -147,6 +148,8 @@ class Config:
 
     def text(self, kind: str) -> str:
         """A file for `serve deploy` ("serve"), or for `kubectl apply` where KubeRay is ("kuberay")."""
+        if not self.port:
+            raise ValueError("port: expected one above 0 in a file, got 0")
         tree = self._serve() if kind == "serve" else self._kuberay()
         return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
@@ -169,11 +172,15 @@ class Config:
         # pods are called by the names of services
         arguments = {name: value for name, value in self.arguments.items() if name != "hosts"}
         everywhere = replace(self, arguments=arguments, host="0.0.0.0")
+        port = {"serve": self.port}  # by these names KubeRay makes services, and probes that ask Ray's own ports
         key = {"name": KEY, "valueFrom": {"secretKeyRef": {"name": APPLICATION, "key": "api-key", "optional": True}}}
 
-        def pod(name: str, cpus: float, gpus: float) -> dict[str, Any]:
+        def pod(name: str, cpus: float, gpus: float, ports: Mapping[str, int]) -> dict[str, Any]:
             has = {"cpu": f"{max(cpus, 1):g}", **({"nvidia.com/gpu": ceil(gpus)} if gpus else {})}
-            own = {"name": name, "image": self.image, "env": [key], "resources": {"limits": has, "requests": has}}
+            own = {
+                "name": name, "image": self.image, "env": [key], "resources": {"limits": has, "requests": has},
+                "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
+            }  # fmt: skip
             return {"spec": {"containers": [own]}}
 
         return {
@@ -182,12 +189,12 @@ class Config:
                 "serveConfigV2": yaml.dump(everywhere._serve(), sort_keys=False),
                 "rayClusterConfig": {
                     "enableInTreeAutoscaling": most > scale.replicas,
-                    "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": pod("ray-head", 2, 0)},
+                    "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": pod("ray-head", 2, 0, {**PORTS, **port})},
                     "workerGroupSpecs": [
                         {
                             "groupName": "replicas", "replicas": scale.replicas, "minReplicas": scale.replicas,
                             "maxReplicas": most, "rayStartParams": {},
-                            "template": pod("ray-worker", scale.cpus, scale.gpus),
+                            "template": pod("ray-worker", scale.cpus, scale.gpus, port),
                         }
                     ],
                 },
