@@ -7,11 +7,12 @@ import socket
 
 import pytest
 
-from mpg.batch.cluster import connect
+pytest.importorskip("ray", reason="needs mpg[ray]")
 
-ray = pytest.importorskip("ray", reason="needs mpg[ray]")
-
+import ray
 from ray._private.utils import check_version_info
+
+from mpg.batch.cluster import connect
 
 
 @pytest.fixture

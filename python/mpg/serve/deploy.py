@@ -189,7 +189,9 @@ class Config:
                 "serveConfigV2": yaml.dump(everywhere._serve(), sort_keys=False),
                 "rayClusterConfig": {
                     "enableInTreeAutoscaling": most > scale.replicas,
-                    "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": pod("ray-head", 2, 0, {**PORTS, **port})},
+                    "headGroupSpec": {
+                        "rayStartParams": {"num-cpus": "0"}, "template": pod("ray-head", 2, 0, {**PORTS, **port}),
+                    },
                     "workerGroupSpecs": [
                         {
                             "groupName": "replicas", "replicas": scale.replicas, "minReplicas": scale.replicas,
