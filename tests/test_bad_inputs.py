@@ -52,6 +52,20 @@ options:
 CHAT, TEXT, JSON = "/v1/chat/completions", "/v1/completions", "application/json"
 GENERATE = ["generate", "--prompt", "Hello?", "--weights", "E=1", "--json"]
 TRAIN = ["train", "--base", "demo", "--data", "traits", "--out", "out"]
+BATCH = ["batch", "rows.jsonl", "out", "--local", "--weights", "E=1"]
+MBTI = ["evaluate mbti", "--data", "data", "--out", "out"]
+ESTJ = [*MBTI, "--type", "ESTJ", "--methods", "base"]
+ROLEPLAY = ["evaluate roleplay", "--data", "data", "--out", "out"]
+TUNE = ["tune", "--models", "demo", "--data", "data", "--out", "history", "--type", "ESTJ"]
+ROW = {"id": 1, "prompt": "Hello?"}
+MCQA = "data/mbti/questions/mcqa.json"
+CHOICES = {str(n): {"question": f"You {n}:\nA.plan\nB.see", "A": "J", "B": "P"} for n in range(4)}
+RELEASE = {
+    MCQA: json.dumps(CHOICES),
+    "data/mbti/questions/qa_ESTJ.json": json.dumps([{"instruction": "Who?", "input": "", "output": "I."}]),
+    "data/mbti/questions/16personalities.json": json.dumps({"1": {"rewritten_en": "Crowds?", "category": "E"}}),
+    "data/roleplay/test.jsonl": json.dumps({"profile": "a", "personality": "b", "reference_answer": "c"}),
+}
 
 
 def refusal(call, *arguments, **keywords):
@@ -156,7 +170,8 @@ def command(request, wrong, load=lambda base, **how: load_once(base, json.dumps(
     request.getfixturevalue("monkeypatch").setattr(mpg, "load", load)
     before = sorted(request.getfixturevalue("place").iterdir())
     name, *others = wrong
-    done = CliRunner().invoke(app, [name, "--device", os.environ.get("MPG_DEVICE", "cpu"), *others])
+    device = [] if name == "evaluate overall" else ["--device", os.environ.get("MPG_DEVICE", "cpu")]
+    done = CliRunner().invoke(app, [*name.split(), *device, *others])
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("mpg: ") and len(done.stderr.splitlines()) == 1
     assert sorted(request.getfixturevalue("place").iterdir()) == before
@@ -166,6 +181,37 @@ def command(request, wrong, load=lambda base, **how: load_once(base, json.dumps(
 def early(request, wrong):
     """A command that is refused before models are loaded."""
     return command(request, wrong, load=None)
+
+
+def write(request, files):
+    for name, content in files.items():
+        file = request.getfixturevalue("place") / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def batch(request, wrong):
+    """A job of one row, with more words or other files."""
+    pytest.importorskip("pyarrow", reason="needs mpg[ray]")
+    words, files = wrong if isinstance(wrong, tuple) else (wrong, {})
+    write(request, {"rows.jsonl": json.dumps(ROW), **files})
+    return command(request, [*BATCH, *words])
+
+
+def job_rows(request, wrong):
+    """The rows of a job: a file's bytes, or what follows a sound row."""
+    content = wrong if isinstance(wrong, bytes) else "\n".join(map(json.dumps, [ROW, *wrong]))
+    told = batch(request, ([], {"rows.jsonl": content}))
+    return told.removeprefix(f"input: {request.getfixturevalue('place') / 'rows.jsonl'}, ")
+
+
+def study(request, wrong):
+    """A command that reads the paper's release, with other files beside it or in it."""
+    for package in ("openai", "sacrebleu", "rouge_score", "sklearn", "matplotlib"):
+        pytest.importorskip(package, reason="needs mpg[evaluate]")
+    words, files = wrong if isinstance(wrong, tuple) else (wrong, {})
+    write(request, {**RELEASE, **files})
+    return command(request, words)
 
 
 def prompts(request, wrong):
@@ -648,6 +694,126 @@ EARLY = [
     ([*TRAIN, "--pole", "T", "--preset", "huge"], "preset: expected one of paper, small, got 'huge'"),
 ]
 
+BATCHES = [
+    (["--format", "csv"], "format: expected one of jsonl, parquet, got 'csv'"),
+    (["--min-workers", "2"], "min_workers: expected at most the 1 workers, got 2"),
+    (["--weights", "Q=1"], "weights: expected some of E, S, T, J, got 'Q'"),
+    (["--weights", "nobody"], "weights: expected NAME=NUMBER,... or a preset among ESTJ, INFP, got 'nobody'"),
+    (["--set", "temprature=1"], "temprature: unknown option; did you mean 'temperature'?"),
+    (["--set", "seed=3"], "seed: expected --seed, which the seeds of rows follow from, got --set seed=3"),
+    (["--set", "num_return_sequences=2"], "num_return_sequences: expected one text a row"),
+    (["--set", "sampler=auto"], "sampler: expected exact, direct, scr, token-rs or seq-rs"),
+    (["--set", "trace=true"], "trace: expected no trace in a job"),
+    (["--set", "window=3"], "window: not an option of sampler 'exact', got 3"),
+    (["--set", "chunk_size=40"], "chunk_size: expected an integer 1..32, got 40"),
+    (["--context", "calm"], "context: expected NAME=TEXT, got 'calm'"),
+    (["--context", "E=Be calm."], "contexts['E']: 'E' is an adapter or a model already"),
+    (["--models", "no/such"], "models: expected 'demo', 'smollm2', a folder or a recipe, got 'no/such'"),
+    (["--max-new-tokens", "0"], "max_new_tokens: expected an integer >= 1, got 0"),
+    *((["--max-memory", value], f"max_memory: expected a number in (0, inf), got {value}") for value in ("0.0", "nan")),
+    (["--seed", str(2**63)], "seed: expected an integer 0..9223372036854775807, got 9223372036854775808"),
+    (["--dtype", "int8"], "dtype: expected a floating-point torch dtype such as 'bfloat16', got 'int8'"),
+    (["--quantize", "int3"], "quantize: expected 'none' or 'int4' or 'int4-draft', got 'int3'"),
+    (["--graphs"], "graphs: expected a model on one device of cuda, got cpu"),
+    (([], {"out": "a"}), "output: expected a folder, got the file 'out'"),
+    (([], {"out/mine": "a"}), "output: expected a new or empty folder, or this job's, got 'out', which holds 'mine'"),
+    (([], {"out/job.json": "{}"}), "output: 'out' holds another job: input: None there"),
+    *((([], {"out/job.json": text}), "output: expected a job in job.json of 'out', got b")
+      for text in ("{", "[1]", b"\xff")),
+]
+
+ROW_FILES = [
+    (b"", "input: expected rows, got none"),
+    (b" \n\n", "input: expected rows, got none"),
+    (b"{", "line 1: expected JSON; Expecting property name"),
+    (b"[" * 10**5, "line 1: expected JSON; Nested too deeply at column 1"),
+    (b'{"prompt": "caf\xe9"}', "line 1: expected text in UTF-8: "),
+    (b'{"id": 1, "answer": "x"}', "input: expected prompt or messages in its rows, got the columns id, answer"),
+    ([[1]], "line 2: expected a JSON object, got [1]"),
+    ([ROW], "line 2: id: expected another one in every row, got 1 again"),
+    ([{"prompt": "a"}], "line 2: expected an id in every row or in none, got None"),
+    ([{"id": "b", "prompt": "a"}], "line 2: id: expected int as before it, got 'b'"),
+    *(([{"id": wrong, "prompt": "a"}], f"line 2: id: expected text or an integer of 64 bits, got {wrong!r}")
+      for wrong in ("", 1.5, True, 2**70, [1])),
+    *(([{"id": 2, "prompt": "a", name: 1}], f"input: column {name!r}: expected another name, as the output has one")
+      for name in ("text", "finish_reason", "tokens", "stats", "error")),
+]
+
+JOBS = [
+    (["batch", "no.jsonl", "out", "--local"], "input: expected files that can be read, got no.jsonl: No such file"),
+    (["batch", ".", "out", "--local"],
+     "input: expected a file, or a folder of files, whose name ends in .jsonl or .ndjson or .parquet, got ."),
+    (["batch", "no://x", "out", "--local"], "input: expected files that can be read, got no://x: Unrecognized file"),
+]
+
+STUDIES = [
+    ([*MBTI[:2], "no/such", *MBTI[3:], "--type", "ESTJ"],
+     "data: expected the folder of the paper's data release, got 'no/such'"),
+    ([*MBTI[:2], "data/mbti", *MBTI[3:], "--type", "ESTJ"],
+     "data: expected questions of a type (qa_ESTP.json) in data/mbti/mbti/questions, got none"),
+    ([*MBTI, "--type", "INFP"], "type: expected an attribute for each pole of INFP; ...got E, S, T, J, and no I"),
+    *(([*MBTI, "--type", wrong], f"type: expected four poles such as ESTP, got {wrong!r}")
+      for wrong in ("EST", "XXXX", "TSEJ", "estj")),
+    (MBTI, "type: expected --type, or --weights of poles, to know what is judged"),
+    ([*MBTI, "--weights", "E=0"], "weights: expected at least one that is not 0, got {'E': 0.0}"),
+    ([*MBTI, "--weights", "Q=1"], "weights: expected some of E, S, T, J, got 'Q'"),
+    ([*ESTJ, "--type", "ESTJ", "--weights", "E=1"], "weights: expected none beside several types"),
+    *(([*ESTJ, "--tasks", wrong], f"tasks: expected some of qa, mcqa, 16p, got {wrong!r}")
+      for wrong in ("quiz", "", "roleplay")),
+    ([*ESTJ, "--choices", "words"], "choices: expected one of texts, letters, got 'words'"),
+    ([*ESTJ, "--methods", "moe"], "methods: expected some of base, ...got 'moe'"),
+    ([*ESTJ, "--methods", "base,,scr"], "methods: expected some of base, ...got ''"),
+    ([*ESTJ, "--reference", "moe"], "reference: expected one of base, ...got 'moe'"),
+    *(([*ESTJ, "--judge", wrong], f"judge: expected classifier, classifier:FOLDER or an endpoint's ...got {wrong!r}")
+      for wrong in ("nobody", "http://x", "#m", "ftp://x#m")),
+    ([*ESTJ, "--judge", "classifier:no/such"], "judge: expected a file that can be read, got no/such/judge.json: No "),
+    ([*ESTJ, "--judge", "classifier", "--judge", "classifier"], "judge: expected judges of different names"),
+    ([*ESTJ, "--set", "sampler=exact"], "sampler: expected an option that methods leave open; expected one of "),
+    ([*ESTJ, "--set", "temprature=1"],
+     "temprature: expected an option that methods leave open; did you mean 'temperature'?"),
+    ([*ESTJ, "--set", "temperature"], "set: expected NAME=VALUE, got 'temperature'"),
+    ([*ESTJ, "--set", "temperature=-1"], "temperature: expected a number in [0, inf), got -1"),
+    ([*ESTJ, "--models", "no/such"], "models: expected 'demo', 'smollm2', a folder or a recipe, got 'no/such'"),
+    ([*ESTJ, "--scoring-model", "no/such"], "scoring_model: expected the folder of a model, got 'no/such'"),
+    ([*ESTJ, "--bertscore", "no/such"], "bertscore: expected the folder of a model, got 'no/such'"),
+    ([*ESTJ, "--anchor", "no/such"], "anchor: expected a model's folder, got 'no/such'"),
+    ([*ESTJ, "--dtype", "int8"], "dtype: expected a floating-point torch dtype such as 'bfloat16', got 'int8'"),
+    ([*ESTJ, "--quantize", "int3"], "quantize: expected 'none' or 'int4' or 'int4-draft', got 'int3'"),
+    (([*ESTJ, "--tasks", "mcqa"], {MCQA: "{"}), f"data: {MCQA}, line 1: expected JSON; Expecting property name"),
+    (([*ESTJ, "--tasks", "mcqa"], {MCQA: "[" * 10**5}), f"data: {MCQA}, line 1: expected JSON; Nested too deeply"),
+    (([*ESTJ, "--tasks", "mcqa"], {MCQA: "3"}), f"data: expected a list or an object in {MCQA}, got 3"),
+    (([*ESTJ, "--tasks", "mcqa"], {MCQA: "[]"}), f"data: expected items of mcqa in {MCQA}, got none"),
+    (([*ESTJ, "--tasks", "mcqa"], {MCQA: b"\xff"}), f"data: expected text in UTF-8, got {MCQA}: "),
+    ((ESTJ, {"out": "a"}), "out: expected a file that can be written, got out/ESTJ/answers/base.jsonl: Not a direct"),
+    (ROLEPLAY, "models: expected attributes profile and personality; ...got E, S, T, J, and no profile"),
+    ([*ROLEPLAY, "--weights", "Q=1"], "weights: expected some of E, S, T, J, got 'Q'"),
+    ([*ROLEPLAY, "--weights", "E=1", "--judge", "classifier"], "judge: expected an endpoint's URL#MODEL, as class"),
+    (["evaluate overall", "mine"], "tables: expected NAME=FOLDER, got 'mine'"),
+    (["evaluate overall", "a=data"], "tables: expected a file that can be read, got data/table.json: No such file"),
+    ((["evaluate overall", "a=t"], {"t/table.json": "{"}), "tables: t/table.json, line 1: expected JSON; Expecting"),
+    *(((["evaluate overall", "a=t"], {"t/table.json": wrong}), f"tables: expected a table with a section, got {wrong}")
+      for wrong in ("{}", "[1]", '{"sections": []}')),
+    *(([*TUNE, "--type", wrong], f"type: expected poles of different dimensions such as ESTP, got {wrong!r}")
+      for wrong in ("", "EEJJ", "EISN")),
+    ([*TUNE, "--type", "INFP"], "type: expected an attribute for each of I, N, F, P, got none for 'I'"),
+    ([*TUNE, "--type", "ES"], "data: expected items of ES on both sides, got 0 to tune on, 0 held out"),
+    ([*TUNE, "--search", "random"], "search: expected one of iterative, optuna, got 'random'"),
+    *(([*TUNE, "--target", wrong], f"target: expected one of geometric, anchored, arithmetic, got {wrong!r}")
+      for wrong in ("harmonic", "base")),
+    ([*TUNE, "--low", "3", "--high", "1"], "high: expected a number in [3, inf), got 1.0"),
+    ([*TUNE, "--low", "2"], "start: expected a number in [2, 4], got 1"),
+    *(([*TUNE, f"--{name}", wrong], f"{name}: expected a number in [")
+      for name, wrong in (("low", "nan"), ("start", "nan"), ("high", "inf"), ("high", "0"))),
+    ([*TUNE, "--judge", "nobody"], "judge: expected a file that can be read, got nobody/judge.json: No such file"),
+    ([*TUNE, "--plot", "x.txt"], "plot: expected a file that ends in one of "),
+    ([*TUNE, "--plot", "no/x.png"], "plot: expected a file that can be written, got 'no/x.png': No such file"),
+    ([*TUNE, "--out", "data"], "out: expected a file that can be written, got data: Is a directory"),
+    ((TUNE, {"history": "mine"}), "out: expected a file of its own, but history holds something else"),
+    ((TUNE, {"history": "mine\n"}), "history, line 1: expected JSON; Expecting value at column 1"),
+    ((TUNE, {"history": '{"a": 1}\n{"b": 2}'}), "out: expected a file of its own, but history holds another job"),
+    ((TUNE, {MCQA: "{"}), f"data: {MCQA}, line 1: expected JSON; Expecting property name"),
+]
+
 PROMPTS = [
     ('{"a"', "prompts: ...line 1: expected JSON; Expecting ':' delimiter at column 5"),
     ('\n{"prompt": "a"}\nb', "prompts: ...line 3: expected JSON; Expecting value at column 1"),
@@ -873,8 +1039,9 @@ TABLE = [
     for ask, rows in {
         generate: CALLS, options: OPTIONS, weights: WEIGHTS, weight_text: WEIGHT_TEXTS, setting: VALUES,
         content: CONTENTS, context: CONTEXTS, load: LOADS, recipe: RECIPES, check_models: CHECKS, method: METHODS,
-        chat: CHATS, command: COMMANDS, early: EARLY, prompts: PROMPTS, check_prompts: CHECK_PROMPTS, pairs: PAIRS,
-        training_settings: TRAININGS, server: REQUESTS, body: BODIES, server_settings: SERVERS,
+        chat: CHATS, command: COMMANDS, early: EARLY + JOBS, batch: BATCHES, job_rows: ROW_FILES, study: STUDIES,
+        prompts: PROMPTS, check_prompts: CHECK_PROMPTS, pairs: PAIRS, training_settings: TRAININGS,
+        server: REQUESTS, body: BODIES, server_settings: SERVERS,
     }.items()
     for row in rows
 ]  # fmt: skip

@@ -149,7 +149,7 @@ def test_what_is_no_item_is_told_and_the_rest_is_done(run, data):
         (("mbti", "--type", "ESTJ", "--tasks", "qa,roleplay"), "tasks: expected some of qa, mcqa, 16p, got 'roleplay'"),
         (("mbti", "--weights", "E=1", "--tasks", "qa"), "type: expected one of ESTJ .*, got None"),
         (("mbti", "--type", "ESTJ", "--methods", "base,best"), "methods: expected some of base, .*, got 'best'"),
-        (("mbti", "--type", "ESTJ", "--reference", "best"), "methods: expected some of base, .*, got 'best'"),
+        (("mbti", "--type", "ESTJ", "--reference", "best"), "reference: expected one of base, .*, got 'best'"),
         (("mbti", "--type", "ESTJ", "--choices", "words"), "choices: expected one of texts, letters, got 'words'"),
         (
             ("mbti", "--type", "ESTJ", "--judge", "gpt"),

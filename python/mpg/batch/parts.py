@@ -19,6 +19,7 @@ from pyarrow import fs
 from pyarrow import parquet as pq
 
 from mpg.batch.rows import Input, Row, filesystem_of
+from mpg.files import parse_json
 
 JOB = "job.json"
 FORMATS = ("jsonl", "parquet")
@@ -43,14 +44,16 @@ class Output:
 
     @classmethod
     def of(cls, name: str, form: str, rows: Input) -> Output:
-        return cls(name, *filesystem_of(name), form, rows.columns, rows.has_text_ids)
+        with _refuse(name):
+            filesystem, path = filesystem_of(name)
+        return cls(name, filesystem, path, form, rows.columns, rows.has_text_ids)
 
     def read_job(self) -> dict[str, Any] | None:
         """What the folder says of its job, None where it is empty or not there.
 
         Raises ValueError where it holds something else.
         """
-        with self._refuse():
+        with _refuse(self.name):
             found = self.filesystem.get_file_info(self.path)
             if found.type == fs.FileType.NotFound:
                 return None
@@ -59,22 +62,29 @@ class Output:
             names = self._names()
             if JOB in names:
                 with self.filesystem.open_input_stream(f"{self.path}/{JOB}") as stream:
-                    told: dict[str, Any] = json.loads(stream.read())
-                return told
+                    return self._parse_job(stream.read())
         if others := [name for name in names if not name.startswith(UNFINISHED)]:
             wanted = "a new or empty folder, or this job's"
             raise ValueError(f"output: expected {wanted}, got {self.name!r}, which holds {others[0]!r}")
         return None
 
     def write_job(self, told: dict[str, Any]) -> None:
-        with self._refuse():
+        with _refuse(self.name):
             self.filesystem.create_dir(self.path, recursive=True)
         with self._whole(JOB) as stream:
             stream.write(json.dumps(told, indent=1).encode())
 
+    def forget_job(self) -> None:
+        """Of a job without a part nothing stays, so that a command may begin anew with other words."""
+        if not self.written():
+            with _refuse(self.name):
+                self.filesystem.delete_file(f"{self.path}/{JOB}")
+                if not self._names():
+                    self.filesystem.delete_dir(self.path)
+
     def written(self) -> set[int]:
         """The numbers of the parts that are there. What was begun and never ended is removed."""
-        with self._refuse():
+        with _refuse(self.name):
             names = self._names()
         for name in names:
             if name.startswith(UNFINISHED):
@@ -85,7 +95,7 @@ class Output:
 
     def has(self, number: int) -> bool:
         """Whether a part is there."""
-        with self._refuse():
+        with _refuse(self.name):
             found = self.filesystem.get_file_info(f"{self.path}/{self._part(number)}")
         return bool(found.type == fs.FileType.File)
 
@@ -100,7 +110,7 @@ class Output:
 
     def read_begun(self, what: int | str) -> dict[str, Any] | None:
         """What `write_begun` wrote last of something: of a part, by its number, or of what else takes time."""
-        with self._refuse(), suppress(FileNotFoundError):
+        with _refuse(self.name), suppress(FileNotFoundError):
             with self.filesystem.open_input_stream(f"{self.path}/{UNFINISHED}{what}") as stream:
                 begun: dict[str, Any] = json.loads(stream.read())
             return begun
@@ -111,11 +121,20 @@ class Output:
             stream.write(json.dumps(begun).encode())
 
     def remove_begun(self, what: int | str) -> None:
-        with self._refuse(), suppress(FileNotFoundError):
+        with _refuse(self.name), suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.path}/{UNFINISHED}{what}")
 
     def _part(self, number: int) -> str:
         return f"part-{number:06}.{self.form}"
+
+    def _parse_job(self, text: bytes) -> dict[str, Any]:
+        try:
+            told = parse_json(text.decode())
+        except ValueError:  # JSONDecodeError and UnicodeDecodeError are of it
+            told = None
+        if not isinstance(told, dict):
+            raise ValueError(f"output: expected a job in {JOB} of {self.name!r}, got {text[:40]!r}")
+        return told
 
     def _names(self) -> list[str]:
         return [info.base_name for info in self.filesystem.get_file_info(fs.FileSelector(self.path))]
@@ -139,7 +158,7 @@ class Output:
     def _whole(self, name: str) -> Iterator[Any]:
         """A stream to a file that takes its name at the end; nothing of it stays where that fails."""
         beside = f"{self.path}/{UNFINISHED}{secrets.token_hex(8)}"
-        with self._refuse():
+        with _refuse(self.name):
             try:
                 with self.filesystem.open_output_stream(beside) as stream:
                     yield stream
@@ -152,10 +171,11 @@ class Output:
                     self.filesystem.delete_file(beside)
                 raise
 
-    @contextmanager
-    def _refuse(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, pa.ArrowException) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise ValueError(f"output: expected a folder that can be written, got {self.name!r}: {reason}") from error
+
+@contextmanager
+def _refuse(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"output: expected a folder that can be written, got {name!r}: {reason}") from error

@@ -76,13 +76,14 @@ def open_records(path: str | Path, header: Mapping[str, Any]) -> Iterator[Record
         found, rows, size = _read(path)
         records = Records(path, descriptor, rows)
         if found is None:
-            if size:
-                os.ftruncate(descriptor, 0)
+            if os.pread(descriptor, 1, 0) not in (b"", b"{"):
+                raise RecordsError(f"out: expected a file of its own, but {path} holds something else")
+            os.ftruncate(descriptor, 0)  # of a header that was torn
             records._write(header)
         else:
-            os.ftruncate(descriptor, size)
             if differs := difference(found, header):
                 raise RecordsError(f"out: expected a file of its own, but {path} holds another job: {differs}")
+            os.ftruncate(descriptor, size)
         try:
             yield records
         except BaseException:

@@ -111,6 +111,8 @@ def _file_of(folder: Path, task: str, type: str | None) -> Path:
     if task == "qa":
         types = sorted(file.stem.removeprefix("qa_") for file in (folder / QUESTIONS).glob("qa_*.json*"))
         if type not in types:
+            if not types:
+                raise ValueError(f"data: expected questions of a type (qa_ESTP.json) in {folder / QUESTIONS}, got none")
             raise ValueError(f"type: expected one of {', '.join(types)} (those with questions in {folder}), got {type}")
     names = {"qa": f"qa_{type}", "mcqa": "mcqa", "16p": "16personalities", "roleplay": "test"}
     place = folder / (ROLEPLAY if task == "roleplay" else QUESTIONS) / names[task]

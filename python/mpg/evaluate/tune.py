@@ -22,7 +22,7 @@ from mpg.evaluate.answers import describe_models
 from mpg.evaluate.choices import Choice, accuracy
 from mpg.evaluate.judges.classifier import Scorer
 from mpg.evaluate.records import open_records
-from mpg.evaluate.tasks import Item, dimension_of, items_hash
+from mpg.evaluate.tasks import OPPOSITE, Item, dimension_of, items_hash
 from mpg.files import whole_file
 from mpg.model import Model
 from mpg.options import MAX_CHUNK, Options, a_number, an_integer, check_weights, one_of
@@ -186,10 +186,17 @@ def tune(
     seed       of optuna
     on_trial   is called with the row of every new trial
 
-    Raises ValueError, naming the argument: for what is out of range, for items on both sides, for a pole without an
-    attribute, and as `open_records` does.
+    Raises ValueError, naming the argument: for what is out of range, for poles of one dimension, for items on both
+    sides or none on one, for a pole without an attribute, and as `open_records` does.
     """
     one_of(*SEARCHES)("search", search)
+    one_of("geometric", "anchored", "arithmetic")("target", target)
+    dimensions = [dimension_of(pole) for pole in poles if pole in OPPOSITE]
+    if not poles or len(set(dimensions)) < len(dimensions):
+        raise ValueError(f"type: expected poles of different dimensions such as ESTP, got {''.join(poles)!r}")
+    if not (tuned_on and held_out):
+        sides = f"{len(tuned_on)} to tune on, {len(held_out)} held out"
+        raise ValueError(f"data: expected items of {''.join(poles)} on both sides, got {sides}")
     an_integer(1)("trials", trials)
     for name, value in (("low", low), ("start", start)):
         a_number(-1e6)(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,15 +68,21 @@ def batch(
     except ImportError as error:
         raise ValueError(f"{error.name}: expected it installed: pip install 'mpg[ray]'") from None
     from mpg.frontend.hf_generate import check_options
-    from mpg.options import one_of
+    from mpg.options import a_number, one_of
     from mpg.recipe import parse_setting
 
     one_of(*FORMATS)("format", form)
     if min_workers is not None and min_workers > workers:
         raise ValueError(f"min_workers: expected at most the {workers} workers, got {min_workers}")
+    if max_memory is not None:
+        a_number(0, open_low=True)("max_memory", max_memory)
     contexts, recipe = arguments.read_contexts(context), arguments.read_recipe(models)
     options = {"max_new_tokens": max_new_tokens, **dict(map(parse_setting, settings or ()))}
     options = {name: value for name, value in options.items() if value is not None}
+    if "seed" in options:
+        raise ValueError(
+            f"seed: expected --seed, which the seeds of rows follow from, got --set seed={options['seed']}"
+        )
     recipe.weigh(weights)  # before an input is read
     check({**options, **vars(check_options({**options, "seed": seed}, recipe.options))})
     asked = scan(rows)
@@ -87,16 +94,21 @@ def batch(
         seed=seed, max_rows=max_rows, max_memory=None if max_memory is None else int(max_memory * 2**30),
     )  # fmt: skip
     left = begin(task, describe(task, recipe, how))
-    with _Meter(asked.num_rows, sum(chunk.count for chunk in left)) as meter:
-        if left and local:
-            run_local(task, left, meter.take)
-        elif left:
-            from mpg.batch.on_ray import run_on_ray
+    try:
+        with _Meter(asked.num_rows, sum(chunk.count for chunk in left)) as meter:
+            if left and local:
+                run_local(task, left, meter.take)
+            elif left:
+                from mpg.batch.on_ray import run_on_ray
 
-            run_on_ray(
-                task, left, meter.take, workers=workers, min_workers=min_workers or workers, cpus=cpus_per_worker,
-                gpus=gpus_per_worker,
-            )  # fmt: skip
+                run_on_ray(
+                    task, left, meter.take, workers=workers, min_workers=min_workers or workers, cpus=cpus_per_worker,
+                    gpus=gpus_per_worker,
+                )  # fmt: skip
+    except ValueError:  # a command that is mended begins anew
+        with suppress(ValueError):
+            task.output.forget_job()
+        raise
     print(f"{output}: {meter.words()}")
 
 
@@ -123,7 +135,7 @@ class _Meter:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self.bar.stop()
-        if error is not None:
+        if error is not None and (self.before or self.rows or not isinstance(error, ValueError)):
             arguments.err.print(f"{self.words()}; the same command goes on", style="dim", highlight=False)
 
     def take(self, done: Done) -> None:

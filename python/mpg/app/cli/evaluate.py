@@ -11,7 +11,7 @@ from rich.progress import Progress, TaskID
 
 from mpg.app.cli import arguments
 from mpg.files import parse_json, refuse_unreadable_text
-from mpg.options import OPTIONS, hint, parse_pair
+from mpg.options import OPTIONS, check_weights, hint, one_of, parse_pair
 
 if TYPE_CHECKING:
     from mpg.evaluate.run import Target
@@ -88,7 +88,7 @@ def mbti(
 
     if choices not in WAYS:
         raise ValueError(f"choices: expected one of {', '.join(WAYS)}, got {choices!r}")
-    asked = tasks.split(",") if tasks else [*MBTI_TASKS[not type :]]
+    asked = tasks.split(",") if tasks is not None else [*MBTI_TASKS[not type :]]
     if wrong := [task for task in asked if task not in MBTI_TASKS]:
         raise ValueError(f"tasks: expected some of {', '.join(MBTI_TASKS)}, got {wrong[0]!r}")
     if weights is not None and len(type or ()) > 1:
@@ -179,6 +179,8 @@ def overall(
 
     found = {}
     for name, folder in (parse_pair("tables", "NAME=FOLDER", text) for text in tables):
+        if name in found:
+            raise ValueError(f"tables: {name!r} is given twice, expected once")
         file = Path(folder) / "table.json"
         with refuse_unreadable_text("tables", file):
             text = file.read_text(encoding="utf-8")
@@ -186,6 +188,8 @@ def overall(
             found[name] = parse_json(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"tables: {file}, line {error.lineno}: expected JSON; {error.msg}") from None
+        if not isinstance(found[name], dict) or not found[name].get("sections"):
+            raise ValueError(f"tables: expected a table with a section, got {text:.60} in {file}")
     print(render(found), end="")
 
 
@@ -217,15 +221,21 @@ def _evaluate(
     from mpg.recipe import parse_setting
 
     chosen = methods.split(",") if methods else list(METHODS)
-    for name in [*chosen, reference]:
-        if name not in METHODS:
-            raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {name!r}")
+    if wrong := [name for name in chosen if name not in METHODS]:
+        raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {wrong[0]!r}")
+    one_of(*METHODS)("reference", reference)
     options = dict(map(parse_setting, settings or ()))
+    left_open = [name for name in OPTIONS if name not in ("sampler", "target", "seed")]
     for name in options:
-        if name not in OPTIONS or name in ("sampler", "target", "seed"):
-            raise ValueError(f"{name}: expected an option that methods leave open; {hint(name, OPTIONS)}")
+        if name not in left_open:
+            raise ValueError(f"{name}: expected an option that methods leave open; {hint(name, left_open)}")
+        OPTIONS[name].metadata["check"](name, options[name])
+    if scoring_model is not None and not Path(scoring_model).is_dir():
+        raise ValueError(f"scoring_model: expected the folder of a model, got {scoring_model!r}")
     recipe = arguments.read_recipe(models)
     given = dict(recipe.weigh(weights) or {}) if weights is not None else {}
+    if given:
+        check_weights(given, list(recipe.attributes or ()), "geometric")
     planned = targets(list(recipe.attributes or ()), given)
 
     from mpg.evaluate.judges.classifier import ClassifierJudge
