@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -106,7 +107,7 @@ def test_models_that_are_loaded_anew_are_loaded_as_the_first_ones(monkeypatch):
     loads = []
     monkeypatch.setattr(server, "make_app", lambda limits, *both: loads.extend(both))
     monkeypatch.setattr(server, "serve", lambda *arguments: None)
-    options = ["--merge-adapters", "--allow-other-base", "--dtype", "float64", "--device", "cpu"]
+    options = ["--merge-adapters", "--allow-other-base", "--dtype", "float64", "--device", "cpu", "--port", "0"]
     assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
     model = loads[0]()
     again = loads[1](model.recipe, model.models)
@@ -130,6 +131,24 @@ def test_mistakes_on_the_command_line_are_told_before_anything_is_loaded(argumen
     done = CliRunner().invoke(app, ["serve", *arguments])
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("nowhere.invalid", "host: expected an address of this machine, got 'nowhere.invalid': "),
+        ("a..b", "host: expected an address of this machine, got 'a..b': "),
+        ("192.0.2.1", "host, port: expected an address of this machine and a port that is free, got '192.0.2.1', "),
+        ("127.0.0.1", "host, port: expected an address of this machine and a port that is free, got '127.0.0.1', "),
+    ],
+)
+def test_where_nothing_can_listen_is_told_on_one_line_before_anything_is_loaded(host, message, monkeypatch):
+    monkeypatch.setattr(server, "make_app", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = CliRunner().invoke(app, ["serve", "--allow-open", "--host", host, "--port", port])
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"mpg: {message}") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("threads", "cores", "kept"), [(8, 8, 7), (4, 8, 4), (2, 2, 1), (1, 1, 1)])

@@ -167,6 +167,22 @@ def check_host(host: str, has_key: bool, allow_open: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*LOOPBACK, own))) if is_loopback else ()
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise ValueError where nothing can listen, before minutes of loading: no such address here, or a port in use."""
+    argument = "host"
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        argument = "host, port"
+        for family, kind, protocol, _, place in found:
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(place)
+    except (OSError, UnicodeError) as error:
+        wanted = "an address of this machine" + " and a port that is free" * (argument != "host")
+        got = f"{host!r}" if argument == "host" else f"{host!r}, {port}"
+        raise ValueError(f"{argument}: expected {wanted}, got {got}: {error}") from None
+
+
 def address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -83,7 +83,7 @@ def serve(
     """Serve the models under OpenAI's API; needs the package's extra 'serve'."""
     try:
         from mpg.serve.logs import log_to
-        from mpg.serve.server import address, check_host, make_app
+        from mpg.serve.server import address, check_address, check_host, make_app
         from mpg.serve.server import serve as run
         from mpg.serve.settings import Settings
     except ImportError as error:
@@ -113,6 +113,8 @@ def serve(
         prefill_tokens=prefill_tokens, max_kept=None if max_kept is None else int(max_kept * 2**30),
         max_seconds=max_seconds, stream_interval=stream_interval, grace=grace, log_prompts=log_prompts,
     )  # fmt: skip
+    if not print_config:
+        check_address(host, port)
     if replicas or max_replicas or print_config:
         from mpg.serve import deploy
 
