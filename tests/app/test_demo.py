@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -25,6 +26,33 @@ def test_demo_prints_answers_side_by_side_and_differences_with_intervals(run):
     gains = re.findall(r"[ET] ([-+][.0-9]+) \[([-+][.0-9]+), ([-+][.0-9]+)\]", done.stdout)
     assert len(gains) == 2 * 4
     assert all(float(low) <= float(value) <= float(high) for value, low, high in gains)
+
+
+def test_what_the_demo_shows_is_saved_with_its_intervals_answers_and_machine(run, tmp_path):
+    file = tmp_path / "demo.json"
+    done = run("demo", "--models", "demo", "--questions", 2, "--held-out", 3, "--seed", 5, "--save", file)
+    assert done.exit_code == 0, done.stderr
+    saved = json.loads(file.read_text())
+    assert (saved["models"], saved["questions"], saved["held_out"], saved["seed"]) == ("demo", 2, 3, 5)
+    assert saved["machine"]["processor"] and saved["versions"]["mpg"] == mpg.__version__
+    columns = saved["columns"]
+    assert [column["title"] for column in columns] == [column.title for column in stage("demo").columns]
+    shown = " ".join(done.stdout.split())
+    for column in columns:
+        assert list(column["answers"]) == list(stage("demo").questions[:2])
+        assert f"{column['tokens_per_second']:.0f} tokens/s" in shown
+        for of in (*column["scores"].values(), *column["gains"].values(), column["perplexity"]):
+            assert of["low"] <= of["value"] <= of["high"]
+    for row, form in ((columns[0]["scores"]["E"], ".2f"), (columns[1]["gains"]["T"], "+.2f")):
+        assert f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]" in shown
+    assert columns[0]["gains"] == {trait: {"value": 0.0, "low": 0.0, "high": 0.0} for trait in "ET"}
+
+
+def test_a_file_that_cannot_be_saved_is_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "load", None)
+    done = run("demo", "--models", "demo", "--save", tmp_path / "no" / "demo.json")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("mpg: save: expected a file that can be written, got ")
 
 
 def test_demo_falls_back_to_the_tiny_set_and_says_why(run, monkeypatch):

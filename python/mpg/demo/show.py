@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -58,24 +58,29 @@ class Stage:
     by_sentence: Column | None = None
 
 
-def show(console: Console, model: Model, stage: Stage, num_questions: int, num_held_out: int, seed: int) -> None:
-    """Stream the answers to the console, then what was measured over `num_held_out` (>= 2) other questions."""
+def show(
+    console: Console, model: Model, stage: Stage, num_questions: int, num_held_out: int, seed: int
+) -> dict[str, Any]:
+    """Stream the answers to the console, then what was measured over `num_held_out` (>= 2) other questions.
+
+    out: the same as JSON has it: of every column its answers, the median of their tokens per second, and scores by
+    trait, gains over the base and perplexity, each with a 95 % interval
+    """
     colours = colours_of(dict.fromkeys(name for column in stage.columns for name in column.weights or {}))
     console.print(legend(colours))
-    answers = [
-        _answer(console, model, stage, colours, question, seed + index)
-        for index, question in enumerate(stage.questions[:num_questions])
-    ]
-    speeds = [
-        statistics.median(r.stats["tokens_per_second"] for r in of_column) for of_column in zip(*answers, strict=True)
-    ]
+    asked = stage.questions[:num_questions]
+    answers = [_answer(console, model, stage, colours, question, seed + index) for index, question in enumerate(asked)]
     with console.status(f"Answering {num_held_out} more questions to measure the traits"):
-        table = _measure(model, stage, colours, speeds, num_held_out, seed)
-    console.print(table)
+        rows = _measure(model, stage, list(colours), num_held_out, seed)
+    for row, of_column in zip(rows, zip(*answers, strict=True), strict=True):
+        row["tokens_per_second"] = statistics.median(result.stats["tokens_per_second"] for result in of_column)
+        row["answers"] = {question: result.text for question, result in zip(asked, of_column, strict=True)}
+    console.print(_summary(stage, model, colours, rows, min(num_held_out, len(stage.held_out))))
     if (column := stage.by_sentence) is not None:
         how = {"seed": seed, "max_new_tokens": stage.max_new_tokens, **column.options}
         result = model.generate(stage.questions[0], weights=column.weights, **how)
         console.print(Text.assemble((f"{column.title}: ", "bold"), result.text))
+    return {"judge": stage.verdict, "precision": model.precision, "columns": rows}
 
 
 def _answer(
@@ -105,27 +110,43 @@ def _answers(stage: Stage, question: str, texts: Sequence[Text], results: Sequen
     return table
 
 
-def _measure(
-    model: Model, stage: Stage, colours: Mapping[str, str], speeds: Sequence[float], num: int, seed: int
-) -> Table:
-    """Scores of every column as differences to the base, question by question, which single answers are too few for."""
+def _measure(model: Model, stage: Stage, traits: Sequence[str], num: int, seed: int) -> list[dict[str, Any]]:
+    """Scores of every column, and their differences to the base question by question, which single answers are too few
+    for."""
     questions = stage.held_out[:num]
     columns = [_Sample.draw(model, stage, column, questions, seed) for column in stage.columns]
-    base, bootstrap = columns[0], Bootstrap(len(questions), seed)
-    table = _table(stage, f"Over {len(questions)} held-out questions, with 95 % intervals")
+    base, bootstrap, one = columns[0], Bootstrap(len(questions), seed), np.ones(len(questions))
+
+    def mean(values: np.ndarray) -> Estimate:
+        return bootstrap.estimate(bootstrap.ratios(values, one))
+
+    rows = []
+    for column, sample in zip(stage.columns, columns, strict=True):
+        nats = bootstrap.estimate(bootstrap.ratios(sample.surprise, sample.num_tokens))
+        perplexity = Estimate(*(math.exp(part) for part in (nats.value, nats.low, nats.high)))
+        rows.append(
+            {
+                **{"title": column.title, "weights": column.weights, "options": column.options},
+                "scores": {trait: asdict(mean(sample.scores[trait])) for trait in traits},
+                "gains": {trait: asdict(mean(sample.scores[trait] - base.scores[trait])) for trait in traits},
+                "perplexity": asdict(perplexity),
+            }
+        )
+    return rows
+
+
+def _summary(
+    stage: Stage, model: Model, colours: Mapping[str, str], rows: Sequence[Mapping[str, Any]], num: int
+) -> Table:
+    table = _table(stage, f"Over {num} held-out questions, with 95 % intervals")
     speed = "Tokens/s: medians of the answers above, one at a time."
     table.caption = f"{stage.verdict} Perplexity is the base's, in {model.precision}. {speed}"
-    one = np.ones(len(questions))
-    for trait in colours:
-        row = [Text(f"{trait} {base.scores[trait].mean():.2f}", style=colours[trait])]
-        for sample in columns[1:]:
-            gain = bootstrap.estimate(bootstrap.ratios(sample.scores[trait] - base.scores[trait], one))
-            row.append(Text(f"{trait} {_interval(gain, '+.2f')}", style=colours[trait]))
-        table.add_row(*row)
-    surprises = [bootstrap.estimate(bootstrap.ratios(sample.surprise, sample.num_tokens)) for sample in columns]
-    bounds = [Estimate(*(math.exp(part) for part in (s.value, s.low, s.high))) for s in surprises]
-    table.add_row(*(f"perplexity {_interval(perplexity, '.1f')}" for perplexity in bounds))
-    table.add_row(*(f"{speed:.0f} tokens/s" for speed in speeds))
+    for trait, colour in colours.items():
+        shown = [_interval(rows[0]["scores"][trait], ".2f")]
+        shown += [_interval(row["gains"][trait], "+.2f") for row in rows[1:]]
+        table.add_row(*(Text(f"{trait} {text}", style=colour) for text in shown))
+    table.add_row(*(f"perplexity {_interval(row['perplexity'], '.1f')}" for row in rows))
+    table.add_row(*(f"{row['tokens_per_second']:.0f} tokens/s" for row in rows))
     return table
 
 
@@ -159,8 +180,8 @@ class _Sample:
         return _Sample(stage.judge([result.text for result in results]), np.concatenate(surprise), lengths)
 
 
-def _interval(estimate: Estimate, form: str) -> str:
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+def _interval(estimate: Mapping[str, float], form: str) -> str:
+    return "{:{form}} [{:{form}}, {:{form}}]".format(*estimate.values(), form=form)
 
 
 def _table(stage: Stage, title: str) -> Table:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import re
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+import mpg
 from mpg.app.cli.arguments import Device, Dtype, Quantize, clear_errors, err, load
+from mpg.files import check_writable, whole_file
 
 
 @clear_errors()
@@ -24,6 +31,9 @@ def demo(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write answers, scores, intervals and speeds to this file of JSON, too.")
+    ] = None,
 ) -> None:
     """Answer a few questions as the base, as one trait, as another, and as both.
 
@@ -33,6 +43,8 @@ def demo(
     from mpg.demo.show import show
     from mpg.demo.stages import stage
 
+    if save is not None:
+        check_writable("save", save)
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
     try:
         model, scene = load(models, **how), stage(models)
@@ -47,4 +59,20 @@ def demo(
     if (models, dtype, quantize) == ("smollm2", None, None):
         model, why = quicker(model, lambda: load(models, device=device, quantize="int4"), scene.questions[0])
         console.print(why, markup=False, highlight=False, soft_wrap=True)
-    show(console, model, scene, questions, held_out or scene.num_held_out, seed)
+    num_held_out = held_out or scene.num_held_out
+    shown = show(console, model, scene, questions, num_held_out, seed)
+    if save is not None:
+        import torch
+
+        asked = {"models": models, "questions": questions, "held_out": num_held_out, "seed": seed}
+        machine = {"processor": _processor(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
+        versions = {"mpg": mpg.__version__, "torch": torch.__version__}
+        with whole_file("save", save) as beside:
+            beside.write_text(json.dumps({**asked, **shown, "machine": machine, "versions": versions}, indent=1) + "\n")
+
+
+def _processor() -> str:
+    """As Linux names it; elsewhere what Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
