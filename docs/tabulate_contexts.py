@@ -116,9 +116,15 @@ def main() -> None:
             )
             print(lines[-1], flush=True)
     begin, end = "<!-- written by docs/tabulate_contexts.py -->", "<!-- end -->"
+    lines += ["", judge_line()]
     page = PAGE.read_text()
     PAGE.write_text("\n".join([page.split(begin)[0] + begin, "", *lines, "", end + page.split(end)[1]]))
     plot(points)
+
+
+def judge_line() -> str:
+    *told, last = (f"{right:.0%} ({of[0]} or {of[1]})" for of, right in trait_judge().accuracy.items())
+    return f"The judge tells the pole of {', '.join(told)} and {last} of held-out answers; a coin tells half."
 
 
 def plot(points: Mapping[tuple[str, str], Sequence[tuple[Estimate, Estimate]]]) -> None:
