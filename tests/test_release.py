@@ -35,6 +35,17 @@ def test_the_first_screen_of_the_readme_fits_one():
     assert max(map(len, first.splitlines())) <= 120
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tools/oldest.py reads TOML")
+def test_every_dependency_has_an_oldest_version():
+    import oldest
+
+    lines = oldest.constraints()
+    assert {line.partition("==")[0] for line in lines} >= {"transformers", "peft", "trl", "fastapi", "optuna", "ray"}
+    for requirement in oldest.requirements():
+        versions = [bound.operator for bound in requirement.specifier]
+        assert {">=", "=="} & {*versions}, f"{requirement}: expected a lower bound"
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tools/lock.py reads TOML")
 @pytest.mark.skipif(not (ROOT / "requirements-dev.lock").exists(), reason="make lock has not been run")
 def test_the_lock_has_what_the_project_asks_for_with_hashes():

@@ -224,5 +224,5 @@ def test_a_llama_layer_with_adapters_everywhere_is_four_products_and_four_update
     with _Products() as products:
         session.forward(["base", 0], tokens, start, kv_length=20)
     num_layers = models._models[0].num_layers
-    wanted = {"mm": 4 * num_layers + 1, update: 4 * num_layers, "bmm": 2 * num_layers}  # with the head, and attention
-    assert products.counts == wanted
+    assert products.counts.pop("bmm") - 2 * num_layers in (0, 1)  # attention, and in transformers 5.17 the positions
+    assert products.counts == {"mm": 4 * num_layers + 1, update: 4 * num_layers}  # with the head
