@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-SANITIZERS = "-O1;-g;-fsanitize=address,undefined;-fno-sanitize-recover=undefined;-fno-omit-frame-pointer"
+SANITIZERS = "-g;-fsanitize=address,undefined;-fno-sanitize-recover=undefined;-fno-omit-frame-pointer"
 SANITIZE_VARIABLE = "MPG_SIMT_SANITIZE"  # set where the sanitizers' runtime has been loaded before Python
 
 
