@@ -37,6 +37,7 @@ def model_sets():
 )
 def test_generate_prints_one_json_object(models, target, sampler, run):
     arguments = ["generate", "--models", models, "--weights", "E=1,T=1", "--target", target, "--sampler", sampler]
+    arguments += ["--max-new-tokens", 24]
     done = run(*arguments, "--prompt", PROMPT, "--seed", 0, "--json")
     assert done.exit_code == 0, done.stderr
     printed = json.loads(done.stdout)

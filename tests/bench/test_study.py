@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib", reason="needs mpg[evaluate]")
 import pairs
 import reproduction
 import scores
+from longer import IS_LONG
 
 
 def files(folder):
@@ -19,11 +20,12 @@ def files(folder):
 
 
 def test_the_report_is_written_twice_to_the_same_bytes_and_is_the_page_that_is_committed(tmp_path):
-    for name in ("one", "other"):
+    names = ("one", "other") if IS_LONG else ("one",)
+    for name in names:
         (tmp_path / name).mkdir()
         reproduction.main(tmp_path / name)
     written = files(tmp_path / "one")
-    assert written == files(tmp_path / "other")
+    assert all(files(tmp_path / name) == written for name in names)
     assert written["reproduction.md"] == (reproduction.DOCS / "reproduction.md").read_bytes()
     assert {name for name in written if name.endswith(".png")} == {
         path.relative_to(reproduction.DOCS).as_posix() for path in (reproduction.DOCS / "reproduction").glob("*.png")

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import mpg
-from longer import IS_LONG
+from longer import thinned
 from mpg.decode import rounds, run
 from mpg.decode.batch import Batch, Snapshot
 from mpg.decode.rounds import Rounds
@@ -191,7 +191,7 @@ def sharp_graphed(sharp, graphed):
 
 
 @pytest.mark.filterwarnings("error:rounds cannot be captured")
-@pytest.mark.parametrize("way", WAYS if IS_LONG else WAYS[::3], ids=named)
+@pytest.mark.parametrize("way", thinned(WAYS, 3), ids=named)
 def test_texts_are_those_of_rounds_that_are_not_captured(way, sharp_model, sharp_graphed, replayed, monkeypatch):
     """Six requests of unlike attributes in four rows, some of which end early; all that a second call meets is
     captured."""
@@ -277,7 +277,7 @@ def test_scenarios_are_right(scenario, sharp_model, sharp_graphed):
 
 
 @pytest.mark.filterwarnings("error:rounds cannot be captured")
-@pytest.mark.parametrize("bug", PLANTED if IS_LONG else list(PLANTED)[:8])
+@pytest.mark.parametrize("bug", thinned(list(PLANTED), 5))
 def test_a_planted_bug_is_noticed(bug, sharp_model, sharp_graphed, monkeypatch):
     scenario, *planted = PLANTED[bug]
     wanted = expected(sharp_model, scenario)
