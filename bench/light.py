@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.models.attention import ragged_attention
 from mpg.models.graphs import CAPTURES
 from mpg.models.lengths import Lengths, most_queries
-from test_ops import ON_LOGITS, ON_ROWS, ON_SCORES
+from test_ops import ON_FEATURES, ON_LOGITS, ON_ROWS, ON_SCORES
 
 ROUNDS: tuple[dict[str, Any], ...] = (
     {"sampler": "direct", "target": "geometric"},
@@ -53,6 +54,7 @@ def first_light(device: str) -> Iterator[dict[str, Any]]:
     sizes = Sizes() if device == "cuda" else Sizes(999, 4, 2, (32,))
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "loads": lambda: {"passed": True, **mpg_ext.build_info()},
+        "stream": partial(check_stream, device),
         "ops": partial(check_ops, device, sizes),
         "rounds": partial(compare_rounds, device),
         "attention": partial(name_attention_kernels, device, sizes),
@@ -69,16 +71,28 @@ def first_light(device: str) -> Iterator[dict[str, Any]]:
         yield found
 
 
+def check_stream(device: str) -> dict[str, Any]:
+    """Whether an op waits for what was launched before it on the stream that torch is on, and not on another."""
+    with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
+        seeds = torch.zeros(4, dtype=torch.int64, device=device)
+        if device == "cuda":
+            torch.cuda._sleep(10**8)  # cycles, some 60 ms
+        seeds += 7
+        found = mpg_ext.draw_uniforms(seeds, seeds, purpose=1, count=4).cpu()
+    wanted = mpg_ext.draw_uniforms(*[torch.full((4,), 7)] * 2, purpose=1, count=4)
+    return {"passed": torch.equal(found, wanted)}
+
+
 def check_ops(device: str, sizes: Sizes) -> dict[str, Any]:
     """Every op once against its twin, one sequence of logits in bfloat16, from a stream that is not the default."""
-    wrong = {}
-    for name in ON_SCORES + ON_LOGITS + ON_ROWS:
+    wrong, names = {}, ON_SCORES + ON_LOGITS + ON_ROWS + ON_FEATURES
+    for name in names:
         try:
-            with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else torch.no_grad():
+            with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
                 getattr(Cases(1, sizes.vocab, torch.bfloat16, device), name)().check()
         except Exception as error:
             wrong[name] = f"{type(error).__name__}: {error}"
-    return {"passed": not wrong, "ops": len(ON_SCORES + ON_LOGITS + ON_ROWS), "wrong": wrong}
+    return {"passed": not wrong, "ops": len(names), "wrong": wrong}
 
 
 def compare_rounds(device: str) -> dict[str, Any]:
@@ -112,10 +126,11 @@ def compare_rounds(device: str) -> dict[str, Any]:
 
 def name_attention_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
     """The kernels that attention of a chunk of one and of five tokens runs, by time, and microseconds of a call: by a
-    mask and, on a GPU, by lengths; and up to how many tokens mpg would choose lengths here."""
+    mask and, on a GPU, by lengths, which not every torch can; and up to how many tokens mpg would choose lengths
+    here."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CUDA] if device == "cuda" else [activity.CPU]
-    kernels = {}
+    kernels, refused = {}, None
     for context in sizes.contexts:
         for num_tokens in (1, 5):
             query = torch.randn(1, sizes.heads, num_tokens, 128, device=device, dtype=torch.bfloat16)
@@ -129,7 +144,13 @@ def name_attention_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
                 ways["lengths"] = Lengths.of(start, num_tokens, context, context)
             for name, way in ways.items():
                 attend = partial(ragged_attention, torch.nn.Identity(), query, key, value, way)
-                attend()
+                try:
+                    attend()
+                except TypeError as error:
+                    if name == "mask":
+                        raise
+                    refused = str(error)
+                    continue
                 with torch.profiler.profile(activities=activities) as profile:
                     attend()
                 events = sorted(profile.key_averages(), key=_microseconds, reverse=True)
@@ -137,8 +158,8 @@ def name_attention_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
                     event.key: round(_microseconds(event), 1) for event in events[:5]
                 }
     attend, keys = partial(ragged_attention, torch.nn.Identity()), key.transpose(1, 2)
-    by_lengths = most_queries(attend, sizes.heads, keys) if device == "cuda" else 0
-    return {"passed": True, "kernels": kernels, "by_lengths": by_lengths}
+    by_lengths = most_queries(attend, sizes.heads, keys) if device == "cuda" and refused is None else 0
+    return {"passed": True, "kernels": kernels, "by_lengths": by_lengths, "refused": refused}
 
 
 def _microseconds(event: Any) -> float:

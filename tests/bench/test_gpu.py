@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,6 +109,25 @@ def test_each_tool_is_run_and_judged_by_itself(fake_sanitizer):
     assert not found["passed"]
 
 
+def test_first_light_ends_with_a_look_for_races_each_written_before_the_next(fake_sanitizer, monkeypatch):
+    fake_sanitizer(f"printf '%s' '{BANNER + PASSED}========= ERROR SUMMARY: 0 errors'; echo \"$@\" >> asked")
+    monkeypatch.setitem(sys.modules, "light", SimpleNamespace(first_light=lambda device: iter([{"passed": True}])))
+    clean = {"verdict": "clean", "detail": PASSED.strip()}
+    assert list(gpu.run_first_light("cuda", 60)) == [
+        {"passed": True},
+        {"passed": True, "racecheck": {"warp_rows": clean}},
+        {"passed": True, "racecheck": {"warp_rows": clean, "draws": clean}},
+    ]
+    asked = (gpu.ROOT / "asked").read_text().splitlines()
+    assert [selected in line for selected, line in zip(gpu.RACES.values(), asked, strict=True)] == [True, True]
+
+
+def test_a_card_is_built_for_alone(monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert gpu.environment("cuda")["MPG_CUDA_ARCHS"] == "90-real"
+    assert "MPG_CUDA_ARCHS" not in gpu.environment("cpu")
+
+
 def test_a_tool_that_does_not_end_is_not_clean(fake_sanitizer):
     fake_sanitizer("exec sleep 60")
     assert gpu.run_sanitizer("memcheck", 0.2)["verdict"] == "unfinished"
@@ -177,7 +197,8 @@ def test_every_part_but_sanitizers_can_be_rehearsed(tmp_path):
     reports = {report["part"]: report for report in map(json.loads, finished.stdout.splitlines())}
     assert all(report["passed"] for report in reports.values())
     light = reports["light"]
-    assert light["ops"]["ops"] == 17 and not light["ops"]["wrong"]
+    assert light["ops"]["ops"] == 19 and not light["ops"]["wrong"]
+    assert light["stream"]["passed"] and {*light["racecheck"]} == {*gpu.RACES}
     assert {row["graphs"] for row in light["rounds"]["rows"]} == {True, False}
     assert light["rounds"]["graph_bytes"] > 0
     assert all(light["attention"]["kernels"].values())
