@@ -8,12 +8,15 @@ import torch
 import mpg
 from longer import thinned
 from mpg import model as engine
+from mpg.decode import SAMPLERS
 from mpg.decode import plan as planning
 from mpg.decode.batch import Batch
 from mpg.decode.request import Request
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
+from mpg.models.graphs import CAPTURES
 from mpg.options import Options, check_weights
+from tape import Tape
 
 BOTH = {"E": 1, "T": 1}
 QUESTIONS = [question.text for question in HELD_OUT_QUESTIONS[:6]]
@@ -45,6 +48,20 @@ def test_candidates_are_ranked_by_the_stated_model_and_the_first_is_picked(model
     assert (plan.options.draft, plan.options.chunk_size) == ("merged", best) == ("merged", 6)
     assert str(plan).startswith("exact, merged draft, k = 6")
     assert "rather than direct (1e+03 ms a token)" in str(plan)
+
+
+@pytest.mark.parametrize("own", [{"sampler": "direct"}, {"sampler": "exact", "draft": "reference", "chunk_size": 8}])
+def test_rounds_are_timed_as_they_run_from_their_graphs(own, monkeypatch):
+    monkeypatch.setitem(CAPTURES, "cpu", Tape)
+    models, options = mpg.load(MODELS, device="cpu", dtype="float32", graphs=True).models, Options(**own)
+    alpha = check_weights(BOTH, models.attribute_names, options.target)
+    requests = [Request([5, 6, 7][:size], alpha, BOTH, 16, 0) for size in (1, 3)]
+    num_run, before_and_after = [], []  # rounds that were not run from a graph
+    round_of, sampler = SAMPLERS[options.sampler].round, SAMPLERS[options.sampler]
+    monkeypatch.setattr(sampler, "round", lambda self: (num_run.append(None), round_of(self)))
+    monkeypatch.setattr(planning, "perf_counter", lambda: before_and_after.append(len(num_run)) or 1.0)
+    planning._time_round(models, requests, options)
+    assert len(before_and_after) == 2 * planning.TIMED_ROUNDS and len(set(before_and_after)) == 1
 
 
 @pytest.fixture(scope="module")
