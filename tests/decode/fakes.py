@@ -82,6 +82,7 @@ class FakeModels:
         *,
         num_rows: int = 0,
         expected: Any = (),
+        together: Any = (),
     ) -> FakeSession:
         return FakeSession(self, prompts, roles, capacity, num_rows or len(prompts))
 
@@ -139,8 +140,11 @@ class FakeSession:
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         ensembles: Any = None,
         ends: Any = None,
+        kept: Sequence[int] | None = None,
         upload: Any = None,
     ) -> None:
+        if kept is not None:
+            self.keep(kept)
         for row, own in zip(rows, attributes or [()] * len(rows), strict=True):
             self.attributes[row : row + 1] = [own]
         rows_of: dict[tuple[int, ...], list[int]] = {}
@@ -157,7 +161,7 @@ class FakeSession:
                 read[row] = 7
                 read[row, : len(text) - 1] = torch.tensor(text[:-1], dtype=torch.int64)
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep(self, rows: Sequence[int], upload: Any = None) -> None:
         self.attributes = [self.attributes[row] for row in rows]
         for read in self.read.values():
             read[: len(rows)] = read[list(rows)]

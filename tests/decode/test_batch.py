@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpg.decode.batch import Batch
+from mpg.models.upload import Upload
 
 EOS = 9
 
@@ -131,7 +132,9 @@ def test_rows_in_use_are_the_first_and_go_on_where_they_move():
     batch.state.hold(batch, "own", own)
     batch.commit(torch.tensor([[5], [EOS], [7]]), torch.tensor([1, 1, 1]))
     batch.errors[2] = ValueError("mine")
-    batch.move([2], [1])
+    upload = Upload()
+    batch.move([2], [1], upload)
+    upload.send()
     batch.state.use(2, 2)
     assert len(batch) == 2
     assert batch.seeds.tolist() == [7, 9]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ensembles import load
+from mpg.context import Context
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
 from mpg.decode.request import Request
@@ -110,30 +113,89 @@ def test_a_round_takes_no_more_than_it_must(options, most_ops, most_launches, mo
 
 
 class CountUploads(TorchDispatchMode):
-    """Counts what is copied from the host to `meta`."""
+    """Notes what is copied from the host to `meta`: whether the host goes on meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_copies = 0
+        self.are_free: list[bool] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            self.num_copies += out.is_meta and any(isinstance(value, Tensor) and value.is_cpu for value in args)
+        is_copy = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if is_copy and out.is_meta and any(isinstance(value, Tensor) and value.is_cpu for value in args):
+            self.are_free.append(bool((kwargs or {}).get("non_blocking") or args[2:] == (True,)))
         return out
 
 
+def request(weights: dict[str, float], prompt: Sequence[int] = (1, 2, 3, 4), **more: Any) -> Request:
+    names = ("E", "T", "C") if "C" in weights else ("E", "T")
+    return Request(list(prompt), tuple(weights.get(name, 0.0) for name in names), weights, 8, 0, **more)
+
+
+BOTH = {"E": 1.0, "T": 1.0}
+GEOMETRIC = {"target": "geometric"}
+WARM, CUT, WIDE, SHARP = (
+    Options(sampler="exact", target="geometric", **own)
+    for own in ({"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5, "temperature": 2.0}, {"temperature": 0})
+)
+ALIKE = [request(BOTH)] * 4
+UNEVEN = [request({"E": 1.0}), request(BOTH, [5, 6]), request({"T": 0.5}, [7]), request({"T": -1.0, "E": 0.5})]
+UNLIKE = [replace(one, options=own) for one, own in zip(UNEVEN, (WARM, CUT, WIDE, SHARP), strict=True)]
+MIXED = {
+    "one": (GEOMETRIC, ALIKE[:1]),
+    "alike": (GEOMETRIC, ALIKE),
+    "of other attributes and lengths": (GEOMETRIC, UNEVEN),
+    "cut in other ways": (GEOMETRIC, UNLIKE),
+    "merged": (GEOMETRIC | {"draft": "merged"}, UNEVEN),
+    "merged by shares": ({"target": "arithmetic", "draft": "merged"}, UNEVEN),
+    "direct": (GEOMETRIC | {"sampler": "direct"}, [replace(one, options=None) for one in UNLIKE]),
+    "scr": ({"sampler": "scr"}, UNEVEN),
+    "beside a context": (GEOMETRIC, [*UNEVEN[:3], request({"E": 1.0, "C": 1.0}, contexts={"C": [8, 9, 10, 11, 12]})]),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("num_rows", [1, 4])
-def test_requests_begin_with_one_upload_whatever_their_number_and_the_layers(num_rows, models, monkeypatch):
-    """Their numbers, their weights, their prompts, and which rows read what others do; beside others too."""
+@pytest.mark.parametrize("name", MIXED)
+def test_requests_come_and_go_with_one_upload_whatever_their_number_and_the_layers(name, models, monkeypatch):
+    """Their numbers, weights, cuts and prompts, which rows read what others do, and where rows are that move; the host
+    waits for none. The round that follows, which finds all of that on the device, is watched too."""
+    own, requests = MIXED[name]
     make = torch.tensor  # which copies where no mode sees it
+    monkeypatch.setattr(torch, "tensor", lambda values, device="cpu", **kwargs: make(values, **kwargs).to(device))
+    options = Options(**{"sampler": "exact"} | own)
+    scheduler = Scheduler(
+        models, options, (49,), num_rows=8, capacity=40, attributes=("E", "T"), most=3, rounds_ahead=0
+    )
+
+    def uploads() -> list[bool]:
+        with CountUploads() as found:
+            scheduler._admit()
+            scheduler.rounds.run()
+        return found.are_free
+
+    for _ in range(2):  # the second ones beside the first
+        for one in requests:
+            contexts = {name: Context(prompt=[5], source="base") for name in one.contexts}
+            scheduler.add(one, contexts=contexts)
+        assert uploads() == [True]
+    for more in ([], requests[:1]):  # one goes, and the last row moves there; one goes and another comes
+        with CountUploads() as stopped:
+            scheduler.cancel(scheduler.rows[0])
+        assert not stopped.are_free
+        for one in more:
+            scheduler.add(one)
+        assert uploads() == [True]
+
+
+@torch.no_grad()
+def test_which_requests_have_processors_is_in_their_one_upload(models, monkeypatch):
+    make = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda values, device="cpu", **kwargs: make(values, **kwargs).to(device))
     options = Options(sampler="exact", target="geometric")
     scheduler = Scheduler(models, options, (49,), num_rows=8, capacity=40, attributes=("E", "T"), rounds_ahead=0)
-    for _ in range(2):
-        for _ in range(num_rows):
-            scheduler.add(Request([1, 2, 3, 4], (1.0, 1.0), {"E": 1, "T": 1}, 8, 0))
-        with CountUploads() as uploads:
-            scheduler._admit()
-        assert uploads.num_copies == 1
+    for one in UNEVEN:
+        scheduler.add(replace(one, processor=lambda ids, scores: scores))
+    with CountUploads() as found:
+        scheduler._admit()
+        assert scheduler.batch.has_processor is not None and scheduler.batch.has_processor.is_meta
+    assert found.are_free == [True]

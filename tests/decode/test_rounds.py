@@ -29,6 +29,7 @@ from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
 from mpg.models import graphs
 from mpg.models.idle import MAX_IDLE
 from mpg.models.routes import Forward, Routes
+from mpg.models.upload import Addresses
 from planted import plant
 from tape import Tape
 
@@ -101,8 +102,9 @@ def is_same(ones, others):
     )
 
 
-def called(model, way, prompts=([5, 6, 7],), **options):
-    """What the second of two like calls tells: all of its rounds have been met before."""
+def called(model, way, prompts=([5, 6, 7],), calls=2, **options):
+    """What the last of some like calls tells: all of its rounds have been met before, and are captured before it where
+    it is the third."""
     options = {
         "weights": WEIGHTS[: len(prompts)],
         "seed": 7,
@@ -111,7 +113,7 @@ def called(model, way, prompts=([5, 6, 7],), **options):
         **way,
         **options,
     }
-    for _ in range(2):
+    for _ in range(calls):
         results = model.generate(list(prompts), **options)
     return list(map(told, results))
 
@@ -152,7 +154,7 @@ UNLIKE = [{"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 2}, {"temperatur
 SCENARIOS = {
     "growing": lambda model: called(model, ONE, [LONG]),
     "adaptive": lambda model: called(model, MANY, PROMPTS[:3], draft="model", adaptive=True, max_new_tokens=24),
-    "company": lambda model: called(model, MANY, PROMPTS, batch_size=3),
+    "company": lambda model: called(model, MANY, PROMPTS, calls=3, batch_size=3),
     "whole texts": lambda model: called(model, WAYS[-1], [LONG]),
     "alone": lambda model: served(model, ONE, [{"trace": False}, *UNLIKE, {"num_top": 1}], num_rows=1),
     "unlike": lambda model: served(model, ONE, [*UNLIKE, {"top_k": 9}, *UNLIKE[3:1:-1], *UNLIKE[::2]]),
@@ -250,16 +252,16 @@ PLANTED = {
     "graphs in a graph": ("growing", Rounds, "_run_captured", "recorded = key.kv_length", "recorded = None"),
     "routes of the capture in every replay": (
         "in order",
-        graphs.Addresses,
+        Addresses,
         "put",
-        "return self._tensors[key].copy_(numbers)",
+        "return self._tensors[key]",
         "return numbers",
     ),
     "cuts of the capture in every replay": (
         "unlike",
-        graphs.Addresses,
+        Addresses,
         "put",
-        "return self._tensors[key].copy_(numbers)",
+        "return self._tensors[key]",
         "return numbers",
     ),
 }

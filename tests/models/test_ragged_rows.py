@@ -13,8 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensembles import load
+from mpg.models.cache import RaggedCache
 from mpg.models.ensemble import Cost
-from mpg.models.upload import Numbers
+from mpg.models.upload import Upload
 
 CAPACITY = 40
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -215,15 +216,20 @@ def test_rows_that_start_together_past_their_end_or_at_the_first_token_are_right
     assert logits.isfinite().all()
 
 
-def test_rows_that_are_copied_or_cleared_are_named_once_for_all_layers(tiny_model):
-    """On a GPU every list of them would be an upload that the host waits for."""
+def test_rows_that_are_copied_are_named_once_for_all_layers_and_cleared_ones_not_at_all(tiny_model):
+    """On a GPU every list of them would be an upload."""
     base = tiny_model(num_hidden_layers=4)
     session = load(base, {"E": base}).open(PROMPTS, ["base"], CAPACITY)
     (cache,) = (pool.runner.cache for pool in session._pools.values())
-    for step in (lambda: cache.copy(Numbers.of([[0, 1], [1, 2]]), 5), lambda: cache.clear([0, 2])):
+    other = RaggedCache(4, 2, CAPACITY)
+    steps = (cache.copy, Upload().add([[0, 1], [1, 2]]), 5), (cache.clear, [0, 2]), (other.take, range(1, 3), 5, cache)
+    for named, (step, *arguments) in zip((1, 0, 0), steps, strict=True):
         with _Indices() as indices:
-            step()
-        assert len({index.untyped_storage().data_ptr() for index in indices.seen}) == 1
+            step(*arguments)
+        assert len({index.untyped_storage().data_ptr() for index in indices.seen}) == named
+    of_layers = zip(cache.layers, other.layers, strict=True)
+    assert all(torch.equal(own.keys[1:, :5], its.keys[:, :5]) for own, its in of_layers)
+    assert not any(own.keys[[0, 2]].any() for own in cache.layers) and all(own.keys[1].any() for own in cache.layers)
 
 
 class _Indices(TorchDispatchMode):

@@ -116,6 +116,7 @@ class Batch:
     draft_lengths  (B,) int64, tokens that each request drafts next, where its sampler adapts them, else None
     processors  per row what the target's rows pass through before the warp (see `rows`), or None; None where no
                 request has any
+    has_processor  (B,) bool, which requests have one; None where none has
     warps       how each request's rows are warped, or None where all are as the sampler's options say
     is_traced   whether some request wants its log-ratios
     num_top     the most that some request has of `Request.num_top`, or None
@@ -169,7 +170,7 @@ class Batch:
         self.state.hold(self, "weights", self.state.zeros(weights.shape[1], dtype=weights.dtype), by_attribute=True)
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         self.draft_lengths: Tensor | None = None
-        self.processors = processors
+        self.process(processors or (), lambda flags: flags.to(device))
         self.warps: Warps | None = None
         self.is_traced = False
         self.num_top: int | None = None
@@ -182,6 +183,12 @@ class Batch:
 
     def __len__(self) -> int:
         return self.state.num_rows
+
+    def process(self, processors: Sequence[Processor | None], put: Callable[[Tensor], Tensor]) -> None:
+        """Let the rows of every request pass through its processor; `put` brings numbers to the device."""
+        flags = [processor is not None for processor in processors]
+        self.processors = list(processors) if any(flags) else None
+        self.has_processor = put(torch.tensor(flags)) if any(flags) else None
 
     def replace(
         self,
@@ -212,8 +219,8 @@ class Batch:
             [row, len(prompt), len(prompt) + new, int(seed), prompt[-1], *prompt, *[0] * (longest - len(prompt))]
             for row, prompt, new, seed in zip(rows, prompts, max_new_tokens, seeds, strict=True)
         ]
-        sent, weights = upload.add(numbers), weights.double()
-        bits = upload.add(weights.view(torch.int64)) if weights.is_cpu else None
+        sent = upload.add(numbers)
+        alpha = upload.add(weights.double()) if weights.is_cpu else None
 
         def begin() -> Tensor:
             uploaded = sent.on(self.tokens.device)
@@ -221,7 +228,7 @@ class Batch:
             self.tokens[index, :longest] = uploaded[:, 5:]
             self.prompt_lengths[index] = self.lengths[index] = lengths
             self.limits[index], self.seeds[index], self.last_tokens[index] = limits, of_rows, last_tokens
-            own = weights if bits is None else bits.on(self.tokens.device).view(torch.float64)
+            own = weights if alpha is None else alpha.on(self.tokens.device)
             self.weights[index], self.rounds[index] = own.to(self.weights.dtype), 0
             self.active[index] = lengths < limits
             self.unusable[index] = self.empty[index] = False
@@ -232,10 +239,10 @@ class Batch:
 
         return begin
 
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Let the requests of some rows go on in others, whose own are over."""
+    def move(self, sources: Sequence[int], targets: Sequence[int], upload: Upload) -> None:
+        """Let the requests of some rows go on in others, whose own are over, once an upload is sent."""
         if sources:
-            self.state.move(sources, targets)
+            self.state.move(sources, targets, upload)
         errors = {row: self.errors.pop(row) for row in [*sources, *targets] if row in self.errors}
         moved = zip(sources, targets, strict=True)
         self.errors |= {target: errors[source] for source, target in moved if source in errors}
@@ -292,7 +299,8 @@ class Batch:
 
     def stop(self, rows: Sequence[int]) -> None:
         """End the requests in some rows, whose texts the host has seen to be at an end; what is committed stays."""
-        self.active[torch.tensor(list(rows), dtype=torch.int64, device=self.active.device)] = False
+        for row in rows:  # few, and numbers of the host that nothing is uploaded for
+            self.active[row].fill_(False)
 
     def commit(
         self, chunk: Tensor, accepted: Tensor, token: Tensor | None = None, log_totals: Tensor | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 import mpg_ext
 from mpg.decode.batch import Batch
 from mpg.decode.rng import Decisions, Purpose
-from mpg.decode.rows import has_processor, process_rows
+from mpg.decode.rows import process_rows
 from mpg.decode.targets import is_one_model
 from mpg.models.ensemble import Ensemble, Pass
 from mpg.models.session import Role, Session
@@ -100,8 +100,8 @@ class ModelDraft:
         if plain is None:
             return probs
         # to the last bit what a request without a processor has alone
-        if batch.processors is not None:
-            plain = probs.where(has_processor(batch)[:, None], plain)
+        if batch.has_processor is not None:
+            plain = probs.where(batch.has_processor[:, None], plain)
         return plain if warps is None or common is not None else plain.where(warps.is_plain[:, None], probs)
 
     def _process(self, log_row: Tensor, tokens: list[Tensor], rows: list[Tensor]) -> Tensor:
@@ -112,7 +112,8 @@ class ModelDraft:
             drafted = torch.stack(tokens, 1)
             is_wanted &= _count_drawn(torch.stack(rows, 1), drafted) == len(tokens)
         # the target's rows are logits too where they are one model's
-        is_combined = has_processor(self.batch) & ~is_one_model(self.batch.weights, self.options.target)
+        assert self.batch.has_processor is not None
+        is_combined = self.batch.has_processor & ~is_one_model(self.batch.weights, self.options.target)
         log_row = torch.where(is_combined[:, None], log_row.log_softmax(-1), log_row)
         processed = process_rows(self.batch, log_row[:, None], drafted, is_wanted.long())[:, 0]
         return torch.where(processed.amax(-1, keepdim=True) == -torch.inf, log_row, processed)

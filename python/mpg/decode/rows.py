@@ -84,7 +84,8 @@ class TargetRows:
         if warps is not None and common is None:
             self._warp_as_alone(probs, base, anchor, attributes)
         if is_fused:  # to the last bit what a request without a processor has alone
-            probs = probs.where(has_processor(self.batch)[:, None, None], own_probs)
+            assert self.batch.has_processor is not None
+            probs = probs.where(self.batch.has_processor[:, None, None], own_probs)
         return probs, log_totals
 
     def _warp_as_alone(self, probs: Tensor, base: Tensor | None, anchor: Tensor | None, attributes: Tensor) -> None:
@@ -95,8 +96,8 @@ class TargetRows:
             own_anchor = own_base if anchor is base or anchor is None else anchor.index_select(0, rows)
             weights = self.chunk_weights.index_select(0, rows)
             own, _ = self.combine(own_base, own_anchor, attributes.index_select(1, rows), weights, temperature)
-            if self.batch.processors is not None:
-                is_processed = has_processor(self.batch).index_select(0, rows)[:, None, None]
+            if self.batch.has_processor is not None:
+                is_processed = self.batch.has_processor.index_select(0, rows)[:, None, None]
                 own = torch.where(is_processed, probs.index_select(0, rows), own)
             probs.index_copy_(0, rows, own)
 
@@ -134,7 +135,8 @@ class TargetRows:
         if not self.anchor_is_base and self.options.target != "base":
             return log_rows
         weights = self.batch.weights
-        is_own = has_processor(self.batch) & is_one_model(weights, self.options.target)
+        assert self.batch.has_processor is not None
+        is_own = self.batch.has_processor & is_one_model(weights, self.options.target)
         rows = torch.arange(len(weights), device=log_rows.device)
         own = base if self.options.target == "base" else attributes[weights.argmax(1), rows]
         assert own is not None
@@ -171,12 +173,6 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """Unwarped log-probabilities (N, B, P) of tokens (B, P), each after its row of logits (N, B, P, V)."""
     every = tokens.flatten().repeat(len(logits))
     return mpg_ext.gather_logprobs(logits.flatten(0, 2)[:, None], every[:, None]).view(logits.shape[:3])
-
-
-def has_processor(batch: Batch) -> Tensor:
-    """Whether each request has a logits processor, where one of the batch has. out: (B,) bool"""
-    assert batch.processors is not None
-    return torch.tensor([processor is not None for processor in batch.processors], device=batch.weights.device)
 
 
 def process_rows(batch: Batch, log_rows: Tensor, drafted: Tensor, num_wanted: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ from mpg.decode.rounds import Rounds
 from mpg.decode.waiting import Waiting
 from mpg.decode.warps import Warps
 from mpg.models.ensemble import Cost, Ensemble
-from mpg.models.graphs import Addresses
-from mpg.models.upload import Upload
+from mpg.models.upload import Addresses, Upload
 from mpg.options import Options
 from mpg.results import Result, Token, Transcript
 
@@ -77,7 +76,7 @@ class Scheduler:
         self.num_rows, self.num_added, self.read_at = num_rows, 0, 0.0
         self.is_patient, self.num_wanted = is_patient, 0  # rows that requests took in the last round
         self._ahead: deque[tuple[Snapshot, list[Entry]]] = deque()
-        self._put = partial(Addresses().put, device=models.device)
+        self._addresses = Addresses()
 
         self.most = most = most or max(map(len, expected), default=len(attributes))
         room = models.rows_to_run(num_rows, num_rows)
@@ -86,7 +85,10 @@ class Scheduler:
         self.models = models.merge(self.merged, self.shares) if options.draft == "merged" else models
         numbers = tuple(range(most))  # a sampler's attributes are each request's own
         self.sampler = SAMPLERS[options.sampler](self.models, numbers, options)
-        self.session = self.models.open([], self.sampler.roles, capacity, num_rows=room, expected=expected)
+        together = [roles for roles, _ in self.sampler.passes(1)]
+        self.session = self.models.open(
+            [], self.sampler.roles, capacity, num_rows=room, expected=expected, together=together
+        )
         self.waiting = Waiting(self.session, part)
         none = torch.zeros(0, most, dtype=dtype, device=models.device)
         self.batch = Batch([], [], none, [], eos_token_ids, capacity=capacity, num_rows=room)
@@ -184,69 +186,81 @@ class Scheduler:
         entries = self.waiting.take(self.num_rows - num_live)
         before, self.num_wanted = self.num_wanted, num_live + len(entries)
         waits = self.is_patient and num_live and not entries
-        self._close_ranks(max(before, self.num_wanted) if waits else self.num_wanted)
-        if entries:
-            self._begin(entries)
+        upload = Upload()  # all that the device is told, at once
+        kept = self._close_ranks(max(before, self.num_wanted) if waits else self.num_wanted, upload)
+        rows = self._place(entries)
+        if kept is None and not rows:
+            return
+        self._use(upload)
+        if rows:
+            self._begin(rows, kept, upload)
+        elif kept is not None:
+            self.session.keep(kept, upload)
+        upload.send()
 
-    def _begin(self, entries: list[Entry]) -> None:
-        """Let requests begin in rows that are free, of which new ones follow those in use."""
+    def _place(self, entries: list[Entry]) -> list[int]:
+        """The rows in which requests begin: free ones, and new ones behind those in use; and with them rows that are to
+        be run with nothing in them."""
         free = [row for row, entry in enumerate(self.rows) if entry.is_over]
         rows = [*free, *range(len(self.rows), self.num_rows)][: len(entries)]
         for row, entry in zip(rows, entries, strict=True):
             self.rows[row : row + 1] = [entry]
             entry.row, entry.entered_at = row, max(entry.added_at, self.read_at)
-        for _ in range(len(self.rows), self.models.rows_to_run(len(self.rows), self.num_rows)):  # as the last one does
-            rows.append(len(self.rows))
-            entries.append(entries[-1].idle())
-            self.rows.append(entries[-1])
-        self._use()
+        for row in range(len(self.rows), self.models.rows_to_run(len(self.rows), self.num_rows)) if entries else ():
+            rows.append(row)
+            self.rows.append(entries[-1].idle())  # run as the last one is
+        return rows
+
+    def _begin(self, rows: list[int], kept: list[int] | None, upload: Upload) -> None:
+        """Let the device begin the requests of some rows, once those that it has go on as rows 0, 1, ..."""
+        entries = [self.rows[row] for row in rows]
         requests = [entry.request for entry in entries]
         prompts, limits = [request.token_ids for request in requests], [request.max_new_tokens for request in requests]
         weights = torch.zeros(len(rows), self.batch.weights.shape[1], dtype=self.batch.weights.dtype)
         for of_row, request in zip(weights, requests, strict=True):
             own = [alpha for alpha in request.alpha if alpha]
             of_row[: len(own)] = torch.tensor(own, dtype=weights.dtype)
-        upload, seeds = Upload(), [request.seed for request in requests]
+        seeds = [request.seed for request in requests]
         begin = self.batch.lay_out(rows, prompts, limits, weights, seeds, upload)
+        upload.then(lambda: self.sampler.reset(begin()))
         attributes, contexts = [entry.transcript.attributes for entry in entries], [r.contexts for r in requests]
         ensembles, ends = [entry.models for entry in entries], [r.num_positions for r in requests]
-        self.session.replace(rows, prompts, attributes, contexts, ensembles, ends, upload)
-        self.sampler.reset(begin())
+        self.session.replace(rows, prompts, attributes, contexts, ensembles, ends, kept, upload)
 
-    def _close_ranks(self, num_rows: int) -> None:
-        """Let the last rows move to where requests have ended, so that no more are in use than these."""
+    def _close_ranks(self, num_rows: int, upload: Upload) -> list[int] | None:
+        """Let the last rows move to where requests have ended, so that no more are in use than these. out: the rows
+        that go on, as rows 0, 1, ..., or None where all do"""
         live = [row for row, entry in enumerate(self.rows) if not entry.is_over]
         size = self.models.rows_to_run(num_rows, self.num_rows)
         if size >= len(self.rows):
-            return
+            return None
         kept, sources = list(range(size)), [row for row in live if row >= size]
         targets = [row for row in kept if self.rows[row].is_over][: len(sources)]
         for source, target in zip(sources, targets, strict=True):
             kept[target] = source
-        self.batch.move(sources, targets)
+        self.batch.move(sources, targets, upload)
         self.rows = [self.rows[row] for row in kept]
         for row, entry in enumerate(self.rows):
             entry.row = row
-        self._use()
-        self.session.keep(kept)
+        return kept
 
-    def _use(self) -> None:
+    def _use(self, upload: Upload) -> None:
         """Let what is remembered be that of the requests in `rows`."""
+        put = partial(self._addresses.put, device=self.batch.state.device, upload=upload)
         most = max((len(entry.transcript.attributes) for entry in self.rows), default=0)
         self.batch.state.use(len(self.rows), most)
         self.decide.seeds, self.decide.rounds = self.batch.seeds, self.batch.rounds
         own = [entry.request.options or self.options for entry in self.rows]
         is_own = any(entry.request.options is not None for entry in self.rows)
-        self.batch.warps = Warps(own, self._put) if is_own else None
+        self.batch.warps = Warps(own, put) if is_own else None
         self.batch.is_traced = any(options.trace for options in own)
         wanted = [entry.request.num_top for entry in self.rows if entry.request.num_top is not None]
         self.batch.num_top = max(wanted, default=None)
-        processors = [entry.request.processor for entry in self.rows]
-        self.batch.processors = processors if any(processor is not None for processor in processors) else None
+        self.batch.process([entry.request.processor for entry in self.rows], partial(put, "has_processor"))
         if self.options.draft == "merged" and self.rows:
             alpha = [entry.request.alpha_of(self.merged, entry.models.attribute_names) for entry in self.rows]
-            weights = torch.tensor(alpha, dtype=self.shares.dtype)
-            self.shares[: len(self.rows)] = merged_shares(weights, self.options.target)
+            shares = merged_shares(torch.tensor(alpha, dtype=self.shares.dtype), self.options.target)
+            upload.put(shares.double(), self.shares[: len(self.rows)])
 
     def _read(self, done: Round, rows: list[Entry]) -> list[tuple[Entry, list[Token]]]:
         """Extend the transcripts of the requests that a round ran, and close what has ended or failed."""

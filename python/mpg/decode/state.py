@@ -12,6 +12,8 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
+from mpg.models.upload import Upload
+
 
 class _Held(NamedTuple):
     owner: Any
@@ -59,11 +61,16 @@ class State:
         """All that is held, each once."""
         return list({id(held.whole): held.whole for held in self._held}.values())
 
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Let some rows hold what others do."""
-        index = torch.tensor([list(sources), list(targets)], device=self.device)
-        for whole in self.wholes():
-            whole.index_copy_(0, index[1], whole.index_select(0, index[0]))
+    def move(self, sources: Sequence[int], targets: Sequence[int], upload: Upload) -> None:
+        """Let some rows hold what others do, once an upload is sent."""
+        sent = upload.add([list(sources), list(targets)])
+
+        def copy() -> None:
+            of_sources, of_targets = sent.on(self.device)
+            for whole in self.wholes():
+                whole.index_copy_(0, of_targets, whole.index_select(0, of_sources))
+
+        upload.then(copy)
 
     def _show(self, held: _Held) -> None:
         view = held.whole[: self.num_rows]

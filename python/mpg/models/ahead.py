@@ -16,7 +16,7 @@ from mpg.models.cache import RaggedCache
 from mpg.models.pool import Pool, View
 from mpg.models.runner import ModelRunner, Slot
 from mpg.models.stack import Layout
-from mpg.models.upload import Numbers
+from mpg.models.upload import Upload
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
@@ -45,12 +45,13 @@ class Ahead:
             loaded, device = slot.model, slot.model.model.device
             runner = ModelRunner(loaded, loaded.runner_key((), 1, len(text)))
             if source is not None:
-                runner.cache.copy(Numbers.of([[row], [0]]), shared, source)
+                runner.cache.take(range(row, row + 1), shared, source)
+            tokens = Upload().add([text]).on(device)
             for first in range(shared, len(text) - 1, part):
                 last = min(first + part, len(text) - 1)
-                tokens, start = torch.tensor([text[first:last]], device=device), torch.tensor([first], device=device)
+                fed, start = tokens[:, first:last], torch.full((1,), first, device=device)
                 with self.ensemble.observer(True):
-                    runner.forward(slice(0, 1), Layout.of([slot.group], device), tokens, start, last, logits_to_keep=1)
+                    runner.forward(slice(0, 1), Layout.of([slot.group], device), fed, start, last, logits_to_keep=1)
                 yield
             self._texts[loaded.reader(slot.group), text] = runner.cache
 

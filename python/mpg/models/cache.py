@@ -5,7 +5,8 @@ Knows nothing of tokens, adapters or decoding: a forward says where its rows sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 from weakref import proxy
 
@@ -76,15 +77,23 @@ class RaggedCache(Cache):
 
         moves: (2, R), the others' numbers, and theirs
         """
-        is_some = moves.shape.numel() and num_positions
-        for own, its in zip(self.layers, (other or self).layers, strict=True) if is_some else ():
+        for buffer, of_other in self._beside(other or self) if moves.shape.numel() and num_positions else ():
+            of_sources, of_targets = moves.on(buffer.device)
+            copied = of_other[:, :num_positions].index_select(0, of_sources)
+            buffer[:, :num_positions].index_copy_(0, of_targets, copied)
+
+    def take(self, rows: range, num_positions: int, other: RaggedCache) -> None:
+        """Let the first positions of the first rows be those of some neighbours of another cache."""
+        for buffer, of_other in self._beside(other):
+            buffer[: len(rows), :num_positions] = of_other[rows.start : rows.stop, :num_positions]
+
+    def _beside(self, other: RaggedCache) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every buffer, with that of another cache, whose layers have been written to."""
+        for own, its in zip(self.layers, other.layers, strict=True):
             assert isinstance(own, _RaggedLayer) and isinstance(its, _RaggedLayer)
             if its.is_initialized and not own.is_initialized:
                 own.lazy_initialization(its.keys.transpose(1, 2), its.values.transpose(1, 2))
-            for buffer, of_other in ((own.keys, its.keys), (own.values, its.values)) if its.is_initialized else ():
-                of_sources, of_targets = moves.on(buffer.device)
-                copied = of_other[:, :num_positions].index_select(0, of_sources)
-                buffer[:, :num_positions].index_copy_(0, of_targets, copied)
+            yield from ((own.keys, its.keys), (own.values, its.values)) if its.is_initialized else ()
 
     def resize(self, num_rows: int, capacity: int, num_positions: int) -> None:
         """Have room for so many rows and positions, of which the first `num_positions` keep what they hold, as far as
@@ -102,9 +111,8 @@ class RaggedCache(Cache):
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what some rows hold: a NaN would reach their later forwards, though the mask hides it."""
-        index = Numbers.of(rows)
-        for buffer in self._buffers() if rows else ():
-            buffer.index_fill_(0, index.on(buffer.device), 0)
+        for buffer, row in product(self._buffers(), rows):
+            buffer[row].zero_()
 
     def any_keys(self) -> Tensor:
         """(rows, capacity and more, H, D), of a layer that has been written to."""

@@ -197,6 +197,7 @@ class Ensemble:
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         num_rows: int | None = None,
         expected: Sequence[Sequence[str]] = (),
+        together: Sequence[tuple[Role, ...]] = (),
     ) -> Session:
         """Start a session: caches for these roles, holding every prompt but its last token, which is yet to be fed.
 
@@ -208,6 +209,7 @@ class Ensemble:
         num_rows, expected: sequences that there will be at once, and the attributes of any of them that are known:
                   caches have room for as many, and grow where others need more; default the prompts. Without either,
                   caches grow from nothing to what the sequences need that are there
+        together: of the roles those that forwards will feed, as far as is known: they are prepared with the prompts
 
         Raises ValueError for an empty prompt, a token outside the vocabulary, an unknown role, and a capacity that the
         prompts do not fit into or that exceeds max_positions; MemoryError where the caches would not fit; RuntimeError
@@ -231,7 +233,8 @@ class Ensemble:
         attributes = {name for names in expected for name in names} or set(self.attribute_names if num_rows else ())
         named = [role for role in roles if isinstance(role, str)]
         self._follow({self._slots[name].model for name in (*named, *attributes)})
-        session = Session(self, roles, capacity, num_rows or len(prompts), expected or [()] * bool(prompts))
+        expected = expected or [()] * bool(prompts)
+        session = Session(self, roles, capacity, num_rows or len(prompts), expected, together)
         if prompts:
             session.replace(range(len(prompts)), prompts, contexts=contexts)
         return session

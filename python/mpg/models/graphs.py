@@ -30,20 +30,6 @@ def bucket(size: int, least: int) -> int:
     return -(-size // step) * step
 
 
-class Addresses:
-    """Where numbers lie on a device: each list where the last one of its name and shape did, for what is captured."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[Hashable, Tensor] = {}
-
-    def put(self, name: Hashable, numbers: Tensor, device: torch.device) -> Tensor:
-        """Numbers of the host on a device, until others of this name and shape come."""
-        key = name, numbers.shape, device
-        if key not in self._tensors:
-            self._tensors[key] = torch.empty_like(numbers, device=device)
-        return self._tensors[key].copy_(numbers)
-
-
 class CaptureError(RuntimeError):
     """A step cannot be captured; the message says why."""
 

@@ -12,7 +12,6 @@ from threading import Lock
 from mpg.models import beginnings
 from mpg.models.beginnings import Text, count_common, opening
 from mpg.models.cache import RaggedCache
-from mpg.models.upload import Numbers
 
 
 class Kept:
@@ -58,7 +57,7 @@ class Kept:
         if (found := self.find(reader, text)) is not None and found[1] == num_positions:
             return
         own = RaggedCache(len(cache.layers), 1, num_positions)
-        own.copy(Numbers.of([[row], [0]]), num_positions, cache)
+        own.take(range(row, row + 1), num_positions, cache)
         with self._lock:
             for other in [other for other in self._alike(reader, text) if len(other[1]) <= len(text)]:
                 if count_common(other[1], text) == len(other[1]) - 1:  # what goes on from it has all of it

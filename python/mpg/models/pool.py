@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import torch
+
 from mpg.models import beginnings
 from mpg.models.beginnings import count_common
 from mpg.models.cache import RaggedCache
@@ -72,11 +74,11 @@ class Pool:
     def fill_up(self, places: range) -> int:
         """How many spare rows to run behind these places, so that captured forwards which name their adapters by row,
         as those of unlike requests do, have few sizes."""
-        if self.runner.graphs is None or places.stop < len(self.pairs) or self.layout(places).groups is None:
+        if self.runner.graphs is None or places.stop < len(self.pairs) or self.layout(places, "cpu").groups is None:
             return 0
         stop = min(places.start + bucket(len(places), 1), self.runner.num_rows)
         self.spare.update(range(places.stop, stop))
         return stop - places.stop
 
-    def layout(self, places: Iterable[int]) -> Layout:
-        return Layout.of([self.pairs[place].slot.group for place in places], self.runner.loaded.model.device)
+    def layout(self, places: Iterable[int], device: torch.device | str) -> Layout:
+        return Layout.of([self.pairs[place].slot.group for place in places], device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from mpg.models.pool import Pool
@@ -84,7 +83,7 @@ class Reading:
         numbers = [[begin, *own] for begin, own in zip(begins.values(), padded, strict=True)]
         is_run = places == list(range(places[0], places[-1] + 1))
         fed = slice(places[0], places[-1] + 1) if is_run else upload.add(places)
-        layout = Layout.of([self.pool.pairs[place].slot.group for place in places], torch.device("cpu"))
+        layout = self.pool.layout(places, "cpu")
         groups = None if layout.groups is None else upload.add(layout.groups)
         return _Part(fed, layout, groups, upload.add(numbers), max(begins.values()))
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from mpg.models.graphs import bucket
 from mpg.models.pool import Pool, View
-from mpg.models.upload import Numbers
 
 if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
@@ -43,8 +42,7 @@ class Room:
         runners = self.ensemble.open_runners(changed, positions)
         for view, runner in runners.items():
             if (old := self.pools.get(view)) is not None:  # graphs hold its addresses
-                places = list(range(len(old.pairs)))
-                runner.cache.copy(Numbers.of([places, places]), min(num_held, positions), old.runner.cache)
+                runner.cache.take(range(len(old.pairs)), min(num_held, positions), old.runner.cache)
                 old.runner.loaded.leave(old.runner)
             self.pools[view] = Pool(runner, [] if old is None else old.pairs)
         self.positions = positions

@@ -5,18 +5,20 @@ Knows whose a cache row is; nothing of the tokens that it is fed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from mpg.models.graphs import Addresses
 from mpg.models.pool import Pair, Pool, View
 from mpg.models.runner import Slot
 from mpg.models.shift import Shift
 from mpg.models.stack import Layout
+from mpg.models.upload import Addresses, Upload
 
 if TYPE_CHECKING:
     from mpg.models.session import Role
@@ -58,9 +60,12 @@ class Routes:
     """The routes of a session as its rows stand, each found when it is first asked for. Their tensors lie where those
     of the same roles and sizes lay before, so that a captured round finds them."""
 
-    def __init__(self, pools: Mapping[View, Pool], device: torch.device) -> None:
+    def __init__(
+        self, pools: Mapping[View, Pool], device: torch.device, together: Iterable[tuple[Role, ...]] = ()
+    ) -> None:
+        """together: roles that will be run together; others are met when they are"""
         self._pools, self._device, self._addresses = pools, device, Addresses()
-        self._asked: dict[tuple[Role, ...], None] = {}  # roles that were ever run together, in order
+        self._asked = dict.fromkeys(together)  # in order
         self.begin([])
 
     def begin(self, rows: Sequence[Mapping[Role, Slot]]) -> None:
@@ -71,9 +76,17 @@ class Routes:
     def of(self, roles: tuple[Role, ...], read: frozenset[Slot]) -> Route:
         """That of some roles, where the logits of some slots have been read."""
         self._asked[roles] = None
-        if (key := (roles, read)) not in self._found:
-            self._found[key] = self._find(roles, read)
-        return self._found[key]
+        if (roles, read) not in self._found:
+            upload = Upload()
+            self._found[roles, read] = self._find(roles, read, upload)
+            upload.send()
+        return self._found[roles, read]
+
+    def find(self, read: frozenset[Slot], upload: Upload) -> None:
+        """Find those of all roles that are run together, with numbers that go to the device beside others, where the
+        logits of some slots will have been read in the first forward, and none in later ones."""
+        for roles, of_first in product(self._asked, {read, frozenset()}) if self._rows else ():
+            self._found[roles, of_first] = self._find(roles, of_first, upload)
 
     def signature(self) -> Hashable | None:
         """What the forwards of a round depend on beside their tokens and cache length, where all that rounds run has
@@ -84,7 +97,7 @@ class Routes:
             return None
         return tuple((each.num_roles, each.order is None, *(one.shape for one in each.forwards)) for each in routes)
 
-    def _find(self, asked: tuple[Role, ...], read: Collection[Slot]) -> Route:
+    def _find(self, asked: tuple[Role, ...], read: Collection[Slot], upload: Upload) -> Route:
         present = {role for slots in self._rows for role in slots}
         roles = tuple(role for role in asked if role in present)
         wanted = {slots[role] for slots in self._rows for role in roles if role in slots}
@@ -94,19 +107,20 @@ class Routes:
                 if slot in wanted and slot in read:
                     taken.append(slot)
                     pairs += [pair for pair in pool.pairs if pair.slot == slot]
-        put, every_row = self._addresses.put, list(range(len(self._rows)))
+        put, every_row = partial(self._addresses.put, upload=upload), list(range(len(self._rows)))
         for pool in self._pools.values():
             for places in pool.places(wanted.difference(read)):
                 fed = pool.pairs[places.start : places.stop]
                 fed += fed[-1:] * pool.fill_up(places)
                 rows, name = [pair.row for pair in fed], (asked, read, len(forwards))
-                index = None if rows == every_row else put((*name, "rows"), torch.tensor(rows), self._device)
-                layout = Layout.of([pair.slot.group for pair in fed], torch.device("cpu"))
+                to_device = partial(put, device=self._device)
+                index = None if rows == every_row else to_device((*name, "rows"), torch.tensor(rows))
+                layout = Layout.of([pair.slot.group for pair in fed], "cpu")
                 if layout.groups is not None:
                     device = pool.runner.loaded.model.device
                     layout = layout._replace(groups=put((*name, "groups"), layout.groups, device))
                 places = range(places.start, places.start + len(fed))
-                shift = Shift.of([pair.own for pair in fed], self._device)
+                shift = Shift.of([pair.own for pair in fed], partial(to_device, (*name, "shift")))
                 forwards.append(Forward(pool, places, layout, index, shift))
                 pairs += fed
         numbers: dict[tuple[int, Slot], int] = {}

@@ -46,15 +46,16 @@ class Session:
         capacity: int,
         num_rows: int,
         expected: Sequence[Sequence[str]],
+        together: Sequence[tuple[Role, ...]] = (),
     ) -> None:
         """expected: attributes of texts, any `num_rows` of which caches are to have room for; for others they grow, and
-        without any in positions too"""
+        without any in positions too; together: of the roles those that forwards will feed, as far as is known"""
         self._ensemble = ensemble
         self._fixed: dict[Role, Slot] = {role: ensemble._slots[role] for role in roles if isinstance(role, str)}
         self._pools: dict[View, Pool] = {}
         self.room = Room(ensemble, self._pools, capacity)
         self.ahead = Ahead(ensemble, self._pools)
-        self.routes = Routes(self._pools, ensemble.device)
+        self.routes = Routes(self._pools, ensemble.device, together)
         self.recorded: int | None = None  # positions that every forward has of a round that is captured
         self.open(num_rows, expected)
 
@@ -80,6 +81,7 @@ class Session:
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         ensembles: Sequence[Ensemble] | None = None,
         ends: Sequence[int] | None = None,
+        kept: Sequence[int] | None = None,
         upload: Upload | None = None,
     ) -> None:
         """Let some rows hold these prompts but for their last tokens, whatever was there; new ones follow the last row.
@@ -88,13 +90,15 @@ class Session:
         contexts:   of every prompt, what roles of these names read in its place; default none
         ensembles:  of every prompt, what knows its attributes: the session's, or that with contexts of its own
         ends:       positions that the text of every prompt will need, contexts among them; default the capacity
-        upload:     what the numbers of prompts go to the device with, default by themselves
+        kept:       rows that go on before that, as rows 0, 1, ...; default all
+        upload:     what the numbers of all this go to the device with, and what is done there first; default none
 
         A prompt is read once by a model, or not at all where a row has it still, and copied, as its beginning is where
         many tokens of it are another one's. Only a merged model, another one in every row, reads each of them.
 
         Raises MemoryError where caches have to grow and would not fit.
         """
+        self._renumber(kept)
         knowing = ensembles or [self._ensemble] * len(prompts)
         ends = ends or [self.room.capacity] * len(prompts)
         for row, names, ensemble, end in zip(rows, attributes or [()] * len(prompts), knowing, ends, strict=True):
@@ -116,6 +120,8 @@ class Session:
         self._longest = max(self._longest, *held)
         self._first = {}
         readings = [Reading(*of_pool, is_whole, upload) for of_pool in todo]
+        self.routes.find(frozenset(pair.slot for pair in pairs if is_whole), upload)
+        upload.send()
         self._move(moves)
         for reading in readings:
             logits = reading.run(self._ensemble, self.room.positions, max(held) - 1)
@@ -136,14 +142,14 @@ class Session:
         texts = {name: tuple(text) for name, text in {"": prompt, **contexts}.items()}
         return [(slot, texts[slot.context]) for slot in dict.fromkeys(self._slots_of(attributes, ensemble).values())]
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Let these rows go on, as rows 0, 1, ..., and no others."""
-        numbers = {row: number for number, row in enumerate(rows)}
-        self._rows, self._ends = [self._rows[row] for row in rows], [self._ends[row] for row in rows]
-        for pool in self._pools.values():
-            for pair in pool.pairs:
-                pair.row = numbers.get(pair.row, -1)
-        self._move(self._arrange(Upload()))
+    def keep(self, rows: Sequence[int], upload: Upload | None = None) -> None:
+        """Let these rows go on, as rows 0, 1, ..., and no others. `upload`: as in `replace`"""
+        upload = upload or Upload()
+        self._renumber(rows)
+        moves = self._arrange(upload)
+        self.routes.find(frozenset(), upload)
+        upload.send()
+        self._move(moves)
 
     def retire(self, row: int, tokens: Sequence[int]) -> None:
         """Keep what is held of a row, whose prompt these tokens followed, for later texts that begin like it."""
@@ -247,10 +253,12 @@ class Session:
             for pool, places in [(pool, places) for pool, places in own if places]:
                 index = torch.tensor(places, device=device)
                 fed, at = torch.tensor([part] * len(places), device=device), torch.full_like(index, first)
-                if (shift := Shift.of([pool.pairs[place].own for place in places], device)) is not None:
+                own_texts = [pool.pairs[place].own for place in places]
+                if (shift := Shift.of(own_texts, lambda numbers: numbers.to(device))) is not None:
                     fed, at = shift.apply(fed, at)
                 with self._ensemble.observer(True):  # all of the row, as a captured forward may have read it
-                    logits = pool.runner.forward(index, pool.layout(places), fed, at, self.room.positions)
+                    layout = pool.layout(places, pool.runner.loaded.model.device)
+                    logits = pool.runner.forward(index, layout, fed, at, self.room.positions)
                 # NaN and +inf reach a row's maximum, -inf only where there is nothing else
                 of_place = logits[..., : self._ensemble.vocab_size].amax(-1).tolist()
                 largest |= zip((pool.pairs[place].slot for place in places), of_place, strict=True)
@@ -264,6 +272,16 @@ class Session:
     def _slots_of(self, names: Sequence[str], ensemble: Ensemble) -> dict[Role, Slot]:
         """The slots of a row with these attributes, by role."""
         return self._fixed | {number: ensemble._slots[name] for number, name in enumerate(names)}
+
+    def _renumber(self, kept: Sequence[int] | None) -> None:
+        """Let these rows be 0, 1, ..., and no others be there; None changes nothing."""
+        if kept is None:
+            return
+        numbers = {row: number for number, row in enumerate(kept)}
+        self._rows, self._ends = [self._rows[row] for row in kept], [self._ends[row] for row in kept]
+        for pool in self._pools.values():
+            for pair in pool.pairs:
+                pair.row = numbers.get(pair.row, -1)
 
     def _arrange(self, upload: Upload) -> list[tuple[Pool, Numbers]]:
         """Give every row its pairs, and every pair its place. out: what has to move for it, with `_move`"""
@@ -289,13 +307,14 @@ class Session:
             moves = [(old[pair], place) for place, pair in enumerate(of_view) if old.get(pair, place) != place]
             found.append((pool, upload.add(columns(moves))))
             pool.pairs = of_view
-            if (merge := view[1]) is not None:
-                pool.runner.merge(merge.weights[: len(self._rows)] if merge.differs_by_row else merge.weights)
         return found
 
     def _move(self, moves: Sequence[tuple[Pool, Numbers]]) -> None:
         for pool, of_pool in moves:
             pool.runner.cache.copy(of_pool, self._longest)
+        for (_, merge), pool in self._pools.items():
+            if merge is not None:
+                pool.runner.merge(merge.weights[: len(self._rows)] if merge.differs_by_row else merge.weights)
 
     def _hand_out(
         self, pool: Pool, wanted: Mapping[int, Mapping[str, tuple[int, ...]]]

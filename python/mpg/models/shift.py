@@ -5,7 +5,7 @@ Knows lengths and last tokens; nothing of caches or of what the texts are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,11 +48,11 @@ class Shift(NamedTuple):
     longest: int
 
     @classmethod
-    def of(cls, texts: Sequence[OwnText], device: torch.device) -> Shift | None:
-        """None where none is another text than the base's."""
+    def of(cls, texts: Sequence[OwnText], put: Callable[[Tensor], Tensor]) -> Shift | None:
+        """None where none is another text than the base's. `put` brings numbers to the device."""
         if all(text == PROMPT for text in texts):
             return None
-        by, last_at, last = torch.tensor(texts).to(device).T
+        by, last_at, last = put(torch.tensor(texts)).T
         return cls(by, last_at, last, max(text.shift for text in texts))
 
     def apply(self, tokens: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

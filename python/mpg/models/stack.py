@@ -35,7 +35,7 @@ class Layout(NamedTuple):
         return self.runs[0][0] if self.groups is None else 0
 
     @classmethod
-    def of(cls, groups: Sequence[int], device: torch.device) -> Layout:
+    def of(cls, groups: Sequence[int], device: torch.device | str) -> Layout:
         runs = tuple((group, sum(1 for _ in of_group)) for group, of_group in groupby(groups))
         is_even = all(run == (runs[0][0] + place, runs[0][1]) for place, run in enumerate(runs))
         return cls(runs, None if is_even else torch.tensor(groups).to(device))
