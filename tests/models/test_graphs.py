@@ -284,7 +284,7 @@ def test_sizes_are_rounded_up_by_a_quarter_at_most():
 
 
 FORWARD, RUN = (ModelRunner, "forward"), (graphs.Graphs, "run")
-MERGES = "if (merge := view[1]) is not None:"
+MERGES = "if merge is not None:"
 READ_START = "place(fed, torch.full_like(start, start.numpy()[0]),"
 PLANTED = {
     "a cache length that is not in the key": (*FORWARD, "tokens.shape[1], rounded", "tokens.shape[1]"),
@@ -293,7 +293,7 @@ PLANTED = {
     "logits that the next replay overwrites": (*FORWARD, ".clone()", ""),
     "inputs of the capture in every replay": (*RUN, "_fill(static, inputs)\n    replay()", "replay()"),
     "a capture that overwrites the cache": (*RUN, "value.clone()", "torch.zeros_like(value)"),
-    "weights of another call": (Session, "_arrange", MERGES, MERGES[:-1] + " and not pool.runner.merge_weights.any():"),
+    "weights of another call": (Session, "_move", MERGES, MERGES[:-1] + " and not pool.runner.merge_weights.any():"),
     "a sum of another call": (Idle, "take", "of_left == key", "of_left[1:] == key[1:]"),
     "a number that is read once": (ModelRunner, "_run", "place(fed, start,", READ_START),
 }
