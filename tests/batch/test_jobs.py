@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import shutil
 import tracemalloc
 from dataclasses import replace
@@ -18,7 +19,7 @@ from jobs import OF_TIME, make_rows, make_task, run, told, write_rows
 from mpg.app.cli.command import app
 from mpg.batch import rows as batch_rows
 from mpg.batch import worker as workers
-from mpg.batch.job import begin, describe, run_local
+from mpg.batch.job import begin, describe
 from mpg.batch.parts import Output
 from mpg.batch.rows import scan, seed_of
 from mpg.batch.worker import Worker
@@ -222,23 +223,18 @@ def test_a_row_whose_workers_die_while_it_is_alone_is_a_row_with_an_error(model,
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_a_disk_that_is_full_stops_the_job_which_goes_on_once_it_is_not(model, job, tmp_path):
+def test_files_that_may_grow_no_more_stop_the_job_which_goes_on_once_they_may(model, job, tmp_path):
+    """By the process's own limit, the nearest to a full disk that needs no rights; test_nodes.py fills one."""
     rows, folder = job
     name = write_rows(tmp_path / "rows.jsonl", rows)
-    task = make_task(model, name, tmp_path / "out")
-    left = begin(task, describe(task, model.recipe, {}))
-
-    class Full:
-        def __getattr__(self, name):
-            return getattr(task.output.filesystem, name)
-
-        def open_output_stream(self, path):
-            raise OSError(28, "Error writing bytes to file. Detail: [errno 28] No space left on device")
-
-    full = replace(task, output=replace(task.output, filesystem=Full()))
-    with pytest.raises(ValueError, match=r"output: expected a folder that can be written, got .*No space left"):
-        run_local(full, left, lambda done: None)
-    assert told(tmp_path / "out") == {}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))  # the job's file fits, a part does not
+        with pytest.raises(ValueError, match=r"output: expected a folder that can be written, got .*File too large"):
+            run(model, name, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["job.json"]  # nothing half written
     run(model, name, tmp_path / "out")
     assert told(tmp_path / "out") == told(folder / "out")
 

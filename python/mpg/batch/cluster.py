@@ -8,6 +8,8 @@ import os
 import platform
 import re
 import socket
+import time
+import warnings
 from typing import Any
 
 import mpg
@@ -19,7 +21,7 @@ ENVIRONMENT = {
 HOW: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
 START_TRIES = 3  # Ray gives its own processes 30 s to start in, which they may not on a busy machine
 ANSWER_SECONDS = 10.0  # that the head of a cluster has to answer in
-NODE_SECONDS = 120.0  # that its nodes have
+NODE_SECONDS = 120  # that its nodes have
 JOIN_TRIES = {"RAY_gcs_server_port_wait_time_s": "1"}  # one, of 40 s; Ray's own five are without a word
 ALONE = "RAY_ADDRESS=local runs on this machine alone"
 
@@ -29,7 +31,7 @@ def connect() -> bool:
     out: whether it is that
 
     Raises ValueError where the cluster cannot be joined, after a minute at most, where its nodes have another mpg or
-    none, and where Ray does not start.
+    none, or no memory, and where Ray does not start.
     """
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     head = _find_head()
@@ -37,19 +39,28 @@ def connect() -> bool:
         _start()
     else:
         _join(head)
+    import ray
+
+    try:
         _check_nodes()
+    except ValueError:
+        ray.shutdown()
+        raise
     return head is None
 
 
-def check_room(argument: str, count: int, cpus: float, gpus: float) -> None:
-    """Raises ValueError where this machine has no room for so many actors, who would wait for ever."""
+def check_room(argument: str, count: int, cpus: float, gpus: float, is_alone: bool) -> None:
+    """Raises ValueError where this machine, alone, has no room for so many actors, who would wait for ever. Those of a
+    cluster wait for nodes that may yet come; a warning says so."""
     import ray
 
     has = ray.cluster_resources()
     for name, each in (("CPU", cpus), ("GPU", gpus)):
         if each * count > has.get(name, 0):
             wanted = f"as many as there are {name}s for ({has.get(name, 0):g}, {each:g} each)"
-            raise ValueError(f"{argument}: expected {wanted}, got {count}")
+            if is_alone:
+                raise ValueError(f"{argument}: expected {wanted}, got {count}")
+            warnings.warn(f"{argument}: expected {wanted}, got {count}: the others wait for nodes", stacklevel=2)
 
 
 def _find_head() -> str | None:
@@ -106,7 +117,7 @@ def _told(error: Exception, head: str) -> str:
 
 
 def _check_nodes() -> None:
-    """Raises ValueError where a node of the cluster that can run anything has no mpg, or another version."""
+    """Raises ValueError where a node that can run anything has no mpg, or another version, or no memory for it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -117,19 +128,24 @@ def _check_nodes() -> None:
             return "none"
         return mpg.__version__
 
-    remote = ray.remote(num_cpus=0, max_retries=1)(read_version)
+    remote = ray.remote(num_cpus=0, max_retries=0)(read_version)
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     ways = (NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes)
     asked = [remote.options(scheduling_strategy=way).remote() for way in ways]
-    wanted = f"nodes: expected mpg {mpg.__version__} on every node of the cluster, as here"
-    try:
-        for node, found in zip(nodes, ray.get(asked, timeout=NODE_SECONDS), strict=True):
-            if found != mpg.__version__:
-                remedy = f"pip install 'mpg[ray]=={mpg.__version__}' there, before 'ray start'"
-                raise ValueError(f"{wanted}, got {found} on {node['NodeManagerAddress']}: {remedy}")
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{wanted}, got no answer of all {len(nodes)} in {NODE_SECONDS} s: {reason}") from error
+    ends_at = time.monotonic() + NODE_SECONDS
+    for node, answer in zip(nodes, asked, strict=True):
+        name = node["NodeManagerAddress"]
+        try:
+            found = ray.get(answer, timeout=max(ends_at - time.monotonic(), 0))
+        except ray.exceptions.OutOfMemoryError as error:
+            raise ValueError(f"nodes: expected memory for a worker, got none on {name}: Ray ended it") from error
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"nodes: expected an answer within {NODE_SECONDS} s, got {name}: {reason}") from error
+        if found != mpg.__version__:
+            wanted = f"mpg {mpg.__version__} on every node of the cluster, as here"
+            remedy = f"pip install 'mpg[ray]=={mpg.__version__}' there, before 'ray start'"
+            raise ValueError(f"nodes: expected {wanted}, got {found} on {name}: {remedy}")
 
 
 def _start() -> None:

@@ -15,6 +15,7 @@ from mpg.batch.cluster import check_room, connect
 from mpg.batch.rows import Chunk
 from mpg.batch.worker import AT_ONCE, Done, Task, Worker
 
+RESTARTS = 1000  # of a worker; Ray itself has no limit, and starts those for ever that cannot live
 LOADS = 2  # of the models that a worker may die of, beside which Ray has no limit
 
 
@@ -33,10 +34,12 @@ class RayWorker:
         task.output.remove_begun(own)
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        from ray.util import get_node_ip_address
+
         try:
             done, failure = await self.worker.run_again(self.task.rows.chunks[int(batch["chunk"][0])]), ""
         except Exception as error:  # the job's, not the chunk's: the disk is full, or the input has changed
-            done, failure = Done(0), str(error) or repr(error)
+            done, failure = Done(0), f"{str(error) or repr(error)} (on the node {get_node_ip_address()})"
         return {"rows": [done.rows], "errors": [done.errors], "tokens": [done.tokens], "failure": [failure]}
 
 
@@ -62,16 +65,16 @@ def run_on_ray(
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     try:
-        if is_alone:
-            check_room("workers", min_workers, cpus, gpus)
+        check_room("workers", min_workers, cpus, gpus, is_alone)
         pool = ActorPoolStrategy(
             min_size=min_workers, max_size=workers, max_tasks_in_flight_per_actor=2 * AT_ONCE,
             max_concurrent_calls_per_actor=AT_ONCE,
         )  # fmt: skip
         places = ray.data.from_items([{"chunk": chunk.number} for chunk in chunks], override_num_blocks=len(chunks))
         answered = places.map_batches(
-            RayWorker, fn_constructor_args=(task,), batch_size=1, compute=pool, num_cpus=cpus, num_gpus=gpus
-        )
+            RayWorker, fn_constructor_args=(task,), batch_size=1, compute=pool, num_cpus=cpus, num_gpus=gpus,
+            max_restarts=RESTARTS,
+        )  # fmt: skip
         for told in answered.iter_rows():
             if told["failure"]:
                 raise ValueError(told["failure"])

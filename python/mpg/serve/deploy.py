@@ -220,7 +220,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 def run(application: Any, scale: Scale, host: str, port: int, on_ready: Callable[[], None]) -> None:
     """Serve on the cluster that this machine is of, or on a Ray of its own, until SIGTERM or SIGINT.
 
-    Raises ValueError where the replicas cannot start.
+    Raises ValueError where the replicas cannot start, and for a cluster that serves something already.
     """
     from mpg.batch.cluster import check_room, connect
 
@@ -229,19 +229,23 @@ def run(application: Any, scale: Scale, host: str, port: int, on_ready: Callable
     from ray import serve
 
     try:
-        if is_alone:
-            check_room("replicas", scale.replicas, scale.cpus, scale.gpus)
-        serve.start(http_options={"host": host, "port": port})
-        serve.run(application, name=APPLICATION, route_prefix="/")
-        ended = Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: ended.set())
-        on_ready()
-        ended.wait()
+        check_room("replicas", scale.replicas, scale.cpus, scale.gpus, is_alone)
+        if found := sorted(serve.status().applications):  # which would end with these
+            wanted = "a cluster that serves nothing yet"
+            raise ValueError(f"replicas: expected {wanted}, got {', '.join(found)}; 'serve shutdown' ends what runs")
+        try:
+            serve.start(http_options={"host": host, "port": port})
+            serve.run(application, name=APPLICATION, route_prefix="/")
+            ended = Event()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: ended.set())
+            on_ready()
+            ended.wait()
+        finally:
+            serve.shutdown()
     except RuntimeError as error:
         raise ValueError(f"replicas: they cannot start: {str(error).strip().splitlines()[-1]}") from error
     finally:
-        serve.shutdown()
         ray.shutdown()
 
 
