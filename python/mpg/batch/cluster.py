@@ -22,6 +22,7 @@ HOW: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL
 START_TRIES = 3  # Ray gives its own processes 30 s to start in, which they may not on a busy machine
 ANSWER_SECONDS = 10.0  # that the head of a cluster has to answer in
 NODE_SECONDS = 120  # that its nodes have
+ALIVE_SECONDS = 2.0  # in which Ray ends a worker if there is no memory for any: it looks four times a second
 JOIN_TRIES = {"RAY_gcs_server_port_wait_time_s": "1"}  # one, of 40 s; Ray's own five are without a word
 ALONE = "RAY_ADDRESS=local runs on this machine alone"
 
@@ -121,17 +122,18 @@ def _check_nodes() -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def read_version() -> str:  # inside, or nodes would have to import mpg to know it
+    def read_version(alive: float) -> str:  # inside, or nodes would have to import mpg to know it
         try:
             import mpg
         except ImportError:
             return "none"
+        time.sleep(alive)
         return mpg.__version__
 
     remote = ray.remote(num_cpus=0, max_retries=0)(read_version)
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     ways = (NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes)
-    asked = [remote.options(scheduling_strategy=way).remote() for way in ways]
+    asked = [remote.options(scheduling_strategy=way).remote(ALIVE_SECONDS) for way in ways]
     ends_at = time.monotonic() + NODE_SECONDS
     for node, answer in zip(nodes, asked, strict=True):
         name = node["NodeManagerAddress"]

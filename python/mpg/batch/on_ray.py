@@ -15,7 +15,6 @@ from mpg.batch.cluster import check_room, connect
 from mpg.batch.rows import Chunk
 from mpg.batch.worker import AT_ONCE, Done, Task, Worker
 
-RESTARTS = 1000  # of a worker; Ray itself has no limit, and starts those for ever that cannot live
 LOADS = 2  # of the models that a worker may die of, beside which Ray has no limit
 
 
@@ -72,9 +71,8 @@ def run_on_ray(
         )  # fmt: skip
         places = ray.data.from_items([{"chunk": chunk.number} for chunk in chunks], override_num_blocks=len(chunks))
         answered = places.map_batches(
-            RayWorker, fn_constructor_args=(task,), batch_size=1, compute=pool, num_cpus=cpus, num_gpus=gpus,
-            max_restarts=RESTARTS,
-        )  # fmt: skip
+            RayWorker, fn_constructor_args=(task,), batch_size=1, compute=pool, num_cpus=cpus, num_gpus=gpus
+        )
         for told in answered.iter_rows():
             if told["failure"]:
                 raise ValueError(told["failure"])
