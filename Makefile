@@ -172,7 +172,9 @@ $(INSTALLED): pyproject.toml
 	$(PIP) $(TORCH)
 	$(if $(LOCKED),$(PIP) --no-deps --require-hashes --requirement requirements-dev.lock)
 	$(PIP) "$(TRANSFORMERS)" cmake ninja "setuptools>=77" wheel
-	$(PIP) --no-build-isolation --editable ".[dev,train,demo,serve]"
+	# the build, which pip will find done, beside what pip downloads and unpacks first
+	$(BIN)/python setup.py --quiet build_ext --inplace & \
+	  $(PIP) --no-build-isolation --editable ".[dev,train,demo,serve]" && wait $$!
 	-$(REAL_MODEL)
 	touch $@
 

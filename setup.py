@@ -6,6 +6,7 @@ architectures, "90-real") and MAX_JOBS are read from the environment.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -68,11 +69,14 @@ class CMakeBuild(build_ext):
             configure.append(f"-DMPG_CUDA_ARCHS={archs}")
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         environment = os.environ | {"CUDACXX": find_nvcc() or ""}  # where CMake would look for it only on the PATH
-        for command in (configure, [cmake, "--build", str(build), "-j", jobs]):
-            if subprocess.call(command, env=environment) != 0:
-                fail(f"the native build failed in {build}.", "The first error above says why.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / target.name, target)
+        build.mkdir(parents=True, exist_ok=True)
+        with open(build / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two builds at once the second finds all done
+            for command in (configure, [cmake, "--build", str(build), "-j", jobs]):
+                if subprocess.call(command, env=environment) != 0:
+                    fail(f"the native build failed in {build}.", "The first error above says why.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(build / target.name, target)
 
 
 setup(
