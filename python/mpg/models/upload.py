@@ -22,8 +22,9 @@ class Upload:
         """numbers: of any one shape, whole, or a tensor of the host's, which may be float64"""
         assert not self._sent, "some of these numbers have been sent"
         part = torch.as_tensor(numbers)
-        dtype = part.dtype if part.dtype == torch.float64 and part.numel() else torch.int64
-        assert dtype == torch.float64 or not part.is_floating_point() or not part.numel(), "some digits would be lost"
+        dtype = torch.int64 if part.dtype != torch.float64 or not part.numel() else torch.float64
+        is_kept = part.dtype in (dtype, torch.bool) or not part.numel()  # an empty list is of any type
+        assert is_kept, "some digits would be lost"
         first = sum(map(torch.numel, self._parts))
         self._parts.append(part.to(dtype).flatten().view(torch.int64))
         return Numbers(self, first, part.shape, dtype)
@@ -61,8 +62,8 @@ class Numbers(NamedTuple):
     dtype: torch.dtype
 
     def on(self, device: torch.device) -> Tensor:
-        part = self.upload.on(device)[self.first :][: self.shape.numel()]
-        return part.view(self.dtype).view(self.shape)
+        part = self.upload.on(device)[self.first :][: self.shape.numel()].view(self.shape)
+        return part if self.dtype == torch.int64 else part.view(self.dtype)
 
 
 class Addresses:
