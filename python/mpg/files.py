@@ -28,9 +28,18 @@ def refuse_unreadable_text(argument: str, name: str | Path) -> Iterator[None]:
 
 
 def parse_json(text: str) -> Any:
-    """What a text of JSON holds. Raises JSONDecodeError, also for lists in lists without end."""
+    """What a text of JSON holds. Raises JSONDecodeError, also for lists in lists without end and for a name that comes
+    twice in an object, of which readers would take the last."""
+
+    def take(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+            raise json.JSONDecodeError(f"The name {twice!r} comes twice", text, max(text.find(json.dumps(twice)), 0))
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=take)
     except RecursionError:
         raise json.JSONDecodeError("Nested too deeply", text, 0) from None
 

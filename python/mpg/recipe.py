@@ -10,6 +10,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -166,6 +167,20 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, yaml.load(value, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):  # a ValueError for a date that there is not
         raise ValueError(f"{name}: expected a number, true, false or a word, got {value!r}") from None
+
+
+def parse_settings(texts: Sequence[str] | None, named: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Options by name from texts that `parse_setting` reads. named: those that were given otherwise, None being none
+
+    Raises ValueError as it does, and for one that is given twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in map(parse_setting, texts or ()):
+        if name in found or named.get(name) is not None:
+            other = found.get(name, named.get(name))
+            raise ValueError(f"{name}: expected once, got {other!r} and --set {name}={value}")
+        found[name] = value
+    return found
 
 
 def _find(source: Any) -> Path | None:

@@ -223,6 +223,8 @@ def _checked(scores: Tensor, vocab_size: int) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != (1, vocab_size):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"logits_processor: expected scores (1, {vocab_size}) from every processor, got {got}")
+    if not scores.is_floating_point():
+        raise ValueError(f"logits_processor: expected floating-point scores from every processor, got {scores.dtype}")
     if not scores.amax() < torch.inf:
         raise ValueError("logits_processor: expected finite scores or -inf from every processor, got NaN or +inf")
     return scores[0]

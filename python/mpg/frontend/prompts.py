@@ -22,6 +22,11 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Messages | Sequence[int]
 # Of a message where the chat template names no others: a template that prints any role would print a misspelt one.
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# What tokenizers' apply_chat_template takes beside the template's own words, and mpg gives or has no use for.
+TEMPLATED = frozenset(
+    ("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_tensors", "return_dict",
+     "tokenizer_kwargs", "padding", "truncation", "max_length", "return_assistant_tokens_mask")
+)  # fmt: skip
 _QUIET = {"verbose": False}  # no warning of its own about a long prompt, which is refused where the model is known
 
 
@@ -58,6 +63,9 @@ def encode(
         raise ValueError(f"chat_template_kwargs: expected a mapping, got {chat_template_kwargs!r}")
     if unknown := [name for name in chat_template_kwargs or () if not isinstance(name, str)]:
         raise ValueError(f"chat_template_kwargs: expected text as names, got {unknown[0]!r}")
+    if own := TEMPLATED.intersection(chat_template_kwargs or ()):
+        wanted = "none of what mpg itself tells the chat template"
+        raise ValueError(f"chat_template_kwargs: expected {wanted}, got {min(own)!r}")
     if not prompt:
         raise ValueError(f"{name}: expected text, messages or token ids, not empty, got {prompt!r}")
     is_text, is_ids = isinstance(prompt, str), isinstance(prompt[0], numbers.Integral)

@@ -11,12 +11,13 @@ from torch import nn
 import mpg_ext
 from mpg.models.sources import Place, Source
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that models compute in
 SPLITTING_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
+    if dtype is not None and resolved not in DTYPES:
         raise ValueError(f"dtype: expected a floating-point torch dtype such as 'bfloat16', got {dtype!r}")
     return resolved
 

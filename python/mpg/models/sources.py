@@ -41,6 +41,8 @@ Place = torch.device | str | dict[str, Any]  # a device, or what transformers' d
 
 def check_found(argument: str, source: Source, host: Source) -> None:
     """Refuse what is neither a model nor an adapter, and an adapter as base."""
+    if isinstance(source, str) and not source.strip():  # which a path would take for the working directory
+        raise ValueError(f"{argument}: expected a folder, a hub name or a loaded model, got {source!r}")
     adapts, is_base = is_adapter(source, host), argument == "base"
     if adapts and is_base:
         raise ValueError(f"{argument}: expected a model, got the adapter {source}")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
+from mpg.files import parse_json
 from mpg.serve.errors import ApiError
 from mpg.serve.settings import MOST_ATTRIBUTES
 
@@ -173,8 +174,8 @@ def parse(kind: type[Kind], content_type: str, body: bytes) -> Kind:
         message = f"content-type: expected application/json, got {content_type[:100] or 'none'}"
         raise ApiError(415, message, "content-type")
     try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        given = parse_json(body.decode(json.detect_encoding(body)))
+    except ValueError as error:
         raise ApiError(400, f"body: expected JSON, got {short(body)}: {error}") from None
     try:
         return kind.model_validate(given)

@@ -125,6 +125,8 @@ def _hash(text: str) -> str:
 def _rows(data: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows, and the place of each. Of all files: a line that does not parse is found before any training."""
     path = Path(data)
+    if data == "":  # which a path would take for the working directory
+        raise ValueError(f"data: expected {SOURCES}, got ''")
     if path.is_dir() and not any((path / name).is_file() for name in SAVED):
         folder = path / RELEASE if (path / RELEASE).is_dir() else path
         files = sorted(file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}"))

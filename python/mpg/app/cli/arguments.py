@@ -138,7 +138,7 @@ def read_contexts(given: list[str] | None) -> dict[str, str]:
 
 
 def _place(models: str) -> str:
-    if models not in SETS and not Path(models).exists():
+    if not models or (models not in SETS and not Path(models).exists()):
         raise ValueError(f"models: expected {', '.join(map(repr, SETS))}, a folder or a recipe, got {models!r}")
     return models
 

@@ -69,7 +69,7 @@ def batch(
         raise ValueError(f"{error.name}: expected it installed: pip install 'mpg[ray]'") from None
     from mpg.frontend.hf_generate import check_options
     from mpg.options import a_number, one_of
-    from mpg.recipe import parse_setting
+    from mpg.recipe import parse_settings
 
     one_of(*FORMATS)("format", form)
     if min_workers is not None and min_workers > workers:
@@ -77,7 +77,8 @@ def batch(
     if max_memory is not None:
         a_number(0, open_low=True)("max_memory", max_memory)
     contexts, recipe = arguments.read_contexts(context), arguments.read_recipe(models)
-    options = {"max_new_tokens": max_new_tokens, **dict(map(parse_setting, settings or ()))}
+    options = {"max_new_tokens": max_new_tokens}
+    options |= parse_settings(settings, options)
     options = {name: value for name, value in options.items() if value is not None}
     if "seed" in options:
         raise ValueError(

@@ -28,9 +28,9 @@ def chat(
     """Talk with a weighted combination of attributes; weights and options change on the way, /help says how."""
     from mpg.app.chat import Chat, run
     from mpg.frontend.hf_generate import check_options
-    from mpg.recipe import parse_setting
+    from mpg.recipe import parse_settings
 
-    options, contexts = dict(map(parse_setting, settings or ())), arguments.read_contexts(context)
+    options, contexts = parse_settings(settings), arguments.read_contexts(context)
     recipe = arguments.read_recipe(models)
     recipe.weigh(weights)  # before minutes of loading, as the options
     check_options(options, recipe.options)

@@ -15,7 +15,9 @@ from rich.console import Console
 
 import mpg
 from mpg.app.cli.arguments import Device, Dtype, Quantize, clear_errors, err, load
+from mpg.demo import SETS
 from mpg.files import check_writable, whole_file
+from mpg.options import one_of
 
 
 @clear_errors()
@@ -43,6 +45,7 @@ def demo(
     from mpg.demo.show import show
     from mpg.demo.stages import stage
 
+    one_of(*SETS)("models", models)
     if save is not None:
         check_writable("save", save)
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}

@@ -218,13 +218,13 @@ def _evaluate(
 ) -> None:
     """What both commands do. Refuses what can be refused before minutes of loading."""
     from mpg.paper.methods import METHODS
-    from mpg.recipe import parse_setting
+    from mpg.recipe import parse_settings
 
     chosen = methods.split(",") if methods else list(METHODS)
     if wrong := [name for name in chosen if name not in METHODS]:
         raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {wrong[0]!r}")
     one_of(*METHODS)("reference", reference)
-    options = dict(map(parse_setting, settings or ()))
+    options = parse_settings(settings)
     left_open = [name for name in OPTIONS if name not in ("sampler", "target", "seed")]
     for name in options:
         if name not in left_open:

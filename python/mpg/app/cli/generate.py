@@ -97,9 +97,9 @@ def generate(
     }  # fmt: skip
     from mpg.frontend.contexts import contexts_of
     from mpg.paper.methods import PROMPTED_METHODS, SINGLE_METHODS, answer
-    from mpg.recipe import parse_setting
+    from mpg.recipe import parse_settings
 
-    options |= dict(map(parse_setting, settings or ()))
+    options |= parse_settings(settings, options)
     if describe and method not in PROMPTED_METHODS:
         raise ValueError(f"describe: expected a method among {', '.join(PROMPTED_METHODS)}, got {method!r}")
     descriptions = dict(parse_pair("describe", "NAME=TEXT", text) for text in describe or ())

@@ -94,7 +94,7 @@ def serve(
     from mpg.model import Model
     from mpg.models import loading
     from mpg.options import one_of
-    from mpg.recipe import parse_setting
+    from mpg.recipe import parse_settings
 
     how: dict[str, Any] = {
         "device": device, "dtype": dtype, "quantize": quantize, "graphs": graphs,
@@ -103,7 +103,7 @@ def serve(
     keys = api_key or [key for key in [os.environ.get("MPG_API_KEY")] if key]
     # of a cluster, its own environment's key counts
     hosts = check_host(host, bool(keys or print_config), allow_open)
-    options = dict(map(parse_setting, settings or ()))
+    options = parse_settings(settings)
     if print_config is None or Path(models).exists():  # else the cluster has them
         check_options(options, arguments.read_recipe(models).options)
     limits = Settings(
