@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -392,3 +393,10 @@ def test_without_ray_the_command_that_installs_it_is_told(job, tmp_path, monkeyp
     monkeypatch.setattr("mpg.app.cli.batch.find_spec", lambda name: None)
     done = invoke(folder / "rows.jsonl", tmp_path / "out")
     assert done.exit_code == 2 and "ray: expected it installed: pip install 'mpg[ray]'" in done.stderr
+
+
+def test_without_pyarrow_what_local_needs_is_told(job, tmp_path, monkeypatch):
+    _, folder = job
+    monkeypatch.setitem(sys.modules, "mpg.batch.job", None)
+    done = invoke(folder / "rows.jsonl", tmp_path / "out", "--local")
+    assert done.exit_code == 2 and "for --local alone: pip install pyarrow 'mpg[serve]'" in done.stderr

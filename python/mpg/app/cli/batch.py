@@ -66,7 +66,8 @@ def batch(
         from mpg.batch.rows import scan
         from mpg.batch.worker import Task, check
     except ImportError as error:
-        raise ValueError(f"{error.name}: expected it installed: pip install 'mpg[ray]'") from None
+        wanted = "pip install 'mpg[ray]', or for --local alone: pip install pyarrow 'mpg[serve]'"
+        raise ValueError(f"{error.name}: expected it installed: {wanted}") from None
     from mpg.frontend.hf_generate import check_options
     from mpg.options import a_number, one_of
     from mpg.recipe import parse_settings
