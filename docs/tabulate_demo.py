@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 README, SAVED = ROOT / "README.md", ROOT / "bench" / "results" / "demo-cpu.json"
 END = "<!-- end -->"
+MOST_WORDS = 9  # of an answer on the first screen
 
 
 def tables(saved: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -29,9 +31,18 @@ def tables(saved: Mapping[str, Any]) -> dict[str, list[str]]:
         cells += [_interval(column["perplexity"], ".1f"), f"{column['tokens_per_second']:.0f}"]
         scores.append(f"| {_name(column)} | {' | '.join(cells)} |")
     question = next(iter(columns[0]["answers"]))
+    begun = [f'{_name(column)}: *"{_begin(column["answers"][question])}"*' for column in columns[:3]]
+    scores += ["", *textwrap.wrap(f"{question} {' '.join(begun)}", 120)]
     texts = ["| | |", "|---|---|"]
     texts += [f"| {_name(column)} | {' '.join(column['answers'][question].split())} ... |" for column in columns]
     return {"<!-- scores: docs/tabulate_demo.py -->": scores, "<!-- texts: docs/tabulate_demo.py -->": texts}
+
+
+def _begin(text: str) -> str:
+    """The first sentence, where that is a short one."""
+    words = text.split()
+    ends = next((place for place, word in enumerate(words, 1) if word[-1] in ".!?"), len(words))
+    return " ".join(words[:ends]) if ends <= MOST_WORDS else " ".join([*words[:MOST_WORDS], "..."])
 
 
 def _name(column: Mapping[str, Any]) -> str:

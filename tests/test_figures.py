@@ -31,6 +31,9 @@ def test_tables_say_differences_and_intervals_and_the_base_its_scores():
         "| E=2 | -.12 [-.50, +.04] | 3.9 [3.0, 10.0] | 27 |",
     ]
     assert scores[4].startswith("| E=2,T=0.5, `exact` geometric, `merged` draft | ")
+    assert scores[5:] == ["", 'How? base: *"a b"* E=2: *"a b"* E=2,T=0.5, `exact` geometric, `merged` draft: *"a b"*']
+    assert tabulate_demo._begin("One two. Three.") == "One two."
+    assert tabulate_demo._begin("word " * 10) == "word " * 9 + "..."
     assert texts[-1] == "| E=2,T=0.5, `exact` geometric, `merged` draft | a b ... |"
 
 
