@@ -286,3 +286,19 @@ def test_the_recipe_of_the_page_loads(tmp_path):
     loaded = mpg.load(tmp_path, device="cpu")
     assert loaded.generate("Hello?", max_new_tokens=2).weights == loaded.recipe.weights
     assert loaded.generate("Hello?", weights="ESTJ", max_new_tokens=2).weights == loaded.recipe.presets["ESTJ"]
+
+
+def test_a_target_that_cannot_be_written_is_refused_by_name_and_what_was_there_stays(tmp_path):
+    recipe = Recipe(base=str(MODELS), attributes={})
+    (tmp_path / "file").write_text("a")
+    for target, message in (
+        (tmp_path / "file", "target: expected a folder that there is or that can be made, got '.*file': File exists"),
+        (tmp_path / "file" / "x.yaml", "target: expected a folder that there is .*, got '.*file': "),
+        ("/proc/x.yaml", "target: expected a file that can be written, got '/proc/x.yaml': "),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            recipe.write(target)
+    (tmp_path / "mpg.yaml").mkdir()
+    with pytest.raises(ValueError, match=r"^target: expected a file, got the folder '.*mpg.yaml'$"):
+        recipe.write(tmp_path)
+    assert (tmp_path / "file").read_text() == "a"

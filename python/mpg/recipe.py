@@ -17,7 +17,7 @@ import yaml
 
 from mpg.context import Context
 from mpg.demo import SETS
-from mpg.files import refuse_unreadable_text
+from mpg.files import refuse_unreadable_text, whole_file
 from mpg.options import Options, check_weights, hint, parse_pair, parse_weights
 
 FILE = "mpg.yaml"  # what a folder is searched for
@@ -128,7 +128,8 @@ class Recipe:
 
         Models below its folder are named relative to it, so that they move with it, others by their absolute path.
 
-        Raises ValueError, naming the argument of `mpg.load`, for a model that lies in no folder and on no hub.
+        Raises ValueError, naming the argument of `mpg.load`, for a model that lies in no folder and on no hub, and
+        naming target where nothing can be written.
         """
         file = Path(target).absolute()
         file = file if file.suffix in SUFFIXES else file / FILE
@@ -151,9 +152,15 @@ class Recipe:
         document["weights"] = self.weights and dict(self.weights)
         document["presets"] = {name: dict(weights) for name, weights in self.presets.items()}
         document["options"] = dict(self.options)
-        file.parent.mkdir(parents=True, exist_ok=True)
         document = {key: value for key, value in document.items() if value}
-        file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            wanted = "a folder that there is or that can be made"
+            raise ValueError(f"target: expected {wanted}, got {str(file.parent)!r}: {error.strerror}") from error
+        with whole_file("target", file) as beside:
+            beside.write_text(text, encoding="utf-8")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
