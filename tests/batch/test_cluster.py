@@ -12,7 +12,7 @@ pytest.importorskip("ray", reason="needs mpg[ray]")
 import ray
 from ray._private.utils import check_version_info
 
-from mpg.batch.cluster import connect
+from mpg.batch.cluster import check_room, connect
 
 
 @pytest.fixture
@@ -79,3 +79,13 @@ def test_a_cluster_with_another_token_is_refused(monkeypatch, listening):
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(ValueError, match=r"expected the token of the cluster, .*'ray get-auth-token' says it"):
         connect()
+
+
+def test_workers_without_room_wait_on_a_cluster_alone(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    check_room("workers", 4, 1, 0, is_alone=True)
+    message = r"workers: expected as many as there are GPUs for \(0, 1 each\), got 2"
+    with pytest.raises(ValueError, match=message):
+        check_room("workers", 2, 1, 1, is_alone=True)
+    with pytest.warns(UserWarning, match=f"{message}: the others wait for nodes"):
+        check_room("workers", 2, 1, 1, is_alone=False)

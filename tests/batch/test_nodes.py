@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -58,15 +57,7 @@ def test_a_job_on_two_nodes_writes_what_one_process_does_and_a_node_without_the_
         status, said, line = batch(hidden, tmp_path / "lacks", "--gpus-per-worker", "1", **how)
         assert status == 2, said
         assert "input: expected files that can be read" in line and "hidden/rows.jsonl" in line
-        assert "No such file or directory (on the node " in line and "the same command goes on" in said
-        command = [sys.executable, "-m", "mpg", "batch", seen, tmp_path / "more", "--workers", "3", *HOW]
-        waiting = subprocess.Popen(
-            list(map(str, command)), env={**os.environ, **how}, stderr=subprocess.PIPE, text=True
-        )
-        told_so = next((line for line in waiting.stderr if "workers: expected" in line), "")
-        waiting.send_signal(signal.SIGINT)
-        waiting.communicate(timeout=SECONDS)
-        assert "as many as there are CPUs for (2, 1 each), got 3: the others wait for nodes" in told_so
+        assert "No such file or directory (on the node " in line
 
 
 def test_nodes_without_mpg_are_named(tmp_path):
