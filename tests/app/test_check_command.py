@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from full_disk import small_files
 from mpg.demo import MODELS
 from mpg.demo.corpus import HELD_OUT_QUESTIONS
 
@@ -55,15 +56,11 @@ def test_file_that_cannot_be_drawn_is_refused_before_anything_runs(name, tmp_pat
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no limit on the size of files")
-def test_a_full_disk_is_noticed_before_anything_runs(start, tmp_path):
-    """A limit on the size of files stands for it."""
+def test_a_full_disk_is_noticed_before_anything_runs(run, tmp_path):
     pytest.importorskip("matplotlib")
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); from mpg.__main__ import main; "
-    )
-    process = start("check", "--weights", "E=1", "--plot", tmp_path / "check.png", code=f"{code}sys.exit(main())")
-    out, err = process.communicate()
-    assert (process.returncode, out) == (2, "")
-    assert err.startswith("mpg: plot: expected a file that can be written, got ")
-    assert "File too large" in err
+    with small_files(1000):
+        done = run("check", "--weights", "E=1", "--plot", tmp_path / "check.png")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("mpg: plot: expected a file that can be written, got ")
+    assert "File too large" in done.stderr
     assert os.listdir(tmp_path) == []

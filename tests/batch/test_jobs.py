@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import resource
 import shutil
 import sys
 import tracemalloc
@@ -16,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mpg
+from full_disk import small_files
 from jobs import OF_TIME, make_rows, make_task, run, told, write_rows
 from mpg.app.cli.command import app
 from mpg.batch import rows as batch_rows
@@ -228,13 +228,9 @@ def test_files_that_may_grow_no_more_stop_the_job_which_goes_on_once_they_may(mo
     """By the process's own limit, the nearest to a full disk that needs no rights; test_nodes.py fills one."""
     rows, folder = job
     name = write_rows(tmp_path / "rows.jsonl", rows)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))  # the job's file fits, a part does not
-        with pytest.raises(ValueError, match=r"output: expected a folder that can be written, got .*File too large"):
-            run(model, name, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused = pytest.raises(ValueError, match=r"output: expected a folder that can be written, got .*File too large")
+    with refused, small_files(2048):  # the job's file fits, a part does not
+        run(model, name, tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["job.json"]  # nothing half written
     run(model, name, tmp_path / "out")
     assert told(tmp_path / "out") == told(folder / "out")

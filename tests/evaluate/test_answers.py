@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from full_disk import small_files
 from mpg.evaluate.answers import write_answers
-from mpg.evaluate.records import open_records, read_records
+from mpg.evaluate.records import RecordsError, open_records, read_records
 from mpg.evaluate.tasks import Item
 from mpg.paper.methods import METHODS, SINGLE_METHODS
 
@@ -129,21 +128,12 @@ def test_what_cannot_be_written_is_refused(place, message, tmp_path):
         pass
 
 
-FILL = """
-import resource, signal, sys
-from mpg.evaluate.records import open_records
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-with open_records(sys.argv[1], {"what": 1}) as records:
-    for number in range(100):
-        records.append({"row": number})
-"""
-
-
 def test_a_disk_that_fills_leaves_whole_rows_from_which_the_job_goes_on(tmp_path):
     file = tmp_path / "file"
-    done = subprocess.run([sys.executable, "-c", FILL, file], capture_output=True, text=True)
-    assert "RecordsError: out: expected a file that can be written" in done.stderr
+    refused = pytest.raises(RecordsError, match=r"^out: expected a file that can be written")
+    with refused, small_files(100), open_records(file, {"what": 1}) as records:
+        for number in range(100):
+            records.append({"row": number})
     header, rows = read_records(file)
     assert header == {"what": 1} and rows == [{"row": number} for number in range(len(rows))]
     assert file.read_bytes().endswith(b"}\n") and 80 < file.stat().st_size <= 100

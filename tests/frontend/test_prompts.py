@@ -91,7 +91,7 @@ def test_keywords_of_the_chat_template_are_passed_on(patched):
     assert text("Hello", template, chat_template_kwargs={"tools": [{"name": "x"}]}).startswith("Hello.[{")
     with pytest.raises(ValueError, match=r"^chat_template_kwargs: expected a mapping, got \['loud'\]"):
         encode("Hello", template, VOCABULARY, chat_template_kwargs=["loud"])
-    with pytest.raises(ValueError, match=r"^prompt: expected messages that the chat template takes.*'tokenize'"):
+    with pytest.raises(ValueError, match=r"^chat_template_kwargs: expected none of what mpg itself .* 'tokenize'"):
         encode("Hello", template, VOCABULARY, chat_template_kwargs={"tokenize": False})
 
 

@@ -6,13 +6,12 @@ import json
 import math
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mpg
+from full_disk import small_files
 from longer import long, thinned
 from mpg.demo import MODELS
 from mpg.demo.corpus import preference_pair
@@ -171,17 +171,6 @@ def test_a_killed_training_goes_on_where_it_was_and_ends_as_if_nothing_had_been(
     assert resumed["epochs"] == whole[1]["epochs"]
     assert weights(tmp_path / "killed") == weights(whole[0])
     assert not work.exists()
-
-
-@contextmanager
-def small_files(num_bytes):
-    """Every file ends after so many bytes, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("num_bytes", [100_000, 300_000], ids=["weights", "optimiser"])
