@@ -1,5 +1,4 @@
-"""The shipped demo models, loaded once, on the device that MPG_DEVICE names (default cpu); and how long hypothesis
-looks for a counterexample."""
+"""The shipped demo models, loaded once, on the device that MPG_DEVICE names (default cpu)."""
 
 from __future__ import annotations
 
@@ -8,18 +7,12 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 import mpg
+import profiles  # noqa: F401
 from mpg.demo import MODELS
 
 torch.set_num_threads(1)  # the models here are small: more threads only wait for one another
-
-# Chosen by --hypothesis-profile. A test's device stays what it is from example to example.
-settings.register_profile("fuzz", deadline=None, max_examples=1000, suppress_health_check=list(HealthCheck))
-settings.register_profile("test", settings.get_profile("fuzz"), max_examples=25, derandomize=True, database=None)
-settings.register_profile("sanitized", settings.get_profile("test"), max_examples=8)
-settings.load_profile("test")
 
 
 def pytest_collection_finish() -> None:

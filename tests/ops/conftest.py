@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import mpg_ext
+import profiles  # noqa: F401 - also where tests/conftest.py is cut off, under the sanitizers
 import seeds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "simt"))
