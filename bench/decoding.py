@@ -353,8 +353,8 @@ def compare_peers(adapted: Any, batch: int, plan: Plan) -> dict[str, Any]:
     base, device = peers.plain(adapted), str(adapted.device)
     model = load(adapted, {name: name for name in names}, graphs=plan.graphs)
     prompts = random_prompts(batch, PROMPT_TOKENS, model.models.vocab_size).to(device)
-    shares = [1 / len(names)] * len(names)
-    weights = dict(zip(names, shares, strict=True))
+    each = [1 / len(names)] * len(names)
+    weights = dict(zip(names, each, strict=True))
     check_peers(model, adapted, prompts, weights)
     count = plan.peer_tokens
 
@@ -367,8 +367,8 @@ def compare_peers(adapted: Any, batch: int, plan: Plan) -> dict[str, Any]:
         "direct": lambda: direct(weights=weights),
         "base": lambda: direct(target="base"),
         "eager": lambda: peers.generate_eagerly(base, prompts, count),
-        "adapter_names": lambda: peers.run_adapter_names(adapted, names, prompts, shares, count, False),
-        "sequential": lambda: peers.run_adapters_in_turn(adapted, names, prompts, shares, count, False),
+        "adapter_names": lambda: peers.run_adapter_names(adapted, names, prompts, each, count, False),
+        "sequential": lambda: peers.run_adapters_in_turn(adapted, names, prompts, each, count, False),
     }
     if device.startswith("cuda"):
         contestants["compiled"] = lambda: peers.generate_eagerly(base, prompts, count, "static")
