@@ -156,7 +156,9 @@ def test_op_bench_is_its_last_line(tmp_path, monkeypatch):
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    """A command on a machine without a GPU, and not as part of this run of tests: a worker of xdist times nothing."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = own | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
