@@ -123,23 +123,24 @@ def _walk_round(models: FakeModels, options: Options, text: tuple[int, ...]) -> 
 def other_rows(models: FakeModels) -> Iterator[str]:
     """What a round's prefix does not determine, and so is enumerated whole, on texts of one token less.
 
-    A row a case: the weights, then the bias of the base, of target arithmetic with a token mixture, and of the sampler.
+    A row a case: the weights, then the bias to the row's target of the base, of the arithmetic target with a draw a
+    token, and of the sampler.
     """
     exact = {"sampler": "exact", "draft": "reference", "chunk_size": OTHER_NUM_TOKENS}
     seq_rs = {"sampler": "seq-rs", "tries": 2, "initial_bound": 2.0}
     for name, weights, target, options in (
         ("direct, anchored", SIGNED_WEIGHTS, {"target": "anchored"}, {"sampler": "direct"}),
         ("exact, anchored", SIGNED_WEIGHTS, {"target": "anchored"}, exact),
-        ("direct, mixture_span 2", WEIGHTS, {"target": "arithmetic", "mixture_span": 2}, {"sampler": "direct"}),
-        ("exact, mixture_span 2", WEIGHTS, {"target": "arithmetic", "mixture_span": 2}, exact),
-        ("exact, mixture_span sequence", WEIGHTS, {"target": "arithmetic", "mixture_span": "sequence"}, exact),
-        ("seq-rs, M = 2, 2 tries", WEIGHTS, {"target": "arithmetic"}, seq_rs),
+        ("direct, mixture_span 2", WEIGHTS, {**MIXTURE, "mixture_span": 2}, {"sampler": "direct"}),
+        ("exact, mixture_span 2", WEIGHTS, {**MIXTURE, "mixture_span": 2}, exact),
+        ("exact, mixture_span sequence", WEIGHTS, WHOLE_TEXTS, exact),
+        ("seq-rs, M = 2, 2 tries", WEIGHTS, WHOLE_TEXTS, seq_rs),
     ):
+        asked = MIXTURE if options is seq_rs else target  # it has no such option
         unwarped = {"temperature": 1.0, "top_p": 1.0}
-        law = enumerate_sampler(models, PROMPT, OTHER_NUM_TOKENS, weights, **target, **options, **unwarped)
-        whole = target | ({"mixture_span": "sequence"} if name.startswith("seq-rs, a") else {})
+        law = enumerate_sampler(models, PROMPT, OTHER_NUM_TOKENS, weights, **asked, **options, **unwarped)
         laws = [
-            target_law(models, PROMPT, OTHER_NUM_TOKENS, weights, **t) for t in ({"target": "base"}, MIXTURE, whole)
+            target_law(models, PROMPT, OTHER_NUM_TOKENS, weights, **t) for t in ({"target": "base"}, MIXTURE, target)
         ]
         biases = (total_variation(law, laws[2]) for law in (*laws[:2], law))
         yield "| " + " | ".join([name, _spell(weights), *(f"{b:.3f}" if b > 1e-12 else "0" for b in biases)]) + " |"
@@ -186,9 +187,10 @@ def table_of(models: FakeModels, measured: dict[str, list[Figures]]) -> str:
         f"|---|{'---:|' * len(columns)}",
         *(table_row(name, figures) for name, figures in measured.items()),
         "",
-        f"Other targets, and texts accepted whole; {OTHER_NUM_TOKENS} tokens, bias to the row's own target.",
+        f"Other targets, on texts of {OTHER_NUM_TOKENS} tokens. A bias is that to the row's own target; of seq-rs this "
+        "is the arithmetic one with mixture_span sequence, as it scores whole texts.",
         "",
-        "| sampler | weights | of the base | of the token mixture | of the sampler |",
+        "| sampler | weights | bias of the base | of arithmetic, a draw a token | of the sampler |",
         "|---|---|---:|---:|---:|",
         *other_rows(models),
     ])  # fmt: skip
