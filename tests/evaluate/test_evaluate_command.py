@@ -121,6 +121,14 @@ def test_where_no_method_can_answer_the_table_says_why(run):
     assert "- base-specialized: not run: method: 'base-specialized' needs a specialised base" in done.stdout
 
 
+def test_answers_that_no_model_has_room_for_are_refused_before_anything_is_written(run, tmp_path):
+    for command in (("mbti", "--type", "ESTJ"), ("roleplay", "--weights", "E=1")):
+        done = run(*command, "--methods", "base,dpo-single", "--max-new-tokens", 100_000)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert re.match(r"mpg: max_new_tokens: the model has 256 positions .* expected at most \d+, got 1", done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
 def test_held_out_questions_are_those_of_the_reporting_side(run, data, tmp_path):
     done = run("mbti", "--type", "ESTJ", "--methods", "base", "--max-new-tokens", 2, "--held-out")
     assert done.exit_code == 0, done.stderr

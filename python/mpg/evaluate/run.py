@@ -94,8 +94,14 @@ class Evaluation:
 
         out: the errors of judges that failed
 
-        Raises ValueError for a file of another job, or that cannot be written.
+        Raises ValueError for a file of another job, or that cannot be written, and for prompts that leave too few
+        positions, with which no method could answer.
         """
+        for target in self.targets:
+            self.model.read(
+                [item.prompt for item in target.items], sampler="direct", target="base", mixture_span="token",
+                max_new_tokens=self.options.get("max_new_tokens"),
+            )  # fmt: skip
         reasons: dict[str, str] = {}
         for target in self.targets:
             for method in self.methods:
