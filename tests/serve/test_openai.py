@@ -77,6 +77,7 @@ def test_models_are_the_combination_the_base_attributes_presets_and_weights_as_a
     names = [model.id for model in client.models.list()]
     assert names == ["demo", "base", "E", "S", "T", "J", "ESTJ", "INFP"]
     assert client.models.retrieve("E").mpg == {"kind": "attribute", "weights": {"E": 1}}
+    assert client.models.retrieve("E=1,T=0.5").mpg == {"kind": "weights", "weights": {"E": 1, "T": 0.5}}
     own = {model.id: model.mpg for model in client.models.list()}
     assert [own[name]["kind"] for name in ("demo", "base", "ESTJ")] == ["combination", "base", "preset"]
     assert own["ESTJ"]["weights"] == served.model.recipe.presets["ESTJ"]

@@ -81,6 +81,14 @@ def test_other_paths_and_methods_have_the_shape_of_errors_too(served, client):
     assert answers[1].headers["allow"] == "POST"
     for path in ("/", "/health", "/metrics", "/v1/models"):
         assert httpx.head(f"{served.url}{path}").status_code == 200
+    for name, status, told in (
+        ("nobody", 404, "model: expected demo, base, E, S"),
+        ("E=x", 400, "weights: expected a number for 'E'"),
+        ("E=1,Q=1", 400, "weights: expected some of E, S, T, J, got 'Q'"),
+        ("E%3D0", 400, "weights: expected at least one that is not 0"),
+    ):
+        answer = served.get(f"/v1/models/{name}")
+        assert answer.status_code == status and answer.json()["error"]["message"].startswith(told)
     answer = served.post(TEXT, {"model": "E", "prompt": [""] * 10_000})
     assert answer.status_code == 400 and len(answer.content) < 1500  # it does not say all again
     with pytest.raises(openai.NotFoundError, match="expected demo, base, E"):

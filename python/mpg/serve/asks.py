@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from math import inf
 from time import monotonic
@@ -42,6 +42,29 @@ def describe_models(model: Model, name: str) -> dict[str, dict[str, Any]]:
     return kinds
 
 
+def describe_model(model: Model, name: str, asked: str) -> dict[str, Any]:
+    """Kind and weights of one name that `model=` may be, weights that are a name among them.
+
+    Raises ApiError for a name that there is not, and for weights that no request may have.
+    """
+    known = describe_models(model, name)
+    if asked in known:
+        return known[asked]
+    if "=" not in asked:
+        raise _unknown(asked, known)
+    try:
+        weights = mpg.options.parse_weights(asked)
+        mpg.options.check_weights(weights, model.models.attribute_names, "geometric")
+    except ValueError as error:
+        raise of_library(error) from error
+    return {"kind": "weights", "weights": weights}
+
+
+def _unknown(asked: str, known: Iterable[str]) -> ApiError:
+    message = f"model: expected {', '.join(known)} or weights such as 'E=1,T=0.5', got {asked!r}"
+    return ApiError(404, message, "model", "model_not_found")
+
+
 def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:
     """Weights and target that a request asks for by its model's name, its own weights going with the combination's.
 
@@ -52,8 +75,7 @@ def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:
         return asked.weights, asked.target if has_any else "base"
     known = describe_models(model, name)
     if asked.model not in known and "=" not in asked.model:
-        message = f"model: expected {', '.join(known)} or weights such as 'E=1,T=0.5', got {asked.model!r}"
-        raise ApiError(404, message, "model", "model_not_found")
+        raise _unknown(asked.model, known)
     if asked.weights is not None:
         wanted = f"none beside model {asked.model!r}, which says them; model {name!r} takes them"
         raise ApiError(400, f"weights: expected {wanted}", "weights")

@@ -22,7 +22,7 @@ from mpg.model import Model
 from mpg.models.ensemble import Ensemble
 from mpg.options import SCORE_SAMPLERS, TARGETS
 from mpg.recipe import Recipe
-from mpg.serve.asks import ROW_SAMPLERS, describe_models
+from mpg.serve.asks import ROW_SAMPLERS, describe_model, describe_models
 from mpg.serve.attributes import Attributes
 from mpg.serve.chat import answer_chat
 from mpg.serve.completions import answer_completion
@@ -88,10 +88,7 @@ def make_app(settings: Settings, load: Callable[[], Model], reload: Callable[[Re
 
     @get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        known = describe_models(ready().model, settings.name)
-        if name not in known:
-            raise ApiError(404, f"model: there is no {name!r}", "model", "model_not_found")
-        return as_json(_describe(name, mpg=known[name]))
+        return as_json(_describe(name, mpg=describe_model(ready().model, settings.name, name)))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
