@@ -682,6 +682,9 @@ EARLY = [
     ([*GENERATE, "--trace", "no/t.html"], "trace: expected a file that can be written, got 'no/t.html': No such file"),
     (["serve", "--host", "0.0.0.0"], "host: expected a loopback address without api_key, got '0.0.0.0'; --allow-open"),
     (["serve", "--max-rows", "0"], "max_rows: expected a number above 0, got 0"),
+    *((["serve", f"--{name}", wrong], f"{name.replace('-', '_')}: expected a number{wanted}, got {float(wrong)}")
+      for name, wanted in (("max-memory", " in (0, inf)"), ("max-kept", " in [0, inf)"), ("grace", ", 0 at least"))
+      for wrong in ("-1", "nan", "inf")),
     (["serve", "--attribute-folder", "no/such"], "attribute_folder: expected a folder, got 'no/such'"),
     (["serve", "--set", "temprature=1"], "temprature: unknown option; did you mean 'temperature'"),
     (["serve", "--models", "no/such"], "models: expected 'demo', 'smollm2', a folder or a recipe, got 'no/such'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import socket
 import threading
@@ -200,7 +201,9 @@ def test_memory_lets_in_what_fits_and_refuses_what_never_will(precise_model):
         assert most == 2  # each has two rows
         wide = {**completion(CALM), "model": "demo", "weights": {"E": 1, "S": 1, "T": 1, "J": 1}}
         error = served.post(TEXT, wide).json()["error"]
-        assert error["code"] == "request_too_large" and "MiB" in error["message"]
+        told = re.search(r"take (\S+) GiB, expected at most (\S+) GiB \(--max-memory\)$", error["message"])
+        taken, most = (float(size) * 2**30 for size in told.groups())
+        assert error["code"] == "request_too_large" and taken > most == pytest.approx(2.5 * row, rel=1e-3)
         long = served.post(TEXT, completion(CALM, max_tokens=98)).json()["error"]
         assert (long["param"], long["code"]) == ("max_tokens", "context_length_exceeded")
         assert served.is_idle()

@@ -161,7 +161,7 @@ class Engine:
             group = group or self._open([job], key)
             needed = group.alone(job)
             if needed > self.max_memory:
-                sizes = f"{needed / 2**20:.1f} MiB, expected at most {self.max_memory / 2**20:.1f} MiB"
+                sizes = f"{needed / 2**30:.4g} GiB, expected at most {self.max_memory / 2**30:.4g} GiB (--max-memory)"
                 raise TooLarge(f"max_tokens: the key/value cache rows of this request alone take {sizes}")
         except Exception as error:
             self._end_waiting(job)

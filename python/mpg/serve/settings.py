@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpg.options import is_finite
+
 MOST_ATTRIBUTES = 64  # that one request may weigh, contexts among them
 
 
@@ -60,8 +62,8 @@ class Settings:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
         for name in ("grace", "max_kept", "stream_interval"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number, 0 at least, got {getattr(self, name)!r}")
+            if (value := getattr(self, name)) is not None and not (is_finite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a number, 0 at least, got {value!r}")
         if not all(self.api_keys) or self.admin_key == "":
             raise ValueError("api_key, admin_key: expected some text, got an empty key")
         for folder in self.attribute_folders:

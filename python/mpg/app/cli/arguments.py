@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -15,7 +16,7 @@ from rich.console import Console
 
 import mpg
 from mpg.demo import SETS
-from mpg.options import describe, parse_pair
+from mpg.options import a_number, describe, parse_pair
 
 if TYPE_CHECKING:
     from mpg.recipe import Recipe
@@ -135,6 +136,14 @@ def read_contexts(given: list[str] | None) -> dict[str, str]:
             raise ValueError(f"context: {name!r} is given twice, expected once")
         contexts[name] = text
     return contexts
+
+
+def read_size(name: str, size: float | None, *, can_be_0: bool = False) -> int | None:
+    """Bytes, of an option in GiB. Raises ValueError for a number that is no size."""
+    if size is None:
+        return None
+    a_number(0, open_low=not can_be_0)(name, size)
+    return math.ceil(size * 2**30)
 
 
 def _place(models: str) -> str:

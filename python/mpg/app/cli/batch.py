@@ -69,14 +69,13 @@ def batch(
         wanted = "pip install 'mpg[ray]', or for --local alone: pip install pyarrow 'mpg[serve]'"
         raise ValueError(f"{error.name}: expected it installed: {wanted}") from None
     from mpg.frontend.hf_generate import check_options
-    from mpg.options import a_number, one_of
+    from mpg.options import one_of
     from mpg.recipe import parse_settings
 
     one_of(*FORMATS)("format", form)
     if min_workers is not None and min_workers > workers:
         raise ValueError(f"min_workers: expected at most the {workers} workers, got {min_workers}")
-    if max_memory is not None:
-        a_number(0, open_low=True)("max_memory", max_memory)
+    max_bytes = arguments.read_size("max_memory", max_memory)
     contexts, recipe = arguments.read_contexts(context), arguments.read_recipe(models)
     options = {"max_new_tokens": max_new_tokens}
     options |= parse_settings(settings, options)
@@ -93,7 +92,7 @@ def batch(
     load = partial(arguments.load, models, True, device=device, graphs=graphs, **how)
     task = Task(
         asked, Output.of(output, form, asked), load, weights=weights, contexts=contexts, options=options, raw=raw,
-        seed=seed, max_rows=max_rows, max_memory=None if max_memory is None else int(max_memory * 2**30),
+        seed=seed, max_rows=max_rows, max_memory=max_bytes,
     )  # fmt: skip
     left = begin(task, describe(task, recipe, how))
     try:

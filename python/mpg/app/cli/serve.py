@@ -109,8 +109,8 @@ def serve(
     limits = Settings(
         name=_name(models), hosts=hosts, api_keys=tuple(keys), admin_key=admin_key or os.environ.get("MPG_ADMIN_KEY"),
         attribute_folders=tuple(attribute_folder or ()), max_rows=max_rows, max_length=max_length,
-        max_memory=None if max_memory is None else int(max_memory * 2**30), max_queue=max_queue,
-        prefill_tokens=prefill_tokens, max_kept=None if max_kept is None else int(max_kept * 2**30),
+        max_memory=arguments.read_size("max_memory", max_memory), max_queue=max_queue, prefill_tokens=prefill_tokens,
+        max_kept=arguments.read_size("max_kept", max_kept, can_be_0=True),
         max_seconds=max_seconds, stream_interval=stream_interval, grace=grace, log_prompts=log_prompts,
     )  # fmt: skip
     if not print_config:
