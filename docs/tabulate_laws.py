@@ -187,8 +187,8 @@ def table_of(models: FakeModels, measured: dict[str, list[Figures]]) -> str:
         f"|---|{'---:|' * len(columns)}",
         *(table_row(name, figures) for name, figures in measured.items()),
         "",
-        f"Other targets, on texts of {OTHER_NUM_TOKENS} tokens. A bias is that to the row's own target; of seq-rs this "
-        "is the arithmetic one with mixture_span sequence, as it scores whole texts.",
+        f"Other targets, on texts of {OTHER_NUM_TOKENS} tokens. A bias is that to the row's own target; of seq-rs,",
+        "which scores whole texts, this is the arithmetic one with mixture_span sequence.",
         "",
         "| sampler | weights | bias of the base | of arithmetic, a draw a token | of the sampler |",
         "|---|---|---:|---:|---:|",

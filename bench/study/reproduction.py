@@ -67,7 +67,8 @@ def findings() -> Iterator[Any]:
     k1, k4, k8 = (share_of("arithmetic", 4, k, 2.0) for k in (1, 4, 8))
     m5, m10 = (share_of("arithmetic", 4, 4, m) for m in (5.0, 10.0))
     yield k4 and (
-        f"SCR as published (chunks of k = 4, M = 2) delivers {words(k4)} of the shift that its own target asks for: "
+        "SCR as published (chunks of k = 4; M_0 = 2, which the paper leaves open) delivers "
+        f"{words(k4)} of the shift that its own target asks for: "
         f"chunks of one token deliver {words(k1)}, of eight {words(k8)}."
     )
     runs = read("laws-ESTP")[1]
@@ -75,8 +76,8 @@ def findings() -> Iterator[Any]:
         carried, short = (_usual_bound(runs[name]) for name in ("scr carried", "scr W=5"))
         yield (
             f"A larger bound brings the shift back ({words(m5)} at M = 5, {words(m10)} at M = 10), but the published "
-            f"estimate of M does not find one: kept from text to text at W = 20 its median is {carried:.2f} (share "
-            f"{share_at(4, carried):.2f}), at W = 5 it is {short:.2f} ({share_at(4, short):.2f})."
+            f"estimate of M does not find one: carried from text to text at W = 20, M ends at {carried:.2f} in the "
+            f"median text (share {share_at(4, carried):.2f}), and at W = 5 at {short:.2f} ({share_at(4, short):.2f})."
         )
     else:
         yield ""
@@ -174,7 +175,7 @@ def claims() -> str:
     tuned = _tuned_gain("ESTP")
     rows: list[tuple[str, str, Estimate | None]] = [
         ("SCR preserves the correctness of rejection sampling (3.3): at k = 4 all of the shift is delivered",
-         "delivered share - .99", more(kept, 0.99)),
+         "delivered share, less .99", more(kept, 0.99)),
         ("SCR(ref-Base) is above Base (Table 1)", "mean P(pole), difference", compare(mbti, "scr", "base", trait)),
         ("SCR(ref-DPO single) is above SCR(ref-Base) (Table 1)", "mean P(pole), difference",
          compare(mbti, "scr-dpo-single", "scr", trait)),
@@ -187,16 +188,16 @@ def claims() -> str:
          compare(mbti, "pp", "base", trait)),
         ("SCR(ref-DPO single) is above Base in likeness to references (Table 2)", "ROUGE-1 F1, difference",
          compare(plays, "scr-dpo-single", "base", rouge)),
-        ("SCR needs some 1.4 forwards a token at N = 2, fewer than MOD's 2 (Table 3)", "2 - forwards a token",
+        ("SCR needs some 1.4 forwards a token at N = 2, fewer than MOD's 2 (Table 3)", "2 less the forwards a token",
          less(calls, 2.0)),
         ("SCR(ref-specialized) is above the specialised model alone (Table 4)", "mean P(pole), difference",
          compare(mbti, "scr-specialized", "base-specialized", trait)),
         ("Iterative adjustment raises the accuracy of multiple choice (Figure 3), on questions it did not see",
-         "accuracy, tuned - start, over poles and not questions", tuned),
-        ("A negative weight suppresses its trait (4.4)", "P(E) of T=1 less that of T=1, E=-.9, arithmetic",
+         "accuracy, tuned less start, over poles and not questions", tuned),
+        ("A negative weight suppresses its trait (4.4)", "P(E) of T=1, less that of T=1,E=-0.9 (arithmetic)",
          less(suppression("arithmetic", "E=-0.9"))),
         (f"The INFJ weights [1, 0, -9, -3]{infj_emptiness()[1]} are weights to generate with (4.4)",
-         "1 - share of empty nuclei - .5", less(infj_emptiness()[0], 0.5)),
+         "share of nuclei that are not empty, less .5", less(infj_emptiness()[0], 0.5)),
     ]  # fmt: skip
     lines = ["| claim | what is compared | estimate, 95 % | verdict |", "|---|---|---|---|"]
     lines += [f"| {claim} | {what} | {words(e, '+.3f')} | {verdict(e)} |" for claim, what, e in rows]
@@ -204,7 +205,7 @@ def claims() -> str:
     if 0 < prompts < FEW_PROMPTS:
         lines += [
             "",
-            f"What is compared by Table 1 rests on {prompts} prompts: too few, so those intervals are too narrow.",
+            f"What is compared by Table 1 rests on {prompts} prompts. These are too few: its intervals are too narrow.",
         ]
     return "\n".join(lines)
 
@@ -264,7 +265,9 @@ def table1() -> str:
     done = [name for name in TYPES if read(f"table-{name}")[1]]
     if not done:
         return NOT_RUN
-    lines = ["| method | QA | MCQA | 16P | Overall, 95 % | Overall - base | PPL | forwards a token | Sty Tho Beh Nat |"]
+    lines = [
+        "| method | QA | MCQA | 16P | Overall, 95 % | less the base's | PPL | forwards a token | Sty Tho Beh Nat |"
+    ]
     lines.append("|---|---:|---:|---:|---|---|---:|---:|---|")
     base = mbti("base")
     for method in METHODS:
@@ -281,7 +284,9 @@ def table1() -> str:
         numbers = f"{words(ratio(rows, trait), '.3f')} | {gain} | {_perplexity(rows)} | {calls:.2f}"
         lines.append(f"| {method} | {' | '.join(tasks)} | {numbers} | {NOT_RUN} |")
     items = len({row["item"] for row in base})
-    return "\n".join([*lines, "", f"Types run: {', '.join(done)}; {items} prompts of the reported half in all."])
+    return "\n".join(
+        [*lines, "", f"Types that were run: {', '.join(done)}; {items} prompts of the reported side in all."]
+    )
 
 
 def table2() -> str:
@@ -289,7 +294,7 @@ def table2() -> str:
     if not read("table-roleplay")[1]:
         return NOT_RUN
     lines = [
-        "| method | BLEU | ROUGE-1, 95 % | ROUGE-1 - base | PPL | BERTScore | endpoint: PR PM HI |",
+        "| method | BLEU | ROUGE-1, 95 % | less the base's | PPL | BERTScore | endpoint: PR PM HI |",
         "|---|---:|---|---|---:|---|---|",
     ]
     base = plays("base")
@@ -352,13 +357,16 @@ def tuning() -> str:
 
 def front_table() -> str:
     _, runs = read("front")
-    lines = ["| setting | mean P(pole), 95 % | - base | perplexity | forwards a token |", "|---|---|---|---|---:|"]
+    lines = [
+        "| setting | mean P(pole), 95 % | less the base's | perplexity | forwards a token |",
+        "|---|---|---|---|---:|",
+    ]
     for name, rows in runs.items():
         gain = "" if name == "base" else words(difference(rows, runs["base"], trait), "+.3f")
         calls = ratio(rows, lambda r: r["calls"] * r["tokens"], lambda r: r["tokens"]).value
         ppl = words(perplexity(rows), ".1f")
         lines.append(f"| {name} | {words(ratio(rows, trait), '.3f')} | {gain} | {ppl} | {calls:.2f} |")
-    return "\n".join(lines) if runs else NOT_RUN
+    return "\n".join([*lines, "", size("front")]) if runs else NOT_RUN
 
 
 def bounds_table() -> str:
@@ -388,18 +396,28 @@ def dominance() -> str:
     ]
     if not soups:
         return NOT_RUN
-    return f"Settings with measurably more trait than soups of no smaller perplexity: {', '.join(pairs) or 'none'}."
+    return (
+        f"Settings with measurably more of the trait than soups of no smaller perplexity: {', '.join(pairs) or 'none'}."
+    )
 
 
 def negative_table() -> str:
     _, runs = read("negative")
-    lines = ["| target and weights | P(E), 95 % | - T=1 alone | perplexity |", "|---|---|---|---|"]
+    lines = ["| target and weights | P(E), 95 % | less that of T=1 alone | perplexity |", "|---|---|---|---|"]
     for name, rows in runs.items():
         told = ratio(rows, lambda row: row["traits"]["EI"])
         gain = "" if name in ("base", "geometric T=1") else words(
             difference(rows, runs["geometric T=1"], lambda row: row["traits"]["EI"]), "+.3f")  # fmt: skip
         lines.append(f"| {name} | {words(told, '.3f')} | {gain} | {words(perplexity(rows), '.1f')} |")
-    return "\n".join(lines) if runs else NOT_RUN
+    return "\n".join([*lines, "", size("negative")]) if runs else NOT_RUN
+
+
+def size(name: str) -> str:
+    """What every row of a table rests on."""
+    header, runs = read(name)
+    prompts = {len({row["prompt"] for row in rows}) for rows in runs.values()}
+    told = " to ".join(str(n) for n in sorted({min(prompts), max(prompts)}))
+    return f"A row is of {told} prompts, up to {header['new_tokens']} tokens each."
 
 
 def empty_table() -> str:
@@ -417,7 +435,7 @@ def empty_table() -> str:
 
 def seeds() -> str:
     _, runs = read("seeds")
-    lines = ["| adapter alone | P of its pole, 95 % | - base | perplexity |", "|---|---|---|---|"]
+    lines = ["| adapter alone | P of its pole, 95 % | less the base's | perplexity |", "|---|---|---|---|"]
     for name, rows in runs.items():
         dimension = {"E": "EI", "T": "TF"}.get(name[0], "EI")
         told = ratio(rows, lambda row, of=dimension: row["traits"][of])
@@ -432,7 +450,7 @@ def missing() -> str:
     names = [*["laws-ESTP", "laws-ESTPINFJ", "front", "negative", "rows", "seeds"], *HISTORIES]
     names += [f"table-{name}" for name in (*TYPES, "roleplay")]
     left = [name for name in names if not (scores.RESULTS / f"{name}.jsonl").is_file()]
-    return f"Without scores yet: {', '.join(left)}." if left else "All of it has been run."
+    return f"These have no scores yet: {', '.join(left)}." if left else "All of it has been run."
 
 
 def _perplexity(rows: Sequence[Row]) -> str:
