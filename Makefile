@@ -70,8 +70,8 @@ soak: $(BIN)/.built
 # The suite with its long forms (every snippet of every page among them), the site, every planted bug, levels, fuzz,
 # soak, and the suite under the oldest versions that pyproject.toml allows.
 check: $(BIN)/.built lint site
-	# clients that test the server, the second by Chromium, and Ray: too large for every environment
-	$(PIP) lm_eval playwright "ray[data,serve]>=2.60"
+	# clients that test the server, the second by Chromium, and what few need: too much for every environment
+	$(PIP) lm_eval playwright "optuna>=4" "ray[data,serve]>=2.60"
 	MPG_LONG=1 $(BIN)/python $(PYTEST)
 	$(MAKE) mutants levels fuzz soak
 	$(MAKE) old

@@ -89,6 +89,12 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     rows = ({"prompt": f"How was day {day}?", "weights": {"E": 1}, "max_new_tokens": 8} for day in range(3))
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "DATA" / "mbti" / "questions").mkdir(parents=True)
+    choices = {
+        str(index): {"question": f"On day {index} you:\nA.plan {index}\nB.see {index}", "A": first, "B": second}
+        for index, (first, second) in enumerate(["EI", "SN", "TF", "JP"] * 6)
+    }
+    (tmp_path / "DATA" / "mbti" / "questions" / "mcqa.json").write_text(json.dumps(choices))
     recipe = yaml.safe_load((MODELS.parent / "smollm2" / "mpg.yaml").read_text())
     recipe["base"] = str(MODELS)
     poles = dict(zip("EISNTFJP", "EESSTTJJ", strict=True))
@@ -200,6 +206,8 @@ def test_python_of_a_page_runs(page, folder):
 @long  # runs every command
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language in SHELLS for b in blocks(page))])
 def test_whole_page_runs(page, folder):
+    if any("--search optuna" in block.body for block in blocks(page)):
+        pytest.importorskip("optuna", reason="needs mpg[tune]")
     run_page(page, folder, in_short_form=False)
 
 
