@@ -129,6 +129,14 @@ def test_commands_that_the_pages_show_are_there_and_take_the_options_that_are_sh
         assert (DOCS.parent / arguments[0]).is_file()
 
 
+def test_the_page_of_commands_shows_every_command():
+    own = get_command(app).commands
+    names = {(name, part) for name, group in own.items() for part in getattr(group, "commands", {"": None})}
+    shown = {(command[1], command[2] if command[1] == "evaluate" else "") for command in commands("commands.md")[1:]
+             if command[0] == "mpg"}  # fmt: skip
+    assert names <= shown
+
+
 def execute(command, **places):
     """Run a command of a page in this process, with places for its words in capitals. out: what it prints"""
     _, *arguments = command
