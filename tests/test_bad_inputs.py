@@ -11,10 +11,12 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 from typer.testing import CliRunner
 
@@ -25,14 +27,17 @@ from mpg.app.cli.command import app
 from mpg.context import Context
 from mpg.demo import MODELS
 from mpg.frontend.prompts import encode
+from mpg.options import OPTIONS as OPTIONS_BY_NAME
 from mpg.options import Options, check_weights, parse_weights
 from mpg.paper.check import check
 from mpg.paper.methods import answer
 from mpg.recipe import Recipe, parse_setting
+from mpg.serve.protocol import IGNORED, REFUSED, ChatRequest, CompletionRequest
 from mpg.serve.settings import Settings
 from mpg.train import settings as training
 from mpg.train.pairs import read_pairs
 
+PAGE = Path(__file__).parent.parent / "docs" / "troubleshooting.md"
 E, BOTH = {"E": 1}, {"E": 1, "T": 1}
 CALM = "Be calm."
 USER = [{"role": "user", "content": "Hello?"}]
@@ -1054,3 +1059,17 @@ TABLE = [
 def test_a_bad_input_is_refused_by_name(ask, wrong, message, request):
     told = ask(request, wrong)
     assert re.match(".*".join(map(re.escape, message.split("..."))), told, re.DOTALL), told
+
+
+def test_the_page_on_troubleshooting_has_every_word_that_a_message_begins_with():
+    """But for those that nobody knows, and for files, which messages of other kinds begin with."""
+    _, index = PAGE.read_text().split("## By the word that a message begins with")
+    fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *IGNORED, *REFUSED}
+    named = {*re.findall(r"`([^`]+)`", index), *OPTIONS_BY_NAME, *vars(GenerationConfig()), *training.SETTINGS, *fields}
+    of_places = (recipe, job_rows, pairs, chat)
+    words = {
+        re.split(r"[ .:,\[]", re.sub(r"^\d{3} ", "", message))[0]
+        for ask, _, message in TABLE
+        if ask not in of_places and not re.search(r": unknown|did you mean|there is no such|, line \d", message)
+    }
+    assert len(words) > 100 and words - named == {""}  # of bodies that are no JSON

@@ -4,7 +4,8 @@ A comment in the line before a block says what is special about it:
 
 not run: REASON    it is not, for the reason given: a GPU, a network, a test of its own
 file: NAME         it is the file NAME for the blocks after it
-raises             it fails with the message that the heading above it has, "..." standing for anything
+raises             it fails with the message that the heading above it has, "..." standing for anything; of commands,
+                   which then run in this process, it is the last that fails
 
 A diff changes a copy of this checkout, in which the commands after it run. make and pip are never run: `make check` is
 the first, and there is no network for the second. Python blocks that need nothing of the shell run in the short form.
@@ -17,6 +18,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -30,8 +32,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from longer import long
+from mpg.app.cli.command import app
 from mpg.demo import MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -185,16 +189,27 @@ def run_python(page: str, block: Block, text: str, names: dict[str, Any]) -> Non
             return
         with pytest.raises(Exception) as raised:  # noqa: PT011
             exec(code, names)
+    check_message(block, str(raised.value))
+
+
+def run_refused(block: Block, text: str) -> None:
+    *before, last = (CliRunner().invoke(app, shlex.split(line)[1:]) for line in text.splitlines())
+    assert [(done.exit_code, done.stderr) for done in before if done.exit_code] == []
+    assert last.exit_code == 2 and last.stderr.startswith("mpg: "), last.stderr
+    check_message(block, last.stderr)
+
+
+def check_message(block: Block, message: str) -> None:
     wanted = ".*".join(re.escape(part) for part in block.heading.strip("`").split("..."))
-    assert re.search(wanted, str(raised.value), re.DOTALL), f"{block.heading}: {raised.value}"
+    assert re.search(wanted, message, re.DOTALL), f"{block.heading}: {message}"
 
 
 def shown(page: str, *, in_short_form: bool) -> list[Block]:
     """The blocks that run. Those of the short form need no shell, and neither does what they rest on."""
     wanted = [block for block in blocks(page) if block.is_run or block.note.startswith("file: ")]
     if in_short_form:
-        without = ("diff", *SHELLS)
-        wanted = [block for block in wanted if block.language not in without and not NEEDS_SHELL.search(block.body)]
+        is_alone = [block.note == "raises" or block.language not in ("diff", *SHELLS) for block in wanted]
+        wanted = [b for b, alone in zip(wanted, is_alone, strict=True) if alone and not NEEDS_SHELL.search(b.body)]
     return wanted
 
 
@@ -220,6 +235,8 @@ def run_page(page: str, folder: Path, *, in_short_form: bool) -> None:
                 (folder / block.note.removeprefix("file: ")).write_text(text)
             elif block.language == "python":
                 run_python(page, block, shell.address(text), names)
+            elif block.note == "raises":
+                run_refused(block, text)
             elif block.language == "diff":
                 shell.patch(text)
             else:
