@@ -690,6 +690,8 @@ EARLY = [
     *((["serve", f"--{name}", wrong], f"{name.replace('-', '_')}: expected a number{wanted}, got {float(wrong)}")
       for name, wanted in (("max-memory", " in (0, inf)"), ("max-kept", " in [0, inf)"), ("grace", ", 0 at least"))
       for wrong in ("-1", "nan", "inf")),
+    *((["serve", "--print-config", "kuberay", f"--{name}-per-replica", "inf"], f"{name}: expected a number in [0, inf)")
+      for name in ("cpus", "gpus")),
     (["serve", "--attribute-folder", "no/such"], "attribute_folder: expected a folder, got 'no/such'"),
     (["serve", "--set", "temprature=1"], "temprature: unknown option; did you mean 'temperature'"),
     (["serve", "--models", "no/such"], "models: expected 'demo', 'smollm2', a folder or a recipe, got 'no/such'"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from mpg.options import a_number
 from mpg.serve.settings import Settings
 
 REPLICA, FRONT = "Replica", "Front"
@@ -44,6 +45,8 @@ class Scale:
             raise ValueError(f"replicas: expected 1 at least, got {self.replicas}")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas: expected at least the {self.replicas} replicas, got {self.max_replicas}")
+        for name in ("cpus", "gpus"):
+            a_number(0)(name, getattr(self, name))
 
     def options(self, settings: Settings, attributes: Mapping[str, str]) -> dict[str, Any]:
         """What Ray Serve is to know of the replicas, in its files and beside them."""
