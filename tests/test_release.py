@@ -59,3 +59,5 @@ def test_the_lock_has_what_the_project_asks_for_with_hashes():
     for wanted in lock.wanted():
         assert isinstance(wanted, Requirement)
         assert wanted.specifier.contains(pins[lock.canonical(wanted.name)], prereleases=True), wanted
+    [installed] = re.findall(r"^REAL_MODEL := .* --no-deps (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {*installed.split()} == {*lock.ALONE} <= pins.keys()

