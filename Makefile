@@ -77,10 +77,12 @@ check: $(BIN)/.built lint site
 	$(MAKE) old
 	$(OLD_VENV)/bin/python $(PYTEST) --ignore=tests/test_build.py --ignore=tests/ops --ignore=tests/simt
 
-# The environment of the oldest versions that pyproject.toml allows, but for torch.
+# The environment of the oldest versions that pyproject.toml allows, but for torch; it is without Ray and the site. Its
+# build takes the place of the one compiled file that all environments of a checkout import.
 old: $(INSTALLED)
 	mkdir -p build && $(BIN)/python tools/oldest.py > build/oldest.txt
 	PIP_CONSTRAINT=$(CURDIR)/build/oldest.txt $(MAKE) VENV=$(OLD_VENV) TRANSFORMERS=transformers $(OLD_VENV)/bin/.built
+	$(OLD_VENV)/bin/python -m pip install --quiet --no-compile --constraint build/oldest.txt optuna
 
 # The documentation site, into build/site. It needs no network, but for its search a server:
 #   python -m http.server --directory build/site

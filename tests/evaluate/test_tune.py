@@ -8,7 +8,6 @@ import math
 import pytest
 from typer.testing import CliRunner
 
-from longer import long
 from mpg.app.cli.command import app
 from mpg.evaluate import tune as tuning
 from mpg.evaluate.choices import choose
@@ -51,7 +50,7 @@ def test_the_iterative_search_goes_below_zero_where_that_is_better_and_tries_not
     assert found.held_out["tuned"] == dict.fromkeys(POLES, 1.0) != found.held_out["start"] != found.held_out["base"]
 
 
-@pytest.mark.parametrize("name", ["iterative", pytest.param("optuna", marks=long)])
+@pytest.mark.parametrize("name", ["iterative", "optuna"])
 def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(name, model, tmp_path):
     if name == "optuna":
         pytest.importorskip("optuna", reason="needs mpg[tune]")
