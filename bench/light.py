@@ -23,7 +23,7 @@ from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.models.attention import ragged_attention
 from mpg.models.graphs import CAPTURES
-from mpg.models.lengths import Lengths, most_queries
+from mpg.models.lengths import both_ways, difference, most_queries
 from test_ops import ON_FEATURES, ON_LOGITS, ON_ROWS, ON_SCORES
 
 ROUNDS: tuple[dict[str, Any], ...] = (
@@ -36,6 +36,7 @@ ROUNDS: tuple[dict[str, Any], ...] = (
     {"sampler": "token-rs", "target": "geometric"},
     {"sampler": "seq-rs", "target": "geometric", "tries": 2},
 )
+WAYS = ("mask", "lengths")  # of attention
 WEIGHTS = ({"E": 1, "T": 1}, {"T": 0.5, "J": 1}, {"J": 1})  # of the prompts, two of which run at once
 
 
@@ -126,40 +127,35 @@ def compare_rounds(device: str) -> dict[str, Any]:
 
 def name_attention_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
     """The kernels that attention of a chunk of one and of five tokens runs, by time, and microseconds of a call: by a
-    mask and, on a GPU, by lengths, which not every torch can; and up to how many tokens mpg would choose lengths
-    here."""
+    mask and, on a GPU, by lengths; how far the two are apart, and up to how many tokens mpg would choose lengths."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CUDA] if device == "cuda" else [activity.CPU]
-    kernels, refused = {}, None
+    attend = partial(ragged_attention, torch.nn.Identity())
+    keys = torch.empty(1, 1, sizes.kv_heads, 128, device=device, dtype=torch.bfloat16)
+    kernels, apart, refused, by_lengths = {}, {}, None, 0
     for context in sizes.contexts:
         for num_tokens in (1, 5):
-            query = torch.randn(1, sizes.heads, num_tokens, 128, device=device, dtype=torch.bfloat16)
-            key, value = (
-                torch.randn(1, context, sizes.kv_heads, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
-                for _ in range(2)
-            )
-            start = torch.tensor([context - num_tokens], device=device)
-            ways = {"mask": torch.zeros(1, 1, num_tokens, context, device=device, dtype=torch.bfloat16)}
-            if device == "cuda":
-                ways["lengths"] = Lengths.of(start, num_tokens, context, context)
-            for name, way in ways.items():
-                attend = partial(ragged_attention, torch.nn.Identity(), query, key, value, way)
+            case = f"context {context}, tokens {num_tokens}"
+            calls = dict(zip(WAYS, both_ways(attend, 1, num_tokens, context, sizes.heads, keys), strict=True))
+            if device != "cuda":
+                del calls["lengths"]
+            for way, call in calls.items():
                 try:
-                    attend()
-                except TypeError as error:
-                    if name == "mask":
+                    call()
+                except (TypeError, RuntimeError) as error:
+                    if way == "mask":
                         raise
                     refused = str(error)
                     continue
                 with torch.profiler.profile(activities=activities) as profile:
-                    attend()
+                    call()
                 events = sorted(profile.key_averages(), key=_microseconds, reverse=True)
-                kernels[f"context {context}, tokens {num_tokens}, {name}"] = {
-                    event.key: round(_microseconds(event), 1) for event in events[:5]
-                }
-    attend, keys = partial(ragged_attention, torch.nn.Identity()), key.transpose(1, 2)
-    by_lengths = most_queries(attend, sizes.heads, keys) if device == "cuda" and refused is None else 0
-    return {"passed": True, "kernels": kernels, "by_lengths": by_lengths, "refused": refused}
+                kernels[f"{case}, {way}"] = {event.key: round(_microseconds(event), 1) for event in events[:5]}
+            if device == "cuda" and refused is None:
+                apart[case] = difference(*calls.values())
+    if device == "cuda" and refused is None:
+        by_lengths = most_queries(attend, sizes.heads, keys)
+    return {"passed": True, "kernels": kernels, "apart": apart, "by_lengths": by_lengths, "refused": refused}
 
 
 def _microseconds(event: Any) -> float:

@@ -1,4 +1,4 @@
-"""Attention by lengths: what it computes and when it is chosen, with its kernel's own words in plain torch.
+"""Attention by lengths: what it computes and when it is chosen, with what its kernel does in plain torch.
 
 The kernel runs on a GPU alone; what stands for it here reads what that one reads and nothing else.
 """
@@ -15,29 +15,28 @@ from mpg.models.cache import RaggedCache
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
 
-def _varlen(query, key, value, queries, keys, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k):
-    """What torch's varlen_attn says that it computes, row by row."""
+def _flash(query, key, value, queries, keys, *sizes_and_flags, scale, seqused_k):
+    """What torch's kernel computes of texts of one query, text by text."""
     assert queries.dtype == keys.dtype == seqused_k.dtype == torch.int32
-    assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
+    longest_query, longest, dropout, is_causal, wants_mask = sizes_and_flags
+    assert longest_query == 1 and not is_causal, "the kernel does not split keys of longer texts, nor under a window"
+    assert dropout == 0 and not wants_mask
     out = torch.full_like(query, torch.nan)
-    for row in range(len(queries) - 1):
-        used, begin = int(seqused_k[row]), int(keys[row])
-        own = slice(int(queries[row]), int(queries[row + 1]))
-        count = own.stop - own.start
-        assert 0 < count <= max_q and count <= used <= max_k
+    for text, (used, begin) in enumerate(zip(seqused_k.tolist(), keys.tolist()[:-1], strict=True)):
+        assert queries[text : text + 2].tolist() == [text, text + 1] and 0 < used <= longest
+        assert begin + used <= len(key)
         held = (part[begin : begin + used].transpose(0, 1) for part in (key, value))
-        mask = torch.ones(count, used, dtype=torch.bool).tril(used - count)
-        out[own] = torch.nn.functional.scaled_dot_product_attention(
-            query[own].transpose(0, 1), *held, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
-        ).transpose(0, 1)
-    return out
+        out[text] = torch.nn.functional.scaled_dot_product_attention(
+            query[text][:, None], *held, scale=scale, enable_gqa=True
+        )[:, 0]
+    return out, None, None, None, None
 
 
 @pytest.fixture
 def kernel(monkeypatch):
     """Lengths on the CPU too, where they always win."""
     monkeypatch.setattr(attention, "DEVICE_OF_LENGTHS", "cpu")
-    monkeypatch.setattr(lengths, "varlen_attn", _varlen)
+    monkeypatch.setattr(lengths, "flash_attention", _flash)
     monkeypatch.setattr(lengths, "_time", lambda calls: [2.0, 1.0])
 
 
@@ -76,9 +75,9 @@ def test_lengths_are_chosen_where_they_are_right_and_faster(tiny_model, kernel, 
     assert _chosen(model) == 32
     monkeypatch.setattr(lengths, "_time", lambda calls: [1.0, 1.0])
     assert _chosen(model) == 0
-    times = iter([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, 2.0]])
+    times = iter([[2.0, 1.0], [2.0, 1.0], [1.5, 1.0], [1.5, 1.0], [3.0, 1.0], [1.0, 3.0]])
     monkeypatch.setattr(lengths, "_time", lambda calls: next(times))
-    assert _chosen(model) == 1
+    assert _chosen(model) == 8
 
 
 def test_lengths_are_not_chosen_where_they_are_wrong_or_cannot_be(tiny_model, kernel, monkeypatch):
@@ -86,14 +85,26 @@ def test_lengths_are_not_chosen_where_they_are_wrong_or_cannot_be(tiny_model, ke
     for architecture in ("gemma2", "gpt_oss"):  # scores are capped, a model has sinks
         assert _chosen(tiny_model(architecture).bfloat16()) == 0
     model = tiny_model().bfloat16()
-    monkeypatch.setattr(lengths, "varlen_attn", lambda query, *args, **kwargs: -_varlen(query, *args, **kwargs))
-    assert _chosen(model) == 0
+
+    def wrong_from(longest):
+        def kernel(query, key, value, queries, keys, max_q, max_k, *flags, **named):
+            out, *others = _flash(query, key, value, queries, keys, max_q, max_k, *flags, **named)
+            return (out if max_k < longest else -out), *others
+
+        return kernel
 
     def raising(*args, **kwargs):
-        raise TypeError("varlen_attn() got an unexpected keyword argument 'seqused_k'")
+        raise RuntimeError("head_size must be a multiple of 8")
 
-    monkeypatch.setattr(lengths, "varlen_attn", raising)
-    assert _chosen(model) == 0
+    for kernel in (wrong_from(1), wrong_from(256), raising):  # of long rows keys are split, which is another kernel
+        monkeypatch.setattr(lengths, "flash_attention", kernel)
+        assert _chosen(model) == 0
+
+
+def test_calls_are_such_as_torch_takes():
+    query, held = torch.zeros(2, 6, 3, 8, device="meta"), torch.zeros(2, 12, 2, 8, device="meta").transpose(1, 2)
+    of_rows = lengths.Lengths.of(torch.zeros(2, 3, dtype=torch.int64, device="meta"), 12)
+    assert lengths.attend_by_lengths(query, held, held, of_rows, None).shape == (2, 3, 6, 8)
 
 
 def test_lengths_are_asked_for_on_a_gpu_alone(tiny_model):
@@ -106,9 +117,9 @@ def test_texts_are_those_by_a_mask(options, tiny_model, monkeypatch):
 
     def kernel(*args, **kwargs):
         calls.append(args)
-        return _varlen(*args, **kwargs)
+        return _flash(*args, **kwargs)
 
-    monkeypatch.setattr(lengths, "varlen_attn", kernel)
+    monkeypatch.setattr(lengths, "flash_attention", kernel)
     texts = []
     for most in (0, 32):
         monkeypatch.setattr(loading, "choose_lengths", lambda model, most=most: most)

@@ -233,7 +233,7 @@ def ragged_mask(
     if isinstance(q_offset, Lengths):
         if mask_function is causal_mask_function:
             return q_offset
-        q_offset = q_offset.used - q_length
+        q_offset = q_offset.used.view(batch_size, q_length)[:, 0] - 1
     if isinstance(q_offset, Tensor):
         queries = q_offset[:, None] + torch.arange(q_length, device=device)
         queries = queries.clamp_max(kv_length - 1)  # as in place(): a row past its end would see nothing and turn NaN

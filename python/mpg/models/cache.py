@@ -24,7 +24,7 @@ class RaggedCache(Cache):
     `place` says which rows the next forward runs and where each of them starts. Entries beyond a row's end may be
     stale: the mask hides what lies behind a query, and a position is written again before a query can see it.
 
-    by_lengths: up to how many queries of a row attend by lengths, not by a mask; rows lie as many positions apart
+    by_lengths: up to how many queries of a row attend by lengths, not by a mask
     """
 
     def __init__(self, num_layers: int, num_rows: int, capacity: int, by_lengths: int = 0) -> None:
@@ -62,10 +62,10 @@ class RaggedCache(Cache):
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
         positions = positions.clamp_max(kv_length - 1)
         numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows
-        self.slot_mapping = (numbers[:, None] * (self.capacity + self.by_lengths) + positions).flatten()
+        self.slot_mapping = (numbers[:, None] * self.capacity + positions).flatten()
         if num_tokens <= self.by_lengths:
-            held = self.capacity if self.rows is None else kv_length  # of rows by number copies are read
-            self.query_offset = Lengths.of(start, num_tokens, kv_length, held + self.by_lengths)
+            # of rows by number copies are read
+            self.query_offset = Lengths.of(positions, self.capacity if self.rows is None else kv_length)
         return positions
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ class RaggedCache(Cache):
             if isinstance(layer, _RaggedLayer) and layer.is_initialized:
                 for name in ("keys", "values"):
                     old = getattr(layer, name)
-                    new = old.new_zeros(num_rows, capacity + self.by_lengths, *old.shape[2:])
+                    new = old.new_zeros(num_rows, capacity, *old.shape[2:])
                     rows, kept = min(num_rows, len(old)), min(capacity, num_positions)
                     new[:rows, :kept] = old[:rows, :kept]
                     setattr(layer, name, new)
@@ -115,7 +115,7 @@ class RaggedCache(Cache):
             buffer[row].zero_()
 
     def any_keys(self) -> Tensor:
-        """(rows, capacity and more, H, D), of a layer that has been written to."""
+        """(rows, capacity, H, D), of a layer that has been written to."""
         return self._buffers()[0]
 
     def bytes_per_position(self) -> int:
@@ -140,7 +140,7 @@ class _RaggedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: a masked NaN would still poison the weighted sum of the values.
-        room = self.cache.num_rows, self.cache.capacity + self.cache.by_lengths
+        room = self.cache.num_rows, self.cache.capacity
         self.keys: Tensor = key_states.new_zeros(*room, key_states.shape[1], key_states.shape[3])
         self.values: Tensor = value_states.new_zeros(*room, value_states.shape[1], value_states.shape[3])
         self.is_initialized = True
@@ -162,8 +162,7 @@ class _RaggedLayer(CacheLayerMixin):
             slots = cache.slot_mapping.to(device)
             buffer.view(-1, *buffer.shape[2:]).index_copy_(0, slots, states.transpose(1, 2).flatten(0, 1))
         if cache.rows is not None:
-            held = buffer[cache.rows.to(device), : cache.kv_length + cache.by_lengths].transpose(1, 2)
-            return held[:, :, : cache.kv_length]
+            return buffer[cache.rows.to(device), : cache.kv_length].transpose(1, 2)
         # buffer[first_row :][:num_rows, :kv_length].transpose(1, 2), (R, H, kv, D), in one call: there are two a layer
         return buffer.as_strided((num_rows, num_heads, cache.kv_length, size), strides, first)
 

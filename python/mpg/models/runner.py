@@ -111,7 +111,7 @@ class LoadedModel:
 
     def cache_bytes(self, num_rows: int, capacity: int) -> int:
         num_rows, capacity = self._cache_sizes(num_rows, capacity)
-        return self.bytes_per_position * num_rows * (capacity + self.by_lengths)
+        return self.bytes_per_position * num_rows * capacity
 
     def _cache_sizes(self, num_rows: int, capacity: int) -> tuple[int, int]:
         """Rows and positions of a session's cache: as asked for, or rounded up where its forwards are captured."""
