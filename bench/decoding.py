@@ -7,10 +7,12 @@ a busy machine slows all of them; what is reported is a median.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,6 +23,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -41,7 +44,7 @@ from mpg.model import Model, load
 from mpg.options import Options
 from mpg.paper.methods import METHODS, answer
 from mpg.paper.report import check_plot
-from mpg.results import Token
+from mpg.results import Result, Token
 from peers import Shape
 from turns import Row, Say, shares, take_turns
 
@@ -54,7 +57,7 @@ ALL_LINEARS, QUERY_VALUE = "all-linear", ("q_proj", "v_proj")
 class Plan:
     """How much is run. `new_tokens`, `prompts`: of the table of methods; `peer_tokens`: of a call of a peer.
 
-    graphs: whether our own forwards are captured
+    graphs: whether our own rounds are captured, in calls that do not count
     """
 
     graphs: bool = False
@@ -67,6 +70,11 @@ class Plan:
     chunk_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     contexts: tuple[int, ...] = (128, 512, 1024)
+
+    @property
+    def calls(self) -> int:
+        """Of what is timed: before the runs one that meets its rounds, and one that captures them."""
+        return self.runs + 2 * self.graphs
 
 
 FULL = Plan(prompts=100, new_tokens=128, peer_tokens=64, growth_tokens=32, contexts=(128, 512, 1024, 2048, 4096, 8192))
@@ -173,21 +181,18 @@ def describe_hardware(device: str, threads: int) -> dict[str, Any]:
 
 
 class Watch:
-    """Times every model forward, and the rounds by when their tokens reach the host.
+    """Times every model forward, and the rounds by when their tokens reach the host. While it does none is captured.
 
     device:     whose forwards are waited for, each by itself; None does not wait, and then forwards are not timed right
     forward_s:  seconds in forwards, reading the prompts included
     gaps:       of every round but the first: (seconds since the one before, seconds of them in forwards)
-    num_tokens: tokens of these rounds
     """
 
     def __init__(self, device: str | None) -> None:
         self.synchronise = torch.cuda.synchronize if (device or "").startswith("cuda") else lambda: None
         self.forward_s, self.num_forwards = 0.0, 0
         self.gaps: list[tuple[float, float]] = []
-        self.num_tokens = 0
         self._last: tuple[float, float, int] | None = None
-        self._is_first = True
 
     @contextmanager
     def watching(self, model: Model) -> Iterator[None]:
@@ -213,14 +218,10 @@ class Watch:
         """What `generate` calls with every token; those with no forward between them are one round's."""
         now = time.perf_counter(), self.forward_s, self.num_forwards
         if self._last is None:
-            self._last, self._is_first = now, True
+            self._last = now
         elif self._last[2] != self.num_forwards:
             self.gaps.append((now[0] - self._last[0], now[1] - self._last[1]))
-            self._last, self._is_first = now, False
-        self.num_tokens += not self._is_first
-
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / sum(seconds for seconds, _ in self.gaps)
+            self._last = now
 
 
 def loop_overhead(gaps: Sequence[tuple[float, float]]) -> float:
@@ -550,14 +551,18 @@ def measure_growth(plan: Plan, device: str) -> dict[str, list[dict[str, Any]]]:
 def decode_speed(
     model: Model, *, num_models: int = 4, batch: int = 1, context: int = PROMPT_TOKENS, **options: Any
 ) -> float:
-    """Tokens a second of all rounds but the first."""
-    watch = Watch(None)
+    """Tokens a second of all rounds but the first of each request. Nothing watches, as no round would be captured."""
     prompts = random_prompts(batch, context, model.models.vocab_size).tolist()
     if options.get("target") != "base":
         options["weights"] = dict.fromkeys(model.models.attribute_names[:num_models], 1 / num_models)
-    with watch.watching(model):
-        model.generate(prompts, **{"seed": 0, **options}, on_token=watch.see)
-    return watch.tokens_per_second()
+    results = model.generate(prompts, **{"seed": 0, "batch_size": batch, **options})
+    num_tokens = sum(len(result.tokens) * (1 - 1 / result.stats["rounds"]) for result in results)
+    return num_tokens / max(map(seconds_of_rounds, results))
+
+
+def seconds_of_rounds(result: Result) -> float:
+    """From the first token of a request, which began with its call, to its last."""
+    return len(result.tokens) / result.stats["tokens_per_second"] - result.stats["time_to_first_token"]
 
 
 def render(report: Report) -> Group:
@@ -617,6 +622,7 @@ GPU_GOALS = {
     "gpu_base_vs_bandwidth": 0.75,
     "gpu_base_vs_eager": 5.0,
     "gpu_base_vs_compiled": 1.0,
+    "gpu_compiled_vs_captured": 1.0,
     "gpu_direct_vs_base_all_linears": 0.85,
     "gpu_direct_vs_base_qv": 0.95,
     "gpu_scr_vs_ideal": 0.95,
@@ -647,63 +653,95 @@ def measure_gpu(
 ) -> Iterator[Row]:
     """The rows of `GPU_GOALS`, and then those of `GPU_CALLS` at every batch and context, each as soon as it is there.
 
-    The bound of the first is the copy bandwidth over the weights that a token reads. The round of the synthetic row is
-    measured, with `small` for a draft; how many tokens it commits is not, the weights being random. A row that does
-    not fit into the GPU's memory has no value.
+    Models are loaded from folders, as products are joined and widened where their weights are nobody else's. The bound
+    of the base is the copy bandwidth over the weights that a token reads. The round of the synthetic row is measured,
+    with `small` for a draft; how many tokens it commits is not, the weights being random. A row that does not fit into
+    the GPU's memory has no value.
     """
     say(f"goals of a GPU, {large.name}")
 
     def row(name: str, value: float) -> Row:
         return Row(name, value, GPU_GOALS[name])
 
-    count = plan.peer_tokens
-    base = peers.random_llama(large, device, torch.bfloat16)
-    prompts = random_prompts(1, PROMPT_TOKENS, large.vocab).to(device)
-    eager, compiled = (
-        count / median(seconds.wall for seconds in take_turns({"": call}, plan.runs, device)[""])
-        for call in (
-            lambda: peers.generate_eagerly(base, prompts, count),
-            lambda: peers.generate_eagerly(base, prompts, count, "static"),
-        )
-    )
-    bound = copy_bandwidth(device) / peers.num_bytes(base)
-    few = peers.add_adapters(base, 4, KL, QUERY_VALUE)
-    model = load(few, {name: name for name in few.peft_config}, graphs=plan.graphs)
-    yield row("gpu_direct_vs_base_qv", _speed(model, plan) / _speed(model, plan, target="base"))
-    all_adapted = peers.add_adapters(few.unload(), 4, KL, ALL_LINEARS)
-    draft = peers.random_llama(small, device, torch.bfloat16)
-    model = load(all_adapted, {name: name for name in all_adapted.peft_config}, draft=draft, graphs=plan.graphs)
-    own = _speed(model, plan, target="base")
-    yield row("gpu_base_vs_bandwidth", own / bound)
-    yield row("gpu_base_vs_eager", own / eager)
-    yield row("gpu_base_vs_compiled", own / compiled)
-    yield row("gpu_direct_vs_base_all_linears", _speed(model, plan) / own)
-    free, held, rounds = Watch(None), Watch(device), Watch(None)
-    weights = dict.fromkeys(model.models.attribute_names, 0.25)
-    settings: dict[str, Any] = {"weights": weights, "max_new_tokens": count, "seed": 0}
-    for watch in (free, held):
-        with watch.watching(model):
-            model.generate(prompts.tolist(), sampler="scr", on_token=watch.see, **settings)
-    ideal = sum(forward for _, forward in held.gaps)
-    yield row("gpu_scr_vs_ideal", ideal / sum(seconds for seconds, _ in free.gaps))
-    with rounds.watching(model):
-        model.generate(prompts.tolist(), on_token=rounds.see, **settings)
-    rounds_per_second = len(rounds.gaps) / sum(seconds for seconds, _ in rounds.gaps)
-    yield row("gpu_exact_synthetic_vs_base", TOKENS_A_ROUND * rounds_per_second / own)
-    short = min(contexts)
-    many = _speed(model, plan, batch=32, context=short)
-    yield row("gpu_direct_b32_vs_b1", many / _speed(model, plan, context=short))
+    prompts = random_prompts(1, PROMPT_TOKENS, large.vocab)
+    weights = dict.fromkeys((f"a{index}" for index in range(4)), 0.25)
+    own_base: dict[str, Any] = {"sampler": "direct", "target": "base"}
+    settings: dict[str, Any] = {"max_new_tokens": plan.peer_tokens, "seed": 0}
+
+    def seconds(call: Callable[[], Any]) -> float:
+        return median(run.wall for run in take_turns({"": call}, plan.runs, device)[""])
+
+    def rounds(sampler: str) -> tuple[float, float]:
+        """Rounds of a call but the first, and their seconds, the least of the runs."""
+        calls = [
+            model.generate(prompts.tolist(), weights=weights, sampler=sampler, **settings)[0] for _ in range(plan.calls)
+        ]
+        return calls[-1].stats["rounds"] - 1, min(map(seconds_of_rounds, calls[-plan.runs :]))
+
+    with TemporaryDirectory(dir=_roomy_folder()) as name:
+        folder = Path(name)
+        peers.random_llama(small, device, torch.bfloat16).save_pretrained(folder / "draft")
+        base = _save_adapted(peers.random_llama(large, device, torch.bfloat16), folder)
+
+        def open_model(adapters: str, **switches: Any) -> Model:
+            attributes = {name: folder / adapters / name for name in weights}
+            switches = {"device": device, "dtype": "bfloat16", "graphs": plan.graphs, **switches}
+            return load(folder / "base", attributes, draft=folder / "draft", **switches)
+
+        model = open_model("all linears")
+        own, direct = _speed(model, plan, target="base"), _speed(model, plan)
+        yield row("gpu_base_vs_bandwidth", own / (copy_bandwidth(device) / peers.num_bytes(base)))
+        yield row("gpu_direct_vs_base_all_linears", direct / own)
+        for held in (Watch(device), Watch(device)):  # the first one's forwards are captured
+            with held.watching(model):
+                model.generate(prompts.tolist(), weights=weights, sampler="scr", on_token=held.see, **settings)
+        yield row("gpu_scr_vs_ideal", sum(forward for _, forward in held.gaps) / rounds("scr")[1])
+        num_rounds, of_rounds = rounds("exact")
+        yield row("gpu_exact_synthetic_vs_base", TOKENS_A_ROUND * num_rounds / of_rounds / own)
+        short = min(contexts)
+        many = _speed(model, plan, batch=32, context=short)
+        yield row("gpu_direct_b32_vs_b1", many / _speed(model, plan, context=short))
+        other = open_model("query and value")
+        yield row("gpu_direct_vs_base_qv", _speed(other, plan) / _speed(other, plan, target="base"))
+        del other
+        whole = seconds(lambda: model.generate(prompts.tolist(), **own_base, **settings))
+        for peer, implementation in (("eager", None), ("compiled", "static")):
+            call = partial(peers.generate_eagerly, base, prompts.to(device), plan.peer_tokens, implementation)
+            yield row(f"gpu_base_vs_{peer}", seconds(call) / whole)
+        del base, call
+        try:
+            both = _speed(open_model("all linears", compile=True), plan)
+            yield row("gpu_compiled_vs_captured", both / direct)
+        except Exception as error:  # whatever a compiler raises: the rows to come do not need it
+            yield replace(row("gpu_compiled_vs_captured", 0), value=None, why=f"{type(error).__name__}: {error}")
+    gc.collect()
     for context, batch, (name, options) in product(contexts, batches, GPU_CALLS.items()):
         say(f"{name}, batch {batch}, context {context}")
         speed = None
         with suppress(MemoryError):
-            speed = _speed(model, plan, batch=batch, context=context, **options)
+            speed = _speed(model, replace(plan, runs=1), batch=batch, context=context, **options)
         yield Row(f"gpu_{name}_b{batch}_c{context}_tokens_per_second", speed)
 
 
 def _speed(model: Model, plan: Plan, **settings: Any) -> float:
     settings = {"sampler": "direct", "max_new_tokens": plan.peer_tokens, **settings}
-    return median(decode_speed(model, **settings) for _ in range(plan.runs))
+    return median([decode_speed(model, **settings) for _ in range(plan.calls)][-plan.runs :])
+
+
+def _roomy_folder() -> str | None:
+    """Where models of a few dozen GB are written and read the fastest; None for the default."""
+    memory = "/dev/shm"
+    return memory if os.path.isdir(memory) and shutil.disk_usage(memory).free > 2**35 else None
+
+
+def _save_adapted(base: Any, folder: Path) -> Any:
+    """Write a base, and two sets of four adapters of it, of the same names. out: the base, without any"""
+    base.save_pretrained(folder / "base")
+    for name, modules in (("query and value", QUERY_VALUE), ("all linears", ALL_LINEARS)):
+        adapted = peers.add_adapters(base, 4, KL, modules)
+        adapted.save_pretrained(str(folder / name), save_embedding_layers=False)
+        base = adapted.unload()
+    return base
 
 
 def copy_bandwidth(device: str, size: int = 2**30) -> float:
@@ -719,7 +757,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="A folder for the whole report: bench-DEVICE.json and .png.")] = None,
     device: Annotated[str, typer.Option(help="cpu | cuda, with the goals of either.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of torch's products on the CPU.")] = 1,
-    graphs: Annotated[bool, typer.Option("--graphs", help="Capture forwards as CUDA graphs.")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Capture rounds as CUDA graphs.")] = False,
     only: Annotated[list[Part] | None, typer.Option(help="A part to run, or several of them; default all.")] = None,
 ) -> None:
     """Measure decoding against its goals, the loops one would write without mpg, and its own forwards.
