@@ -16,9 +16,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def environment(device: str) -> dict[str, str]:
     """Where this tree is found, its twins and stand-ins too, for a device."""
     folders = [str(ROOT / folder) for folder in ("python", "", "tests", "tests/ops")]
     path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
-    own = {"OMP_NUM_THREADS": "1"}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # what is stopped has printed what it knew
     if device == "cuda":  # built for this card alone, in a quarter of the time
         own = {"MPG_CUDA": "ON", "MPG_CUDA_ARCHS": "{}{}-real".format(*torch.cuda.get_device_capability())}
     return os.environ | {"MPG_DEVICE": device, "PYTHONPATH": path} | own
@@ -112,7 +114,8 @@ STOPPED = 124  # the exit status that timeout(1) gives
 
 
 def run(command: list[str], limit_s: float, variables: Mapping[str, str] = os.environ) -> tuple[int, str]:
-    """Exit status and standard output of a command. At the limit it is stopped with all that it has started."""
+    """Exit status and standard output of a command. At the limit it is stopped with all that it has started, and the
+    last line says so."""
     with subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -120,7 +123,8 @@ def run(command: list[str], limit_s: float, variables: Mapping[str, str] = os.en
             output, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return STOPPED, f"stopped after {limit_s:.0f} s"
+            output, _ = process.communicate()
+            return STOPPED, f"{output}\nstopped after {limit_s:.0f} s"
         return process.returncode, output
 
 
@@ -133,10 +137,24 @@ def run_pytest(limit_s: float, *arguments: str) -> tuple[bool, str]:
 
 
 def run_suite(device: str, limit_s: float) -> Iterator[Found]:
-    """What the suite has for a device; a rehearsal runs the demo's tests alone."""
+    """What the suite has for a device, test by test on several processes; a rehearsal runs the demo's tests alone."""
     chosen = ["--ignore=tests/test_build.py", "--ignore=tests/simt", "-k", "not simt and not cpu"]
-    passed, summary = run_pytest(limit_s, *(chosen if device == "cuda" else ["tests/demo"]))
-    yield {"passed": passed, "summary": summary}
+    workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
+    options = ["-m", "pytest", "-p", "no:cacheprovider", "-vv", *workers]
+    status, output = run([sys.executable, *options, *(chosen if device == "cuda" else ["tests/demo"])], limit_s)
+    if status != 0:
+        print(output[-8000:], file=sys.stderr)
+    yield {"passed": status == 0, **tell_tests(output)}
+
+
+def tell_tests(output: str) -> Found:
+    """How many tests pytest's -vv has told of, by verdict, which failed, and its last line."""
+    told = re.findall(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (\S.*?) *$", output, flags=re.MULTILINE)
+    found = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, flags=re.MULTILINE)
+    verdicts = told + [(verdict, name) for name, verdict in found]
+    counts = Counter(verdict.lower() for verdict, _ in verdicts)
+    failed = sorted({name for verdict, name in verdicts if verdict in ("FAILED", "ERROR")})
+    return {"tests": dict(counts), "failed": failed, "summary": (output.strip().splitlines() or [""])[-1]}
 
 
 SANITIZER = "compute-sanitizer"
@@ -167,7 +185,7 @@ def run_sanitizer(tool: str, limit_s: float, of_ops: str = "") -> dict[str, str]
     # Small inputs, each in an allocation of its own: in one of torch's large blocks an overrun would stay inside.
     variables = os.environ | {"MPG_MAX_ELEMENTS": str(2**12), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     status, output = run(command, limit_s, variables)
-    return {"verdict": "unfinished", "detail": output} if status == STOPPED else judge(status, output)
+    return {"verdict": "unfinished", "detail": output[-2000:]} if status == STOPPED else judge(status, output)
 
 
 def judge(exit_status: int, output: str) -> dict[str, str]:
@@ -201,10 +219,15 @@ def judge(exit_status: int, output: str) -> dict[str, str]:
 
 
 def run_op_bench(device: str, limit_s: float) -> Iterator[Found]:
-    """bench/test_ops.py, whose last line is its report. Passed: every answer was right; a goal may be missed."""
+    """bench/test_ops.py, whose last line is its report, and which leaves what it has measured as it goes. Passed: every
+    answer was right; a goal may be missed."""
     few = [] if device == "cuda" else ["-k", "draw_tokens"]
-    passed, last_line = run_pytest(limit_s, "bench/test_ops.py", "--device", device, *few)
-    yield {"passed": True} | json.loads(last_line) if passed else {"passed": False, "summary": last_line}
+    path = ROOT / "build" / "ops-so-far.json"
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    passed, last_line = run_pytest(limit_s, "bench/test_ops.py", "--device", device, "--so-far", str(path), *few)
+    so_far = json.loads(path.read_text()) if path.exists() else {}
+    yield {"passed": True} | json.loads(last_line) if passed else {"passed": False, "summary": last_line, **so_far}
 
 
 # The ops that are looked at for races first, by the files of their tests
@@ -212,16 +235,12 @@ RACES = {"warp_rows": "test_warp_rows", "draws": "(test_draw_fallback or test_ve
 
 
 def run_first_light(device: str, limit_s: float) -> Iterator[Found]:
-    """The steps of bench/light.py, and in what time is left a look for races. A rehearsal captures graphs by the tests'
-    stand-in."""
+    """The steps of bench/light.py, and in what time is left a look for races."""
     deadline = time.perf_counter() + limit_s
     from light import first_light
 
     if device == "cpu":
-        from mpg.models.graphs import CAPTURES
-        from tape import Tape
-
-        CAPTURES["cpu"] = Tape
+        capture_on_tapes()
     for found in first_light(device):
         yield found
     races: dict[str, dict[str, str]] = {}
@@ -232,6 +251,14 @@ def run_first_light(device: str, limit_s: float) -> Iterator[Found]:
         yield found | {"racecheck": races, "passed": passed}
 
 
+def capture_on_tapes() -> None:
+    """Let a rehearsal have graphs: by the tests' stand-in."""
+    from mpg.models.graphs import CAPTURES
+    from tape import Tape
+
+    CAPTURES["cpu"] = Tape
+
+
 def time_large_models(device: str, _limit_s: float) -> Iterator[Found]:
     """The GPU's rows of bench/decoding.py, one after another. Passed: they ran; a goal may be missed."""
     import peers
@@ -239,8 +266,9 @@ def time_large_models(device: str, _limit_s: float) -> Iterator[Found]:
 
     large, small, plan, sizes = peers.LLAMA_8B, peers.LLAMA_1B, Plan(graphs=True), {}
     if device == "cpu":
+        capture_on_tapes()
         large = small = peers.Shape("stand-in", 64, 128, 2, 4, 2, 500)
-        plan, sizes = Plan(runs=1, peer_tokens=6), {"batches": (1, 2), "contexts": (8,)}
+        plan, sizes = Plan(graphs=True, runs=1, peer_tokens=6), {"batches": (1, 2), "contexts": (8,)}
     rows: list[Found] = []
     for row in measure_gpu(large, small, plan, device, partial(print, file=sys.stderr), **sizes):
         rows.append(row.as_json())

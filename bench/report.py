@@ -20,8 +20,9 @@ Row = dict[str, Any]
 
 
 class Report:
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, so_far: Path | None = None) -> None:
+        """so_far: a file that has what is measured as soon as it is"""
+        self.device, self.so_far = device, so_far
         self.machine: Row = {
             "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
             "threads": torch.get_num_threads(),
@@ -33,9 +34,17 @@ class Report:
         self.rows: list[Row] = []  # name, value, goal, pass: what is asked of the ops
         self.times: list[Row] = []  # one for each measurement
 
+    def add(self, times: Row) -> None:
+        self.times.append(times)
+        if self.so_far is not None:
+            self.so_far.write_text(json.dumps(self.everything(), indent=1) + "\n")
+
+    def everything(self) -> Row:
+        return {"machine": self.machine, "rows": rounded(self.rows), "times": rounded(self.times)}
+
     def write(self, save: bool) -> None:
         self.machine["load_average_after"] = os.getloadavg()[0]
-        everything = {"machine": self.machine, "rows": rounded(self.rows), "times": rounded(self.times)}
+        everything = self.everything()
         print("", self.machine, *self.time_table(), "", *self.goal_table(), "", sep="\n")
         if save:
             name = re.sub(r"\W+", "-", self.machine["device"].lower())

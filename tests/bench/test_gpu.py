@@ -145,7 +145,7 @@ def test_op_bench_is_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     (tmp_path / "bench").mkdir()
     (tmp_path / "conftest.py").write_text(
-        "def pytest_addoption(parser): parser.addoption('--device')\n"
+        "def pytest_addoption(parser): parser.addoption('--device'), parser.addoption('--so-far')\n"
         "def pytest_unconfigure(config): print('a table', '{\"goals\": []}', sep='\\n')\n"
     )
     suite = tmp_path / "bench" / "test_ops.py"
@@ -153,6 +153,47 @@ def test_op_bench_is_its_last_line(tmp_path, monkeypatch):
     assert list(gpu.run_op_bench("cuda", 60)) == [{"passed": True, "goals": []}]
     suite.write_text("def test_op(): assert False\n")
     assert not next(gpu.run_op_bench("cuda", 60))["passed"]
+    suite.write_text(
+        "def test_op(pytestconfig):\n"
+        "    open(pytestconfig.getoption('--so-far'), 'w').write('{\"times\": [1]}')\n"
+        "    assert False\n"
+    )
+    found = next(gpu.run_op_bench("cuda", 60))
+    assert not found["passed"] and found["times"] == [1]
+
+
+def test_a_stopped_command_has_printed_what_it_has():
+    status, output = gpu.run(["sh", "-c", "echo first; exec sleep 60"], 0.5)
+    assert status == gpu.STOPPED and output.splitlines()[0] == "first"
+    assert output.splitlines()[-1].startswith("stopped after")
+
+
+TOLD = {
+    "by one process": """\
+tests/a.py::test_one[x - y] PASSED                                         [ 33%]
+tests/a.py::test_two FAILED                                                [ 66%]
+tests/b.py::test_three SKIPPED (no GPU)                                    [100%]
+stopped after 340 s
+""",
+    "by several": """\
+tests/a.py::test_one[x - y]
+tests/a.py::test_two
+[gw0] [ 33%] PASSED tests/a.py::test_one[x - y]
+[gw1] [ 66%] FAILED tests/a.py::test_two
+tests/b.py::test_three
+[gw0] [100%] SKIPPED tests/b.py::test_three
+stopped after 340 s
+""",
+}
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_a_suite_that_is_stopped_has_told_which_tests_failed(told, monkeypatch):
+    monkeypatch.setattr(gpu, "run", lambda command, limit_s: (gpu.STOPPED, TOLD[told]))
+    assert list(gpu.run_suite("cuda", 340)) == [{
+        "passed": False, "tests": {"passed": 1, "failed": 1, "skipped": 1}, "failed": ["tests/a.py::test_two"],
+        "summary": "stopped after 340 s",
+    }]  # fmt: skip
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -205,3 +246,4 @@ def test_every_part_but_sanitizers_can_be_rehearsed(tmp_path):
     assert light["rounds"]["graph_bytes"] > 0
     assert all(light["attention"]["kernels"].values())
     assert all(row["value"] > 0 for row in reports["decode"]["rows"])
+    assert reports["tests"]["tests"]["passed"] > 0 and not reports["tests"]["failed"]
