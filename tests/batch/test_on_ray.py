@@ -36,8 +36,8 @@ def alone(monkeypatch):
     """A Ray of our own, whatever else runs on this machine."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))  # where workers find this file
+    paths = [*map(str, Path(__file__).parents[:2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))  # where workers find this file and what it imports
 
 
 def start(rows, output, *arguments):
