@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -57,8 +57,9 @@ def first_light(device: str) -> Iterator[dict[str, Any]]:
         "loads": lambda: {"passed": True, **mpg_ext.build_info()},
         "stream": partial(check_stream, device),
         "ops": partial(check_ops, device, sizes),
-        "rounds": partial(compare_rounds, device),
+        "rounds": partial(compare_rounds, device, ROUNDS),
         "attention": partial(name_attention_kernels, device, sizes),
+        "compiled": partial(compare_rounds, device, ROUNDS[:2], compile=True),
     }
     found: dict[str, Any] = {"passed": True}
     for name, step in steps.items():
@@ -96,17 +97,19 @@ def check_ops(device: str, sizes: Sizes) -> dict[str, Any]:
     return {"passed": not wrong, "ops": len(names), "wrong": wrong}
 
 
-def compare_rounds(device: str) -> dict[str, Any]:
+def compare_rounds(device: str, ways: Sequence[dict[str, Any]], **switches: bool) -> dict[str, Any]:
     """The demo models, far too small to fill a GPU: that decoding runs, what a round costs beside the kernels, and that
-    rounds replayed whole from graphs give the texts that rounds launched kernel by kernel give. `captured`: the graphs
-    of rounds that a call has left, none where a capture failed, of which `warnings` tell."""
+    rounds replayed whole from graphs, and loaded with `switches`, give the texts that rounds launched kernel by kernel
+    give. `captured`: the graphs of rounds that a call has left, none where a capture failed, of which `warnings` tell.
+    """
     can_capture = device in CAPTURES
+    switches_of = {False: {}, True: {"graphs": True, **switches}}
     models = {
-        graphs: mpg.load(MODELS, draft=MODELS, device=device, dtype="float32", graphs=graphs)
+        graphs: mpg.load(MODELS, draft=MODELS, device=device, dtype="float32", **switches_of[graphs])
         for graphs in (False, *[True] * can_capture)
     }
     rows, differing = [], []
-    for options in ROUNDS:
+    for options in ways:
         texts = {}
         settings = {"weights": list(WEIGHTS), "seed": 0, "max_new_tokens": 24, "batch_size": 2} | options
         for graphs, model in models.items():

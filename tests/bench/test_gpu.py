@@ -242,8 +242,9 @@ def test_every_part_but_sanitizers_can_be_rehearsed(tmp_path):
     light = reports["light"]
     assert light["ops"]["ops"] == 19 and not light["ops"]["wrong"]
     assert light["stream"]["passed"] and {*light["racecheck"]} == {*gpu.RACES}
-    assert {row["graphs"] for row in light["rounds"]["rows"]} == {True, False}
-    assert light["rounds"]["graph_bytes"] > 0
+    for step in ("rounds", "compiled"):
+        assert {row["graphs"] for row in light[step]["rows"]} == {True, False}
+        assert light[step]["graph_bytes"] > 0
     assert all(light["attention"]["kernels"].values())
     assert all(row["value"] > 0 for row in reports["decode"]["rows"])
     assert reports["tests"]["tests"]["passed"] > 0 and not reports["tests"]["failed"]
