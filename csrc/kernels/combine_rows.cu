@@ -63,14 +63,15 @@ __global__ void __launch_bounds__(kThreads) log_masses_kernel(const CombineRows<
         sums[t].add(weight, sums[t].term(weight, ratio));
       }
     }
+    float log_masses[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      if (t >= count) break;
       float log_mass = base[t];  // excluded by the base, whatever the ratios
       if (log_mass != -INFINITY) log_mass = is_nan(anchor[t]) ? NAN : log_mass + sums[t].value();
-      args.log_rows[row * V + y + t] = log_mass;
-      sum.add(log_mass, args.inv_temperature);
+      log_masses[t] = log_mass;
+      if (t < count) sum.add(log_mass, args.inv_temperature);
     }
+    store_packed(log_masses, count, args.log_rows + row * V + y);
   }
   sum = reduce_block(sum, Merge{args.inv_temperature});
   if (threadIdx.x == 0) args.row_partials[row * num_slices(V, args.slice_size) + blockIdx.y] = sum;

@@ -161,6 +161,18 @@ MUTANTS = {
         "",
         "ops/test_combine_rows.py exact_to_rounding",
     ),
+    "packed store behind the end of a row": Mutant(
+        "csrc/kernels/packed.cuh",
+        "count >= kCount && ",
+        "",
+        "ops/test_combine_rows.py exact_to_rounding",
+    ),
+    "packed store of numbers that do not lie on it": Mutant(
+        "csrc/kernels/packed.cuh",
+        " && reinterpret_cast<uintptr_t>(out) % sizeof(P) == 0",
+        "",
+        "ops/test_combine_rows.py exact_to_rounding",
+    ),
     "slices of another size where they are merged": Mutant(
         "csrc/kernels/verify_chunks.cu",
         "args.partials, row, logits.num_slices()",
