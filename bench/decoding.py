@@ -656,7 +656,7 @@ def measure_gpu(
     Models are loaded from folders, as products are joined and widened where their weights are nobody else's. The bound
     of the base is the copy bandwidth over the weights that a token reads. The round of the synthetic row is measured,
     with `small` for a draft; how many tokens it commits is not, the weights being random. A row that does not fit into
-    the GPU's memory has no value.
+    the GPU's memory has no value; one of ours that misses its goal says what the time of a call goes to.
     """
     say(f"goals of a GPU, {large.name}")
 
@@ -690,17 +690,27 @@ def measure_gpu(
 
         model = open_model("all linears")
         own, direct = _speed(model, plan, target="base"), _speed(model, plan)
-        yield row("gpu_base_vs_bandwidth", own / (copy_bandwidth(device) / peers.num_bytes(base)))
-        yield row("gpu_direct_vs_base_all_linears", direct / own)
+
+        def explained(row: Row, batch: int = 1, **options: Any) -> Row:
+            if row.as_json()["pass"] is not False:
+                return row
+            options = {"sampler": "direct", "batch": batch, "max_new_tokens": plan.peer_tokens, **options}
+            return replace(row, why=name_kernels(lambda: decode_speed(model, **options), device))
+
+        of_bound = own / (copy_bandwidth(device) / peers.num_bytes(base))
+        yield explained(row("gpu_base_vs_bandwidth", of_bound), target="base")
+        yield explained(row("gpu_direct_vs_base_all_linears", direct / own))
         for held in (Watch(device), Watch(device)):  # the first one's forwards are captured
             with held.watching(model):
                 model.generate(prompts.tolist(), weights=weights, sampler="scr", on_token=held.see, **settings)
-        yield row("gpu_scr_vs_ideal", sum(forward for _, forward in held.gaps) / rounds("scr")[1])
+        ideal = sum(forward for _, forward in held.gaps)
+        yield explained(row("gpu_scr_vs_ideal", ideal / rounds("scr")[1]), sampler="scr")
         num_rounds, of_rounds = rounds("exact")
-        yield row("gpu_exact_synthetic_vs_base", TOKENS_A_ROUND * num_rounds / of_rounds / own)
+        speed = TOKENS_A_ROUND * num_rounds / of_rounds
+        yield explained(row("gpu_exact_synthetic_vs_base", speed / own), sampler="exact")
         short = min(contexts)
         many = _speed(model, plan, batch=32, context=short)
-        yield row("gpu_direct_b32_vs_b1", many / _speed(model, plan, context=short))
+        yield explained(row("gpu_direct_b32_vs_b1", many / _speed(model, plan, context=short)), batch=32, context=short)
         other = open_model("query and value")
         yield row("gpu_direct_vs_base_qv", _speed(other, plan) / _speed(other, plan, target="base"))
         del other
@@ -717,10 +727,10 @@ def measure_gpu(
     gc.collect()
     for context, batch, (name, options) in product(contexts, batches, GPU_CALLS.items()):
         say(f"{name}, batch {batch}, context {context}")
-        speed = None
+        value = None
         with suppress(MemoryError):
-            speed = _speed(model, replace(plan, runs=1), batch=batch, context=context, **options)
-        yield Row(f"gpu_{name}_b{batch}_c{context}_tokens_per_second", speed)
+            value = _speed(model, replace(plan, runs=1), batch=batch, context=context, **options)
+        yield Row(f"gpu_{name}_b{batch}_c{context}_tokens_per_second", value)
 
 
 def _speed(model: Model, plan: Plan, **settings: Any) -> float:
@@ -742,6 +752,19 @@ def _save_adapted(base: Any, folder: Path) -> Any:
         adapted.save_pretrained(str(folder / name), save_embedding_layers=False)
         base = adapted.unload()
     return base
+
+
+def name_kernels(call: Callable[[], Any], device: str, most: int = 8) -> str:
+    """The kernels (on the CPU the operators) that a call runs the longest, their shares of its time, and how often."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if device.startswith("cuda") else activity.CPU]) as profile:
+        call()
+    times = {
+        f"{event.key[:60]} x {event.count}": event.self_device_time_total or event.self_cpu_time_total
+        for event in profile.key_averages()
+    }
+    longest = sorted(times, key=lambda name: times[name], reverse=True)[:most]
+    return "; ".join(f"{times[name] / sum(times.values()):.0%} {name}" for name in longest)
 
 
 def copy_bandwidth(device: str, size: int = 2**30) -> float:

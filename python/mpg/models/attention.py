@@ -225,8 +225,8 @@ def ragged_mask(
     q_offset: from RaggedCache: (R,) int64, or where all rows start, behind their first token; or lengths
 
     out: (R, 1, q, kv) in `dtype`, to be added to scores: 0 = attend, -inf = do not. Made once a forward; of a bool mask
-    every layer would make it anew. None where a single query attends to all that is held; the lengths, if there are
-    any, where each does to all before it
+    every layer would make it anew, as it copies this one for the heads of a group where there are several queries. None
+    where a single query attends to all that is held; the lengths, if there are any, where each does to all before it
     """
     assert isinstance(q_offset, Tensor | Lengths) or q_offset > 0, "the model attends without its cache"
     assert mask_function is not None
