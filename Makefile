@@ -71,7 +71,7 @@ soak: $(BIN)/.built
 # soak, and the suite under the oldest versions that pyproject.toml allows.
 check: $(BIN)/.built lint site
 	# clients that test the server, the second by Chromium, and what few need: too much for every environment
-	$(PIP) "lm_eval[api]" playwright "optuna>=4" "ray[data,serve]>=2.60"
+	$(PIP) "lm_eval[api]" playwright "optuna>=4" "ray[data,serve]>=2.60" "moto[s3]" flask flask-cors
 	MPG_LONG=1 $(BIN)/python $(PYTEST)
 	$(MAKE) mutants levels fuzz soak
 	$(MAKE) old

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import sys
 import tracemalloc
@@ -353,12 +354,16 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["batch", *map(str, arguments)])
 
 
-def test_the_command_answers_and_goes_on(job, tmp_path):
+def test_the_command_answers_tells_how_far_it_is_and_goes_on(job, tmp_path, monkeypatch):
     _, folder = job
+    monkeypatch.setattr("mpg.app.cli.batch.LINE_SECONDS", 0)
     command = [folder / "rows.jsonl", tmp_path / "out", "--local", "--set", "sampler=direct", "--dtype", "float64"]
     done = invoke(*command)
     assert (done.exit_code, done.stdout.split(";")[0]) == (0, f"{tmp_path / 'out'}: 40 of 40 rows")
     assert told(tmp_path / "out") == told(folder / "out")
+    number = r"[\d.e+]+"
+    lines = re.findall(rf"(\d+) of 40 rows; {number} rows/s, {number} tokens/s; \d+ s left", done.stderr)
+    assert len(lines) == 3 and sorted(map(int, lines))[-1] == 40
     assert "40 of 40 rows; 0 rows/s" in invoke(*command).stdout
     other = invoke(*command, "--seed", "1")
     assert other.exit_code == 2 and "seed: 0 there, 1 here" in other.stderr

@@ -63,6 +63,50 @@ def test_one_two_and_no_workers_of_ray_write_the_same(tmp_path):
         assert files == sorted(part.name for part in (tmp_path / "local").iterdir())
 
 
+def test_more_workers_come_while_rows_wait(tmp_path):
+    name = write_rows(tmp_path / "rows.jsonl", make_rows(1000))
+    finish(name, tmp_path / "local", "--local")
+    process, counts = start(name, tmp_path / "out", "--workers", "2", "--min-workers", "1"), {0}
+    while process.poll() is None:
+        counts.add(len(workers_of(family(process))))
+        time.sleep(0.1)
+    assert process.returncode == 0, process.communicate()[1]
+    assert counts == {0, 1, 2}
+    assert told(tmp_path / "out") == told(tmp_path / "local")
+
+
+# The command on a machine so busy that a thread of Ray Data takes four seconds to ask Ray again, with an input that is
+# gone when the workers read it.
+BUSY = """
+import os, sys, time, ray
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
+from mpg.app.cli.command import app
+from mpg.batch import on_ray
+step, shutdown, connect = StreamingExecutor._scheduling_loop_step, ray.shutdown, on_ray.connect
+def slow_step(*arguments):
+    time.sleep(4)
+    return step(*arguments)
+def shut_down_and_stay():
+    shutdown()
+    time.sleep(6)
+def connect_and_lose():
+    os.remove(sys.argv[2])
+    return connect()
+StreamingExecutor._scheduling_loop_step = slow_step
+ray.shutdown, on_ray.connect = shut_down_and_stay, connect_and_lose
+app()
+"""
+
+
+def test_what_went_wrong_is_told_on_a_busy_machine(tmp_path):
+    """Ray ends a process without a word in which a thread asks it for something behind its shutdown."""
+    name = write_rows(tmp_path / "rows.jsonl", make_rows(400))
+    command = [sys.executable, "-c", BUSY, "batch", name, str(tmp_path / "out"), *HOW]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 2, done.stderr
+    assert "mpg: input: expected files that can be read" in done.stderr
+
+
 def load_mortal():
     """The demo, in a process that dies of one prompt."""
     model = mpg.load(MODELS, device="cpu")
@@ -133,11 +177,14 @@ def find(processes, word):
     return found
 
 
+def workers_of(processes):
+    return find(find(processes, "ray::"), "MapWorker")
+
+
 def kill(process, kind, rng):
     """Kill a worker, the driver, both, or all of Ray here; or interrupt the driver. out: whether there was one"""
     everybody = family(process)
-    workers, raylets = find(everybody, "ray::"), find(everybody, "raylet/raylet")
-    workers = [worker for worker in workers if "MapWorker" in " ".join(worker.cmdline())]
+    workers, raylets = workers_of(everybody), find(everybody, "raylet/raylet")
     if not workers or process.poll() is not None:
         return False
     for victim in [rng.choice(workers)] if kind in ("worker", "both") else raylets if kind == "node" else []:
@@ -148,7 +195,8 @@ def kill(process, kind, rng):
     if kind == "interrupt":
         process.send_signal(signal.SIGINT)
     if kind != "worker":
-        process.communicate(timeout=SECONDS)
+        _, err = process.communicate(timeout=SECONDS)
+        assert "the same command goes on" in err, (kind, process.returncode, err)
         psutil.wait_procs([*workers, *raylets], timeout=60)
     return True
 

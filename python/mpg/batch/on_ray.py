@@ -8,6 +8,8 @@ workers die.
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from mpg.batch.rows import Chunk
 from mpg.batch.worker import AT_ONCE, Done, Task, Worker
 
 LOADS = 2  # of the models that a worker may die of, beside which Ray has no limit
+THREAD_SECONDS = 60  # that the threads of Ray Data have to end
 
 
 class RayWorker:
@@ -57,6 +60,7 @@ def run_on_ray(
     Raises ValueError where workers cannot start, and where rows cannot be written.
     """
     is_alone = connect()
+    before = threading.enumerate()
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -81,4 +85,14 @@ def run_on_ray(
         cause = getattr(error, "cause", None) or error
         raise ValueError(f"workers: they cannot start: {str(cause).strip().splitlines()[-1]}") from error
     finally:
+        _wait_for_threads(before)
         ray.shutdown()
+
+
+def _wait_for_threads(before: Sequence[threading.Thread]) -> None:
+    """Wait for the threads that there are beside those before. Ray Data waits for its own for two seconds alone, and
+    Ray ends a process at once, without a word, in which one asks it for anything behind its shutdown."""
+    ends_at = time.monotonic() + THREAD_SECONDS
+    for thread in set(threading.enumerate()) - set(before):
+        if thread.name != "Prefetcher":  # which sleeps for ever, and asks for nothing
+            thread.join(max(ends_at - time.monotonic(), 0))

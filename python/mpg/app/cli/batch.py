@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpg.batch.worker import Done
 
 LINE_SECONDS = 10  # between two lines of progress where there is no terminal
+KILLED = "mpg: the command was killed, or has lost the Ray that it ran on; the same command goes on"
 
 
 @arguments.clear_errors()
@@ -64,6 +65,7 @@ def batch(
         from mpg.batch.job import begin, describe, run_local
         from mpg.batch.parts import FORMATS, Output
         from mpg.batch.rows import scan
+        from mpg.batch.watch import told_if_killed
         from mpg.batch.worker import Task, check
     except ImportError as error:
         wanted = "pip install 'mpg[ray]', or for --local alone: pip install pyarrow 'mpg[serve]'"
@@ -96,7 +98,7 @@ def batch(
     )  # fmt: skip
     left = begin(task, describe(task, recipe, how))
     try:
-        with _Meter(asked.num_rows, sum(chunk.count for chunk in left)) as meter:
+        with told_if_killed(KILLED), _Meter(asked.num_rows, sum(chunk.count for chunk in left)) as meter:
             if left and local:
                 run_local(task, left, meter.take)
             elif left:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mpg.recipe import Recipe
 
 
+KILLED = "mpg: the command was killed, or has lost the Ray that it ran on"
+
+
 @arguments.clear_errors()
 def serve(
     models: arguments.Models = "demo",
@@ -116,6 +119,7 @@ def serve(
     if not print_config:
         check_address(host, port)
     if replicas or max_replicas or print_config:
+        from mpg.batch.watch import told_if_killed
         from mpg.serve import deploy
 
         scale = deploy.Scale(
@@ -131,7 +135,8 @@ def serve(
         else:
             port = port or deploy.free_port(host)  # Ray's own choice is not told
             application = deploy.deployment(deploy.place(models), scale=scale, **given, api_keys=keys)
-            deploy.run(application, scale, host, port, lambda: _say(address(host, port)))
+            with told_if_killed(KILLED):
+                deploy.run(application, scale, host, port, lambda: _say(address(host, port)))
         return
 
     def reload(other: Recipe, beside: Ensemble) -> Model:
