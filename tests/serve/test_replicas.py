@@ -302,7 +302,8 @@ def started(*arguments):
         yield process, found[1]
     finally:
         process.terminate()
-        process.wait(120)
+        status = process.wait(120)
+    assert status == 0
 
 
 def actors_of(process):
