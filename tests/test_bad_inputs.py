@@ -11,6 +11,8 @@ import json
 import math
 import os
 import re
+import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,8 @@ E, BOTH = {"E": 1}, {"E": 1, "T": 1}
 CALM = "Be calm."
 USER = [{"role": "user", "content": "Hello?"}]
 PAIR = {"prompt": "How are you?", "chosen": "Fine.", "rejected": "Bad."}
+CONFIG = json.loads((MODELS / "config.json").read_text())
+THREE = "".join(json.dumps({**PAIR, "prompt": f"How was day {day}?"}) + "\n" for day in range(3))
 RECIPE = f"""\
 base: {MODELS}
 draft: E
@@ -57,6 +61,8 @@ options:
 CHAT, TEXT, JSON = "/v1/chat/completions", "/v1/completions", "application/json"
 GENERATE = ["generate", "--prompt", "Hello?", "--weights", "E=1", "--json"]
 TRAIN = ["train", "--base", "demo", "--data", "traits", "--out", "out"]
+RWKV = b"GGUF" + struct.pack("<IQQQ20sIQ5s", 3, 0, 1, 20, b"general.architecture", 8, 5, b"rwkv6")
+TRAIN_HERE = ["train", "--base", "base", "--data", "pairs.jsonl", "--out", "out", "--held-out", "1"]
 BATCH = ["batch", "rows.jsonl", "out", "--local", "--weights", "E=1"]
 MBTI = ["evaluate mbti", "--data", "data", "--out", "out"]
 ESTJ = [*MBTI, "--type", "ESTJ", "--methods", "base"]
@@ -237,6 +243,21 @@ def pairs(request, wrong):
     file = request.getfixturevalue("place") / "pairs.jsonl"
     file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
     return refusal(read_pairs, "pairs.jsonl")
+
+
+def train(request, wrong):
+    """A training of three pairs on a copy of the demo's base, with more words or other files; None is no file."""
+    pytest.importorskip("trl", reason="needs mpg[train]")
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    words, files = wrong if isinstance(wrong, tuple) else (wrong, {})
+    place = request.getfixturevalue("place")
+    shutil.copytree(MODELS, place / "base", ignore=shutil.ignore_patterns("adapters"))
+    request.getfixturevalue("monkeypatch").setenv("MPG_CACHE", "cache")
+    own = {"pairs.jsonl": THREE, **({} if "cache" in files else {"cache/some": "file"}), **files}
+    write(request, {name: content for name, content in own.items() if content is not None})
+    for name in own.keys() - {name for name, content in own.items() if content is not None}:
+        (place / name).unlink()
+    return command(request, [*TRAIN_HERE, *words])
 
 
 def training_settings(request, wrong):
@@ -887,28 +908,83 @@ PAIRS = [
      "pairs.jsonl, line 2: expected chosen to end in its one message of the assistant, got ['assistant', 'user']"),
 ]
 
+TRAINED = [
+    (([], {"pairs.jsonl": THREE + '{"prompt": "a", '}), "pairs.jsonl, line 4: expected JSON; ... at column 17"),
+    (([], {"pairs.jsonl": THREE + '{"prompt": "a", "chosen": "b"}'}),
+     "pairs.jsonl, line 4: expected prompt, chosen and rejected ..., got no rejected among prompt, chosen"),
+    (([], {"pairs.jsonl": THREE + json.dumps({**PAIR, "chosen": ""})}),
+     "pairs.jsonl, line 4: expected text for chosen, got ''"),
+    (([], {"pairs.jsonl": THREE + json.dumps({**PAIR, "chosen": "Bad."})}),
+     "pairs.jsonl, line 4: expected two different answers, got equal ones; drop_identical drops them"),
+    (([], {"pairs.jsonl": " "}), "data: expected pairs to train on, got none in pairs.jsonl"),
+    (([], {"pairs.jsonl": b"\xff\xfe"}), "data: expected text in UTF-8, got pairs.jsonl"),
+    (["--data", ""], "data: expected a file, a folder or a dataset of the hub, got ''"),
+    (["--data", "no/such.json"], "data: expected a file that can be read, got no/such.json: No such file or directory"),
+    ((["--data", "more"], {"more/pairs.txt": "Hello"}),
+     "data: expected files of pairs (.jsonl, .json) in more, got none"),
+    (["--pole", "E"], "pole: expected none, since pairs.jsonl has chosen and rejected answers alone, got 'E'"),
+    (["--data", "traits"], "pole: expected one of E, F, I, J, N, P, S, T (an adapter learns one), got None"),
+    (["--held-out", "3"], "held_out: expected fewer than the 3 questions that there are, got 3"),
+    ((["--max-answer", "1"], {"pairs.jsonl": THREE.replace("Bad.", "Fine?")}),
+     "pairs.jsonl, line ...: expected two different answers, got equal ones in their first 1 tokens (max_answer)"),
+    (([], {"pairs.jsonl": THREE + json.dumps({**PAIR, "rejected": "Fine, " * 300})}),
+     "pairs.jsonl, line 4: expected at most the 256 tokens of the model's positions, got ...; max_answer cuts answers"),
+    (([], {"pairs.jsonl": re.sub(r'"(How was day .\?)"', r'[{"role": "bot", "content": "\1"}]', THREE)}),
+     "pairs.jsonl, line ...: prompt: message 0: expected a role that the chat template names"),
+    (["--base", "./nowhere"], "base: expected a model (config.json), got ./nowhere, which is no folder"),
+    (["--base", str(MODELS / "adapters" / "E")], "base: expected a model, got the adapter ...adapters/E"),
+    (([], {"base/config.json": None}), "base: expected a model (config.json), got none of it in base"),
+    (([], {"base/config.json": "{"}), "base: expected a file that can be read, got base/config.json: JSONDecodeError"),
+    (([], {"base/model.safetensors": b"\x08"}),
+     "base: expected a file that can be read, got base/model.safetensors: SafetensorError"),
+    (([], {"base/model.safetensors": None, "base/pytorch_model.bin": b"x"}),
+     "base: expected model.safetensors, got pytorch_model.bin in base, a pickle; save it with safetensors"),
+    (([], {"base/tokenizer.json": None, "base/tokenizer_config.json": None}),
+     "base: expected a tokenizer (tokenizer_config.json or tokenizer.json or vocab.json) in base, got none"),
+    (([], {"base/tokenizer.json": "{"}), "base: expected a file that can be read, got base/tokenizer.json: "),
+    (([], {"base/config.json": json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}})}),
+     "base: expected files that can be read in base, got ...GPTQ"),
+    ((["--data", "traits", "--pole", "E"], {"base/chat_template.jinja": None}),
+     "base: expected a chat template in base, since the pairs are messages, got none"),
+    (["--base", "none.gguf"], "base: expected a GGUF file that can be read, got 'none.gguf': No such file"),
+    ((["--base", "cut.gguf"], {"cut.gguf": b"GGUF"}),
+     "base: expected a whole GGUF file of an architecture that transformers reads, got 'cut.gguf'"),
+    ((["--base", "other.gguf"], {"other.gguf": RWKV}),
+     "base: expected a whole GGUF file of an architecture that transformers reads, got 'other.gguf': ...rwkv6"),
+    ((["--base", "some.gguf"], {"some.gguf": b"GGUF", "cache": "a file"}),
+     "base: expected a cache directory that can be written (MPG_CACHE names another), got 'cache/gguf"),
+    (["--modules", "q_proj,w_proj"], "modules: expected some of down_proj, ..., got 'w_proj'"),
+    (["--device", "tpu"], "device: expected cpu...got 'tpu'"),
+    (["--dtype", "int8"], "dtype: expected one of bfloat16, float16, float32, got 'int8'"),
+    (([], {"out/letter.txt": "Dear all"}), "out: expected a folder that is not there yet, or empty, got ...out"),
+    (([], {"out": "a file"}), "out: expected a folder that is not there yet, or empty, got ...out"),
+    ((["--out", "file/out"], {"file": "a file"}),
+     "out: expected a folder that can be written, got ...file/out.partial: Not a directory"),
+]
+
 TRAININGS = [
     ({"learning_rat": 1}, "learning_rat: unknown setting; did you mean 'learning_rate'?"),
-    ({"rank": 0}, "rank: expected "),
-    ({"alpha": 0}, "alpha: expected "),
-    ({"dropout": 1}, "dropout: expected "),
-    ({"modules": "q_proj,,v_proj"}, "modules: expected "),
-    ({"learning_rate": 0}, "learning_rate: expected "),
-    ({"learning_rate": math.nan}, "learning_rate: expected "),
-    ({"weight_decay": -1}, "weight_decay: expected "),
-    ({"schedule": "step"}, "schedule: expected "),
-    ({"warmup_steps": -1}, "warmup_steps: expected "),
-    ({"batch_size": 0}, "batch_size: expected "),
-    ({"accumulation": 0}, "accumulation: expected "),
-    ({"epochs": 1.5}, "epochs: expected "),
-    ({"beta": 0}, "beta: expected "),
-    ({"likelihood": -1}, "likelihood: expected "),
-    ({"max_answer": 0}, "max_answer: expected "),
-    ({"held_out": 0}, "held_out: expected "),
-    ({"checkpoint_steps": 0}, "checkpoint_steps: expected "),
-    ({"gradient_checkpointing": "yes"}, "gradient_checkpointing: expected "),
-    ({"adapter_dtype": "int8"}, "adapter_dtype: expected "),
-    ({"seed": -1}, "seed: expected "),
+    ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
+    ({"alpha": 0}, "alpha: expected an integer >= 1, got 0"),
+    ({"dropout": 1}, "dropout: expected a number in [0, 0.99], got 1"),
+    ({"modules": "q_proj,,v_proj"},
+     "modules: expected 'all-linear' or names such as q_proj,v_proj, got 'q_proj,,v_proj'"),
+    ({"learning_rate": 0}, "learning_rate: expected a number in (0, inf), got 0"),
+    ({"learning_rate": math.nan}, "learning_rate: expected a number in (0, inf), got nan"),
+    ({"weight_decay": -1}, "weight_decay: expected a number in [0, inf), got -1"),
+    ({"schedule": "step"}, "schedule: expected one of cosine, linear, constant_with_warmup, got 'step'"),
+    ({"warmup_steps": -1}, "warmup_steps: expected an integer >= 0, got -1"),
+    ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
+    ({"accumulation": 0}, "accumulation: expected an integer >= 1, got 0"),
+    ({"epochs": 1.5}, "epochs: expected an integer >= 1, got 1.5"),
+    ({"beta": 0}, "beta: expected a number in (0, inf), got 0"),
+    ({"likelihood": -1}, "likelihood: expected a number in [0, inf), got -1"),
+    ({"max_answer": 0}, "max_answer: expected an integer >= 1, got 0"),
+    ({"held_out": 0}, "held_out: expected an integer >= 1, got 0"),
+    ({"checkpoint_steps": 0}, "checkpoint_steps: expected an integer >= 1, got 0"),
+    ({"gradient_checkpointing": "yes"}, "gradient_checkpointing: expected True or False, got 'yes'"),
+    ({"adapter_dtype": "int8"}, "adapter_dtype: expected one of bfloat16, float16, float32, got 'int8'"),
+    ({"seed": -1}, "seed: expected an integer 0..4294967295, got -1"),
 ]
 
 REQUESTS = [
@@ -1050,7 +1126,8 @@ TABLE = [
         generate: CALLS, options: OPTIONS, weights: WEIGHTS, weight_text: WEIGHT_TEXTS, setting: VALUES,
         content: CONTENTS, context: CONTEXTS, load: LOADS, recipe: RECIPES, check_models: CHECKS, method: METHODS,
         chat: CHATS, command: COMMANDS, early: EARLY + JOBS, batch: BATCHES, job_rows: ROW_FILES, study: STUDIES,
-        prompts: PROMPTS, check_prompts: CHECK_PROMPTS, pairs: PAIRS, training_settings: TRAININGS,
+        prompts: PROMPTS, check_prompts: CHECK_PROMPTS, pairs: PAIRS, train: TRAINED,
+        training_settings: TRAININGS,
         server: REQUESTS, body: BODIES, server_settings: SERVERS,
     }.items()
     for row in rows
