@@ -101,10 +101,14 @@ def test_lengths_are_not_chosen_where_they_are_wrong_or_cannot_be(tiny_model, ke
         assert _chosen(model) == 0
 
 
-def test_calls_are_such_as_torch_takes():
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_calls_are_such_as_torch_takes_and_traces(is_compiled):
+    attend = lengths.attend_by_lengths
+    if is_compiled:  # as a part of a layer: what cannot be traced raises
+        attend = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
     query, held = torch.zeros(2, 6, 3, 8, device="meta"), torch.zeros(2, 12, 2, 8, device="meta").transpose(1, 2)
     of_rows = lengths.Lengths.of(torch.zeros(2, 3, dtype=torch.int64, device="meta"), 12)
-    assert lengths.attend_by_lengths(query, held, held, of_rows, None).shape == (2, 3, 6, 8)
+    assert attend(query, held, held, of_rows, None).shape == (2, 3, 6, 8)
 
 
 def test_lengths_are_asked_for_on_a_gpu_alone(tiny_model):
