@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -678,7 +677,7 @@ def measure_gpu(
         ]
         return calls[-1].stats["rounds"] - 1, min(map(seconds_of_rounds, calls[-plan.runs :]))
 
-    with TemporaryDirectory(dir=_roomy_folder()) as name:
+    with TemporaryDirectory() as name:
         folder = Path(name)
         peers.random_llama(small, device, torch.bfloat16).save_pretrained(folder / "draft")
         base = _save_adapted(peers.random_llama(large, device, torch.bfloat16), folder)
@@ -736,12 +735,6 @@ def measure_gpu(
 def _speed(model: Model, plan: Plan, **settings: Any) -> float:
     settings = {"sampler": "direct", "max_new_tokens": plan.peer_tokens, **settings}
     return median([decode_speed(model, **settings) for _ in range(plan.calls)][-plan.runs :])
-
-
-def _roomy_folder() -> str | None:
-    """Where models of a few dozen GB are written and read the fastest; None for the default."""
-    memory = "/dev/shm"
-    return memory if os.path.isdir(memory) and shutil.disk_usage(memory).free > 2**35 else None
 
 
 def _save_adapted(base: Any, folder: Path) -> Any:

@@ -221,6 +221,21 @@ def test_unknown_part_is_named():
         gpu.main(["everything"])
 
 
+def test_models_that_a_stopped_part_has_written_are_removed(tmp_path, monkeypatch):
+    written = []
+
+    def stopped(command, limit_s, variables):
+        written.append(Path(variables["TMPDIR"], "model"))
+        written[0].write_text("of many GB")
+        return gpu.STOPPED, ""
+
+    (tmp_path / "build").mkdir()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "run", stopped)
+    assert not gpu.run_part("decode", "cpu", 20)
+    assert written and not written[0].exists()
+
+
 def test_what_was_found_before_a_part_was_stopped_is_kept(tmp_path):
     def findings():
         yield {"passed": True, "first": 1}
