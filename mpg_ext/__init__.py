@@ -5,12 +5,21 @@ Knows no model, no tokenizer and no decode loop.
 
 from __future__ import annotations
 
+import os
+import sys
+from importlib.machinery import PathFinder
+
 import torch  # first: the compiled module links against the libraries that this import loads
 
 _REBUILD = "rebuild it: pip install --no-build-isolation --no-deps --force-reinstall <path of the mpg checkout>"
 try:
     from ._C import build_info
 except ModuleNotFoundError as error:
+    here, places = os.path.dirname(__file__), [os.path.join(place, __name__) for place in sys.path]
+    if (built := PathFinder.find_spec(f"{__name__}._C", places)) is not None:  # as in the checkout that it came from
+        wrong = f"mpg was found in {here}, where it was not built, before {os.path.dirname(built.origin or '')}"
+        remedy = "run Python in another folder, or install that one: pip install --no-build-isolation --editable"
+        raise ImportError(f"{wrong}; {remedy} {os.path.dirname(here)}") from error
     raise ImportError(f"mpg was not built, its compiled part is missing; {_REBUILD}") from error
 except ImportError as error:  # from the linker: a module for another torch seldom gets as far as saying for which
     wrong = "mpg does not load, most likely because it was built for another torch"

@@ -214,6 +214,17 @@ def test_compiled_part_that_does_not_load_says_why(module, message, tmp_path):
     assert result.stderr.strip().splitlines()[-1].startswith(f"ImportError: {message}")
 
 
+def test_a_checkout_that_hides_the_built_one_is_named(tmp_path):
+    shutil.copytree(ROOT / "mpg_ext", tmp_path / "mpg_ext", ignore=shutil.ignore_patterns("*.so"))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{sysconfig.get_paths()['purelib']}"}
+    command = [sys.executable, "-S", "-c", "import mpg_ext"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    message = result.stderr.strip().splitlines()[-1]
+    found, built = tmp_path / "mpg_ext", ROOT / "mpg_ext"
+    assert message.startswith(f"ImportError: mpg was found in {found}, where it was not built, before {built}; ")
+    assert message.endswith(f"--editable {tmp_path}")
+
+
 def test_module_built_for_another_torch_minor_says_so():
     code = "import torch; torch.__version__ = '2.3.1'; import mpg_ext"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
