@@ -58,9 +58,9 @@ levels: $(BIN)/.built
 # The property tests, and made-up calls, recipes, adapters and requests, on a thousand examples each (half as many
 # adapters) from the seed that the command shows; and every simulated schedule.
 fuzz: $(BIN)/.built
-	$(BIN)/python -m pytest tests/ops tests/test_fuzz.py -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
+	$(BIN)/python $(PYTEST) tests/ops tests/test_fuzz.py -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
 	for order in forward reverse random; do \
-	  MPG_SIMT_ORDER=$$order $(BIN)/python -m pytest tests/ops -k simt || exit 1; \
+	  MPG_SIMT_ORDER=$$order $(BIN)/python $(PYTEST) tests/ops -k simt || exit 1; \
 	done
 
 # Ten thousand short calls to one loaded model and a server of it: memory, descriptors and threads stay flat. Minutes.
