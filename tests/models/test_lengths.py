@@ -5,6 +5,8 @@ The kernel runs on a GPU alone; what stands for it here reads what that one read
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -78,6 +80,13 @@ def test_lengths_are_chosen_where_they_are_right_and_faster(tiny_model, kernel, 
     times = iter([[2.0, 1.0], [2.0, 1.0], [1.5, 1.0], [1.5, 1.0], [3.0, 1.0], [1.0, 3.0]])
     monkeypatch.setattr(lengths, "_time", lambda calls: next(times))
     assert _chosen(model) == 8
+
+
+def test_times_are_of_the_device_that_the_model_is_on(tiny_model, kernel, monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    _chosen(tiny_model().bfloat16())
+    assert set(entered) == {-1}  # what a tensor of the CPU says
 
 
 def test_lengths_are_not_chosen_where_they_are_wrong_or_cannot_be(tiny_model, kernel, monkeypatch):

@@ -99,7 +99,9 @@ def most_queries(attend: Callable[..., tuple[Tensor, None]], query_heads: int, k
             calls = both_ways(attend, rows, num_queries, TIMED_KEYS, query_heads, keys)
             if difference(*calls) > MAX_DIFFERENCE:
                 return found
-            totals = [total + time for total, time in zip(totals, _time(calls), strict=True)]
+            with torch.cuda.device(keys.get_device()):  # whose streams events are recorded on
+                times = _time(calls)
+            totals = [total + time for total, time in zip(totals, times, strict=True)]
         if totals[1] >= totals[0]:
             break
         found = most
