@@ -75,7 +75,7 @@ def test_more_workers_come_while_rows_wait(tmp_path):
     assert told(tmp_path / "out") == told(tmp_path / "local")
 
 
-# The command on a machine so busy that a thread of Ray Data takes four seconds to ask Ray again, with an input that is
+# The command on a machine so busy that a thread of Ray Data is four seconds inside Ray each time, with an input that is
 # gone when the workers read it.
 BUSY = """
 import os, sys, time, ray
@@ -84,7 +84,9 @@ from mpg.app.cli.command import app
 from mpg.batch import on_ray
 step, shutdown, connect = StreamingExecutor._scheduling_loop_step, ray.shutdown, on_ray.connect
 def slow_step(*arguments):
+    inside = ray._private.worker.global_worker.core_worker
     time.sleep(4)
+    inside.get_current_task_id()
     return step(*arguments)
 def shut_down_and_stay():
     shutdown()
