@@ -181,6 +181,20 @@ def test_the_scheduler_stays_full_across_chunks(model, tmp_path, monkeypatch):
     assert rounds[workers.AT_ONCE] < 0.6 * rounds[1]
 
 
+def test_rows_begin_by_length_the_longest_first(model, tmp_path, monkeypatch):
+    """Of a chunk: those that share rounds are then alike, and none long is left alone at the end."""
+    begun, submit = [], workers.Engine.submit
+
+    def record(engine, jobs):
+        begun.append([job.request.num_positions for job in jobs])
+        submit(engine, jobs)
+
+    monkeypatch.setattr(workers.Engine, "submit", record)
+    run(model, write_rows(tmp_path / "rows.jsonl", make_rows(16)), tmp_path / "out")
+    [lengths] = begun
+    assert len(set(lengths)) > 3 and lengths == sorted(lengths, reverse=True)
+
+
 def test_a_row_whose_workers_die_while_it_is_alone_is_a_row_with_an_error(model, job, tmp_path):
     """A chunk with it is tried twice as it is, then row by row, with no other chunk beside it."""
     rows, folder = job
