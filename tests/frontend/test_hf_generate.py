@@ -17,6 +17,7 @@ from transformers import (
     AsyncTextIteratorStreamer,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
@@ -30,6 +31,7 @@ from mpg.decode import run
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from mpg.frontend.hf_generate import HONOURED, IDLE, REASONS, Conventions
+from mpg.models.cache import as_argument
 from mpg.recipe import Recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
@@ -532,9 +534,10 @@ class TestCustomGenerate:
         ids = batch["input_ids"]
         with pytest.raises(ValueError, match="inputs_embeds: expected none, as prompts are tokens alone"):
             plain.generate(inputs_embeds=plain.get_input_embeddings()(ids), custom_generate=decode)
-        cache = plain(ids[:, :3], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="past_key_values: expected none, as mpg has a cache of its own"):
-            plain.generate(**batch, past_key_values=cache, custom_generate=decode)
+        [name] = as_argument(plain, DynamicCache())
+        filled = {name: plain(ids[:, :3], use_cache=True)[name]}
+        with pytest.raises(ValueError, match=f"{name}: expected none, as mpg has a cache of its own"):
+            plain.generate(**batch, **filled, custom_generate=decode)
 
         with pytest.raises(ValueError, match="streamer: expected one prompt and one sequence, got 2"):
             plain.generate(**inputs(LONG, QUICK), streamer=Silent(), custom_generate=decode)

@@ -20,6 +20,7 @@ import mpg.models.loading
 import mpg_ext
 from ensembles import load
 from mpg.model import Model
+from mpg.models.cache import NAMES
 from mpg.models.lora import read_adapter
 
 FIRST, SECOND = torch.device("cpu:1"), torch.device("cpu:2")
@@ -33,7 +34,7 @@ def _move(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     def move(values):
         return tree_map_only(Tensor, lambda value: value.to(SECOND), values)
 
-    return move(args), {name: value if name == "past_key_values" else move(value) for name, value in kwargs.items()}
+    return move(args), {name: value if name in NAMES else move(value) for name, value in kwargs.items()}
 
 
 @pytest.mark.parametrize("is_split", [False, True], ids=["whole", "split"])

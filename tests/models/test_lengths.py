@@ -12,7 +12,7 @@ import torch
 
 import mpg
 from mpg.models import attention, lengths, loading
-from mpg.models.cache import RaggedCache
+from mpg.models.cache import RaggedCache, as_argument
 
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
@@ -53,7 +53,7 @@ def _logits(model, by_lengths, kv_length):
         (slice(2, 4), torch.tensor([[40, 41], [42, 43]]), [30, 6]),  # the first one runs past its end
     ):
         positions = cache.place(rows, torch.tensor(start), tokens.shape[1], kv_length)
-        out.append(model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits)
+        out.append(model(input_ids=tokens, position_ids=positions, use_cache=True, **as_argument(model, cache)).logits)
         cache.resize(cache.num_rows + 1, cache.capacity + 3, num_positions=11)
     return [*out[:3], out[3][1:]]
 

@@ -17,6 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from mpg.frontend.hf_generate import stream_to
 from mpg.model import Model, Weights
+from mpg.models.cache import NAMES
 
 # What the caller of generate gave and transformers does not hand on, or only as prepared for its own padded batch.
 _OF_THE_CALL = (
@@ -25,8 +26,8 @@ _OF_THE_CALL = (
 )  # fmt: skip
 # What transformers hands on of itself. Of these, only what `_check_inputs` looks at could change a text.
 _PREPARED = (
-    "logits_processor", "stopping_criteria", "attention_mask", "position_ids", "past_key_values", "use_cache",
-    "logits_to_keep", "output_attentions", "output_hidden_states",
+    "logits_processor", "stopping_criteria", "attention_mask", "position_ids", "use_cache", "logits_to_keep",
+    "output_attentions", "output_hidden_states", *NAMES,
 )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def custom_generate(
 
     def decode(base: Any, input_ids: Tensor, **prepared: Any) -> Tensor | GenerateDecoderOnlyOutput:
         # Processors and criteria arrive mixed with those of transformers, which count padding; a streamer does not
-        # arrive at all (5.17 to 5.23), and whoever reads it would wait for ever. So look at the call itself.
+        # arrive at all (5.17 to 5.24), and whoever reads it would wait for ever. So look at the call itself.
         call = sys._getframe(1).f_locals
         if not {"streamer", *_OF_THE_CALL} <= call.keys():
             raise ValueError("custom_generate: expected to be called by the generate of a transformers model")
@@ -105,9 +106,9 @@ def _check_inputs(model: Model, base: Any, input_ids: Tensor, prepared: dict[str
     positions = prepared.get("position_ids")
     if positions is not None and not ((positions == mask.cumsum(1) - 1) | (mask == 0)).all():
         raise ValueError("position_ids: expected none, as positions follow from attention_mask, got others")
-    cache = prepared.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(f"past_key_values: expected none, as mpg has a cache of its own, got {type(cache).__name__}")
+    for name in NAMES:
+        if (cache := prepared.get(name)) is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"{name}: expected none, as mpg has a cache of its own, got {type(cache).__name__}")
     return mask
 
 

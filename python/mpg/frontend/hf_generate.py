@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from mpg.decode.batch import Processor
 from mpg.frontend import guidance
+from mpg.models.cache import NAMES
 from mpg.options import MAX_COUNT, OPTIONS, ROW_SAMPLERS, Options, an_integer, check_truth, hint
 from mpg.results import Token
 
@@ -58,7 +59,7 @@ REASONS = {
     "output_scores": "rows stay where they are computed; trace=True returns every token's log-ratios",
     "return_dict_in_generate": "a `Result` is returned; under custom_generate it is honoured",
     "inputs_embeds": "prompts are tokens",
-    "past_key_values": "mpg has a cache of its own",
+    **dict.fromkeys(NAMES, "mpg has a cache of its own"),
     "position_ids": "positions follow from attention_mask",
 }
 _THEIR_ARGUMENTS = inspect.signature(transformers.GenerationMixin.generate).parameters.keys()

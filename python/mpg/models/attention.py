@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from mpg.models.cache import RaggedCache
+from mpg.models.cache import RaggedCache, as_argument
 from mpg.models.lengths import Lengths, attend_by_lengths, most_queries
 
 DEVICE_OF_LENGTHS = "cuda"
@@ -74,7 +74,7 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
             model.set_attn_implementation(ATTENTION)
             ragged = _feed_ragged(model, cache, rows)
             positions = cache.place(slice(0, 1), rows.new_tensor([3]), num_tokens=1, kv_length=4, start_at=3)
-            placed = model(input_ids=rows[:1, 3:], position_ids=positions, past_key_values=cache, use_cache=True).logits
+            placed = _forward(model, rows[:1, 3:], positions, cache)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the forward of an unknown model raises
@@ -125,8 +125,13 @@ def _feed_ragged(model: PreTrainedModel, cache: RaggedCache, rows: Tensor) -> Te
     before[1, 1] = rows[0, 0]  # row 1 is one token long: this one is rejected
     for tokens, start in ((before, [0, 0]), (after, [2, 1])):
         positions = cache.place(slice(0, 2), rows.new_tensor(start), num_tokens=2, kv_length=4)
-        logits = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        logits = _forward(model, tokens, positions, cache)
     return logits
+
+
+def _forward(model: PreTrainedModel, tokens: Tensor, positions: Tensor, cache: RaggedCache) -> Tensor:
+    output = model(input_ids=tokens, position_ids=positions, use_cache=True, **as_argument(model, cache))
+    return output.logits
 
 
 def _deviation(logits: Tensor, expected: Tensor) -> float:

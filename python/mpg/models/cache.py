@@ -5,17 +5,32 @@ Knows nothing of tokens, adapters or decoding: a forward says where its rows sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any
 from weakref import proxy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mpg.models.lengths import Lengths
 from mpg.models.upload import Numbers
+
+NAMES = ("cache", "past_key_values")  # of the argument that is a forward's cache, since transformers 5.24 and before
+
+
+def as_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """A cache by the name that the forward of this model has for it."""
+    return {_name_of(type(model).forward): cache}
+
+
+@lru_cache
+def _name_of(forward: Callable[..., Any]) -> str:
+    names = inspect.signature(forward).parameters
+    return next((name for name in NAMES if name in names), NAMES[-1])
 
 
 class RaggedCache(Cache):

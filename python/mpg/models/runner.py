@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpg.models.attention import own_precision
-from mpg.models.cache import RaggedCache
+from mpg.models.cache import RaggedCache, as_argument
 from mpg.models.graphs import Capture, CaptureError, Graphs, bucket
 from mpg.models.idle import Idle
 from mpg.models.lora import Adapter
@@ -274,7 +274,7 @@ class ModelRunner:
             output = self.loaded.model(
                 input_ids=tokens,
                 position_ids=positions,
-                past_key_values=self.cache,
+                **as_argument(self.loaded.model, self.cache),
                 use_cache=True,
                 **kwargs,
             )
