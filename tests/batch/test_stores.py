@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from clusters import free_port
+from clusters import TOOLS, free_port
 from jobs import make_rows
 from longer import long
 
@@ -27,10 +26,10 @@ HOW = ["--models", "demo", "--device", "cpu", "--dtype", "float64", "--set", "sa
 @pytest.fixture(scope="module")
 def store():
     """A function from a path in a bucket to what pyarrow calls it."""
-    if not shutil.which("moto_server"):
+    tool, port = TOOLS / "moto_server", free_port()
+    if not tool.exists():
         pytest.skip("needs moto[s3], flask and flask-cors")
-    port = free_port()
-    server = subprocess.Popen(["moto_server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([tool, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     make_bucket, ends_at = (
         urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT"),
         time.monotonic() + 60,
