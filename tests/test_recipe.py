@@ -302,3 +302,11 @@ def test_a_target_that_cannot_be_written_is_refused_by_name_and_what_was_there_s
     with pytest.raises(ValueError, match=r"^target: expected a file, got the folder '.*mpg.yaml'$"):
         recipe.write(tmp_path)
     assert (tmp_path / "file").read_text() == "a"
+
+
+def test_the_base_of_the_set_that_ships_is_called_demo_in_a_recipe_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("base: demo\nattributes: {calm: {system: Be calm.}}\nweights: {calm: 1}\n")
+    own = mpg.load(MODELS, {"calm": {"system": "Be calm."}}, device="cpu")
+    expected = own.generate("Hello?", weights={"calm": 1}, **SHORT).tokens
+    assert mpg.load("mine.yaml", device="cpu").generate("Hello?", **SHORT).tokens == expected

