@@ -184,7 +184,7 @@ def test_the_page_on_training_makes_an_attribute_that_answers(tmp_path, monkeypa
 
 
 @long  # starts Ray
-def test_the_page_on_scale_answers_its_own_row(tmp_path, monkeypatch):
+def test_the_page_on_scale_answers_its_own_row(tmp_path, monkeypatch, recwarn):
     pytest.importorskip("ray", reason="needs mpg[ray]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "local")
@@ -192,6 +192,7 @@ def test_the_page_on_scale_answers_its_own_row(tmp_path, monkeypatch):
     Path("rows.jsonl").write_text(row)
     command = next(command for command in commands("scale.md") if command[:2] == ["mpg", "batch"])
     assert "1 of 1 rows" in execute(command)
+    assert [str(told.message) for told in recwarn if "concurren" in str(told.message)] == []  # of workers without rows
     [part] = Path("answers").glob("part-*.jsonl")
     told = json.loads(part.read_text())
     assert told["text"] and told["error"] is None

@@ -69,8 +69,9 @@ def run_on_ray(
     context.enable_progress_bars = context.print_on_execution_start = False
     try:
         check_room("workers", min_workers, cpus, gpus, is_alone)
+        least, most = (min(number, len(chunks)) for number in (min_workers, workers))  # others would have nothing to do
         pool = ActorPoolStrategy(
-            min_size=min_workers, max_size=workers, max_tasks_in_flight_per_actor=2 * AT_ONCE,
+            min_size=least, max_size=most, max_tasks_in_flight_per_actor=2 * AT_ONCE,
             max_concurrent_calls_per_actor=AT_ONCE,
         )  # fmt: skip
         places = ray.data.from_items([{"chunk": chunk.number} for chunk in chunks], override_num_blocks=len(chunks))
