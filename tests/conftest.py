@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import mpg
 import profiles  # noqa: F401
 from mpg.demo import MODELS
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # where a shell has put the tests into its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that it reaches the processes that they start
 torch.set_num_threads(1)  # the models here are small: more threads only wait for one another
 
 

@@ -255,6 +255,9 @@ def test_blocks_of_a_page_are_of_a_kind_that_is_run_or_say_why_not(page):
             assert block.language in ("", "text", "python", "diff", *SHELLS)
         is_told = block.note.startswith(kinds) or block.language != ""
         assert is_told or not re.search(r"^(mpg|pip|python|make) ", block.body, re.MULTILINE)
+        assert not (
+            block.is_run and re.search(r"\b(bench|docs)/\S+\.(py|sh)\b", block.body)
+        )  # not where blocks are run
 
 
 def test_every_page_is_in_the_navigation_of_the_site():
