@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import mpg.models.sources
+import mpg_ext
 from ensembles import load
+from mpg.models import runner
 from mpg.models.lora import read_adapter
 from mpg.models.reuse import share
 
@@ -101,20 +103,44 @@ def test_any_subset_of_groups_gives_the_same_logits(peft_model):
 
 def test_a_base_pass_runs_the_plain_base_layers(peft_model, monkeypatch):
     session = load(peft_model()).open(PROMPTS, ["base", "plain"], 16)
-    monkeypatch.delattr(torch, "bmm")
+    monkeypatch.delattr(mpg_ext, "lora_shrink")
     tokens, start = torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     session.forward(["base"], tokens, start, kv_length=16)
-    with pytest.raises(AttributeError, match="bmm"):
+    with pytest.raises(AttributeError, match="lora_shrink"):
         session.forward(["plain"], tokens, start, kv_length=16)
 
 
-def test_layers_that_read_one_input_share_one_product(peft_model, monkeypatch):
+@pytest.fixture
+def products(monkeypatch):
+    """What made the first small product of each adapted layer."""
+    found, shrink, bmm = [], mpg_ext.lora_shrink, torch.bmm
+    monkeypatch.setattr(mpg_ext, "lora_shrink", lambda *given: found.append("lora_shrink") or shrink(*given))
+    monkeypatch.setattr(torch, "bmm", lambda *given: found.append("bmm") or bmm(*given))
+    return found
+
+
+LAYERS = 2 * len(["q, k, v", "o", "gate, up", "down"]) + len(["head"])
+
+
+def test_layers_that_read_one_input_share_one_product(peft_model, products):
     session = load(peft_model()).open(PROMPTS, ["rslora"], 16)
-    products = []
-    bmm = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *factors: products.append(bmm(*factors)) or products[-1])
+    products.clear()
     session.forward(["rslora"], torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), kv_length=16)
-    assert len(products) == 2 * len(["q, k, v", "o", "gate, up", "down"]) + len(["head"])
+    assert products == ["lora_shrink"] * LAYERS
+
+
+@pytest.mark.parametrize(("num_tokens", "way"), [(2, "lora_shrink"), (3, "bmm")])  # 6 and 9 a group
+def test_equal_groups_of_few_tokens_run_their_own_ops(peft_model, products, monkeypatch, num_tokens, way):
+    session = load(peft_model()).open(PROMPTS, ["base", "plain", "rslora"], 16)
+    inputs = torch.randint(61, (3, num_tokens)), torch.tensor([3, 0, 1])
+    products.clear()
+    logits = session.forward(["plain", "rslora"], *inputs, kv_length=16)
+    assert products == [way] * LAYERS
+    for most in (0, 100):  # all batched, and all by the ops
+        monkeypatch.setattr(runner, "OWN_TOKENS", most)
+        again = session.forward(["plain", "rslora"], *inputs, kv_length=16)
+        torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+    assert set(products) == {"lora_shrink", "bmm"}
 
 
 def test_layers_of_one_name_that_read_other_inputs_are_not_mixed_up(peft_model):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import EVERY_LINEAR
 from ensembles import load
-from mpg.models import graphs
+from mpg.models import graphs, runner
 from mpg.models.runner import ModelRunner
 from tape import Tape
 
@@ -19,7 +19,7 @@ PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
 
 @pytest.fixture(params=["llama", "gpt2", "mistral", "llama wide", "qwen2 wide"])
-def models(request, tiny_model, lora_folder):
+def models(request, tiny_model, lora_folder, monkeypatch):
     architecture, *is_wide = request.param.split()
     targets, settings = (["q_proj", "o_proj"], {}) if architecture != "gpt2" else (["c_attn"], {"fan_in_fan_out": True})
     adapters = {
@@ -28,6 +28,7 @@ def models(request, tiny_model, lora_folder):
     models = load(tiny_model(architecture), {**adapters, "full": tiny_model(architecture)}, device="cpu")
     if is_wide:  # as on a GPU
         models._models[0].stack.widen()
+        monkeypatch.setattr(runner, "OWN_TOKENS", 0)
     return models
 
 
@@ -36,10 +37,10 @@ def fed(monkeypatch):
     """The numbers of rows of all forwards that decode, with their adapters."""
     found, forward = [], ModelRunner.forward
 
-    def record(runner, fed, layout, *args, **kwargs):
+    def record(own, fed, layout, *args, **kwargs):
         if "logits_to_keep" not in kwargs:
             found.append(layout.runs)
-        return forward(runner, fed, layout, *args, **kwargs)
+        return forward(own, fed, layout, *args, **kwargs)
 
     monkeypatch.setattr(ModelRunner, "forward", record)
     return found
@@ -108,9 +109,9 @@ def test_caches_have_room_for_the_largest_of_the_texts_that_are_expected_and_gro
 def test_equal_prompts_of_texts_with_other_attributes_are_read_once_by_each_model(models, monkeypatch):
     shapes, forward = [], ModelRunner.forward
 
-    def record(runner, fed, layout, tokens, *args, **kwargs):
+    def record(own, fed, layout, tokens, *args, **kwargs):
         shapes.append((layout.runs, tokens.shape[1]))
-        return forward(runner, fed, layout, tokens, *args, **kwargs)
+        return forward(own, fed, layout, tokens, *args, **kwargs)
 
     prompt = PROMPTS[0]
     session = models.open([], ["base", 0, 1], CAPACITY, num_rows=4)

@@ -26,6 +26,8 @@ from mpg.models.stack import Layout, LoraStack
 
 # What is captured with graphs=True: forwards of at most so many tokens a row, at cache lengths of so many positions.
 CAPTURED_TOKENS, CAPTURED_POSITIONS = 32, 64
+# Up to so many tokens a group, mpg's own adapter ops are faster on the CPU than products batched over the groups.
+OWN_TOKENS = 8
 
 
 class RunnerKey(NamedTuple):
@@ -188,6 +190,7 @@ class ModelRunner:
         self.cache = RaggedCache(loaded.num_layers, key.num_rows, key.capacity, loaded.by_lengths)
         self.merge_weights: Tensor | None = None  # (num_rows, N) in the model's dtype
         self._factors: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # of groups from one to another
+        self._groups: dict[tuple[tuple[int, int], ...], Tensor] = {}  # of rows by their runs
         self.graphs: Graphs | None = None
         # another thread may find meanwhile that the model cannot be captured
         if (new_capture := loaded.new_capture) is not None:
@@ -264,6 +267,7 @@ class ModelRunner:
             positions = self.cache.place(fed, start, tokens.shape[1], kv_length, start_at)
             if stack is not None:
                 merge_weights = None if self.merge_weights is None else self.merge_weights[fed]
+                layout = self._named(layout, tokens.shape[1])
                 stack.set_active(
                     self._factors_of(layout),
                     *positions.shape,
@@ -285,14 +289,27 @@ class ModelRunner:
         assert self.merge_weights is not None
         (self.merge_weights if weights.ndim == 1 else self.merge_weights[: len(weights)]).copy_(weights)
 
+    def _is_for_itself(self) -> bool:
+        """Whether a forward neither waits for a device nor is what it runs made for others too."""
+        is_alone = self.graphs is None and not self.loaded.is_compiled
+        return is_alone and self.loaded.devices == (torch.device("cpu"),)
+
     def _start_of_all(self, start: Tensor, num_tokens: int, kv_length: int) -> int | None:
-        """Where rows (R,) that all start behind their first token do, for `place`, if the host can know: it neither
-        waits for a device nor is what a forward runs made for others too."""
-        if self.loaded.devices != (torch.device("cpu"),) or self.graphs is not None or self.loaded.is_compiled:
+        """Where rows (R,) that all start behind their first token do, for `place`, if the host can know."""
+        if not self._is_for_itself():
             return None
         first, *others = start.tolist()
         is_one = 0 < first <= kv_length - num_tokens and all(other == first for other in others)
         return first if is_one else None
+
+    def _named(self, layout: Layout, num_tokens: int) -> Layout:
+        """The layout of a forward, by row where mpg's own ops are the faster ones for it."""
+        runs, is_many = layout.runs, max(rows for _, rows in layout.runs) * num_tokens > OWN_TOKENS
+        if is_many or layout.groups is not None or self.key.merged or not self._is_for_itself():
+            return layout
+        if runs not in self._groups:
+            self._groups[runs] = torch.tensor([group for group, rows in runs for _ in range(rows)])
+        return Layout(runs, self._groups[runs])
 
     def _factors_of(self, layout: Layout) -> list[tuple[Tensor, Tensor]] | None:
         """Those of its groups alone, where it names none by row; None of the plain base."""

@@ -23,7 +23,8 @@ class Layout(NamedTuple):
     """Which groups of a model's adapters (0 without one) the rows of a forward run, neighbours the same.
 
     runs:   the group of neighbours, and their number
-    groups: (R,) int64, of every row, where groups have different numbers of rows or leave others out between them
+    groups: (R,) int64, of every row: where groups have different numbers of rows or leave others out between them, and
+            where what reads it by row is the faster
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -116,8 +117,8 @@ class LoraStack:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with one low-rank update per group: a base product for all rows and two small ones, batched where
-    groups have as many rows each.
+    """A linear layer with one low-rank update per group: a base product for all rows and two small ones, by mpg's ops
+    where the layout names groups, and else batched.
 
     sizes:   of the outputs, by the name in the model: of one layer, or of those that are joined
     factors: that the next forward uses, if any; the stack sets them
