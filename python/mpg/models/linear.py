@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 MIN_WEIGHTS = 2**16  # of a layer that is worth a look: a smaller one is read in the time that a call takes of its own
-TIMED_ROWS = (1, 3, 8, 40)  # a base's step, one with two adapters, a small batch, a chunk for several models
+TIMED_ROWS = (1, 2, 3, 8, 40)  # a base's step, one with an adapter, with two, a small batch, a chunk for many models
 TIMED_WEIGHTS = 2**20  # of a layer at once: parts of a large one stand for it
 ROWS_TOGETHER = 16  # of a weight, that a product takes at once
 TIMED_BYTES = 2**26  # of all parts that take turns: more than caches hold, as when a token is decoded
