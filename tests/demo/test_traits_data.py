@@ -15,12 +15,8 @@ from mpg.train.pairs import read_pairs, split
 FOLDER = demo.MODELS.parent / "traits"
 FILES = sorted(FOLDER.glob("*.jsonl"))
 NAMES = re.compile(r"\b(mbti|intro|extra|extro)vert|\b(intuiti(ve|on)|sensing|perceiving|judging|personality)\b", re.I)
-
-
-# Of the judge's pairs and of the training half alone, some words lean more than they do in the whole file, each of them
-# in this share of a pole's texts at most: chance in the half, "or" and "over"; in the judge's, which no adapter reads,
-# "she" and "her" of F, "what" of N, "each" of J.
-LEANING = {"file": 0.08, "trained": 0.125, "judge": 0.54}
+# The share of a pole's texts that a leaning word may be in. In the training half alone some lean by chance ("over").
+LEANING = {"file": 0.08, "trained": 0.125, "judge": 0.08}
 
 
 def read(file):
@@ -35,11 +31,11 @@ def read(file):
 def test_pairs_are_as_many_as_long_and_as_different_as_training_needs(file):
     parts, poles = read(file)
     assert len(parts["trained"]) >= 160 and len(parts["held_out"]) == 40 and len(parts["judge"]) >= 100
-    for name, pairs in parts.items():
+    for pairs in parts.values():
         lengths = [[len(answer.split()) for answer in of_pole] for of_pole in answers(pairs)]
         assert all(25 <= length <= 60 for of_pole in lengths for length in of_pole)
         one, other = map(sum, lengths)
-        assert abs(one - other) <= (0.04 if name == "judge" else 0.03) * min(one, other)
+        assert abs(one - other) <= 0.03 * min(one, other)
         for of_pole in answers(pairs):
             openings = Counter(" ".join(answer.split()[:3]) for answer in of_pole)
             assert max(openings.values()) <= max(0.02 * len(pairs), 2)
@@ -51,7 +47,7 @@ def test_pairs_are_as_many_as_long_and_as_different_as_training_needs(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_no_single_word_tells_the_pole(file):
-    """None that is at least four times as often at one pole is in more than 8 % of its texts; none names the trait."""
+    """None that is at least four times as often at one pole is in a larger share than LEANING; none names the trait."""
     parts, _ = read(file)
     assert not [
         pair
