@@ -106,6 +106,7 @@ def attributes() -> Figure | None:
     axes.set(
         xlabel="N, attributes of equal weight", ylabel="share of the intended shift (exact = 1)", ylim=(-0.05, 1.1)
     )
+    axes.set_xticks(sizes)
     axes.legend(fontsize="small")
     return figure
 

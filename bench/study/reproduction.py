@@ -17,16 +17,27 @@ from typing import Any
 
 import figures
 import scores
-from mpg.evaluate.tasks import DIMENSIONS, TYPES
+from mpg.evaluate.tasks import DIMENSIONS, TYPES, question_of
 from mpg.paper.methods import METHODS
 from mpg.paper.statistics import FEW_PROMPTS, Estimate
-from scores import difference, perplexity, ratio, read, share_at, share_of, trait, words
+from scores import (
+    difference,
+    perplexity,
+    ratio,
+    read,
+    share_at,
+    share_in_texts,
+    share_of,
+    shift_of,
+    trait,
+    words,
+)
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 NOT_RUN = "not run"
 HISTORIES = ("tune-ESTP-iterative", "tune-INFJ-iterative", "tune-INFJ-optuna")
-INFJ = ("rows E=1,T=-9,J=-3", "rows E=1,T=-9,P=-3")  # the second until there is an adapter of J
+INFJ = "rows E=1,T=-9,J=-3"
 
 Row = Mapping[str, Any]
 
@@ -44,7 +55,7 @@ def page(drawn: Sequence[str]) -> str:
         "claims": claims(), "judge": judge(), "adapters": adapters(), "table1": table1(), "table2": table2(),
         "table3": table3(), "table4": table4(), "tuning": tuning(), "front": front_table(), "dominance": dominance(),
         "bounds": bounds_table(), "negative": negative_table(), "empty": empty_table(), "seeds": seeds(),
-        "missing": missing(),
+        "missing": missing(), "attributes": attributes(), "parting": parting(),
     }  # fmt: skip
     for name in [*figures.PICTURES, *HISTORIES]:
         parts[f"picture {name}"] = f"![{name}](reproduction/{name}.png)" if name in drawn else f"({name}: {NOT_RUN})"
@@ -69,15 +80,15 @@ def findings() -> Iterator[Any]:
     yield k4 and (
         "SCR as published (chunks of k = 4; M_0 = 2, which the paper leaves open) delivers "
         f"{words(k4)} of the shift that its own target asks for: "
-        f"chunks of one token deliver {words(k1)}, of eight {words(k8)}."
+        f"chunks of one token deliver {words(k1)}, of eight {words(k8)} (four attributes of equal weight)."
     )
     runs = read("laws-ESTP")[1]
     if k4 and "scr carried" in runs:
         carried, short = (_usual_bound(runs[name]) for name in ("scr carried", "scr W=5"))
         yield (
-            f"A larger bound brings the shift back ({words(m5)} at M = 5, {words(m10)} at M = 10), but the published "
-            f"estimate of M does not find one: carried from text to text at W = 20, M ends at {carried:.2f} in the "
-            f"median text (share {share_at(4, carried):.2f}), and at W = 5 at {short:.2f} ({share_at(4, short):.2f})."
+            f"With the bound the share grows ({words(m5)} at M = 5, {words(m10)} at M = 10); the published estimate of "
+            f"M, carried from text to text at W = 20, ends at {carried:.2f} in the median text (where the share is "
+            f"{words(share_at(4, carried))}), and at W = 5 at {short:.2f} ({words(share_at(4, short))})."
         )
     else:
         yield ""
@@ -104,9 +115,9 @@ def findings() -> Iterator[Any]:
         )
     else:
         yield ""
-    share, whose = infj_emptiness()
+    share = emptiness(INFJ, "empty_nucleus")
     yield share and (
-        f"At the paper's INFJ weights [1, 0, -9, -3]{whose} its arithmetic score is positive for no token of the "
+        "At the paper's INFJ weights [1, 0, -9, -3] its arithmetic score is positive for no token of the "
         f"nucleus that SCR drafts from at {words(share)} of all positions: there the method as printed has nothing to "
         "accept."
     )
@@ -131,19 +142,13 @@ def emptiness(name: str, key: str) -> Estimate | None:
     return ratio(runs[name], lambda row: row[key], lambda row: row["tokens"]) if name in runs else None
 
 
-def infj_emptiness() -> tuple[Estimate | None, str]:
-    """The share of nuclei that the paper's INFJ weights leave empty, and what is to be said of the weights."""
-    own, other = (emptiness(name, "empty_nucleus") for name in INFJ)
-    return (own, "") if own else (other, " (P's adapter in the place of J's)")
-
-
 def mbti(method: str) -> list[Row]:
-    """Rows of a method over all types that were run, an item of each type being a prompt of its own."""
+    """Rows of a method over all types that were run. They ask the same questions: what is resampled is a question."""
     rows = []
     for name in TYPES:
         for row in read(f"table-{name}")[1].get(method, ()):
             traits = {dimension: row[dimension] for dimension in DIMENSIONS}
-            rows.append({**row, "item": f"{name} {row['item']}", "traits": traits})
+            rows.append({**row, "item": question_of(row["item"]), "traits": traits})
     return rows
 
 
@@ -183,30 +188,39 @@ def claims() -> str:
          compare(mbti, "scr-dpo-single", "mod", trait)),
         ("SCR(ref-Base) is above DPO Soups (Table 1)", "mean P(pole), difference",
          compare(mbti, "scr", "soups", trait)),
+        ("SCR(ref-DPO single) is above DPO Soups (Table 1)", "mean P(pole), difference",
+         compare(mbti, "scr-dpo-single", "soups", trait)),
+        ("SCR(ref-DPO single) is above Preference prompting (Table 1)", "mean P(pole), difference",
+         compare(mbti, "scr-dpo-single", "pp", trait)),
         ("DPO(single) is above Base (Table 1)", "mean P(pole), difference", compare(mbti, "dpo-single", "base", trait)),
         ("Preference prompting is above Base (Table 1)", "mean P(pole), difference",
          compare(mbti, "pp", "base", trait)),
         ("SCR(ref-DPO single) is above Base in likeness to references (Table 2)", "ROUGE-1 F1, difference",
          compare(plays, "scr-dpo-single", "base", rouge)),
+        ("SCR(ref-DPO single) is above DPO Soups in likeness to references (Table 2)", "ROUGE-1 F1, difference",
+         compare(plays, "scr-dpo-single", "soups", rouge)),
         ("SCR needs some 1.4 forwards a token at N = 2, fewer than MOD's 2 (Table 3)", "2 less the forwards a token",
          less(calls, 2.0)),
-        ("SCR(ref-specialized) is above the specialised model alone (Table 4)", "mean P(pole), difference",
+        ("SCR(ref-specialized) is above the specialised model alone (Table 4, MBTI)", "mean P(pole), difference",
          compare(mbti, "scr-specialized", "base-specialized", trait)),
+        ("SCR(ref-specialized) is above the specialised model alone (Table 4, role-play)", "ROUGE-1 F1, difference",
+         compare(plays, "scr-specialized", "base-specialized", rouge)),
         ("Iterative adjustment raises the accuracy of multiple choice (Figure 3), on questions it did not see",
          "accuracy, tuned less start, over poles and not questions", tuned),
         ("A negative weight suppresses its trait (4.4)", "P(E) of T=1, less that of T=1,E=-0.9 (arithmetic)",
          less(suppression("arithmetic", "E=-0.9"))),
-        (f"The INFJ weights [1, 0, -9, -3]{infj_emptiness()[1]} are weights to generate with (4.4)",
-         "share of nuclei that are not empty, less .5", less(infj_emptiness()[0], 0.5)),
+        ("The INFJ weights [1, 0, -9, -3] are weights to generate with (4.4)",
+         "share of nuclei that are not empty, less .5", less(emptiness(INFJ, "empty_nucleus"), 0.5)),
     ]  # fmt: skip
     lines = ["| claim | what is compared | estimate, 95 % | verdict |", "|---|---|---|---|"]
     lines += [f"| {claim} | {what} | {words(e, '+.3f')} | {verdict(e)} |" for claim, what, e in rows]
-    prompts = len({row["item"] for row in mbti("base")})
-    if 0 < prompts < FEW_PROMPTS:
-        lines += [
-            "",
-            f"What is compared by Table 1 rests on {prompts} prompts. These are too few: its intervals are too narrow.",
-        ]
+    lines.append("")
+    for tables, rows_of in (("Table 1", mbti), ("Tables 2 and 3", plays)):
+        prompts = len({row["item"] for row in rows_of("base")})
+        if 0 < prompts < FEW_PROMPTS:
+            lines.append(
+                f"What is compared by {tables} rests on {prompts} questions, too few: intervals are too narrow."
+            )
     return "\n".join(lines)
 
 
@@ -277,16 +291,15 @@ def table1() -> str:
             continue
         tasks = []
         for task in ("qa", "mcqa", "16p"):
-            own = [trait(row) for row in rows if row["item"].split(" ")[1].startswith(task)]
+            own = [trait(row) for row in rows if row["item"].startswith(task)]
             tasks.append(f"{sum(own) / len(own):.3f}" if own else NOT_RUN)
         gain = "" if method == "base" else words(difference(rows, base, trait), "+.3f")
         calls = ratio(rows, lambda r: r["model_calls_per_token"] * r["tokens"], lambda r: r["tokens"]).value
         numbers = f"{words(ratio(rows, trait), '.3f')} | {gain} | {_perplexity(rows)} | {calls:.2f}"
         lines.append(f"| {method} | {' | '.join(tasks)} | {numbers} | {NOT_RUN} |")
     items = len({row["item"] for row in base})
-    return "\n".join(
-        [*lines, "", f"Types that were run: {', '.join(done)}; {items} prompts of the reported side in all."]
-    )
+    told = f"{items} questions that no weights are tuned on, asked for each of {', '.join(done)}."
+    return "\n".join([*lines, "", told, judge()])
 
 
 def table2() -> str:
@@ -342,7 +355,7 @@ def table4() -> str:
         first = words(ratio(rows, trait), ".3f") if rows else NOT_RUN
         second = words(ratio(plays_of, lambda row: row["rouge1"]), ".3f") if plays_of else NOT_RUN
         lines.append(f"| {method} | {first} | {second} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", judge()])
 
 
 def tuning() -> str:
@@ -366,20 +379,55 @@ def front_table() -> str:
         calls = ratio(rows, lambda r: r["calls"] * r["tokens"], lambda r: r["tokens"]).value
         ppl = words(perplexity(rows), ".1f")
         lines.append(f"| {name} | {words(ratio(rows, trait), '.3f')} | {gain} | {ppl} | {calls:.2f} |")
-    return "\n".join([*lines, "", size("front")]) if runs else NOT_RUN
+    return "\n".join([*lines, "", size("front"), judge()]) if runs else NOT_RUN
 
 
 def bounds_table() -> str:
     """What M becomes in texts of k = 4, and what SCR delivers there."""
     runs = read("laws-ESTP")[1]
-    lines = ["| texts | M at their end, median (range) | share there | forwards a token |", "|---|---|---:|---:|"]
+    lines = [
+        "| texts | M at their end, median (range) | share there | share in the texts | forwards a token |",
+        "|---|---|---|---|---:|",
+    ]
     for name, rows in runs.items():
         if name.startswith("scr"):
             ends = sorted(math.exp(row["log_bound"]) for row in rows)
             told = f"{median(ends):.2f} ({ends[0]:.2f} to {ends[-1]:.2f})"
             calls = ratio(rows, lambda row: row["calls"] * row["tokens"], lambda row: row["tokens"]).value
-            lines.append(f"| {name} | {told} | {share_at(4, median(ends)):.2f} | {calls:.2f} |")
+            shares = f"{words(share_at(4, median(ends)))} | {words(share_in_texts(rows))}"
+            lines.append(f"| {name} | {told} | {shares} | {calls:.2f} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_RUN
+
+
+def attributes() -> str:
+    """What the number of attributes changes."""
+    sizes = (1, 2, 4, 8)
+    found = [share_of("arithmetic", n, 4, 2.0) for n in sizes]
+    if not all(found):
+        return NOT_RUN
+    told = ", ".join(f"{words(e)} at N = {n}" for n, e in zip(sizes, found, strict=True))
+    asked = ", ".join(f"{shift_of(n).value:.4f}" for n in sizes)
+    return (
+        f"At k = 4 and M = 2 the share is {told}. The shift that is asked for is {asked} nats a token there: each "
+        "attribute has an Nth of the weight, and from the fifth on one opposes one of the first four. At k = 1 and "
+        f"N = 1 the bound is what is missed: {words(share_of('arithmetic', 1, 1, 2.0))}."
+    )
+
+
+def parting() -> str:
+    """Where the geometric and the arithmetic target differ; the weight of the second has no scale."""
+    runs = read("front")[1]
+    if "arithmetic" not in runs:
+        return NOT_RUN
+    told = []
+    for name, rows in runs.items():
+        if name.startswith("geometric ") and name != "geometric-scr":
+            nats = difference(rows, runs["arithmetic"], lambda row: row["nats"], lambda row: row["tokens"])
+            gain = difference(rows, runs["arithmetic"], trait)
+            told.append((float(name.split()[1]), f"{words(nats, '+.2f')} and {words(gain, '+.3f')}"))
+    return "Geometric less arithmetic, in the logarithm of the perplexity and in P(pole): " + "; ".join(
+        f"{text} at {weight:g}" for weight, text in sorted(told)
+    ) + "."  # fmt: skip
 
 
 def dominance() -> str:
@@ -409,7 +457,7 @@ def negative_table() -> str:
         gain = "" if name in ("base", "geometric T=1") else words(
             difference(rows, runs["geometric T=1"], lambda row: row["traits"]["EI"]), "+.3f")  # fmt: skip
         lines.append(f"| {name} | {words(told, '.3f')} | {gain} | {words(perplexity(rows), '.1f')} |")
-    return "\n".join([*lines, "", size("negative")]) if runs else NOT_RUN
+    return "\n".join([*lines, "", size("negative"), judge()]) if runs else NOT_RUN
 
 
 def size(name: str) -> str:
@@ -442,15 +490,15 @@ def seeds() -> str:
         gain = "" if name == "base" else words(
             difference(rows, runs["base"], lambda row, of=dimension: row["traits"][of]), "+.3f")  # fmt: skip
         lines.append(f"| {name} | {words(told, '.3f')} | {gain} | {words(perplexity(rows), '.1f')} |")
-    return "\n".join(lines) if runs else NOT_RUN
+    return "\n".join([*lines, "", judge()]) if runs else NOT_RUN
 
 
 def missing() -> str:
     """What has no scores yet."""
     names = [*["laws-ESTP", "laws-ESTPINFJ", "front", "negative", "rows", "seeds"], *HISTORIES]
     names += [f"table-{name}" for name in (*TYPES, "roleplay")]
-    left = [name for name in names if not (scores.RESULTS / f"{name}.jsonl").is_file()]
-    return f"These have no scores yet: {', '.join(left)}." if left else "All of it has been run."
+    left = [name for name in names if not (read(name)[1] or (name in HISTORIES and _held_out(name[5:])))]
+    return f"These have no scores yet: {', '.join(left)}." if left else "Every file of scores is there."
 
 
 def _perplexity(rows: Sequence[Row]) -> str:

@@ -67,11 +67,39 @@ def share_of(score: str, n: int, k: int, bound: float) -> Estimate | None:
     return share(*names) or share(*names, "laws-ESTPINFJ")
 
 
-def share_at(k: int, bound: float) -> float:
-    """The share of four attributes at any M between those that were enumerated, read off their curve."""
-    bounds = read("laws-ESTP")[0]["bounds"]
-    found = [share_of("arithmetic", 4, k, m) for m in bounds]
-    return float(np.interp(np.log(bound), np.log(bounds), [e.value for e in found if e]))
+def shift_of(n: int) -> Estimate:
+    """The shift of the mean log-ratio that n attributes ask for, in nats a token."""
+    file = "laws-ESTP" if f"target arithmetic N={n}" in read("laws-ESTP")[1]["laws"][0] else "laws-ESTPINFJ"
+    target, base = f"target arithmetic N={n}", f"base arithmetic N={n}"
+    return ratio(read(file)[1]["laws"], lambda row: row[target][0] - row[base][0])
+
+
+def share_at(k: int, bound: float) -> Estimate:
+    """The share of four attributes at any M between those that were enumerated, read off the curve of each resample."""
+    header, runs = read("laws-ESTP")
+    name, base, target = f"arithmetic N=4 k={k} M=", "base arithmetic N=4", "target arithmetic N=4"
+    curves = [
+        _ratios(
+            runs["laws"],
+            lambda row, m=m: row[f"{name}{m:g}"][0] - row[base][0],
+            lambda row: row[target][0] - row[base][0],
+        )
+        for m in header["bounds"]
+    ]
+    at = np.log(bound)
+    return Bootstrap.estimate(np.array([np.interp(at, np.log(header["bounds"]), one) for one in np.transpose(curves)]))
+
+
+def share_in_texts(rows: Rows) -> Estimate:
+    """The share of the shift from the base's texts to those of the exact target that texts of the same prompts show."""
+    _, runs = read("laws-ESTP")
+    ends = [{row["prompt"]: row["log_ratio"] for row in runs[name]} for name in ("base", "exact")]
+    apart = [{"prompt": row["prompt"], "own": row["log_ratio"]} for row in rows]
+    return ratio(
+        apart,
+        lambda row: row["own"] - ends[0][row["prompt"]],
+        lambda row: ends[1][row["prompt"]] - ends[0][row["prompt"]],
+    )
 
 
 def distance(setting: str) -> Estimate | None:

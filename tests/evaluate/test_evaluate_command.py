@@ -102,6 +102,13 @@ def test_several_types_are_averaged(run, data, own_judge, tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "# MBTI: ESTJ, ESTP" in done.stdout and "| method | EI | SN | TF | JP | Avg |" in done.stdout
     assert {folder.name for folder in (tmp_path / "out").iterdir() if folder.is_dir()} == {"ESTJ", "ESTP"}
+    done = run(*command, "--max-new-tokens", 5, "--limit", 1, "--out", tmp_path / "one")
+    sections = json.loads((tmp_path / "one/table.json").read_text())["sections"]
+    measured = next(section for section in sections if section["title"] == "Measured")
+    texts = [(tmp_path / f"one/{name}/answers/base.jsonl").read_text().splitlines()[1] for name in ("ESTJ", "ESTP")]
+    assert len({json.loads(text)["text"] for text in texts}) == 2
+    perplexity = measured["rows"][0]["cells"]["PPL"]  # of one question, which two types ask: nothing to resample
+    assert perplexity["low"] == perplexity["high"]
 
 
 def test_a_judge_that_fails_leaves_a_table_of_the_others(run, endpoint, own_judge, tmp_path):

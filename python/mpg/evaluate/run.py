@@ -35,7 +35,7 @@ from mpg.evaluate.tables import (
     render,
     tabulate,
 )
-from mpg.evaluate.tasks import TASKS, Item
+from mpg.evaluate.tasks import TASKS, Item, question_of
 from mpg.files import whole_file
 from mpg.model import Model
 from mpg.options import has_option
@@ -183,9 +183,8 @@ class Evaluation:
                 latest = {(row["item"], row["seed"], row["attribute"]): row["scores"] for row in written}
                 for (item, seed, attribute), values in latest.items():
                     if item in tasks and seed in self.seeds:
-                        prompt = f"{target.name} {item}"
-                        scores.append(Score(prompt, tasks[item], seed, values))
-                        own[method, prompt, seed, attribute] = values
+                        scores.append(Score(question_of(item), tasks[item], seed, values))
+                        own[method, target.name, item, seed, attribute] = values
             methods[method] = reasons.get(method, scores)
         judge = judges[0]
         if isinstance(judge, Metrics):
@@ -224,7 +223,7 @@ class Evaluation:
                     choice = choice_of(row)
                     if {*choice.dimension} & {*target.poles}:
                         values = dict.fromkeys((choice.dimension, "all"), float(choice.chosen in target.poles))
-                        scores.append(Score(f"{target.name} {choice.item}", "mcqa", row["seed"], values))
+                        scores.append(Score(question_of(choice.item), "mcqa", row["seed"], values))
             methods.setdefault(law, scores)
         notes = [f"share of options of the target's poles, by log-probability of {self.way} under each law"]
         return Section("Multiple choice", CHOICE_COLUMNS, methods, notes)

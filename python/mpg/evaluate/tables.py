@@ -29,7 +29,7 @@ NOT_RUN = "not run"
 class Score:
     """What one text got. Several of one prompt and seed (of methods of single attributes) count as their mean.
 
-    prompt  names it among all, the type included where there are several
+    prompt  what is resampled: a question, whichever types ask it
     task    of `mpg.evaluate.tasks.TASKS`
     values  by criterion, None where missing
     """

@@ -102,6 +102,13 @@ def items_hash(items: Sequence[Item]) -> str:
     return hashlib.sha256(json.dumps([asdict(item) for item in items], sort_keys=True).encode()).hexdigest()
 
 
+def question_of(item_id: str) -> str:
+    """An item's id without the type that it is asked for. Types ask the same questions: one in several is one prompt,
+    which a bootstrap draws or leaves out as a whole."""
+    task, _, question = item_id.partition(":")
+    return f"{task.split('-')[0]}:{question}"
+
+
 def hash_of(question: str) -> str:
     """The hash of a question, whatever its spaces and capitals: the one that `mpg.train` splits pairs by."""
     return hashlib.sha256(" ".join(question.split()).casefold().encode()).hexdigest()
