@@ -484,12 +484,16 @@ def empty_table() -> str:
 def seeds() -> str:
     _, runs = read("seeds")
     lines = ["| adapter alone | P of its pole, 95 % | less the base's | perplexity |", "|---|---|---|---|"]
-    for name, rows in runs.items():
-        dimension = {"E": "EI", "T": "TF"}.get(name[0], "EI")
-        told = ratio(rows, lambda row, of=dimension: row["traits"][of])
-        gain = "" if name == "base" else words(
-            difference(rows, runs["base"], lambda row, of=dimension: row["traits"][of]), "+.3f")  # fmt: skip
-        lines.append(f"| {name} | {words(told, '.3f')} | {gain} | {words(perplexity(rows), '.1f')} |")
+    base = runs.get("base", [])
+    for name, rows in {"base, of E": base, "base, of T": base, **runs}.items():
+        if name == "base":
+            continue
+
+        def of(row: Row, dimension: str = "TF" if "T" in name else "EI") -> float:
+            return row["traits"][dimension]
+
+        gain = "" if rows is base else words(difference(rows, base, of), "+.3f")
+        lines.append(f"| {name} | {words(ratio(rows, of), '.3f')} | {gain} | {words(perplexity(rows), '.1f')} |")
     return "\n".join([*lines, "", judge()]) if runs else NOT_RUN
 
 

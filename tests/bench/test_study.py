@@ -9,10 +9,14 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs mpg[evaluate]")
 
+import mpg
+import negative
+import next_token
 import pairs
 import reproduction
 import scores
 from longer import IS_LONG
+from mpg.demo import MODELS
 
 
 def files(folder):
@@ -75,3 +79,21 @@ def test_pairs_lose_their_personas_and_identical_sides(tmp_path):
 
 def test_the_page_names_its_scale_in_its_title():
     assert "135 M parameters" in Path(reproduction.__file__).with_name("reproduction.md").read_text().splitlines()[0]
+
+
+def test_scr_has_its_targets_law_where_a_chunk_is_one_token_and_no_score_is_above_the_bound():
+    model = mpg.load(MODELS, device="cpu")
+    told = next_token.law_of(model, "ESTJ", model.encode("How was your day?"))
+    base, target = (told[f"{of} arithmetic N=4"] for of in ("base", "target"))
+    assert told["arithmetic N=4 k=1 M=10"] == target == [target[0], 0]
+    assert told["arithmetic N=4 k=1 M=1"][1] > 0.001 < base[1]  # a bound below scores clips them
+    shares = [told[f"arithmetic N=4 k={k} M=2"][0] for k in (4, 2, 1)]
+    assert base[0] < shares[0] < shares[1] < shares[2] == target[0]
+
+
+def test_rows_are_empty_where_no_token_has_a_positive_score():
+    model, prompts = mpg.load(MODELS, device="cpu"), ["How was your day?"]
+    text = model.generate(prompts[0], target="base", max_new_tokens=6, seed=1).tokens
+    [whole], [none] = (negative.empty_rows(model, prompts, [text], {"E": weight}) for weight in (1.0, -1.0))
+    assert (whole["empty"], whole["empty_nucleus"], none["empty"]) == (0, 0, len(text))
+    assert whole["left_mass"] > 0.999 * len(text) and none["left_mass"] == 0
