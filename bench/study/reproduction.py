@@ -483,8 +483,12 @@ def empty_table() -> str:
 
 def seeds() -> str:
     _, runs = read("seeds")
-    lines = ["| adapter alone | P of its pole, 95 % | less the base's | perplexity |", "|---|---|---|---|"]
-    base = runs.get("base", [])
+    if "base" not in runs:
+        return NOT_RUN
+    lines, base = (
+        ["| adapter alone | P of its pole, 95 % | less the base's | perplexity |", "|---|---|---|---|"],
+        runs["base"],
+    )
     for name, rows in {"base, of E": base, "base, of T": base, **runs}.items():
         if name == "base":
             continue
@@ -494,7 +498,7 @@ def seeds() -> str:
 
         gain = "" if rows is base else words(difference(rows, base, of), "+.3f")
         lines.append(f"| {name} | {words(ratio(rows, of), '.3f')} | {gain} | {words(perplexity(rows), '.1f')} |")
-    return "\n".join([*lines, "", judge()]) if runs else NOT_RUN
+    return "\n".join([*lines, "", judge()])
 
 
 def missing() -> str:
