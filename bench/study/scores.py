@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from mpg.evaluate.tasks import DIMENSIONS, TYPES, question_of
 from mpg.paper.statistics import Bootstrap, Estimate
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 SEED = 0
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 
 
 @cache
@@ -28,6 +30,20 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
         return {}, {}
     header, *lines = map(json.loads, path.read_text().splitlines())
     return header, {line["setting"]: line["rows"] for line in lines if "setting" in line}
+
+
+def mbti(method: str) -> list[dict[str, Any]]:
+    """Rows of a method over all types that were run. They ask the same questions: what is resampled is a question."""
+    return [
+        {**row, "item": question_of(row["item"]), "traits": {of: row[of] for of in DIMENSIONS}}
+        for name in TYPES
+        for row in read(f"table-{name}")[1].get(method, ())
+    ]
+
+
+def plays(method: str) -> list[dict[str, Any]]:
+    """Rows of a method in role-play."""
+    return [row for row in read("table-roleplay")[1].get(method, ()) if row.get("rouge1") is not None]
 
 
 def ratio(rows: Rows, over: Callable[[Any], float], under: Callable[[Any], float] = lambda row: 1.0) -> Estimate:
@@ -42,7 +58,7 @@ def difference(
     return Bootstrap.estimate(_ratios(rows, over, under) - _ratios(others, over, under))
 
 
-def trait(row: Mapping[str, Any]) -> float:
+def trait(row: Row) -> float:
     """The mean probability of the target's poles that the judge gave a text."""
     return float(np.mean(list(row["traits"].values())))
 
@@ -90,29 +106,15 @@ def share_at(k: int, bound: float) -> Estimate:
     return Bootstrap.estimate(np.array([np.interp(at, np.log(header["bounds"]), one) for one in np.transpose(curves)]))
 
 
-def share_in_texts(rows: Rows) -> Estimate:
-    """The share of the shift from the base's texts to those of the exact target that texts of the same prompts show."""
-    _, runs = read("laws-ESTP")
-    ends = [{row["prompt"]: row["log_ratio"] for row in runs[name]} for name in ("base", "exact")]
-    apart = [{"prompt": row["prompt"], "own": row["log_ratio"]} for row in rows]
-    return ratio(
-        apart,
-        lambda row: row["own"] - ends[0][row["prompt"]],
-        lambda row: ends[1][row["prompt"]] - ends[0][row["prompt"]],
-    )
+def shift_in_texts(rows: Rows) -> Estimate:
+    """How far the log-ratio of whole texts is above that of the base's texts to the same prompts, in nats a token."""
+    return difference(rows, read("laws-ESTP")[1]["base"], lambda row: row["log_ratio"], lambda row: row["tokens"])
 
 
 def distance(setting: str) -> Estimate | None:
     """The mean total variation between a law of the next token and the target's."""
     rows = read("laws-ESTP")[1].get("laws", ())
     return ratio(rows, lambda row: row[setting][1]) if rows else None
-
-
-def words(estimate: Estimate | None, spec: str = ".2f") -> str:
-    """An estimate with its interval."""
-    if estimate is None:
-        return "not run"
-    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
 
 
 def _ratios(rows: Rows, over: Callable[[Any], float], under: Callable[[Any], float]) -> np.ndarray:
@@ -123,5 +125,5 @@ def _ratios(rows: Rows, over: Callable[[Any], float], under: Callable[[Any], flo
     return Bootstrap(len(names), SEED).ratios(*sums)
 
 
-def _prompt(row: Mapping[str, Any]) -> Any:
+def _prompt(row: Row) -> Any:
     return row["prompt"] if "prompt" in row else row["item"]

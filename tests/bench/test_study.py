@@ -9,14 +9,17 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs mpg[evaluate]")
 
+import claims
 import mpg
 import negative
 import next_token
 import pairs
 import reproduction
 import scores
+from layout import Column, Table
 from longer import IS_LONG
 from mpg.demo import MODELS
+from mpg.paper.methods import METHODS
 
 
 def files(folder):
@@ -31,6 +34,7 @@ def test_the_report_is_written_twice_to_the_same_bytes_and_is_the_page_that_is_c
     written = files(tmp_path / "one")
     assert all(files(tmp_path / name) == written for name in names)
     assert written["reproduction.md"] == (reproduction.DOCS / "reproduction.md").read_bytes()
+    assert written["reproduction/tables.json"] == (reproduction.DOCS / "reproduction/tables.json").read_bytes()
     assert {name for name in written if name.endswith(".png")} == {
         path.relative_to(reproduction.DOCS).as_posix() for path in (reproduction.DOCS / "reproduction").glob("*.png")
     }
@@ -42,8 +46,38 @@ def test_the_report_is_written_twice_to_the_same_bytes_and_is_the_page_that_is_c
     [(0.1, 0.3, "confirmed"), (-0.1, 0.3, "not confirmed at this scale"), (-0.3, -0.1, "refuted")],
 )
 def test_a_verdict_follows_from_the_interval_alone(low, high, said):
-    assert reproduction.verdict(scores.Estimate((low + high) / 2, low, high)) == said
-    assert reproduction.verdict(None) == "not run"
+    assert claims.verdict(scores.Estimate((low + high) / 2, low, high)) == said
+    assert claims.verdict(None) == "not run"
+
+
+def test_tables_have_each_of_the_papers_columns_and_what_was_not_run_is_null():
+    tables = json.loads((reproduction.DOCS / "reproduction/tables.json").read_text())
+    by_judge = [f"{task}: {name}" for task in ("QA", "MCQA", "16P") for name in ("Sty", "Tho", "Beh", "Nat", "Avg")]
+    wanted = {"table1": [*by_judge, "Overall"], "table2": ["PR", "RM", "HI", "Avg", "BERTScore"], "table4": ["Overall"]}
+    for name, columns in wanted.items():
+        for row in tables[name]:
+            assert [key for key, value in row.items() if value is None] == columns
+    for name in ("table1", "table2"):
+        assert {row["Method"] for row in tables[name]} == set(METHODS)
+
+
+def test_a_cell_is_shown_as_its_column_says():
+    columns = [
+        Column("a, b", parts=("a", "b")),
+        Column("with", ".1f"),
+        Column("brief", ".2f", brief=True),
+        Column("text"),
+    ]
+    estimate = scores.Estimate(1.25, 1.0, 1.5)
+    table = Table("row", columns, {"x": [None, estimate, estimate, "said"], "y": [None, None, 2.0, ""]}, {"x": "X"})
+    assert table.markdown().splitlines()[2:] == [
+        "| X | not run | 1.2 [1.0, 1.5] | 1.25 | said |", "| y | not run | not run | 2.00 |  |"
+    ]  # fmt: skip
+    as_json = {"value": 1.25, "low": 1.0, "high": 1.5}
+    assert table.as_json() == [
+        {"row": "x", "a": None, "b": None, "with": as_json, "brief": as_json, "text": "said"},
+        {"row": "y", "a": None, "b": None, "with": None, "brief": 2.0},
+    ]
 
 
 def test_scores_hold_no_texts():

@@ -1,0 +1,130 @@
+"""The paper's claims one by one, and what the committed scores say of each. Knows how an interval becomes a verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import scores
+from layout import NOT_RUN, Column, Table
+from mpg.paper.statistics import FEW_PROMPTS, Estimate
+from paper_tables import rouge1
+from scores import Row, difference, mbti, plays, ratio, read, share_of, trait
+
+INFJ = "rows E=1,T=-9,J=-3"
+
+
+def claims() -> Table:
+    """The claims, each with the interval of a difference that it has above 0, and the verdict."""
+
+    def less(estimate: Estimate | None, one: float = 0.0) -> Estimate | None:
+        return estimate and Estimate(one - estimate.value, one - estimate.high, one - estimate.low)
+
+    def more(estimate: Estimate | None, one: float) -> Estimate | None:
+        return estimate and Estimate(estimate.value - one, estimate.low - one, estimate.high - one)
+
+    calls = _calls("scr")
+    kept = share_of("arithmetic", 4, 4, 2.0)
+    tuned = _tuned_gain("ESTP")
+    rows: list[tuple[str, str, Estimate | None]] = [
+        ("SCR preserves the correctness of rejection sampling (3.3): at k = 4 all of the shift is delivered",
+         "delivered share, less .99", more(kept, 0.99)),
+        ("SCR(ref-Base) is above Base (Table 1)", "mean P(pole), difference", compare(mbti, "scr", "base", trait)),
+        ("SCR(ref-DPO single) is above SCR(ref-Base) (Table 1)", "mean P(pole), difference",
+         compare(mbti, "scr-dpo-single", "scr", trait)),
+        ("SCR(ref-DPO single) is above MOD (Table 1)", "mean P(pole), difference",
+         compare(mbti, "scr-dpo-single", "mod", trait)),
+        ("SCR(ref-Base) is above DPO Soups (Table 1)", "mean P(pole), difference",
+         compare(mbti, "scr", "soups", trait)),
+        ("SCR(ref-DPO single) is above DPO Soups (Table 1)", "mean P(pole), difference",
+         compare(mbti, "scr-dpo-single", "soups", trait)),
+        ("SCR(ref-DPO single) is above Preference prompting (Table 1)", "mean P(pole), difference",
+         compare(mbti, "scr-dpo-single", "pp", trait)),
+        ("DPO(single) is above Base (Table 1)", "mean P(pole), difference", compare(mbti, "dpo-single", "base", trait)),
+        ("Preference prompting is above Base (Table 1)", "mean P(pole), difference",
+         compare(mbti, "pp", "base", trait)),
+        ("SCR(ref-DPO single) is above Base in likeness to references (Table 2)", "ROUGE-1 F1, difference",
+         compare(plays, "scr-dpo-single", "base", rouge1)),
+        ("SCR(ref-DPO single) is above DPO Soups in likeness to references (Table 2)", "ROUGE-1 F1, difference",
+         compare(plays, "scr-dpo-single", "soups", rouge1)),
+        ("SCR needs some 1.4 forwards a token at N = 2, fewer than MOD's 2 (Table 3)", "2 less the forwards a token",
+         less(calls, 2.0)),
+        ("SCR(ref-specialized) is above the specialised model alone (Table 4, MBTI)", "mean P(pole), difference",
+         compare(mbti, "scr-specialized", "base-specialized", trait)),
+        ("SCR(ref-specialized) is above the specialised model alone (Table 4, role-play)", "ROUGE-1 F1, difference",
+         compare(plays, "scr-specialized", "base-specialized", rouge1)),
+        ("Iterative adjustment raises the accuracy of multiple choice (Figure 3), on questions it did not see",
+         "accuracy, tuned less start, over poles and not questions", tuned),
+        ("A negative weight suppresses its trait (4.4)", "P(E) of T=1, less that of T=1,E=-0.9 (arithmetic)",
+         less(suppression("arithmetic", "E=-0.9"))),
+        ("The INFJ weights [1, 0, -9, -3] are weights to generate with (4.4)",
+         "share of nuclei that are not empty, less .5", less(emptiness(INFJ, "empty_nucleus"), 0.5)),
+    ]  # fmt: skip
+    columns = [Column("what is compared"), Column("estimate, 95 %", "+.3f"), Column("verdict")]
+    return Table("claim", columns, {claim: [what, estimate, verdict(estimate)] for claim, what, estimate in rows})
+
+
+def few_prompts() -> str:
+    """Which comparisons rest on too few questions."""
+    return "\n".join(
+        f"What is compared by {tables} rests on {prompts} questions, too few: intervals are too narrow."
+        for tables, rows in (("Table 1", mbti("base")), ("Tables 2 and 3", plays("base")))
+        if 0 < (prompts := len({row["item"] for row in rows})) < FEW_PROMPTS
+    )
+
+
+def _calls(method: str) -> Estimate | None:
+    rows = read("table-roleplay")[1].get(method)
+    return rows and ratio(rows, lambda r: r["model_calls_per_token"] * r["tokens"], lambda r: r["tokens"])
+
+
+def held_out(name: str) -> dict[str, dict[str, float]]:
+    """What a history reports on questions that it was not tuned on, by weights."""
+    path = scores.RESULTS / f"tune-{name}.jsonl"
+    if not path.is_file():
+        return {}
+    rows = map(json.loads, path.read_text().splitlines()[1:])
+    return {row["held_out"]: row["scores"] for row in rows if "held_out" in row}
+
+
+def _tuned_gain(type_name: str) -> Estimate | None:
+    """Of the mean accuracy by pole, tuned less start: four numbers each, resampled."""
+    held = held_out(f"{type_name}-iterative")
+    if len(held) < 2:
+        return None
+    start, tuned = list(held.values())[1], list(held.values())[-1]
+    rows = [{"prompt": pole, "gain": tuned[pole] - start[pole]} for pole in tuned if pole in start]
+    return ratio(rows, lambda row: row["gain"])
+
+
+def verdict(estimate: Estimate | None) -> str:
+    """What an interval says of a difference that a claim has above 0."""
+    if estimate is None:
+        return NOT_RUN
+    if estimate.low > 0:
+        return "confirmed"
+    return "refuted" if estimate.high < 0 else "not confirmed at this scale"
+
+
+def suppression(target: str, way: str) -> Estimate | None:
+    """How far P(E) changes against T=1 alone."""
+    _, runs = read("negative")
+    name = f"{target} T=1,{way}"
+    if name not in runs or "geometric T=1" not in runs:
+        return None
+    return difference(runs[name], runs["geometric T=1"], lambda row: row["traits"]["EI"])
+
+
+def emptiness(name: str, key: str) -> Estimate | None:
+    """The share of positions whose arithmetic row is empty."""
+    _, runs = read("rows")
+    return ratio(runs[name], lambda row: row[key], lambda row: row["tokens"]) if name in runs else None
+
+
+def compare(
+    rows_of: Callable[[str], list[dict[str, Any]]], one: str, other: str, value: Callable[[Row], float]
+) -> Estimate | None:
+    """How far one method is above another."""
+    rows, others = rows_of(one), rows_of(other)
+    return difference(rows, others, value) if rows and others else None
