@@ -79,6 +79,14 @@ def _calls(method: str) -> Estimate | None:
     return rows and ratio(rows, lambda r: r["model_calls_per_token"] * r["tokens"], lambda r: r["tokens"])
 
 
+def alone() -> dict[str, Estimate | None]:
+    """How far adapters move what the tables show, each alone."""
+    return {
+        "Table 1's P(pole)": compare(mbti, "dpo-single", "base", trait),
+        "Table 2's ROUGE-1": compare(plays, "dpo-single", "base", rouge1),
+    }
+
+
 def held_out(name: str) -> dict[str, dict[str, float]]:
     """What a history reports on questions that it was not tuned on, by weights."""
     path = scores.RESULTS / f"tune-{name}.jsonl"

@@ -6,6 +6,7 @@ Knows how to draw; what a picture says is `reproduction`'s business. A picture w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from matplotlib.figure import Figure
 
 from mpg.evaluate import tune
 from mpg.paper.statistics import Estimate
-from scores import RESULTS, Rows, distance, perplexity, ratio, read, share_of, trait
+from scores import RESULTS, TARGET_TEXTS, Rows, distance, perplexity, ratio, read, share_of, trait
 
 PLAIN = {"dpi": 110, "metadata": {"Software": None}}
 BOUNDS = (1.25, 2.0, 5.0, 10.0)
+BOUND_TICKS = (1, 1.25, 1.5, 2, 3, 5, 10)
 METHODS = {"soups": "C0", "best-soups": "C9", "geometric": "C1", "anchored": "C2", "arithmetic": "C3"}
 METHODS |= {"arithmetic-scr": "C4", "geometric-scr": "C5", "pp": "C6", "base": "0.3"}
 WAYS = {"own adapter, weight below 0": "E=-", "opposite pole's adapter": "I="}
@@ -53,6 +55,12 @@ def _bars(axes: Any, xs: Sequence[float], estimates: Sequence[Estimate], **how: 
     axes.errorbar(xs, values, spread, capsize=2, ms=4, lw=1.2, **how)
 
 
+def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
+    """These numbers on a logarithmic axis, as one would say them."""
+    axis.set_ticks(values, [f"{value:g}" for value in values])
+    axis.set_ticks([], minor=True)
+
+
 def delivered() -> Figure | None:
     """Share over chunk sizes, by bound, of both scores."""
     if share_of("arithmetic", 4, 4, 2.0) is None:
@@ -82,12 +90,11 @@ def bound() -> Figure | None:
     for k in (1, 2, 4, 8):
         own = [share_of("arithmetic", 4, k, m) for m in header["bounds"]]
         _bars(axes, header["bounds"], [e for e in own if e], fmt="o-", label=f"k = {k}")
-    for index, name in enumerate(name for name in runs if name.startswith("scr")):
-        ends = sorted(2.718281828459045 ** row["log_bound"] for row in runs[name])
+    for index, name in enumerate(name for name in runs if name.startswith("scr") and name != TARGET_TEXTS):
+        ends = sorted(math.e ** row["log_bound"] for row in runs[name])
         axes.plot(ends, [-0.08 - 0.06 * index] * len(ends), "|", ms=9, label=f"M at the end of a text, {name}")
     axes.set(xscale="log", xlabel="M, the bound", ylabel="share of the intended shift (exact = 1)")
-    axes.set_xticks(header["bounds"], [f"{m:g}" for m in header["bounds"]])
-    axes.minorticks_off()
+    _plain_ticks(axes.xaxis, BOUND_TICKS)
     axes.legend(fontsize="x-small")
     return figure
 
@@ -125,8 +132,7 @@ def distances() -> Figure | None:
     assert base is not None
     axes.axhline(base.value, color="0.4", ls="--", lw=1, label="the base itself")
     axes.set(xscale="log", xlabel="M, the bound", ylabel="total variation from the target", ylim=(0, None))
-    axes.set_xticks(header["bounds"], [f"{m:g}" for m in header["bounds"]])
-    axes.minorticks_off()
+    _plain_ticks(axes.xaxis, BOUND_TICKS)
     axes.legend(fontsize="small")
     return figure
 
@@ -137,7 +143,7 @@ def _front(cost: bool) -> Figure | None:
         return None
     figure = Figure(figsize=(6.8, 4.2), layout="constrained")
     axes = figure.subplots()
-    for method, colour in METHODS.items():
+    for index, (method, colour) in enumerate(METHODS.items()):
         own = sorted((name for name in runs if name.split()[0] == method), key=_weight)
         traits = [ratio(runs[name], trait) for name in own]
         if not own:
@@ -145,12 +151,15 @@ def _front(cost: bool) -> Figure | None:
         x = [_forwards(runs[name]) if cost else perplexity(runs[name]) for name in own]
         sides = {"xerr": [[e.value - e.low for e in x], [e.high - e.value for e in x]]} if not cost else {}
         spread = [[e.value - e.low for e in traits], [e.high - e.value for e in traits]]
-        values = [e.value for e in x]
+        values = [e.value + (0.03 * (index - len(METHODS) / 2) if cost else 0) for e in x]  # side by side
         axes.errorbar(values, [e.value for e in traits], spread, fmt="o-", color=colour, capsize=2, ms=4, lw=1,
                       label=method, **sides)  # fmt: skip
         for name, place, height in zip(own, values, traits, strict=True):
             axes.annotate(f" {name.partition(' ')[2]}", (place, height.value), fontsize=7, color=colour)
     axes.set(xlabel="forwards a token" if cost else "perplexity under the base", ylabel="mean P(pole), E S T P")
+    if not cost:
+        axes.set_xscale("log")
+        _plain_ticks(axes.xaxis, (2, 3, 4, 6, 8, 12))
     axes.legend(fontsize="x-small")
     return figure
 
@@ -183,6 +192,7 @@ def negative() -> Figure | None:
                 _bars(panels[1], [0, *sizes], nats, **how)
     panels[0].set(xlabel="size of the weight", ylabel="P(E) by the judge")
     panels[1].set(xlabel="size of the weight", ylabel="perplexity under the base", yscale="log")
+    _plain_ticks(panels[1].yaxis, (2, 3, 4, 5))
     panels[0].legend(fontsize=6)
     return figure
 

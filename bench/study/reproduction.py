@@ -19,7 +19,7 @@ from typing import Any
 import figures
 import paper_tables
 import study_tables
-from claims import INFJ, claims, emptiness, few_prompts, held_out, suppression
+from claims import INFJ, alone, claims, emptiness, few_prompts, held_out, suppression
 from layout import NOT_RUN, Table, words
 from mpg.evaluate.tasks import TYPES
 from scores import Row, difference, mbti, perplexity, plays, read, share_at, share_of, shift_of, trait
@@ -49,8 +49,9 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
     parts = {name: table.markdown() for name, table in tables.items()}
     parts |= {
         "findings": "\n".join(f"{n}. {text or NOT_RUN}" for n, text in enumerate(findings(), 1)),
-        "few prompts": few_prompts(), "judge": judge(), "questions": questions(), "signatures": signatures(),
-        "dominance": dominance(), "missing": missing(), "attributes": attributes(), "parting": parting(),
+        "few prompts": few_prompts(), "judge": judge(), "power": power(), "questions": questions(),
+        "signatures": signatures(), "dominance": dominance(), "missing": missing(),
+        "attributes": attributes(), "parting": parting(),
         "size front": size("front"), "size negative": size("negative"), "recipe": recipe(),
         "number changes": str(sum("" not in cells for cells in tables["negative"].rows.values())),
         "number texts": str(len(read("laws-ESTP")[1].get("base", ()))), "number plays": str(len(plays("base"))),
@@ -124,6 +125,12 @@ def judge() -> str:
         return NOT_RUN
     told = ", ".join(f"{dimension} {accuracy:.3f}" for dimension, accuracy in header["judge"].items())
     return f"The judge tells the pole of held-out answers in these shares: {told}."
+
+
+def power() -> str:
+    """What there is for methods to show."""
+    told = [f"{task} by {words(gain, '+.3f')}" for task, gain in alone().items() if gain]
+    return f"alone they change {' and '.join(told)}" if told else NOT_RUN
 
 
 def questions() -> str:

@@ -18,6 +18,7 @@ from mpg.paper.statistics import Bootstrap, Estimate
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 SEED = 0
+TARGET_TEXTS = "scr k=1 M=10"  # of the law that SCR aims at
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
