@@ -74,7 +74,8 @@ def answer(
     on_result: Callable[[str, int, Result], None] | None = None,
     **options: Any,
 ) -> dict[str, list[Result]]:
-    """Answer prompts by one of the paper's methods.
+    """Answer prompts by one of the paper's methods. Where the base is a specialised one, those named so run it, and all
+    others the anchor, which is the original: one model answers by every method.
 
     method        a name in `METHODS`
     prompts       a list of texts or conversations; also of token ids, except under preference prompting
@@ -96,6 +97,8 @@ def answer(
     models = model.models.with_contexts([contexts_of(contexts)])
     if method.endswith("-specialized") and models.is_same("base", "anchor"):
         raise ValueError(f"method: {method!r} needs {_SPECIALISED}; got a base that is the anchor")
+    if not method.endswith("-specialized"):
+        models = models.with_roles(base="anchor")
     requests = list(prompts)
     if isinstance(prompts, str) or not all(isinstance(request, (str, list, tuple)) for request in requests):
         raise ValueError(f"prompts: expected a list of prompts, got {prompts!r}")
