@@ -824,6 +824,9 @@ STUDIES = [
     ((["evaluate overall", "a=t"], {"t/table.json": "{"}), "tables: t/table.json, line 1: expected JSON; Expecting"),
     *(((["evaluate overall", "a=t"], {"t/table.json": wrong}), f"tables: expected a table with a section, got {wrong}")
       for wrong in ("{}", "[1]", '{"sections": []}')),
+    *(((["evaluate overall", "a=t"], {"t/table.json": f'{{"sections": [{wrong}]}}'}), "tables: expected tables as this")
+      for wrong in ("{}", "1")),
+    (["evaluate overall", "a=data", "--methods", "moe"], "methods: expected some of base, ...got 'moe'"),
     *(([*TUNE, "--type", wrong], f"type: expected poles of different dimensions such as ESTP, got {wrong!r}")
       for wrong in ("", "EEJJ", "EISN")),
     ([*TUNE, "--type", "INFP"], "type: expected an attribute for each of I, N, F, P, got none for 'I'"),

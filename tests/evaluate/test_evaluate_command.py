@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from typer.testing import CliRunner
 
 from longer import long
 from mpg.app.cli.command import app
+from mpg.demo import MODELS
 from mpg.evaluate.tasks import MBTI_TASKS, read_items, split
+from mpg.paper.methods import METHODS
 
 for package in ("openai", "sacrebleu", "rouge_score", "sklearn"):
     pytest.importorskip(package, reason="needs mpg[evaluate]")
@@ -43,6 +46,19 @@ def own_judge(tmp_path):
     pairs = {of: (["a", "b"], [True, False]) for of in ("EI", "SN", "TF", "JP")}
     TraitClassifier.train(pairs, pairs).save(tmp_path / "own")
     return tmp_path / "own"
+
+
+@pytest.fixture(scope="session")
+def specialised(tmp_path_factory):
+    """The demo's base with its adapter J merged in, and adapters of the original."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("specialised")
+    shutil.copytree(MODELS, folder, ignore=shutil.ignore_patterns("model.safetensors", "mpg.yaml"), dirs_exist_ok=True)
+    base = AutoModelForCausalLM.from_pretrained(MODELS)
+    PeftModel.from_pretrained(base, MODELS / "adapters/J").merge_and_unload().save_pretrained(folder)
+    return folder
 
 
 def files_of(folder):
@@ -75,26 +91,88 @@ def test_a_table_of_mbti_from_answers_that_are_judged_and_kept(run, endpoint, ow
     assert (again.exit_code, again.stdout, len(server.requests)) == (0, table, asked)
     assert files_of(out) == before
     shown = CliRunner().invoke(app, ["evaluate", "overall", f"ESTJ={out}"]).stdout
-    assert shown.startswith("| method | ESTJ, evaluated by own |") and "| scr-specialized | not run |" in shown
+    assert shown.startswith("| method | ESTJ, evaluated by own | ESTJ, evaluated by m |")
+    assert "| scr-specialized | not run | not run |" in shown
 
 
-def test_a_table_of_role_play_compares_with_the_references(run, endpoint):
+def test_a_table_of_role_play_compares_with_the_references(run, endpoint, tmp_path):
     done = run("roleplay", "--weights", "E=1,T=1", "--methods", "base,pp,scr", *SHORT, "--set", "gamma=1.5")
     assert done.exit_code == 0, done.stderr
     assert "| base | not run | not run | not run | not run | not run |  |" in done.stdout
-    assert "| method | words | distinct-1 | distinct-2 | BLEU | ROUGE-1 | BERTScore | PPL |" in done.stdout
+    assert "| method | BLEU | ROUGE-1 | BERTScore | PPL | words | distinct-1 | distinct-2 | PPL, 95 % |" in done.stdout
+    assert "| method | tok/s | s/sequence | forwards/token | reject rate | s/sequence, 95 % |" in done.stdout
+    assert re.search(r"^\| base \| [\d.]+ \| [\d.]+ \| 1.000 \| - \| [\d.]+ \[[\d.]+, [\d.]+\]", done.stdout, re.M)
+    assert re.search(r"^- on .+, batches of 16$", done.stdout, re.M)
     server = endpoint(PLAY)
     command = ("roleplay", "--weights", "E=1,T=1", "--methods", "base,pp,scr", *SHORT, "--set", "gamma=1.5")
-    done = run(*command, "--judge", f"{server.url}#m", "--reference", "pp")
+    others = ("--judge", f"{server.url}#m", "--judge", f"{server.url}#n")
+    done = run(*command, *others, "--reference", "pp")
     assert "| scr | 4.000 | 3.000 | 2.000 | 3.000 | 3.000 [3.000, 3.000] | +0.000 [+0.000, +0.000] |" in done.stdout
+    assert "| m and n | PR | 6 | missing | 0.000 |" in done.stdout.partition("## Agreement between judges")[2]
     assert any("He bakes bread." in request["messages"][0]["content"] for request in server.requests)
+    shown = CliRunner().invoke(app, ["evaluate", "overall", f"Role-Play={tmp_path / 'out'}", "--methods", "scr,pp"])
+    assert shown.stdout.splitlines()[0] == "| method | Role-Play, evaluated by m | Role-Play, evaluated by n |"
+    assert [line.split()[1] for line in shown.stdout.splitlines()[2:]] == ["scr", "pp"]
+
+
+@long  # all methods, with two judges
+@pytest.mark.parametrize("command", [("mbti", "--type", "ESTJ"), ("roleplay", "--weights", "E=1,T=1")], ids=str)
+def test_all_methods_and_two_judges_make_the_papers_tables_and_again_the_same(
+    command, run, endpoint, specialised, tmp_path
+):
+    is_mbti, out, picture = command[0] == "mbti", tmp_path / "out", tmp_path / "plot.png"
+    reply = MBTI if is_mbti else PLAY
+    server, other = endpoint(reply, *[reply.replace("4", f"{1 + n % 5}") for n in range(4000)]), endpoint(reply)
+    command += ("--models", specialised, "--anchor", MODELS, "--seeds", 2, "--set", "tries=4", "--set", "empty=base")
+    command += ("--judge", f"{server.url}#one", "--judge", f"{other.url}#two", "--plot", picture, *SHORT)
+    done = run(*command)
+    assert done.exit_code == 0, done.stderr
+    table = json.loads((out / "table.json").read_text())
+    sections = {section["title"]: section for section in table["sections"]}
+    judges = ["Evaluated by one", "Evaluated by two"]
+    assert [*sections] == [*judges, "Measured", "Efficiency", *["Multiple choice"] * is_mbti]
+    criteria = ["Sty", "Tho", "Beh", "Nat", "Avg"] if is_mbti else ["PR", "PM", "HI", "Avg"]
+    columns = [f"{of} {name}" for of in ("QA", "MCQA", "16P") for name in criteria] + ["Overall"]
+    for title in judges:
+        assert sections[title]["columns"] == (columns if is_mbti else criteria)
+        assert sections[title]["key"] == sections[title]["columns"][-1]
+    for title in (*judges, "Measured", "Efficiency"):
+        rows = {row["method"]: row for row in sections[title]["rows"]}
+        assert [*rows] == [*METHODS] and not any(row["reason"] for row in rows.values())
+        for method, row in rows.items():
+            lacks = {column for column in sections[title]["columns"] if column not in row["cells"]}
+            assert lacks == ({"reject rate"} if title == "Efficiency" and "rs" not in method and "scr" not in method
+                             else {"BERTScore"} if title == "Measured" else set())  # fmt: skip
+            assert all(cell["low"] <= cell["value"] <= cell["high"] for cell in row["cells"].values())
+    texts = {
+        method: [row["text"] for row in map(json.loads, file.read_text().splitlines()[1:])]
+        for method in METHODS
+        for file in out.rglob(f"answers/{method}.jsonl")
+    }
+    for method in ("base", "pp", "scr"):
+        assert texts[method] != texts[f"{method}-specialized"]
+    agreed = {row["criterion"]: row for row in table["agreement"]}
+    assert list(agreed) == (["style", "thought", "behaviour", "naturalness"] if is_mbti else
+                            ["profile_relevance", "persona_match", "humanlikeness"])  # fmt: skip
+    num_texts = sum(len(rows) for rows in texts.values())
+    first = next(iter(agreed.values()))
+    assert (first["judges"], first["texts"]) == (["one", "two"], num_texts) and first["mean_absolute_difference"] > 0
+    assert "## Agreement between judges" in done.stdout and "| one and two | " in done.stdout
+    assert [len(panel["points"]) for panel in table["tradeoff"]] == [len(METHODS)] * 2
+    asked, before, drawn = len(server.requests), files_of(out), picture.read_bytes()
+    assert run(*command).stdout == done.stdout
+    assert (len(server.requests), files_of(out), picture.read_bytes()) == (asked, before, drawn)
+    overall = ["evaluate", "overall", f"T={out}", "--methods", "base-specialized,scr-specialized", "--plot"]
+    shown = CliRunner().invoke(app, [*overall, str(tmp_path / "again.png")]).stdout.splitlines()
+    assert (tmp_path / "again.png").stat().st_size > 10_000
+    assert shown[0] == "| method | T, evaluated by one | T, evaluated by two |"
+    assert [line.split()[1] for line in shown[2:]] == ["base-specialized", "scr-specialized"]
+    assert "not run" not in "".join(shown)
 
 
 def test_several_types_are_averaged(run, data, own_judge, tmp_path):
     (data / "mbti/questions/qa_ESTP.json").write_text((data / "mbti/questions/qa_ESTJ.json").read_text())
     recipe = tmp_path / "mpg.yaml"
-    from mpg.demo import MODELS
-
     adapters = {pole: str(MODELS / "adapters" / name) for pole, name in zip("ESTJP", "ESTJJ", strict=True)}
     recipe.write_text(json.dumps({"base": str(MODELS), "attributes": adapters}))
     command = ("mbti", "--models", recipe, "--type", "ESTJ", "--type", "ESTP", "--methods", "base", "--tasks", "qa")
@@ -164,6 +242,13 @@ def test_what_is_no_item_is_told_and_the_rest_is_done(run, data):
         (("mbti", "--type", "ESTJ", "--tasks", "qa,roleplay"), "tasks: expected some of qa, mcqa, 16p, got 'roleplay'"),
         (("mbti", "--weights", "E=1", "--tasks", "qa"), "type: expected one of ESTJ .*, got None"),
         (("mbti", "--type", "ESTJ", "--methods", "base,best"), "methods: expected some of base, .*, got 'best'"),
+        (("mbti", "--type", "ESTJ", "--methods", "base,base"), "methods: expected each once, got 'base,base'"),
+        (("mbti", "--type", "ESTJ", "--type", "ESTJ"), "type: expected each once, got ESTJ, ESTJ"),
+        (("mbti", "--type", "ESTJ", "--plot", "x.png"), "plot: expected a --judge, whose scores are drawn, got none"),
+        (
+            ("mbti", "--type", "ESTJ", "--plot", "x.txt", "--judge", "http://a/v1#m"),
+            "plot: expected a file that ends in one of",
+        ),
         (("mbti", "--type", "ESTJ", "--reference", "best"), "reference: expected one of base, .*, got 'best'"),
         (("mbti", "--type", "ESTJ", "--choices", "words"), "choices: expected one of texts, letters, got 'words'"),
         (

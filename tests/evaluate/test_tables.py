@@ -10,16 +10,20 @@ import pytest
 
 from mpg.evaluate.judges.endpoint import CRITERIA
 from mpg.evaluate.tables import (
+    COST_COLUMNS,
     METRIC_COLUMNS,
     Column,
     Score,
     Section,
     agreement,
+    cost_of,
     judge_columns,
+    judged,
     not_run,
     overall,
     render,
     tabulate,
+    tabulate_section,
 )
 
 STYLE = [Column("Sty", (("qa", ("style",)),))]
@@ -34,8 +38,12 @@ def scores(values, task="qa", shift=0.0, name="style"):
     ]
 
 
+def section(methods, columns=STYLE):
+    return Section("s", columns, methods, columns[-1].label)
+
+
 def cells(section, reference="base"):
-    return {row["method"]: row["cells"] for row in tabulate("t", [section], reference)["sections"][0]["rows"]}
+    return {row["method"]: row["cells"] for row in tabulate_section(section, reference)["rows"]}
 
 
 def test_columns_are_those_of_the_papers_tables():
@@ -43,11 +51,34 @@ def test_columns_are_those_of_the_papers_tables():
     per_task = ["Sty", "Tho", "Beh", "Nat", "Avg"]
     assert labels == [f"{task} {name}" for task in ("QA", "MCQA", "16P") for name in per_task] + ["Overall"]
     assert [column.label for column in judge_columns(["roleplay"], CRITERIA["roleplay"])] == ["PR", "PM", "HI", "Avg"]
+    assert [column.label for column in METRIC_COLUMNS][:4] == ["BLEU", "ROUGE-1", "BERTScore", "PPL"]
+    assert [column.label for column in COST_COLUMNS] == ["tok/s", "s/sequence", "forwards/token", "reject rate"]
+
+
+def test_costs_are_of_all_tokens_and_latency_is_of_a_text():
+    stats = {"model_calls_per_token": 2.0, "tokens_per_second": 5.0, "rounds": 3}
+    short = {"tokens": 10, "stats": stats}
+    long = {"tokens": 30, "stats": {**stats, "tokens_per_second": 10.0, "model_calls_per_token": 4.0}}
+    rejects = [{**short, "stats": {**stats, "reject_rate": 1.0}}, {**long, "stats": {**stats, "reject_rate": 0.0}}]
+    tries = {**short, "stats": {**stats, "reject_rate": 0.5, "num_tries": 40}}
+    methods = {"base": [short, long], "scr": rejects, "token-rs": [tries], "mod": "it cannot"}
+    told = {
+        name: rows if isinstance(rows, str) else [Score(str(n), "qa", 0, cost_of(row)) for n, row in enumerate(rows)]
+        for name, rows in methods.items()
+    }
+    costs = Section("Efficiency", COST_COLUMNS, told, "s/sequence", absent="-")
+    found = {name: {label: cell["value"] for label, cell in own.items()} for name, own in cells(costs).items()}
+    assert found["base"] == {"tok/s": 8.0, "s/sequence": 2.5, "forwards/token": 3.5}
+    assert (found["scr"]["reject rate"], found["token-rs"]["reject rate"], found["mod"]) == (0.5, 0.5, {})
+    lines = render(tabulate("t", [costs], "base")).splitlines()
+    assert lines[4].startswith("| method | tok/s | s/sequence | forwards/token | reject rate | s/sequence, 95 % |")
+    assert "| base | 8.000 | 2.500 | 3.500 | - | 2.500 [2.000, 3.000] |  |" in lines
+    assert any(line.startswith("| mod | not run | not run | not run | not run | not run |") for line in lines)
 
 
 def test_a_mean_has_the_interval_of_resampled_prompts_and_seeds():
     values = np.random.default_rng(0).normal(3, 1, (40, 3)) + np.arange(40)[:, None] / 10
-    cell = cells(Section("s", STYLE, {"base": scores(values)}))["base"]["Sty"]
+    cell = cells(section({"base": scores(values)}))["base"]["Sty"]
     assert cell["value"] == pytest.approx(values.mean(), abs=1e-6)
     # of resampled prompts, and of seeds within each: the variances add up
     error = math.sqrt(values.mean(1).var() / 40 + values.var(1).mean() / 120)
@@ -58,7 +89,7 @@ def test_a_mean_has_the_interval_of_resampled_prompts_and_seeds():
 def test_a_difference_is_paired():
     values = np.random.default_rng(1).normal(3, 1, (20, 2))
     methods = {"base": scores(values), "scr": scores(values, shift=0.25)}
-    cell = cells(Section("s", STYLE, methods))["scr"]["Sty"]
+    cell = cells(section(methods))["scr"]["Sty"]
     assert cell["difference"] == {"value": 0.25, "low": 0.25, "high": 0.25}
     assert cell["low"] < cell["value"] < cell["high"]
 
@@ -70,7 +101,7 @@ def test_what_is_missing_counts_nowhere_and_is_never_0():
         "mod": [],
         "pp": "it lacks something",
     }
-    table = tabulate("t", [Section("s", STYLE, methods)], "base")
+    table = tabulate("t", [section(methods)], "base")
     rows = {row["method"]: row for row in table["sections"][0]["rows"]}
     assert rows["base"]["cells"]["Sty"]["value"] == pytest.approx(10 / 3, abs=1e-6)
     assert rows["scr"]["cells"] == rows["mod"]["cells"] == rows["pp"]["cells"] == {}
@@ -82,20 +113,20 @@ def test_what_is_missing_counts_nowhere_and_is_never_0():
 def test_a_text_that_lacks_one_criterion_is_not_in_the_mean_of_all():
     columns = judge_columns(["qa"], ("style", "thought"))
     both = [Score("a", "qa", 0, {"style": 1, "thought": 5}), Score("b", "qa", 0, {"style": 2, "thought": None})]
-    found = cells(Section("s", columns, {"base": both}))["base"]
+    found = cells(section({"base": both}, columns))["base"]
     assert {label: cell["value"] for label, cell in found.items()} == {"Sty": 1.5, "Tho": 5, "Avg": 3}
 
 
 def test_texts_of_single_attributes_count_as_one():
     texts = [Score("a", "qa", 0, {"style": 1}), Score("a", "qa", 0, {"style": 3}), Score("b", "qa", 0, {"style": 5})]
-    assert cells(Section("s", STYLE, {"dpo-single": texts}))["dpo-single"]["Sty"]["value"] == 3.5
+    assert cells(section({"dpo-single": texts}))["dpo-single"]["Sty"]["value"] == 3.5
 
 
 def test_overall_is_the_mean_of_the_tasks_not_of_the_texts():
     columns = judge_columns(["qa", "16p"], ("style",))
     whole = scores([[1]] * 9) + scores([[4]], task="16p")
-    assert cells(Section("s", columns, {"base": whole}))["base"]["Overall"]["value"] == 2.5
-    assert "Overall" not in cells(Section("s", columns, {"base": scores([[1]] * 9)}))["base"]
+    assert cells(section({"base": whole}, columns))["base"]["Overall"]["value"] == 2.5
+    assert "Overall" not in cells(section({"base": scores([[1]] * 9)}, columns))["base"]
 
 
 def test_perplexity_is_of_all_tokens():
@@ -104,7 +135,7 @@ def test_perplexity_is_of_all_tokens():
         Score("b", "16p", 0, {"nll": 2.0, "nll_tokens": 1.0}),
         Score("c", "qa", 0, {"nll": None, "nll_tokens": None}),
     ]
-    found = cells(Section("s", METRIC_COLUMNS, {"base": texts}))["base"]["PPL"]
+    found = cells(section({"base": texts}, METRIC_COLUMNS))["base"]["PPL"]
     assert found["value"] == pytest.approx(math.exp(12 / 11), abs=1e-5)
     assert math.e - 1e-5 <= found["low"] <= found["value"] <= found["high"] <= math.exp(2) + 1e-5
 
@@ -122,9 +153,9 @@ def test_agreement_is_over_what_both_judges_scored():
 
 def test_a_table_is_rendered_from_its_json_with_every_section():
     sections = [
-        Section("Evaluated by m", STYLE, {"base": scores([[1], [1]]), "scr": scores([[2], [2]])}, ["a note"]),
+        judged("GPT", ["qa"], ["style"], {"base": scores([[1], [1]]), "scr": scores([[2], [2]])}, ["a note"]),
         not_run("roleplay", ["roleplay"], ["base"]),
-        Section("Measured", [Column("B", ((None, ("b",)),))], {"base": scores([[1]])}, (), ("B",)),
+        Section("Measured", [Column("B", ((None, ("b",)),)), *STYLE], {"base": scores([[1]])}, "B", (), ("B",)),
     ]
     told = agreement({"m": {1: {"style": 1}, 2: {"style": 2}}, "n": {1: {"style": 2}, 2: {"style": 4}}})
     table = tabulate("Title", sections, "base", told)
@@ -134,12 +165,12 @@ def test_a_table_is_rendered_from_its_json_with_every_section():
         == """\
 # Title
 
-## Evaluated by m
+## Evaluated by GPT
 
-| method | Sty | Sty, 95 % | Sty: - base |
-|---|---|---|---|
-| base | 1.000 | 1.000 [1.000, 1.000] |  |
-| scr | 2.000 | 2.000 [2.000, 2.000] | +1.000 [+1.000, +1.000] |
+| method | Sty | Avg | Avg, 95 % | Avg: - base |
+|---|---|---|---|---|
+| base | 1.000 | 1.000 | 1.000 [1.000, 1.000] |  |
+| scr | 2.000 | 2.000 | 2.000 [2.000, 2.000] | +1.000 [+1.000, +1.000] |
 
 - a note
 
@@ -151,9 +182,9 @@ def test_a_table_is_rendered_from_its_json_with_every_section():
 
 ## Measured
 
-| method | B | B, 95 % | B: - base |
-|---|---|---|---|
-| base | not run | not run |  |
+| method | B | Sty | B, 95 % | B: - base |
+|---|---|---|---|---|
+| base | not run | 1.000 | not run |  |
 
 ## Agreement between judges
 
@@ -162,12 +193,17 @@ def test_a_table_is_rendered_from_its_json_with_every_section():
 | m and n | Sty | 2 | 1.000 | 1.500 |
 """
     )
+    tables = {"MBTI": table, "Role-Play": tabulate("r", sections[:1], "base")}
     assert (
-        overall({"MBTI": table, "Role-Play": tabulate("r", sections[1:2], "base")})
+        overall(tables)
         == """\
-| method | MBTI, evaluated by m | Role-Play, evaluated by an endpoint |
-|---|---|---|
-| base | 1.000 [1.000, 1.000] | not run |
-| scr | 2.000 [2.000, 2.000] | not run |
+| method | MBTI, evaluated by GPT | MBTI, evaluated by an endpoint | Role-Play, evaluated by GPT |
+|---|---|---|---|
+| base | 1.000 [1.000, 1.000] | not run | 1.000 [1.000, 1.000] |
+| scr | 2.000 [2.000, 2.000] | not run | 2.000 [2.000, 2.000] |
 """
     )
+    assert overall(tables, ["scr", "mod"]).splitlines()[2:] == [
+        "| scr | 2.000 [2.000, 2.000] | not run | 2.000 [2.000, 2.000] |",
+        "| mod | not run | not run | not run |",
+    ]

@@ -8,6 +8,7 @@ with), method, weights, options and the items' hash. A row is one text:
     attribute  whose model wrote it, under the methods of single attributes; else ""
     text       without special tokens
     tokens, finish_reason, drawn_with (the seed of `generate`), stats
+    ran        on what, and in batches of how many
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import mpg
 from mpg.evaluate.records import open_records
@@ -75,8 +78,9 @@ def write_answers(
     }
     attributes = list(alpha) if alpha and method in SINGLE_METHODS else [""]
     wanted = [(item.id, seed, attribute) for item in items for seed in seeds for attribute in attributes]
+    machine = _describe_device(model.models.device)
     with open_records(path, header) as records:
-        there = {_key(row) for row in records.rows}
+        there = {key_of(row) for row in records.rows}
         todo = [
             (item, seed)
             for item in items
@@ -91,6 +95,7 @@ def write_answers(
                 return
             row = {"item": item.id, "seed": seed, "attribute": attribute, "text": result.text}
             row |= {"tokens": len(result.tokens), "finish_reason": result.finish_reason, "drawn_with": result.seed}
+            row |= {"ran": f"{machine}, batches of {batch_size}"}
             records.append(row | {"stats": {name: round(value, 4) for name, value in result.stats.items()}})
             there.add((item.id, seed, attribute))
             on_row(sum(key in there for key in wanted), len(wanted))
@@ -99,8 +104,13 @@ def write_answers(
         if todo:
             how = {"descriptions": DESCRIPTIONS, "batch_size": batch_size, **options}
             answer(model, method, [item.prompt for item, _ in todo], weights, seed=drawn_with, on_result=write, **how)
-        rows = {_key(row): row for row in records.rows}
+        rows = {key_of(row): row for row in records.rows}
     return [rows[key] for key in wanted]
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Item, seed and attribute: which text a row is of."""
+    return row["item"], row["seed"], row["attribute"]
 
 
 def describe_models(model: Model, attributes: Collection[str]) -> dict[str, Any]:
@@ -129,8 +139,9 @@ def _describe(source: Path) -> dict[str, Any]:
     return described
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, int, str]:
-    return row["item"], row["seed"], row["attribute"]
+def _describe_device(device: torch.device) -> str:
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s'[: threads > 1]}" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _draw_seed(item_id: str, seed: int) -> int:

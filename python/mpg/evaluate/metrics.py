@@ -47,14 +47,14 @@ class Metrics:
         self._bleu, self._rouge = BLEU(effective_order=True), RougeScorer(["rouge1"], use_stemmer=True)
         self._bert = None if bertscore is None else _bert_scorer(Path(bertscore))
         self.has_bertscore = self._bert is not None
-        scoring, self._model = perplexity
+        self.scoring, self._model = perplexity
         self.criteria: tuple[str, ...] = ("bleu", "rouge1", *(["bertscore"] if self._bert else []))
         self.criteria += ("nll", "nll_tokens", "distinct1", "distinct2", "words")
         self.signatures = {
             "bleu": f"sacrebleu {self._bleu_signature()}",
             "rouge1": f"rouge-score {version('rouge-score')}, rouge1 F1, use_stemmer=True",
             "bertscore": f"bert-score {self._bert.hash}" if self._bert else "not run: no model was given",
-            "perplexity": f"under {scoring}, behind the prompt",
+            "perplexity": f"under {self.scoring}, behind the prompt",
         }
         self.identity: dict[str, Any] = {"judge": self.name, "signatures": self.signatures}
         self.identity["scoring"] = describe_models(self._model, ())["models"]

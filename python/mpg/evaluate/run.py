@@ -12,25 +12,29 @@ Knows the order of things and the layout of the folder:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from mpg.evaluate.answers import write_answers
-from mpg.evaluate.choices import choice_of, write_choices
+from mpg.evaluate import tradeoff
+from mpg.evaluate.answers import key_of, write_answers
+from mpg.evaluate.choices import Choice, choice_of, write_choices
 from mpg.evaluate.judges.classifier import ClassifierJudge
-from mpg.evaluate.judges.endpoint import CRITERIA, EndpointJudge
-from mpg.evaluate.judging import Judge, parse_rate, write_scores
+from mpg.evaluate.judges.endpoint import EndpointJudge
+from mpg.evaluate.judging import Judge, hash_of_text, parse_rate, write_scores
 from mpg.evaluate.metrics import Metrics
 from mpg.evaluate.records import RecordsError, read_records
 from mpg.evaluate.tables import (
     CHOICE_COLUMNS,
+    COST_COLUMNS,
     METRIC_COLUMNS,
     Score,
     Section,
     agreement,
-    judge_columns,
+    cost_of,
+    judged,
     not_run,
     render,
     tabulate,
@@ -42,8 +46,15 @@ from mpg.options import has_option
 from mpg.paper.methods import sampler_of
 
 LAWS = ("base", "geometric", "arithmetic")  # of choices
+COST_NOTES = (
+    "s/sequence, tok/s: from when a text has a place in the batch to its last token",
+    "forwards/token: of all models / tokens",
+    "reject rate: rounds whose full chunk was rejected / rounds (scr), candidates rejected / tried (token-rs, seq-rs)",
+)
 
 OnRow = Callable[[str, int, int], None]
+# Scores by method, target and `key_of` a text
+Scored: TypeAlias = dict[tuple[str, str, tuple[str, int, str]], Mapping[str, "float | None"]]
 
 
 @dataclass(frozen=True)
@@ -105,35 +116,36 @@ class Evaluation:
         reasons: dict[str, str] = {}
         for target in self.targets:
             for method in self.methods:
-                try:
+                with _caught() as errors:
                     self._answer(target, method)
-                except RecordsError:
-                    raise
-                except ValueError as error:
+                for error in errors:
                     reasons[method] = str(error)
                     self.on_note(f"{method}: {error}")
-        sections: list[Section] = []
+        panels = [*zip(*self.judges, strict=True)]  # of every judge that of each target
         failures: list[ValueError] = []
-        found: dict[str, dict[Any, Mapping[str, float | None]]] = {}
-        for judges in zip(*self.judges, strict=True):
-            try:
-                sections.append(self._judge(judges, reasons, found))
-            except RecordsError:
-                raise
-            except ValueError as error:
-                failures.append(error)
-                sections.append(self._judged(judges, reasons, found))
-        if not any(isinstance(judge, EndpointJudge) for judge in self.judges[0]):
+        for judges in panels:
+            with _caught() as errors:
+                self._score(judges, reasons)
+            failures += errors
+        self._score([self.metrics] * len(self.targets), reasons)
+        self._write_table(title, reference, panels, reasons)
+        return failures
+
+    def _write_table(
+        self, title: str, reference: str, panels: Sequence[Sequence[Judge]], reasons: Mapping[str, str]
+    ) -> None:
+        scored = {judges[0].name: self._read_scores(judges) for judges in panels}
+        sections = [self._judged(judges[0], scored[judges[0].name], reasons) for judges in panels]
+        if not any(isinstance(judges[0], EndpointJudge) for judges in panels):
             sections.append(not_run(self.rubric, self._tasks(), self.methods))
-        sections.append(self._judge([self.metrics] * len(self.targets), reasons, {}))
-        if "mcqa" in self._tasks():
-            sections.append(self._choose())
+        measured = self._measured(reasons)
+        points = tradeoff.panels(sections, measured, self.metrics.scoring, reference)
+        sections += [measured, self._costs(reasons), *self._choices()]
+        table = {**tabulate(title, sections, reference, agreement(scored)), "tradeoff": points}
         self.out.mkdir(parents=True, exist_ok=True)  # where no method could answer there is none yet
-        table = tabulate(title, sections, reference, agreement(found))
         for name, text in (("table.json", json.dumps(table, indent=1) + "\n"), ("table.md", render(table))):
             with whole_file("out", self.out / name) as file:
                 file.write_text(text, encoding="utf-8")
-        return failures
 
     def _tasks(self) -> list[str]:
         present = {item.task for target in self.targets for item in target.items}
@@ -154,86 +166,113 @@ class Evaluation:
     def _scores(self, target: Target, judge: Judge, method: str) -> Path:
         return self.out / target.name / "scores" / judge.name.replace("/", "-") / f"{method}.jsonl"
 
-    def _judge(self, judges: Sequence[Judge], reasons: Mapping[str, str], found: Any) -> Section:
+    def _read_answers(self, target: Target, method: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Header and rows of a file of answers; nothing where there is none."""
+        file = self._answers(target, method)
+        header, rows = read_records(file) if file.exists() else ({}, [])
+        return header, [row for row in rows if row["seed"] in self.seeds]
+
+    def _score(self, judges: Sequence[Judge], reasons: Mapping[str, str]) -> None:
         """Have the judges of every target score all answers."""
         for target, judge in zip(self.targets, judges, strict=True):
             for method in self.methods:
-                if method not in reasons and (file := self._answers(target, method)).exists():
-                    header, answers = read_records(file)
+                if method not in reasons:
+                    header, answers = self._read_answers(target, method)
                     what = f"{target.name} {method}, {judge.name}"
                     num_failed = write_scores(
-                        self._scores(target, judge, method), judge, target.items, header,
-                        [answer for answer in answers if answer["seed"] in self.seeds],
+                        self._scores(target, judge, method), judge, target.items, header, answers,
                         on_row=lambda *counts, what=what: self.on_row(what, *counts),
                     )[1]  # fmt: skip
                     if num_failed:
                         self.on_note(f"{what}: {num_failed} answers got no reply; the same command asks again")
-        return self._judged(judges, reasons, found)
 
-    def _judged(self, judges: Sequence[Judge], reasons: Mapping[str, str], found: Any) -> Section:
-        """The section of what is scored. Puts the scores by text into `found`, by judge."""
-        methods: dict[str, list[Score] | str] = {}
-        own = found.setdefault(judges[0].name, {})
-        for method in self.methods:
-            scores: list[Score] = []
-            for target, judge in zip(self.targets, judges, strict=True):
-                tasks = {item.id: item.task for item in target.items}
+    def _read_scores(self, judges: Sequence[Judge]) -> Scored:
+        """What the judges of every target gave the texts that there are."""
+        scored: Scored = {}
+        for target, judge in zip(self.targets, judges, strict=True):
+            for method in self.methods:
+                texts = {key_of(row): hash_of_text(row["text"]) for row in self._read_answers(target, method)[1]}
                 file = self._scores(target, judge, method)
-                written = read_records(file)[1] if file.exists() else []
-                latest = {(row["item"], row["seed"], row["attribute"]): row["scores"] for row in written}
-                for (item, seed, attribute), values in latest.items():
-                    if item in tasks and seed in self.seeds:
-                        scores.append(Score(question_of(item), tasks[item], seed, values))
-                        own[method, target.name, item, seed, attribute] = values
-            methods[method] = reasons.get(method, scores)
-        judge = judges[0]
-        if isinstance(judge, Metrics):
-            notes = [f"{name}: {signature}" for name, signature in judge.signatures.items()]
-            return Section("Measured", METRIC_COLUMNS, methods, notes, () if judge.has_bertscore else ("BERTScore",))
-        columns = judge_columns(self._tasks(), judge.criteria)
+                for row in read_records(file)[1] if file.exists() else ():
+                    key = key_of(row)
+                    if texts.get(key) == row["of_text"]:
+                        scored[method, target.name, key] = row["scores"]
+        return scored
+
+    def _by_method(self, scored: Scored, reasons: Mapping[str, str]) -> dict[str, list[Score] | str]:
+        """What a section has of every method."""
+        methods: dict[str, list[Score]] = {method: [] for method in self.methods}
+        for (method, _, (item, seed, _)), values in scored.items():
+            methods[method].append(_score(item, seed, values))
+        return {**methods, **reasons}
+
+    def _judged(self, judge: Judge, scored: Scored, reasons: Mapping[str, str]) -> Section:
         if isinstance(judge, ClassifierJudge):
             told = ", ".join(f"{of} {share:.2f}" for of, share in judge.accuracy.items())
             notes = ["probability of the target's pole", f"share of held-out answers whose pole it tells: {told}"]
         else:
-            rate = parse_rate(list(own.values()))
+            rate = parse_rate(list(scored.values()))
             notes = ["from 1 to 5", "no reply" if rate is None else f"replies with every score: {100 * rate:.1f} %"]
-        return Section(f"Evaluated by {judge.name}", columns, methods, notes)
+        return judged(judge.name, self._tasks(), judge.criteria, self._by_method(scored, reasons), notes)
 
-    def _choose(self) -> Section:
-        """The section of multiple choice by log-probability."""
+    def _measured(self, reasons: Mapping[str, str]) -> Section:
+        """The section of what needs no judge."""
+        scored = self._read_scores([self.metrics] * len(self.targets))
+        notes = [f"{name}: {signature}" for name, signature in self.metrics.signatures.items()]
+        without = () if self.metrics.has_bertscore else ("BERTScore",)
+        return Section("Measured", METRIC_COLUMNS, self._by_method(scored, reasons), "PPL", notes, without)
+
+    def _costs(self, reasons: Mapping[str, str]) -> Section:
+        """The section of what the texts took, as the files of answers say."""
+        spent: Scored = {}
+        ran: dict[str, None] = {}
+        for target in self.targets:
+            for method in self.methods:
+                for row in self._read_answers(target, method)[1]:
+                    spent[method, target.name, key_of(row)] = cost_of(row)
+                    ran[row["ran"]] = None
+        notes = [*COST_NOTES, *(f"on {how}" for how in ran)]
+        return Section("Efficiency", COST_COLUMNS, self._by_method(spent, reasons), "s/sequence", notes, absent="-")
+
+    def _choices(self) -> list[Section]:
+        """The section of multiple choice by log-probability, where any is asked."""
+        if "mcqa" not in self._tasks():
+            return []
         methods: dict[str, list[Score] | str] = {}
         for law in LAWS:
             scores: list[Score] = []
-            for target in self.targets:
-                items = [item for item in target.items if item.task == "mcqa"]
-                file = self.out / target.name / "choices" / f"{law}.jsonl"
-                weights = None if law == "base" else target.weights
-                try:
-                    rows = write_choices(
-                        file, self.model, items, weights, target=law, way=self.way, seeds=self.seeds,
-                        batch_size=self.batch_size,
-                        on_row=lambda *counts, what=f"{target.name} choices, {law}": self.on_row(what, *counts),
-                    )  # fmt: skip
-                except RecordsError:
-                    raise
-                except ValueError as error:
-                    methods[law] = str(error)
-                    break
-                for row in rows:
-                    choice = choice_of(row)
-                    if {*choice.dimension} & {*target.poles}:
-                        values = dict.fromkeys((choice.dimension, "all"), float(choice.chosen in target.poles))
-                        scores.append(Score(question_of(choice.item), "mcqa", row["seed"], values))
-            methods.setdefault(law, scores)
+            with _caught() as errors:
+                for target in self.targets:
+                    for choice, seed in self._choose(target, law):
+                        if {*choice.dimension} & {*target.poles}:
+                            values = dict.fromkeys((choice.dimension, "all"), float(choice.chosen in target.poles))
+                            scores.append(_score(choice.item, seed, values))
+            methods[law] = str(errors[0]) if errors else scores
         notes = [f"share of options of the target's poles, by log-probability of {self.way} under each law"]
-        return Section("Multiple choice", CHOICE_COLUMNS, methods, notes)
+        return [Section("Multiple choice", CHOICE_COLUMNS, methods, "All", notes)]
+
+    def _choose(self, target: Target, law: str) -> list[tuple[Choice, int]]:
+        rows = write_choices(
+            self.out / target.name / "choices" / f"{law}.jsonl", self.model,
+            [item for item in target.items if item.task == "mcqa"], None if law == "base" else target.weights,
+            target=law, way=self.way, seeds=self.seeds, batch_size=self.batch_size,
+            on_row=lambda *counts: self.on_row(f"{target.name} choices, {law}", *counts),
+        )  # fmt: skip
+        return [(choice_of(row), row["seed"]) for row in rows]
 
 
-def endpoint_of(text: str, rubric: str, poles: Sequence[str], **how: Any) -> EndpointJudge:
-    """The judge that URL#MODEL names. Raises ValueError for text of another form."""
-    url, _, name = text.partition("#")
-    if not url.startswith(("http://", "https://")) or not name:
-        wanted = "classifier, classifier:FOLDER or an endpoint's URL#MODEL"
-        raise ValueError(f"judge: expected {wanted} (http://localhost:8000/v1#NAME), got {text!r}")
-    assert rubric in CRITERIA
-    return EndpointJudge(url, name, rubric, poles, **how)
+@contextmanager
+def _caught() -> Iterator[list[ValueError]]:
+    """Keeps an error that ends only what is within; not one of a file, which ends all."""
+    errors: list[ValueError] = []
+    try:
+        yield errors
+    except RecordsError:
+        raise
+    except ValueError as error:
+        errors.append(error)
+
+
+def _score(item: str, seed: int, values: Mapping[str, float | None]) -> Score:
+    question = question_of(item)
+    return Score(question, question.partition(":")[0], seed, values)

@@ -1,4 +1,4 @@
-"""Tables in the layouts of the paper's Tables 1, 2 and 4, from scores: a plain object that JSON holds, and Markdown.
+"""Tables in the layouts of the paper's Tables 1 to 4, from scores: a plain object that JSON holds, and Markdown.
 
 Every number comes with its 95 % interval, and with its difference from a named method's on the same resamples, from a
 bootstrap over prompts and over seeds within them. What has no score is missing, and shown as that.
@@ -44,29 +44,37 @@ class Score:
 class Column:
     """A number of every method: the mean over its parts, each of them the mean of some criteria over a task's texts.
 
-    parts  tasks (None: all), and criteria whose mean a text counts with; a text that lacks one counts nowhere
-    over   a criterion by which to divide, so that the number is exp(sum / sum): perplexity
+    parts   tasks (None: all), and criteria whose mean a text counts with; a text that lacks one counts nowhere
+    over    a criterion by which to divide, so that the number is sum / sum over all texts
+    is_log  whether the number is exp of that: perplexity
     """
 
     label: str
     parts: tuple[tuple[str | None, tuple[str, ...]], ...]
     over: str | None = None
+    is_log: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """The scores of one judge, or of one that was not run.
+    """The scores of one judge, or of one that was not run, or what was measured.
 
     methods  by method its scores, or why there are none
+    key      the label of the column that is shown with its interval and difference
     notes    lines below the table: signatures, held-out accuracy, parse rates
     not_run  labels of columns that were not run
+    judge    whose scores these are, if anybody's
+    absent   what stands for a number that a method has none of
     """
 
     title: str
     columns: Sequence[Column]
     methods: Mapping[str, Sequence[Score] | str]
+    key: str
     notes: Sequence[str] = ()
     not_run: Sequence[str] = ()
+    judge: str | None = None
+    absent: str = "missing"
 
 
 def judge_columns(tasks: Sequence[str], criteria: Sequence[str]) -> list[Column]:
@@ -80,21 +88,52 @@ def judge_columns(tasks: Sequence[str], criteria: Sequence[str]) -> list[Column]
     return [*of_tasks, overall] if len(tasks) > 1 else of_tasks
 
 
-METRIC_COLUMNS = [
-    Column("words", ((None, ("words",)),)),
-    Column("distinct-1", ((None, ("distinct1",)),)),
-    Column("distinct-2", ((None, ("distinct2",)),)),
+PERPLEXITY = Column("PPL", ((None, ("nll",)),), over="nll_tokens", is_log=True)
+METRIC_COLUMNS = [  # the right side of Table 2, and what tells a text that repeats itself
     Column("BLEU", ((None, ("bleu",)),)),
     Column("ROUGE-1", ((None, ("rouge1",)),)),
     Column("BERTScore", ((None, ("bertscore",)),)),
-    Column("PPL", ((None, ("nll",)),), over="nll_tokens"),
+    PERPLEXITY,
+    Column("words", ((None, ("words",)),)),
+    Column("distinct-1", ((None, ("distinct1",)),)),
+    Column("distinct-2", ((None, ("distinct2",)),)),
+]
+COST_COLUMNS = [  # Table 3
+    Column("tok/s", ((None, ("tokens",)),), over="seconds"),
+    Column("s/sequence", ((None, ("seconds",)),)),
+    Column("forwards/token", ((None, ("calls",)),), over="tokens"),
+    Column("reject rate", ((None, ("rejected",)),), over="tried"),
 ]
 CHOICE_COLUMNS = [*(Column(of, (("mcqa", (of,)),)) for of in DIMENSIONS), Column("All", (("mcqa", ("all",)),))]
 
 
+def judged(
+    judge: str,
+    tasks: Sequence[str],
+    criteria: Sequence[str],
+    methods: Mapping[str, Sequence[Score] | str],
+    notes: Sequence[str] = (),
+) -> Section:
+    """The section of a judge: Table 1's, or the left side of Table 2."""
+    columns = judge_columns(tasks, criteria)
+    return Section(f"Evaluated by {judge}", columns, methods, columns[-1].label, notes, judge=judge)
+
+
 def not_run(rubric: str, tasks: Sequence[str], methods: Iterable[str]) -> Section:
     """The section of an endpoint where none was asked."""
-    return Section("Evaluated by an endpoint", judge_columns(tasks, CRITERIA[rubric]), dict.fromkeys(methods, NOT_RUN))
+    return judged("an endpoint", tasks, CRITERIA[rubric], dict.fromkeys(methods, NOT_RUN))
+
+
+def cost_of(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """What a row of answers (`answers`) took, for `COST_COLUMNS`: calls of models, and candidates tried and rejected
+    where its method rejects any."""
+    stats, tokens = row["stats"], row["tokens"]
+    costs = {"tokens": tokens, "seconds": tokens / max(stats["tokens_per_second"], 1e-4)}
+    costs["calls"] = stats["model_calls_per_token"] * tokens
+    if "reject_rate" in stats:  # of candidates under rejection sampling, of rounds under scr
+        costs["tried"] = stats.get("num_tries", stats["rounds"])
+        costs["rejected"] = stats["reject_rate"] * costs["tried"]
+    return costs
 
 
 def tabulate(
@@ -106,35 +145,30 @@ def tabulate(
     agreements  what `agreement` returned
     seed        of the bootstrap
 
-    out: title, reference, agreement and sections; of a section title, notes, columns, those not run, and rows; of a row
-    the method, why it has no scores or None, and the cells by column, but for missing ones: value, low, high, and the
-    difference as such three numbers or None
+    out: title, reference, agreement and sections, as `tabulate_section` returns them
     """
     return {
         "title": title,
         "reference": reference,
-        "sections": [_tabulate(section, reference, seed) for section in sections],
+        "sections": [tabulate_section(section, reference, seed) for section in sections],
         "agreement": list(agreements),
     }
 
 
 def render(table: Mapping[str, Any]) -> str:
-    """What `tabulate` returned, in Markdown: means; of the last column also its interval, and the difference."""
+    """What `tabulate` returned, in Markdown: means; of the key column also its interval, and the difference."""
     lines = [f"# {table['title']}", ""]
     for section in table["sections"]:
-        last = section["columns"][-1]
+        columns, key = section["columns"], section["key"]
         lines += [f"## {section['title']}", ""]
-        lines.append(f"| method | {' | '.join(section['columns'])} | {last}, 95 % | {last}: - {table['reference']} |")
-        lines.append("|---" * (len(section["columns"]) + 3) + "|")
+        lines.append(f"| method | {' | '.join(columns)} | {key}, 95 % | {key}: - {table['reference']} |")
+        lines.append("|---" * (len(columns) + 3) + "|")
         for row in section["rows"]:
-            cells = [row["cells"].get(name) for name in section["columns"]]
-            empty = [
-                NOT_RUN if row["reason"] or name in section["not_run"] else "missing" for name in section["columns"]
-            ]
-            texts = [why if cell is None else _number(cell["value"]) for why, cell in zip(empty, cells, strict=True)]
-            end = cells[-1]
-            texts.append(empty[-1] if end is None else _interval(end))
-            texts.append("" if not end or not end["difference"] else _interval(end["difference"], signed=True))
+            cells = row["cells"]
+            texts = [_number(cells[name]["value"]) if name in cells else _empty(section, row, name) for name in columns]
+            texts.append(_interval(cells[key]) if key in cells else _empty(section, row, key))
+            difference = cells[key]["difference"] if key in cells else None
+            texts.append(_interval(difference, signed=True) if difference else "")
             lines.append(f"| {row['method']} | {' | '.join(texts)} |")
         reasons = [row for row in section["rows"] if row["reason"] not in (None, NOT_RUN)]
         below = [*(f"- {row['method']}: {NOT_RUN}: {row['reason']}" for row in reasons)]
@@ -150,21 +184,26 @@ def render(table: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def overall(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Table 4's layout, in Markdown: of some tables, by the names that these are to have, the last column of the first
-    section, for every method that one of them has."""
+def overall(tables: Mapping[str, Mapping[str, Any]], methods: Sequence[str] | None = None) -> str:
+    """Table 4's layout, in Markdown: of some tables, by the names that these are to have, what every judge said over
+    all.
+
+    methods  those to show; None means all that one of the tables has
+    """
     columns = {
-        f"{name}, {table['sections'][0]['title'].lower()}": (table["sections"][0], table["sections"][0]["columns"][-1])
+        f"{name}, {section['title'][0].lower()}{section['title'][1:]}": section
         for name, table in tables.items()
+        for section in table["sections"]
+        if section["judge"] is not None
     }
-    methods = dict.fromkeys(row["method"] for section, _ in columns.values() for row in section["rows"])
+    shown = methods or dict.fromkeys(row["method"] for section in columns.values() for row in section["rows"])
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for method in methods:
+    for method in shown:
         cells = []
-        for section, label in columns.values():
+        for section in columns.values():
             rows = [row for row in section["rows"] if row["method"] == method]
-            cell = rows[0]["cells"].get(label) if rows else None
-            empty = "missing" if rows and rows[0]["reason"] is None else NOT_RUN
+            cell = rows[0]["cells"].get(section["key"]) if rows else None
+            empty = _empty(section, rows[0], section["key"]) if rows else NOT_RUN
             cells.append(_interval(cell) if cell else empty)
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -199,7 +238,12 @@ def agreement(scores: Mapping[str, Mapping[Any, Mapping[str, float | None]]]) ->
     return found
 
 
-def _tabulate(section: Section, reference: str, seed: int) -> dict[str, Any]:
+def tabulate_section(section: Section, reference: str, seed: int = 0) -> dict[str, Any]:
+    """One section as a plain object.
+
+    out: of the section all but its scores, and rows; of a row the method, why it has no scores or None, and the cells
+    by column, but for missing ones: value, low, high, and the difference from `reference` as such three or None
+    """
     told = [score for scores in section.methods.values() if not isinstance(scores, str) for score in scores]
     prompts = {task: sorted({score.prompt for score in told if task in (None, score.task)}) for task in _tasks(section)}
     seeds = sorted({score.seed for score in told})
@@ -216,7 +260,8 @@ def _tabulate(section: Section, reference: str, seed: int) -> dict[str, Any]:
                     grid = _grid(scores, task, criteria, column.over, prompts[task], seeds)
                     parts.append(resamples[task].ratios(*grid))
             if len(parts) == len(column.parts) and not any(np.isnan(part[0]) for part in parts):
-                ratios[method][column.label] = np.mean(parts, axis=0) if column.over is None else np.exp(parts[0])
+                mean = np.mean(parts, axis=0)
+                ratios[method][column.label] = np.exp(mean) if column.is_log else mean
     rows = []
     for method, scores in section.methods.items():
         cells: dict[str, Any] = {}
@@ -225,14 +270,21 @@ def _tabulate(section: Section, reference: str, seed: int) -> dict[str, Any]:
             difference = None if other is None else _estimate(own - other)
             cells[label] = {**_estimate(own), "difference": difference}
         rows.append({"method": method, "reason": scores if isinstance(scores, str) else None, "cells": cells})
-    columns = [column.label for column in section.columns]
     return {
         "title": section.title,
+        "judge": section.judge,
         "notes": list(section.notes),
-        "columns": columns,
+        "columns": [column.label for column in section.columns],
+        "key": section.key,
         "not_run": list(section.not_run),
+        "absent": section.absent,
         "rows": rows,
     }
+
+
+def _empty(section: Mapping[str, Any], row: Mapping[str, Any], column: str) -> str:
+    """What stands where a number would."""
+    return NOT_RUN if row["reason"] or column in section["not_run"] else str(section["absent"])
 
 
 def _tasks(section: Section) -> list[str | None]:

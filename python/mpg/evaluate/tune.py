@@ -23,9 +23,9 @@ from mpg.evaluate.choices import Choice, accuracy
 from mpg.evaluate.judges.classifier import Scorer
 from mpg.evaluate.records import open_records
 from mpg.evaluate.tasks import OPPOSITE, Item, dimension_of, items_hash
-from mpg.files import whole_file
 from mpg.model import Model
 from mpg.options import MAX_CHUNK, Options, a_number, an_integer, check_weights, one_of
+from mpg.paper.report import save_plot
 
 SEARCHES = ("iterative", "optuna")
 FIRST_STEP, LAST_STEP = 1.0, 0.125  # of the iterative adjustment
@@ -336,5 +336,4 @@ def plot(trials: Sequence[Mapping[str, Any]], path: str | Path, title: str = "")
     axes.set_xticklabels([str(row["trial"]) for row in kept])
     lines.set_ylabel("weight (dashed)")
     figure.legend(loc="outside right upper", fontsize="small")
-    with whole_file("plot", path) as file:
-        figure.savefig(file, dpi=110, metadata={"Software": None} if Path(path).suffix == ".png" else None)
+    save_plot(figure, path, dpi=110)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 
 from mpg.files import check_writable, whole_file
 from mpg.paper.statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,16 @@ def check_plot(path: str | Path) -> None:
     check_writable("plot", path)
 
 
+def save_plot(figure: Figure, path: str | Path, dpi: int) -> None:
+    """Write a picture whole or not at all, by one matplotlib always the same bytes: without the time, version and
+    random names that some formats hold. Raises ValueError where it cannot be written."""
+    from matplotlib import rc_context
+
+    dated = {".png": "Software", ".svg": "Date", ".pdf": "CreationDate"}.get(Path(path).suffix.lower())
+    with whole_file("plot", path) as file, rc_context({"svg.hashsalt": "mpg"}):
+        figure.savefig(file, dpi=dpi, metadata={dated: None} if dated else None)
+
+
 def plot(report: Report, path: str | Path) -> None:
     """Draw delivered share against depth per token, one panel a target.
 
@@ -160,5 +174,4 @@ def plot(report: Report, path: str | Path) -> None:
         axes.set(title=_target(section), xlabel="sequential forwards a token (depth)")
     panels[0].set(ylabel="share of the intended shift delivered", xlim=(0, None))
     figure.legend(points.values(), points.keys(), loc="outside right upper", fontsize="small")
-    with whole_file("plot", path) as file:
-        figure.savefig(file, dpi=150)
+    save_plot(figure, path, dpi=150)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,9 @@ Scoring = Annotated[
 BertScore = Annotated[str | None, typer.Option(help="BERTScore's model: a folder. Default: it is not run.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts that are written at once.")]
+Picture = Annotated[
+    Path | None, typer.Option("--plot", help="Draw trait against naturalness, as judged, into this image file.")
+]
 
 
 @app.command()
@@ -77,6 +81,7 @@ def mbti(
     timeout: Timeout = 120.0,
     scoring_model: Scoring = None,
     bertscore: BertScore = None,
+    picture: Picture = None,
     anchor: Anchor = None,
     device: arguments.Device = None,
     dtype: arguments.Dtype = None,
@@ -88,11 +93,11 @@ def mbti(
 
     if choices not in WAYS:
         raise ValueError(f"choices: expected one of {', '.join(WAYS)}, got {choices!r}")
-    asked = tasks.split(",") if tasks is not None else [*MBTI_TASKS[not type :]]
-    if wrong := [task for task in asked if task not in MBTI_TASKS]:
-        raise ValueError(f"tasks: expected some of {', '.join(MBTI_TASKS)}, got {wrong[0]!r}")
+    asked = [*MBTI_TASKS[not type :]] if tasks is None else _names("tasks", tasks, MBTI_TASKS)
     if weights is not None and len(type or ()) > 1:
         raise ValueError(f"weights: expected none beside several types, whose poles are weighed 1, got {weights!r}")
+    if type and len(set(type)) < len(type):
+        raise ValueError(f"type: expected each once, got {', '.join(type)}")
 
     def targets(names: list[str], given: dict[str, float]) -> list[Target]:
         from mpg.evaluate.run import Target
@@ -117,7 +122,7 @@ def mbti(
 
     _evaluate(
         "mbti", f"MBTI: {', '.join(type or ['weights'])}", targets, weights, models, methods, judge, out, seeds,
-        reference, settings, scoring_model, bertscore, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        reference, settings, scoring_model, bertscore, picture, max_new_tokens=max_new_tokens, batch_size=batch_size,
         key_env=key_env, concurrency=concurrency, timeout=timeout, way=choices,
         load=dict(anchor=anchor, device=device, dtype=dtype, quantize=quantize),
     )  # fmt: skip
@@ -143,6 +148,7 @@ def roleplay(
     timeout: Timeout = 120.0,
     scoring_model: Scoring = None,
     bertscore: BertScore = None,
+    picture: Picture = None,
     anchor: Anchor = None,
     device: arguments.Device = None,
     dtype: arguments.Dtype = None,
@@ -163,7 +169,7 @@ def roleplay(
 
     _evaluate(
         "roleplay", "Role-Play", targets, weights, models, methods, judge, out, seeds, reference, settings,
-        scoring_model, bertscore, max_new_tokens=max_new_tokens, batch_size=batch_size, key_env=key_env,
+        scoring_model, bertscore, picture, max_new_tokens=max_new_tokens, batch_size=batch_size, key_env=key_env,
         concurrency=concurrency, timeout=timeout, way="texts",
         load=dict(anchor=anchor, device=device, dtype=dtype, quantize=quantize),
     )  # fmt: skip
@@ -173,24 +179,53 @@ def roleplay(
 @arguments.clear_errors()
 def overall(
     tables: Annotated[list[str], typer.Argument(help="NAME=FOLDER of what the other commands wrote; several.")],
+    methods: Annotated[str | None, typer.Option(help="NAME,...: rows to show. Default: all that are there.")] = None,
+    picture: Picture = None,
 ) -> None:
-    """One column of each table that was made (Table 4): of its first judge, the mean over all."""
+    """What every judge said over all, of tables that were made (Table 4). Loads no model and asks nobody."""
+    from mpg.evaluate import tradeoff
     from mpg.evaluate.tables import overall as render
+    from mpg.paper.methods import METHODS
+    from mpg.paper.report import check_plot
 
+    shown = None if methods is None else _names("methods", methods, [*METHODS])
     found = {}
     for name, folder in (parse_pair("tables", "NAME=FOLDER", text) for text in tables):
         if name in found:
             raise ValueError(f"tables: {name!r} is given twice, expected once")
-        file = Path(folder) / "table.json"
-        with refuse_unreadable_text("tables", file):
-            text = file.read_text(encoding="utf-8")
-        try:
-            found[name] = parse_json(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"tables: {file}, line {error.lineno}: expected JSON; {error.msg}") from None
-        if not isinstance(found[name], dict) or not found[name].get("sections"):
-            raise ValueError(f"tables: expected a table with a section, got {text:.60} in {file}")
-    print(render(found), end="")
+        found[name] = _read_table(Path(folder) / "table.json")
+    try:
+        text = render(found, shown)
+        if picture is not None:
+            check_plot(picture)
+            tradeoff.plot(found, picture)
+    except (KeyError, TypeError, AttributeError) as error:
+        wanted = "tables as this version of mpg evaluate writes them"
+        raise ValueError(f"tables: expected {wanted}, got {type(error).__name__}: {error}") from None
+    print(text, end="")
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    """What `mpg evaluate` wrote. Raises ValueError for what it did not."""
+    with refuse_unreadable_text("tables", file):
+        text = file.read_text(encoding="utf-8")
+    try:
+        table = parse_json(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tables: {file}, line {error.lineno}: expected JSON; {error.msg}") from None
+    if not isinstance(table, dict) or not table.get("sections"):
+        raise ValueError(f"tables: expected a table with a section, got {text:.60} in {file}")
+    return table
+
+
+def _names(argument: str, text: str, known: Sequence[str]) -> list[str]:
+    """Names with commas between them, each once."""
+    names = text.split(",")
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"{argument}: expected some of {', '.join(known)}, got {wrong[0]!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{argument}: expected each once, got {text!r}")
+    return names
 
 
 def _evaluate(
@@ -207,6 +242,7 @@ def _evaluate(
     settings: list[str] | None,
     scoring_model: str | None,
     bertscore: str | None,
+    picture: Path | None,
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -218,11 +254,10 @@ def _evaluate(
 ) -> None:
     """What both commands do. Refuses what can be refused before minutes of loading."""
     from mpg.paper.methods import METHODS
+    from mpg.paper.report import check_plot
     from mpg.recipe import parse_settings
 
-    chosen = methods.split(",") if methods else list(METHODS)
-    if wrong := [name for name in chosen if name not in METHODS]:
-        raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {wrong[0]!r}")
+    chosen = _names("methods", methods, [*METHODS]) if methods else list(METHODS)
     one_of(*METHODS)("reference", reference)
     options = parse_settings(settings)
     left_open = [name for name in OPTIONS if name not in ("sampler", "target", "seed")]
@@ -237,25 +272,23 @@ def _evaluate(
     if given:
         check_weights(given, list(recipe.attributes or ()), "geometric")
     planned = targets(list(recipe.attributes or ()), given)
+    if picture is not None:
+        if not judges:
+            raise ValueError("plot: expected a --judge, whose scores are drawn, got none")
+        check_plot(picture)
 
-    from mpg.evaluate.judges.classifier import ClassifierJudge
+    from mpg.evaluate import tradeoff
+    from mpg.evaluate.judges import EndpointJudge, judge_of
     from mpg.evaluate.metrics import Metrics
-    from mpg.evaluate.run import Evaluation, endpoint_of
+    from mpg.evaluate.run import Evaluation
 
     def panel(target: Target) -> list[Any]:
         how = {"key_env": key_env, "concurrency": concurrency, "timeout": timeout, "replies": out / "replies"}
-        local: list[Any] = []
-        remote: list[Any] = []
-        for text in judges or ():
-            name, _, folder = text.partition(":")
-            if name == "classifier":
-                local.append(ClassifierJudge(folder or None, target.poles))
-            else:
-                remote.append(endpoint_of(text, rubric, target.poles, **how))
-        names = [judge.name for judge in [*local, *remote]]
+        asked = [judge_of(text, rubric, target.poles, **how) for text in judges or ()]
+        names = [judge.name for judge in asked]
         if len(set(names)) < len(names):
             raise ValueError(f"judge: expected judges of different names, got {', '.join(names)}")
-        return [*local, *remote]
+        return sorted(asked, key=lambda judge: isinstance(judge, EndpointJudge))  # local ones first: these cannot fail
 
     panels = [panel(target) for target in planned]
     model = arguments.load(models, **load)
@@ -281,6 +314,8 @@ def _evaluate(
     print((out / "table.md").read_text(encoding="utf-8"), end="")
     if failures:
         raise failures[0]
+    if picture is not None:
+        tradeoff.plot({title: _read_table(out / "table.json")}, picture)
 
 
 def _note(text: str) -> None:
