@@ -838,7 +838,9 @@ STUDIES = [
     ([*TUNE, "--low", "2"], "start: expected a number in [2, 4], got 1"),
     *(([*TUNE, f"--{name}", wrong], f"{name}: expected a number in [")
       for name, wrong in (("low", "nan"), ("start", "nan"), ("high", "inf"), ("high", "0"))),
-    ([*TUNE, "--judge", "nobody"], "judge: expected a file that can be read, got nobody/judge.json: No such file"),
+    ([*TUNE, "--judge", "nobody"], "judge: expected classifier, classifier:FOLDER or an endpoint's ...got 'nobody'"),
+    ([*TUNE, "--judge", "classifier:no"], "judge: expected a file that can be read, got no/judge.json: No such file"),
+    ([*TUNE, "--judge", "classifier", "--type", "XY"], "type: expected poles of different dimensions"),
     ([*TUNE, "--plot", "x.txt"], "plot: expected a file that ends in one of "),
     ([*TUNE, "--plot", "no/x.png"], "plot: expected a file that can be written, got 'no/x.png': No such file"),
     ([*TUNE, "--out", "data"], "out: expected a file that can be written, got data: Is a directory"),

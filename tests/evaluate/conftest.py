@@ -108,3 +108,14 @@ def endpoint(monkeypatch):
     for server in started:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def own_judge(tmp_path_factory):
+    """A classifier in a folder, which tells no pole from another."""
+    pytest.importorskip("sklearn", reason="needs mpg[evaluate]")
+    from mpg.evaluate.judges.classifier import TraitClassifier
+
+    pairs = {of: (["a", "b"], [True, False]) for of in ("EI", "SN", "TF", "JP")}
+    TraitClassifier.train(pairs, pairs).save(folder := tmp_path_factory.mktemp("own", numbered=False))
+    return folder

@@ -38,16 +38,6 @@ def run(data, tmp_path):
     return run
 
 
-@pytest.fixture
-def own_judge(tmp_path):
-    """A classifier in a folder, which tells no pole from another."""
-    from mpg.evaluate.judges.classifier import TraitClassifier
-
-    pairs = {of: (["a", "b"], [True, False]) for of in ("EI", "SN", "TF", "JP")}
-    TraitClassifier.train(pairs, pairs).save(tmp_path / "own")
-    return tmp_path / "own"
-
-
 @pytest.fixture(scope="session")
 def specialised(tmp_path_factory):
     """The demo's base with its adapter J merged in, and adapters of the original."""

@@ -44,7 +44,7 @@ def test_a_rubric_asks_for_every_criterion_of_the_answer_it_shows(rubric, judge)
     shown = ["a nurse", "shy"] if rubric == "roleplay" else ["Why ${answer}?", DESCRIPTIONS["E"], DESCRIPTIONS["S"]]
     assert all(text in message["content"] for text in shown)
     example = message["content"].splitlines()[-1]
-    assert None not in read_scores(example, CRITERIA[rubric], (1, 5)).values()
+    assert None not in read_scores(example, CRITERIA[rubric]).values()
     for name in CRITERIA[rubric]:
         assert f"- {name}: " in files("mpg.evaluate.judges").joinpath(f"{rubric}.txt").read_text()
 
@@ -72,7 +72,7 @@ def test_a_rubric_asks_for_every_criterion_of_the_answer_it_shows(rubric, judge)
     ],
 )
 def test_what_a_reply_does_not_say_is_missing_and_never_0(reply, scores):
-    assert read_scores(reply, CRITERIA["mbti"], (1, 5)) == scores
+    assert read_scores(reply, CRITERIA["mbti"]) == scores
 
 
 def test_scores_and_raw_replies_are_kept_and_nothing_is_asked_twice(endpoint, judge, tmp_path, monkeypatch):

@@ -8,11 +8,14 @@ import math
 import pytest
 from typer.testing import CliRunner
 
+from longer import long
 from mpg.app.cli.command import app
 from mpg.evaluate import tune as tuning
 from mpg.evaluate.choices import choose
+from mpg.evaluate.records import read_records
 from mpg.evaluate.tasks import Item, read_items
-from mpg.evaluate.tune import ChoiceScores, Score, TraitScores, spell, tune
+from mpg.evaluate.tune import spell, tune
+from mpg.evaluate.worth import ChoiceScores, MissingScoresError, Score, TextScores
 
 POLES = "ESTJ"
 ITEMS = [Item(f"mcqa:{index}", "mcqa", "", str(index)) for index in range(4)]
@@ -83,8 +86,12 @@ def test_nothing_is_tuned_on_that_is_reported(model, tmp_path):
 def test_what_cannot_be_searched_is_refused_by_name(how, message, model, tmp_path):
     with pytest.raises(ValueError, match=f"^{message}"):
         search(model, tmp_path / "history", **how)
-    with pytest.raises(ValueError, match="type: expected an attribute for each of E, X"):
-        tune(tmp_path / "history", model, "EX", ITEMS[:2], ITEMS[2:], valley, about={})
+    for poles, message in (
+        ("EX", "poles of different dimensions such as ESTP, got 'EX'"),
+        ("IT", "an attribute for each"),
+    ):
+        with pytest.raises(ValueError, match=f"type: expected {message}"):
+            tune(tmp_path / "history", model, poles, ITEMS[:2], ITEMS[2:], valley, about={})
 
 
 def test_weights_that_a_target_refuses_are_worth_nothing(model, tmp_path):
@@ -104,20 +111,157 @@ def test_an_option_that_a_negative_weight_excludes_is_worth_nothing(weights, mod
     assert 0 <= scores(weights, POLES).value <= 1.1
 
 
-def test_texts_are_scored_by_a_judge_of_traits_the_same_in_every_trial(model):
-    class Lengths:
-        accuracy = dict.fromkeys(("EI", "SN", "TF", "JP"), 1.0)
+class Lengths:
+    """A judge that gives a text its length on one of two criteria, and the second none on the other; `asked` is what it
+    was asked."""
 
-        def score(self, texts):
-            import numpy as np
+    name, criteria, scale = "m", ("style", "thought"), (1.0, 5.0)
 
-            return {of: np.array([len(text) / 1000 for text in texts]) for of in self.accuracy}
+    def __init__(self, num_failed=0):
+        self.asked, self.num_failed = [], num_failed
 
-    items = [Item(f"16p:{index}", "16p", f"Do you like {word}?", word) for index, word in enumerate(("rain", "snow"))]
-    score = TraitScores(model, items, Lengths(), max_new_tokens=4)
+    def score(self, asked, on_score):
+        self.asked.append(asked)
+        for index, (_, text) in enumerate(asked):
+            on_score(index, {"style": len(text) / 10, "thought": None if index == 1 else 3.0}, {})
+        return self.num_failed
+
+
+QUESTIONS = [
+    Item(f"16p:{word}", "16p", f"Do you like {word}?", word, about={"dimension": of})
+    for of, words in (("EI", ("rain", "snow", "mud")), ("JP", ("lists", "haste", "dates")))
+    for word in words
+]
+
+
+def test_texts_are_scored_by_a_judge_pole_by_pole_the_same_in_every_trial(model):
+    judges = {"E": Lengths(), "P": Lengths()}
+    score = TextScores(model, QUESTIONS, judges, max_new_tokens=4)
     once = score({"E": 1.0}, "EP")
     assert once == score({"E": 1.0}, "EP")
-    assert once.of_pole["P"] == 1 - score({"E": 1.0}, "EJ").of_pole["J"]
+    for pole, items in (("E", QUESTIONS[:3]), ("P", QUESTIONS[3:])):
+        first, second = judges[pole].asked
+        assert first == second and [item for item, _ in first] == items
+        lengths = [len(first[0][1]), len(first[2][1])]  # a text that lacks a score on a criterion counts nowhere
+        assert once.of_pole[pole] == pytest.approx(sum(((n / 10 + 3) / 2 - 1) / 4 for n in lengths) / 2)
+    assert once.value == pytest.approx(sum(once.of_pole.values()) / 2)
+    with pytest.raises(ValueError, match="data: expected questions of SN on both sides, got none on one"):
+        TextScores(model, QUESTIONS, {"E": Lengths(), "S": Lengths()})
+
+
+def test_a_classifier_reads_all_texts_for_every_pole(model, own_judge):
+    from mpg.evaluate.judges import judge_of
+
+    judges = {pole: judge_of(f"classifier:{own_judge}", "mbti", (pole,)) for pole in "ES"}
+    of_pole = TextScores(model, QUESTIONS, judges, max_new_tokens=4)({"E": 1.0}, "ES").of_pole
+    texts = model.generate(
+        [item.prompt for item in QUESTIONS], weights="E=1", sampler="direct", seed=0, max_new_tokens=4
+    )
+    for pole, dimension in (("E", "EI"), ("S", "SN")):
+        told = judges[pole].scorer.score([result.text for result in texts])[dimension].mean()
+        assert of_pole[pole] == pytest.approx(told, abs=1e-5)
+
+
+def test_texts_without_a_reply_end_a_trial_and_are_no_score(model):
+    score = TextScores(model, QUESTIONS, {"E": Lengths(num_failed=2)}, max_new_tokens=4)
+    with pytest.raises(ValueError, match="judge: 2 texts got no reply of m; the same command asks again") as told:
+        score({"E": 1.0}, "E")
+    assert not isinstance(told.value, MissingScoresError)
+    odd = Lengths()
+    odd.scale, odd.criteria = (0.0, 1.0), ("style", "thought", "another")
+    with pytest.raises(MissingScoresError, match="judge: no reply of m on E has a score on every criterion"):
+        TextScores(model, QUESTIONS, {"E": odd}, max_new_tokens=4)({"E": 1.0}, "E")
+
+
+@pytest.mark.parametrize("name", ["iterative", "optuna"])
+def test_a_trial_whose_scores_are_missing_is_neither_0_nor_chosen_and_the_search_goes_on(name, model, tmp_path):
+    if name == "optuna":
+        pytest.importorskip("optuna", reason="needs mpg[tune]")
+    calls = []
+
+    def gaps(items, target):
+        def score(weights, poles):
+            calls.append(weights)
+            if len(calls) in missing:
+                raise MissingScoresError("judge: no reply")
+            return valley(items, target)(weights, poles)
+
+        return score
+
+    missing = {1, 3}
+    found = search(model, tmp_path / "history", 8, gaps, search=name)
+    assert [row["trial"] for row in found.trials if row["value"] is None] == [0, 2]
+    assert found.trials[0]["scores"] == dict.fromkeys(POLES) and found.trials[0]["missing"] == "judge: no reply"
+    assert not found.trials[0]["is_best"] and found.trials[1]["is_best"]
+    assert search(model, tmp_path / "history", 8, gaps, search=name) == found  # resumed
+    missing = set(range(100))
+    with pytest.raises(ValueError, match=r"^judge: no reply$"):
+        search(model, tmp_path / "none", 3, gaps, search=name)
+
+
+SIXTEEN = [f"Would you go to place {number}?" for number in range(12)]
+MBTI = '{"style": 4, "thought": 3, "behaviour": 2, "naturalness": 3}'
+
+
+@pytest.fixture
+def tune_by(data, tmp_path):
+    """`mpg tune --judge JUDGE` for the pole J on questions of its dimension."""
+    file = data / "mbti/questions/16personalities.json"
+    rows = {str(n): {"rewritten_en": text, "dimension": "J/P", "category": "J"} for n, text in enumerate(SIXTEEN)}
+    file.write_text(json.dumps(rows))
+
+    def tune_by(judge, *more):
+        places = ["--data", str(data), "--out", str(tmp_path / "history.jsonl")]
+        how = ["--judge", judge, "--max-new-tokens", "9", "--limit", "3", "--trials", "2", "--concurrency", "1"]
+        return CliRunner().invoke(app, ["tune", "--models", "demo", "--type", "J", *places, *how, *more])
+
+    return tune_by
+
+
+def test_the_command_tunes_by_an_endpoint_and_goes_on_where_it_failed(tune_by, endpoint, tmp_path):
+    server = endpoint(MBTI, MBTI, MBTI, (401, '{"error": {"message": "no such key"}}'))
+    done = tune_by(f"{server.url}#m", "--key-env", "MY_KEY")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"mpg: judge: {server.url} refused the key in MY_KEY: AuthenticationError" in done.stderr
+    history = tmp_path / "history.jsonl"
+    before = history.read_bytes()
+    assert b'"trial": 0' in before
+    server.replies = ["I cannot", "I cannot", MBTI]  # one of them for what is still on its way
+    done = tune_by(f"{server.url}#m")
+    assert done.exit_code == 0, done.stderr
+    assert history.read_bytes().startswith(before)
+    asked = [request["messages"][0]["content"] for request in server.requests]
+    assert len(asked) <= len(set(asked)) + 2  # the one that was refused, and one that was on its way then
+    header, rows = read_records(history)
+    assert (header["by"][0]["judge"], header["by"][0]["poles"]) == ("m", ["J"])
+    assert [row["scores"] for row in rows if "trial" in row] == [{"J": 0.5}] * 2  # a mean of 3 from 1 to 5
+    assert "held out, base: J 0.500" in done.stderr and "held out, tuned: J 0.500" in done.stderr
+    [replies] = (tmp_path / "history.replies").iterdir()
+    assert "I cannot" in {row["reply"] for row in read_records(replies)[1]}
+    again = tune_by(f"{server.url}#m")
+    assert (again.stdout, len(server.requests)) == (done.stdout, len(asked))
+    told = tune_by(f"{server.url}#n")
+    assert told.exit_code == 2 and "history.jsonl holds another job: by is" in told.stderr
+
+
+def test_the_command_says_what_a_judge_did_not(tune_by, endpoint, tmp_path):
+    server = endpoint("I cannot")
+    done = tune_by(f"{server.url}#m")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "0: J=1: J missing" in done.stderr and "J 0.0" not in done.stderr
+    assert "mpg: judge: no reply of m on J has a score on every criterion" in done.stderr
+    assert [row["value"] for row in read_records(tmp_path / "history.jsonl")[1]] == [None, None]
+
+
+@long  # trains a judge, draws
+def test_the_command_tunes_by_a_classifier(tune_by, own_judge, tmp_path):
+    done = tune_by(f"classifier:{own_judge}", "--plot", str(tmp_path / "history.png"))
+    assert done.exit_code == 0, done.stderr
+    rows = read_records(tmp_path / "history.jsonl")[1]
+    assert all(0 < row["scores"]["J"] < 1 for row in rows) and not (tmp_path / "history.replies").exists()
+    assert (tmp_path / "history.png").stat().st_size > 10_000
+    done = tune_by("classifier:nowhere")
+    assert done.exit_code == 2 and "judge: expected a file that can be read, got nowhere/judge.json" in done.stderr
 
 
 def test_the_command_prints_weights_that_every_command_takes(data, tmp_path):

@@ -88,6 +88,10 @@ MergeAdapters = Annotated[
     ),
 ]
 
+KeyEnv = Annotated[str, typer.Option(help="The environment's variable that holds the endpoints' key.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests to an endpoint at once.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one reply of an endpoint.")]
+
 
 def read_recipe(models: str) -> Recipe:
     """What --models means: the recipe that it names, or one of a folder's own attributes."""

@@ -28,9 +28,6 @@ Methods = Annotated[str | None, typer.Option(help="NAME,...: of mpg info --metho
 Seeds = Annotated[int, typer.Option(min=1, help="Texts per prompt and method.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task at most.")]
 Reference = Annotated[str, typer.Option(help="The method that differences are from.")]
-KeyEnv = Annotated[str, typer.Option(help="The environment's variable that holds the endpoints' key.")]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests to an endpoint at once.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one reply of an endpoint.")]
 Anchor = Annotated[
     str | None, typer.Option(help="What the attributes were trained on where the base is a specialised one: a folder.")
 ]
@@ -76,9 +73,9 @@ def mbti(
     max_new_tokens: MaxNewTokens = 128,
     batch_size: BatchSize = 16,
     settings: arguments.Settings = None,
-    key_env: KeyEnv = "OPENAI_API_KEY",
-    concurrency: Concurrency = 4,
-    timeout: Timeout = 120.0,
+    key_env: arguments.KeyEnv = "OPENAI_API_KEY",
+    concurrency: arguments.Concurrency = 4,
+    timeout: arguments.Timeout = 120.0,
     scoring_model: Scoring = None,
     bertscore: BertScore = None,
     picture: Picture = None,
@@ -143,9 +140,9 @@ def roleplay(
     max_new_tokens: MaxNewTokens = 128,
     batch_size: BatchSize = 16,
     settings: arguments.Settings = None,
-    key_env: KeyEnv = "OPENAI_API_KEY",
-    concurrency: Concurrency = 4,
-    timeout: Timeout = 120.0,
+    key_env: arguments.KeyEnv = "OPENAI_API_KEY",
+    concurrency: arguments.Concurrency = 4,
+    timeout: arguments.Timeout = 120.0,
     scoring_model: Scoring = None,
     bertscore: BertScore = None,
     picture: Picture = None,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpg.app.cli import arguments
+
+if TYPE_CHECKING:
+    from mpg.evaluate.tasks import Item
+    from mpg.evaluate.worth import Scores
 
 # of `mpg.evaluate.tune.SEARCHES`, which imports torch
 SEARCH_HELP = "iterative (the paper's adjustment) or optuna (its tree-structured Parzen estimator; mpg[tune])."
@@ -29,11 +34,14 @@ def tune(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="'classifier' (the demo's judge of traits) or the folder of one: tune by texts that it reads, instead "
-            "of by multiple choice."
+            help="classifier (the demo's), classifier:FOLDER (a saved one), or an endpoint's URL#MODEL: tune by texts "
+            "that it scores, instead of by multiple choice."
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of texts for a judge.")] = 40,
+    key_env: arguments.KeyEnv = "OPENAI_API_KEY",
+    concurrency: arguments.Concurrency = 4,
+    timeout: arguments.Timeout = 120.0,
     limit: Annotated[int | None, typer.Option(min=2, help="Items on each side at most.")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw the history into this image file.")] = None,
     device: arguments.Device = None,
@@ -46,24 +54,30 @@ def tune(
     if picture is not None:
         check_plot(picture)
     from mpg.evaluate import tune as tuning
+    from mpg.evaluate.judges import judge_of
     from mpg.evaluate.tasks import read_items, split
+    from mpg.evaluate.worth import ChoiceScores, TextScores
+
+    tuning.check_type(type)
 
     def on_problem(problem: str) -> None:
         arguments.err.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     items = read_items(data, ["16p" if judge else "mcqa"], on_problem=on_problem)
     sides = [side[:limit] for side in split([item for item in items if set(type) & set(item.about["dimension"])])]
-    model = arguments.load(models, device=device, dtype=dtype, quantize=quantize)
     about: dict[str, Any] = {"by": "multiple choice"}
-    if judge is None:
-        scores_of: Any = lambda side, target: tuning.ChoiceScores(model, side, type, target)  # noqa: E731
-    else:
-        from mpg.evaluate.judges.classifier import ClassifierJudge
+    judges: dict[str, Any] = {}
+    if judge is not None:
+        how = {"key_env": key_env, "concurrency": concurrency, "timeout": timeout}
+        replies = out.with_suffix(".replies")
+        judges = {pole: judge_of(judge, "mbti", (pole,), replies=replies, **how) for pole in type}
+        about = {"by": [own.identity for own in judges.values()], "max_new_tokens": max_new_tokens}
+    model = arguments.load(models, device=device, dtype=dtype, quantize=quantize)
 
-        own = ClassifierJudge(None if judge == "classifier" else judge, tuple(type))
-        about = {"by": own.identity, "max_new_tokens": max_new_tokens}
-        how = {"max_new_tokens": max_new_tokens, "seed": seed}
-        scores_of = lambda side, target: tuning.TraitScores(model, side, own.scorer, target, **how)  # noqa: E731
+    def scores_of(side: Sequence[Item], target: str) -> Scores:
+        if judges:
+            return TextScores(model, side, judges, target, max_new_tokens=max_new_tokens, seed=seed)
+        return ChoiceScores(model, side, type, target)
 
     def on_trial(row: dict[str, Any]) -> None:
         best = "  best so far" if row["is_best"] else ""
@@ -75,7 +89,7 @@ def tune(
         low=low, high=high, start=start, seed=seed, on_trial=on_trial,
     )  # fmt: skip
     if picture is not None:
-        tuning.plot(found.trials, picture, f"{type}, {target}")
+        tuning.plot(found.trials, picture, f"{type}, {target}", with_values=True)
     for name, scores in {
         "tuned on": found.tuned,
         **{f"held out, {name}": s for name, s in found.held_out.items()},
@@ -84,5 +98,5 @@ def tune(
     print(found.weights)
 
 
-def _words(scores: dict[str, float]) -> str:
-    return " ".join(f"{pole} {score:.3f}" for pole, score in scores.items())
+def _words(scores: dict[str, float | None]) -> str:
+    return " ".join(f"{pole} {'missing' if score is None else f'{score:.3f}'}" for pole, score in scores.items())

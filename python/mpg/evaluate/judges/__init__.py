@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from mpg.evaluate.judges.classifier import ClassifierJudge
 from mpg.evaluate.judges.endpoint import EndpointJudge
 
+TraitJudge: TypeAlias = ClassifierJudge | EndpointJudge
 
-def judge_of(text: str, rubric: str, poles: Sequence[str], **how: Any) -> ClassifierJudge | EndpointJudge:
+
+def judge_of(text: str, rubric: str, poles: Sequence[str], **how: Any) -> TraitJudge:
     """The judge that --judge names: classifier, classifier:FOLDER or an endpoint's URL#MODEL.
 
     rubric, poles, how  as `EndpointJudge` has them

@@ -109,8 +109,11 @@ class ClassifierJudge:
     """A `Scorer` as a judge of answers: of every dimension the probability of the target's pole.
 
     name      "classifier", or the name of its folder
+    scale     the least and the most of a score
     identity  what a file of its scores says of it
     """
+
+    scale = (0.0, 1.0)
 
     def __init__(self, source: str | Path | None, poles: Sequence[str]) -> None:
         """source: the folder of a saved one; None means the demo's. poles: of the target, such as E, S, T, P"""

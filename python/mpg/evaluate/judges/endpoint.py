@@ -29,6 +29,7 @@ CRITERIA = {
     "mbti": ("style", "thought", "behaviour", "naturalness"),
     "roleplay": ("profile_relevance", "persona_match", "humanlikeness"),
 }
+SCALE = (1.0, 5.0)
 MAX_FAILURES = 5  # requests in a row that got no reply, however often they were tried: there is no use in going on
 
 
@@ -36,8 +37,11 @@ class EndpointJudge:
     """A model that scores answers by a rubric, from 1 to 5 on every criterion.
 
     name      the model's
+    scale     the least and the most of a score
     identity  what a file of its scores says of it
     """
+
+    scale = SCALE
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class EndpointJudge:
             import openai
         except ImportError as error:
             raise ImportError("judges behind endpoints need openai: pip install 'mpg[evaluate]'") from error
-        self.name, self.criteria, self.scale = model, CRITERIA[rubric], (1.0, 5.0)
+        self.name, self.criteria = model, CRITERIA[rubric]
         self.url, self.key_env, self.concurrency = url, key_env, concurrency
         text = files("mpg.evaluate.judges").joinpath(f"{rubric}.txt").read_text(encoding="utf-8")
         self.rubric, self.target = Template(text), "\n".join(f"- {DESCRIPTIONS[pole]}" for pole in poles)
@@ -94,7 +98,7 @@ class EndpointJudge:
 
             def tell(key: str, reply: str) -> None:
                 for index in requests[key][1]:
-                    on_score(index, read_scores(reply, self.criteria, self.scale), {"request": key})
+                    on_score(index, read_scores(reply, self.criteria), {"request": key})
 
             for key in requests.keys() & kept:
                 tell(key, kept[key])
@@ -164,9 +168,9 @@ class _NoReply(Exception):
     """An answer of the endpoint's that holds none of the model."""
 
 
-def read_scores(reply: str, criteria: Sequence[str], scale: tuple[float, float]) -> dict[str, float | None]:
+def read_scores(reply: str, criteria: Sequence[str]) -> dict[str, float | None]:
     """The scores in the last JSON object of a reply that gives one, whatever stands around it; None for what it does
-    not give, is no number, or is beyond the scale."""
+    not give, is no number, or is beyond `SCALE`."""
     told: dict[str, Any] = {}
     end = 0
     for match in re.finditer(r"\{", reply):
@@ -178,17 +182,17 @@ def read_scores(reply: str, criteria: Sequence[str], scale: tuple[float, float])
             continue
         if found.keys() & set(criteria):
             told, end = found, behind
-    return {name: _number(told.get(name), scale) for name in criteria}
+    return {name: _number(told.get(name)) for name in criteria}
 
 
-def _number(value: Any, scale: tuple[float, float]) -> float | None:
+def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if scale[0] <= number <= scale[1] else None
+    return number if SCALE[0] <= number <= SCALE[1] else None
 
 
 def _say(error: BaseException) -> str:
