@@ -45,7 +45,8 @@ def data(tmp_path):
 
 class Endpoint(ThreadingHTTPServer):
     """A chat endpoint on loopback. `replies` are used up in order, the last for ever: a text, or (status, body), or
-    seconds to sleep before the text "late", or None to hang up. `requests` are the bodies that came, with keys."""
+    bytes of a body that ends too soon, or seconds to sleep before the text "late", or None to hang up. `requests` are
+    the bodies that came, with keys."""
 
     def __init__(self, *replies):
         self.replies, self.requests, self.most_at_once = list(replies), [], 0
@@ -79,11 +80,15 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": reply}
         whole = {"id": "0", "object": "chat.completion", "created": 0, "model": body["model"]}
         whole["choices"] = [{"index": 0, "message": message, "finish_reason": "stop"}]
-        status, text = reply if isinstance(reply, tuple) else (200, json.dumps(whole))
+        missing = 0
+        if isinstance(reply, bytes):
+            status, text, missing, self.close_connection = 200, reply.decode(), 100, True
+        else:
+            status, text = reply if isinstance(reply, tuple) else (200, json.dumps(whole))
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("retry-after-ms", "1")
-        self.send_header("content-length", str(len(text)))
+        self.send_header("content-length", str(len(text) + missing))
         self.end_headers()
         self.wfile.write(text.encode())
 

@@ -14,6 +14,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from full_disk import small_files
 from longer import long
 from mpg.app.cli.command import app
 from mpg.demo import MODELS
@@ -188,6 +189,28 @@ def test_a_judge_that_fails_leaves_a_table_of_the_others(run, endpoint, own_judg
     assert f"mpg: judge: {server.url} refused the key in MY_KEY: AuthenticationError" in done.stderr
     assert "| base | 4.000 | 3.000 | 2.000 | 3.000 | 3.000 | missing | " in done.stdout
     assert "## Evaluated by own" in done.stdout and "| base | 0." in done.stdout
+    file = tmp_path / "out/ESTJ/answers/base.jsonl"
+    rows = file.read_text().splitlines()
+    file.write_text("".join(row.replace('"text": "', '"text": "Now ') + "\n" for row in rows))
+    done = run(*command, *judges)
+    assert f"| base |{' missing |' * 12}  |" in done.stdout  # what was scored was another text
+
+
+def test_a_disk_that_fills_ends_the_command_and_later_the_same_command_goes_on(run, endpoint, tmp_path):
+    server = endpoint(MBTI + " so" * 700)
+    command = ("mbti", "--type", "ESTJ", "--methods", "base", "--tasks", "qa", *SHORT, "--judge", f"{server.url}#m")
+    for size, place in ((1000, "ESTJ/answers/base.jsonl"), (3000, "replies/m-")):
+        with small_files(size):
+            done = run(*command, "--concurrency", 1)
+        assert (done.exit_code, done.stdout) == (2, "")
+        wanted = f"mpg: out: expected a file that can be written, got {tmp_path}/out/{place}"
+        assert done.stderr.startswith(wanted) and "File too large; the rows that are there are whole" in done.stderr
+    kept = files_of(tmp_path / "out")
+    done = run(*command)
+    assert done.exit_code == 0, done.stderr
+    assert "| base | 4.000 | 3.000 | 2.000 | 3.000 | 3.000 |" in done.stdout
+    assert all(files_of(tmp_path / "out")[name].startswith(content) for name, content in kept.items())
+    assert len(server.requests) == 3  # the reply that was not kept was asked for again
 
 
 def test_where_no_method_can_answer_the_table_says_why(run):

@@ -105,7 +105,7 @@ def test_equal_texts_are_asked_for_once_and_as_many_at_a_time_as_allowed(endpoin
     assert len(server.requests) == 10
 
 
-@pytest.mark.parametrize("trouble", [(429, "{}"), (503, "busy"), (500, ""), None], ids=str)
+@pytest.mark.parametrize("trouble", [(429, "{}"), (503, "busy"), (500, ""), b'{"id": "0", "choi', None], ids=str)
 def test_what_passes_is_tried_again(trouble, endpoint, judge, tmp_path):
     server = endpoint(trouble, GOOD)
     assert judged(judge(server.url), tmp_path)[0][0]["scores"] == SCORES
@@ -210,8 +210,19 @@ def test_a_folder_without_a_classifier_is_refused(name, text, trained, tmp_path)
         TraitClassifier.load(tmp_path)
 
 
-def test_json_that_is_cut_short_is_missing_and_not_0(endpoint, judge, tmp_path):
-    rows, _ = judged(judge(endpoint(GOOD[:50]).url), tmp_path)
-    assert [row["scores"] for row in rows] == [MISSING] * 2 and parse_rate([row["scores"] for row in rows]) == 0
-    assert all("null" in line for line in (tmp_path / "scores").read_text().splitlines()[1:])
-    assert json.loads((tmp_path / "scores").read_text().splitlines()[0])["judge"] == "m"
+@pytest.mark.parametrize(
+    ("reply", "scores"),
+    [
+        (GOOD[:50], MISSING),
+        (GOOD.replace("4", "6"), {**SCORES, "style": None}),
+        ('{"style": 0, "thought": -1, "behaviour": 5.01, "naturalness": 1e9}', MISSING),
+    ],
+)
+def test_a_reply_that_is_cut_short_or_beyond_the_scale_is_missing_and_neither_0_nor_clipped(
+    reply, scores, endpoint, judge, tmp_path
+):
+    rows, num_failed = judged(judge(endpoint(reply).url), tmp_path)
+    assert [row["scores"] for row in rows] == [scores] * 2
+    assert (num_failed, parse_rate([row["scores"] for row in rows])) == (0, 0)
+    header, *written = map(json.loads, (tmp_path / "scores").read_text().splitlines())
+    assert header["judge"] == "m" and [row["scores"] for row in written] == [scores] * 2

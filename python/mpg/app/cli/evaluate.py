@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,9 +118,10 @@ def mbti(
         return found
 
     _evaluate(
-        "mbti", f"MBTI: {', '.join(type or ['weights'])}", targets, weights, models, methods, judge, out, seeds,
-        reference, settings, scoring_model, bertscore, picture, max_new_tokens=max_new_tokens, batch_size=batch_size,
-        key_env=key_env, concurrency=concurrency, timeout=timeout, way=choices,
+        "mbti", f"MBTI: {', '.join(type or ['weights'])}", targets, way=choices, weights=weights, models=models,
+        methods=methods, judges=judge, out=out, seeds=seeds, reference=reference, settings=settings,
+        scoring_model=scoring_model, bertscore=bertscore, picture=picture, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, key_env=key_env, concurrency=concurrency, timeout=timeout,
         load=dict(anchor=anchor, device=device, dtype=dtype, quantize=quantize),
     )  # fmt: skip
 
@@ -165,9 +166,10 @@ def roleplay(
         return [Target("roleplay", _read_items(data, ["roleplay"], None, limit), alpha)]
 
     _evaluate(
-        "roleplay", "Role-Play", targets, weights, models, methods, judge, out, seeds, reference, settings,
-        scoring_model, bertscore, picture, max_new_tokens=max_new_tokens, batch_size=batch_size, key_env=key_env,
-        concurrency=concurrency, timeout=timeout, way="texts",
+        "roleplay", "Role-Play", targets, way="texts", weights=weights, models=models,
+        methods=methods, judges=judge, out=out, seeds=seeds, reference=reference, settings=settings,
+        scoring_model=scoring_model, bertscore=bertscore, picture=picture, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, key_env=key_env, concurrency=concurrency, timeout=timeout,
         load=dict(anchor=anchor, device=device, dtype=dtype, quantize=quantize),
     )  # fmt: skip
 
@@ -228,7 +230,9 @@ def _names(argument: str, text: str, known: Sequence[str]) -> list[str]:
 def _evaluate(
     rubric: str,
     title: str,
-    targets: Any,
+    targets: Callable[[list[str], dict[str, float]], list[Target]],
+    *,
+    way: str,
     weights: str | None,
     models: str,
     methods: str | None,
@@ -240,16 +244,17 @@ def _evaluate(
     scoring_model: str | None,
     bertscore: str | None,
     picture: Path | None,
-    *,
     max_new_tokens: int,
     batch_size: int,
     key_env: str,
     concurrency: int,
     timeout: float,
-    way: str,
     load: dict[str, Any],
 ) -> None:
-    """What both commands do. Refuses what can be refused before minutes of loading."""
+    """What both commands do. Refuses what can be refused before minutes of loading.
+
+    targets: of the names of the attributes there are, and of the weights that were given, if any
+    """
     from mpg.paper.methods import METHODS
     from mpg.paper.report import check_plot
     from mpg.recipe import parse_settings
