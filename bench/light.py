@@ -134,7 +134,7 @@ def name_attention_kernels(device: str, sizes: Sizes) -> dict[str, Any]:
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CUDA] if device == "cuda" else [activity.CPU]
     attend = partial(ragged_attention, torch.nn.Identity())
-    keys = torch.empty(1, 1, sizes.kv_heads, 128, device=device, dtype=torch.bfloat16)
+    keys = torch.empty(1, sizes.kv_heads, 1, 128, device=device, dtype=torch.bfloat16)
     kernels, apart, refused, by_lengths = {}, {}, None, 0
     for context in sizes.contexts:
         for num_tokens in (1, 5):

@@ -73,7 +73,7 @@ def test_the_longest_beginning_of_the_same_reader_is_found():
         kept.add("E", tokens, cache_of(tokens), 0)
     cache, shared = kept.find("E", text(1, 2, 9, 9))
     assert shared == 72
-    assert cache.layers[1].keys[0, :shared, 0, 0].tolist() == [token + 1.0 for token in text(1, 2)]
+    assert cache.layers[1].keys[0, 0, :shared, 0].tolist() == [token + 1.0 for token in text(1, 2)]
     assert kept.find("T", text(1, 2, 3)) is None
     assert kept.find("E", (0, *text(1, 2, 3))) is None
     assert kept.find("E", text()[: beginnings.MIN_SHARED]) is None  # all but the last of which it would be

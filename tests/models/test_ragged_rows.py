@@ -198,12 +198,12 @@ def test_rows_that_start_together_are_written_as_a_block_and_hide_nothing(archit
     alone = ensemble.open(PROMPTS[:1] * 2, ["base"], CAPACITY)
     alone.forward(["base"], tokens[:2, :1], torch.tensor([6, 6]), kv_length=7)  # read with the prompts
     counts, logits = _ops_of(alone, tokens[:2], [6, 6], length)
-    assert not counts["index_copy_"]
+    assert not counts["index_put_"] or architecture == "gpt_oss"  # whose experts write so
     if architecture == "llama" and num_tokens == 1:
         assert not any(counts[name] for name in MASK_OPS[1:])
     beside = ensemble.open([*PROMPTS[:1] * 2, PROMPTS[1]], ["base"], CAPACITY)
     counts, expected = _ops_of(beside, tokens, [6, 6, 0], length)
-    assert counts["index_copy_"]
+    assert counts["index_put_"]
     torch.testing.assert_close(logits, expected[:, :2], atol=1e-5, rtol=1e-5)
 
 
@@ -228,7 +228,7 @@ def test_rows_that_are_copied_are_named_once_for_all_layers_and_cleared_ones_not
             step(*arguments)
         assert len({index.untyped_storage().data_ptr() for index in indices.seen}) == named
     of_layers = zip(cache.layers, other.layers, strict=True)
-    assert all(torch.equal(own.keys[1:, :5], its.keys[:, :5]) for own, its in of_layers)
+    assert all(torch.equal(own.keys[1:, :, :5], its.keys[:, :, :5]) for own, its in of_layers)
     assert not any(own.keys[[0, 2]].any() for own in cache.layers) and all(own.keys[1].any() for own in cache.layers)
 
 

@@ -77,7 +77,7 @@ class RaggedCache(Cache):
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
         positions = positions.clamp_max(kv_length - 1)
         numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows
-        self.slot_mapping = (numbers[:, None] * self.capacity + positions).flatten()
+        self.places = numbers[:, None], positions
         if num_tokens <= self.by_lengths:
             # of rows by number copies are read
             self.query_offset = Lengths.of(positions, self.capacity if self.rows is None else kv_length)
@@ -94,20 +94,20 @@ class RaggedCache(Cache):
         """
         for buffer, of_other in self._beside(other or self) if moves.shape.numel() and num_positions else ():
             of_sources, of_targets = moves.on(buffer.device)
-            copied = of_other[:, :num_positions].index_select(0, of_sources)
-            buffer[:, :num_positions].index_copy_(0, of_targets, copied)
+            copied = of_other[:, :, :num_positions].index_select(0, of_sources)
+            buffer[:, :, :num_positions].index_copy_(0, of_targets, copied)
 
     def take(self, rows: range, num_positions: int, other: RaggedCache) -> None:
         """Let the first positions of the first rows be those of some neighbours of another cache."""
         for buffer, of_other in self._beside(other):
-            buffer[: len(rows), :num_positions] = of_other[rows.start : rows.stop, :num_positions]
+            buffer[: len(rows), :, :num_positions] = of_other[rows.start : rows.stop, :, :num_positions]
 
     def _beside(self, other: RaggedCache) -> Iterator[tuple[Tensor, Tensor]]:
         """Every buffer, with that of another cache, whose layers have been written to."""
         for own, its in zip(self.layers, other.layers, strict=True):
             assert isinstance(own, _RaggedLayer) and isinstance(its, _RaggedLayer)
             if its.is_initialized and not own.is_initialized:
-                own.lazy_initialization(its.keys.transpose(1, 2), its.values.transpose(1, 2))
+                own.lazy_initialization(its.keys, its.values)
             yield from ((own.keys, its.keys), (own.values, its.values)) if its.is_initialized else ()
 
     def resize(self, num_rows: int, capacity: int, num_positions: int) -> None:
@@ -117,12 +117,24 @@ class RaggedCache(Cache):
             if isinstance(layer, _RaggedLayer) and layer.is_initialized:
                 for name in ("keys", "values"):
                     old = getattr(layer, name)
-                    new = old.new_zeros(num_rows, capacity, *old.shape[2:])
+                    new = self.zeros(num_rows, capacity, old)
                     rows, kept = min(num_rows, len(old)), min(capacity, num_positions)
-                    new[:rows, :kept] = old[:rows, :kept]
+                    new[:rows, :, :kept] = old[:rows, :, :kept]
                     setattr(layer, name, new)
                     del old
         self.num_rows, self.capacity = num_rows, capacity
+
+    def zeros(self, num_rows: int, capacity: int, states: Tensor) -> Tensor:
+        """A buffer (num_rows, H, capacity, D) for keys or values like these, (any, H, any, D).
+
+        The positions of a head lie next to each other, as they are read: on a CPU that takes a large batch a half to
+        two thirds of the time. Attention by lengths wants the heads of a position next to each other.
+        """
+        # Not empty: a masked NaN would still poison the weighted sum of the values.
+        num_heads, size = states.shape[1], states.shape[3]
+        if self.by_lengths:
+            return states.new_zeros(num_rows, capacity, num_heads, size).transpose(1, 2)
+        return states.new_zeros(num_rows, num_heads, capacity, size)
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what some rows hold: a NaN would reach their later forwards, though the mask hides it."""
@@ -130,12 +142,12 @@ class RaggedCache(Cache):
             buffer[row].zero_()
 
     def any_keys(self) -> Tensor:
-        """(rows, capacity, H, D), of a layer that has been written to."""
+        """(rows, H, capacity, D), of a layer that has been written to."""
         return self._buffers()[0]
 
     def bytes_per_position(self) -> int:
         """What one position of one row takes in all layers that have been written to."""
-        return sum(buffer[0, 0].numel() * buffer.element_size() for buffer in self._buffers())
+        return sum(buffer[0, :, 0].numel() * buffer.element_size() for buffer in self._buffers())
 
     def _buffers(self) -> list[Tensor]:
         written = [layer for layer in self.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
@@ -154,10 +166,9 @@ class _RaggedLayer(CacheLayerMixin):
         self.cache = proxy(cache)  # a cycle would keep the memory until the garbage collector comes by
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, not empty: a masked NaN would still poison the weighted sum of the values.
         room = self.cache.num_rows, self.cache.capacity
-        self.keys: Tensor = key_states.new_zeros(*room, key_states.shape[1], key_states.shape[3])
-        self.values: Tensor = value_states.new_zeros(*room, value_states.shape[1], value_states.shape[3])
+        self.keys: Tensor = self.cache.zeros(*room, key_states)
+        self.values: Tensor = self.cache.zeros(*room, value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -167,18 +178,18 @@ class _RaggedLayer(CacheLayerMixin):
 
     def _write_and_read(self, buffer: Tensor, states: Tensor) -> Tensor:
         cache, device = self.cache, buffer.device
-        (num_rows, num_heads, num_tokens, size), (row, position, head, _) = states.shape, buffer.stride()
-        strides, first = (row, head, position, 1), cache.first_row * row
+        (num_rows, num_heads, num_tokens, size), strides = states.shape, buffer.stride()
+        first = cache.first_row * strides[0]
         if cache.start_at is not None:
-            at = first + cache.start_at * position
+            at = first + cache.start_at * strides[2]
             buffer.as_strided((num_rows, num_heads, num_tokens, size), strides, at).copy_(states)
         else:
             # A model that is split over devices has some of its layers elsewhere than its input.
-            slots = cache.slot_mapping.to(device)
-            buffer.view(-1, *buffer.shape[2:]).index_copy_(0, slots, states.transpose(1, 2).flatten(0, 1))
+            numbers, positions = (index.to(device) for index in cache.places)
+            buffer.transpose(1, 2).index_put_((numbers, positions), states.transpose(1, 2))
         if cache.rows is not None:
-            return buffer[cache.rows.to(device), : cache.kv_length].transpose(1, 2)
-        # buffer[first_row :][:num_rows, :kv_length].transpose(1, 2), (R, H, kv, D), in one call: there are two a layer
+            return buffer[cache.rows.to(device), :, : cache.kv_length]
+        # buffer[first_row :][:num_rows, :, :kv_length] in one call: there are two a layer
         return buffer.as_strided((num_rows, num_heads, cache.kv_length, size), strides, first)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

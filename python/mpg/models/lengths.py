@@ -90,7 +90,7 @@ def most_queries(attend: Callable[..., tuple[Tensor, None]], query_heads: int, k
     of QUERIES.
 
     attend: as transformers calls attention, by a mask or lengths
-    keys:   (any, any, H, D), of the cache of any layer
+    keys:   (any, H, any, D), of the cache of any layer
     """
     found = 0
     for num_queries, most in QUERIES.items():
@@ -118,7 +118,7 @@ def both_ways(
 ) -> list[Callable[[], tuple[Tensor, None]]]:
     """Calls of `attend` by a mask and by lengths, for random rows of which the first is `kv_length` positions long, and
     the others shorter. `keys`: as in `most_queries`"""
-    num_heads, size = keys.shape[2:]
+    num_heads, size = keys.shape[1], keys.shape[3]
     query = torch.randn_like(keys.new_empty(num_rows, query_heads, num_queries, size))
     held = torch.randn_like(keys.new_empty(2, num_rows, kv_length, num_heads, size)).transpose(2, 3)
     ends = torch.linspace(kv_length, num_queries, num_rows, device=keys.device).long()
