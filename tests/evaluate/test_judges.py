@@ -78,9 +78,9 @@ def test_what_a_reply_does_not_say_is_missing_and_never_0(reply, scores):
 def test_scores_and_raw_replies_are_kept_and_nothing_is_asked_twice(endpoint, judge, tmp_path, monkeypatch):
     monkeypatch.setenv("OTHER_KEY", "secret")
     server = endpoint(GOOD, "I cannot", GOOD)
-    rows, num_failed = judged(judge(server.url, key_env="OTHER_KEY"), tmp_path, 3)
+    rows, failures = judged(judge(server.url, key_env="OTHER_KEY"), tmp_path, 3)
     assert [row["scores"] for row in rows] == [SCORES, MISSING, SCORES]
-    assert (num_failed, parse_rate([row["scores"] for row in rows])) == (0, pytest.approx(2 / 3))
+    assert (failures, parse_rate([row["scores"] for row in rows])) == ([], pytest.approx(2 / 3))
     assert server.requests[0]["key"] == "Bearer secret" and "secret" not in (tmp_path / "scores").read_text()
     [replies] = (tmp_path / "replies").iterdir()
     assert {row["request"]: row["reply"] for row in read_records(replies)[1]} == {
@@ -153,8 +153,9 @@ def test_an_endpoint_that_is_down_is_named(judge, tmp_path, endpoint):
 
 def test_one_answer_without_a_reply_is_left_out_and_asked_for_again(endpoint, judge, tmp_path):
     server = endpoint(GOOD, (503, ""), GOOD)
-    rows, num_failed = judged(judge(server.url, tries=1), tmp_path, 3)
-    assert [row["item"] for row in rows] == ["qa:0", "qa:2"] and num_failed == 1
+    rows, failures = judged(judge(server.url, tries=1), tmp_path, 3)
+    assert [row["item"] for row in rows] == ["qa:0", "qa:2"]
+    assert len(failures) == 1 and failures[0].startswith("InternalServerError: ")
     assert len(judged(judge(server.url), tmp_path, 3)[0]) == 3
 
 
@@ -187,12 +188,12 @@ def test_a_saved_classifier_scores_as_it_did_and_holds_no_word(trained, tmp_path
 def test_a_classifier_scores_the_targets_poles(trained, tmp_path):
     trained.save(tmp_path / "own")
     judge = ClassifierJudge(tmp_path / "own", ("I", "T"))
-    rows, num_failed = judged(judge, tmp_path, 4)
+    rows, failures = judged(judge, tmp_path, 4)
     assert (judge.name, judge.criteria, judge.accuracy) == ("own", ("EI", "TF"), {"EI": 1, "TF": 0.5})
     told = trained.score([answer["text"] for answer in ANSWERS[:4]])
     assert [row["scores"]["EI"] for row in rows] == pytest.approx((1 - told["EI"]).tolist(), abs=1e-6)
     assert [row["scores"]["TF"] for row in rows] == pytest.approx(told["TF"].tolist(), abs=1e-6)
-    assert num_failed == 0
+    assert failures == []
     with pytest.raises(ValueError, match=r"judge: expected a judge of EI, SN in .*, got one of EI, TF"):
         ClassifierJudge(tmp_path / "own", ("I", "S"))
 
@@ -221,8 +222,8 @@ def test_a_folder_without_a_classifier_is_refused(name, text, trained, tmp_path)
 def test_a_reply_that_is_cut_short_or_beyond_the_scale_is_missing_and_neither_0_nor_clipped(
     reply, scores, endpoint, judge, tmp_path
 ):
-    rows, num_failed = judged(judge(endpoint(reply).url), tmp_path)
+    rows, failures = judged(judge(endpoint(reply).url), tmp_path)
     assert [row["scores"] for row in rows] == [scores] * 2
-    assert (num_failed, parse_rate([row["scores"] for row in rows])) == (0, 0)
+    assert (failures, parse_rate([row["scores"] for row in rows])) == ([], 0)
     header, *written = map(json.loads, (tmp_path / "scores").read_text().splitlines())
     assert header["judge"] == "m" and [row["scores"] for row in written] == [scores] * 2

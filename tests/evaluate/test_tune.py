@@ -117,14 +117,14 @@ class Lengths:
 
     name, criteria, scale = "m", ("style", "thought"), (1.0, 5.0)
 
-    def __init__(self, num_failed=0):
-        self.asked, self.num_failed = [], num_failed
+    def __init__(self, failures=()):
+        self.asked, self.failures = [], list(failures)
 
     def score(self, asked, on_score):
         self.asked.append(asked)
         for index, (_, text) in enumerate(asked):
             on_score(index, {"style": len(text) / 10, "thought": None if index == 1 else 3.0}, {})
-        return self.num_failed
+        return self.failures
 
 
 QUESTIONS = [
@@ -163,8 +163,8 @@ def test_a_classifier_reads_all_texts_for_every_pole(model, own_judge):
 
 
 def test_texts_without_a_reply_end_a_trial_and_are_no_score(model):
-    score = TextScores(model, QUESTIONS, {"E": Lengths(num_failed=2)}, max_new_tokens=4)
-    with pytest.raises(ValueError, match="judge: 2 texts got no reply of m; the same command asks again") as told:
+    score = TextScores(model, QUESTIONS, {"E": Lengths(["503", "504"])}, max_new_tokens=4)
+    with pytest.raises(ValueError, match="judge: 2 texts got no reply of m, at last: 504; the same command") as told:
         score({"E": 1.0}, "E")
     assert not isinstance(told.value, MissingScoresError)
     odd = Lengths()

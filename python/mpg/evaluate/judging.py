@@ -30,8 +30,9 @@ class Judge(Protocol):
     criteria: tuple[str, ...]
     identity: dict[str, Any]
 
-    def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> int:
-        """Score answers to items. out: how many got no score at all, of which another call would ask again"""
+    def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> list[str]:
+        """Score answers to items. out: of every answer that got no reply at all, so that another call would ask again,
+        why"""
 
 
 def write_scores(
@@ -42,13 +43,13 @@ def write_scores(
     answers: Sequence[Mapping[str, Any]],
     *,
     on_row: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[dict[str, Any]], int]:
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Score answers that have no score yet.
 
     header, answers  of the file of answers, as `read_records` returns them
     on_row           is called after every score, with how many there are
 
-    out: the scores that there are, in the order of the answers, and how many answers got none
+    out: the scores that there are, in the order of the answers, and of every answer that got no reply, why
 
     Raises ValueError as `open_records` does, and as the judge does; what was scored until then stays.
     """
@@ -68,9 +69,9 @@ def write_scores(
             on_row(count, len(answers))
 
         on_row(count, len(answers))
-        num_failed = judge.score([(by_id[answer["item"]], answer["text"]) for _, answer in todo], write)
+        failures = judge.score([(by_id[answer["item"]], answer["text"]) for _, answer in todo], write)
         rows = {_key(row): row for row in records.rows}
-    return [rows[key] for key in keys if key in rows], num_failed
+    return [rows[key] for key in keys if key in rows], failures
 
 
 def hash_of_text(text: str) -> str:

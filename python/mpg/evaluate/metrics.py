@@ -59,7 +59,7 @@ class Metrics:
         self.identity: dict[str, Any] = {"judge": self.name, "signatures": self.signatures}
         self.identity["scoring"] = describe_models(self._model, ())["models"]
 
-    def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> int:
+    def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> list[str]:
         """As `judging.Judge` has it; perplexities of some texts at a time."""
         for first in range(0, len(asked), 16):
             batch = asked[first : first + 16]
@@ -79,7 +79,7 @@ class Metrics:
                     "words": len(words),
                 }
                 on_score(first + index, {k: None if v is None else round(v, 6) for k, v in scores.items()}, {})
-        return 0
+        return []
 
     def _bleu_signature(self) -> str:
         self._bleu.sentence_score("a", ["a"])  # which counts the references

@@ -179,12 +179,13 @@ class Evaluation:
                 if method not in reasons:
                     header, answers = self._read_answers(target, method)
                     what = f"{target.name} {method}, {judge.name}"
-                    num_failed = write_scores(
+                    failures = write_scores(
                         self._scores(target, judge, method), judge, target.items, header, answers,
                         on_row=lambda *counts, what=what: self.on_row(what, *counts),
                     )[1]  # fmt: skip
-                    if num_failed:
-                        self.on_note(f"{what}: {num_failed} answers got no reply; the same command asks again")
+                    if failures:
+                        told = f"{len(failures)} answers got no reply, at last: {failures[-1]}"
+                        self.on_note(f"{what}: {told}; the same command asks again")
 
     def _read_scores(self, judges: Sequence[Judge]) -> Scored:
         """What the judges of every target gave the texts that there are."""

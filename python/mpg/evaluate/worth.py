@@ -158,8 +158,9 @@ class TextScores:
             if len(values) == len(judge.criteria):
                 scores.append((float(np.mean(values)) - low) / (high - low))
 
-        if num_failed := judge.score([(self.items[i], texts[i]) for i in self._asked[pole]], keep):
-            raise ValueError(f"judge: {num_failed} texts got no reply of {judge.name}; the same command asks again")
+        if failures := judge.score([(self.items[i], texts[i]) for i in self._asked[pole]], keep):
+            told = f"{len(failures)} texts got no reply of {judge.name}, at last: {failures[-1]}"
+            raise ValueError(f"judge: {told}; the same command asks again")
         if not scores:
             raise MissingScoresError(f"judge: no reply of {judge.name} on {pole} has a score on every criterion")
         return float(np.mean(scores))

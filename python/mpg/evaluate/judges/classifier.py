@@ -135,14 +135,14 @@ class ClassifierJudge:
         self.criteria, self.poles = tuple(wanted), tuple(poles)
         self.identity = {"judge": self.name, "sha256": digest, "poles": list(poles), "accuracy": self.accuracy}
 
-    def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> int:
+    def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> list[str]:
         """As `mpg.evaluate.judging.Judge` has it."""
         told = self.scorer.score([text for _, text in asked]) if asked else {}
         for index in range(len(asked)):
             first = {dimension: float(told[dimension][index]) for dimension in self.criteria}
             is_first = {dimension_of(pole): dimension_of(pole)[0] == pole for pole in self.poles}
             on_score(index, {of: round(p if is_first[of] else 1 - p, 6) for of, p in first.items()}, {})
-        return 0
+        return []
 
 
 def _features(texts: Sequence[str]) -> Any:

@@ -79,7 +79,7 @@ class EndpointJudge:
         digest = hashlib.sha256(url.encode()).hexdigest()[:8]
         self._replies = Path(replies) / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', model)}-{digest}.jsonl"
 
-    def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> int:
+    def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> list[str]:
         """Score answers to items as `mpg.evaluate.judging.Judge` has it; what is told beside the scores is the request
         by which the raw reply is kept.
 
@@ -92,7 +92,8 @@ class EndpointJudge:
             key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
             requests.setdefault(key, (request, []))[1].append(index)
         header = {"what": "replies", "judge": self.name, "url": self.url}
-        num_failed = in_a_row = 0
+        failures: list[str] = []
+        in_a_row = 0
         with open_records(self._replies, header) as records:
             kept = {row["request"]: row["reply"] for row in records.rows}
 
@@ -109,10 +110,10 @@ class EndpointJudge:
                     records.append({"request": key, "reply": reply})
                     tell(key, reply)
                     continue
-                num_failed, in_a_row = num_failed + len(requests[key][1]), in_a_row + 1
+                failures, in_a_row = failures + [_say(reply)] * len(requests[key][1]), in_a_row + 1
                 if in_a_row == MAX_FAILURES:
                     raise ValueError(f"judge: {self.url} failed {MAX_FAILURES} times in a row, at last: {_say(reply)}")
-        return num_failed
+        return failures
 
     def _request(self, item: Item, text: str) -> dict[str, Any]:
         about = {name: item.about.get(name, "") for name in ("profile", "personality")}
