@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
 
 import pytest
 import torch
+import typer.testing
 
 import mpg
 import profiles  # noqa: F401
@@ -15,11 +17,15 @@ from mpg.demo import MODELS
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # where a shell has put the tests into its background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # so that it reaches the processes that they start
+# a CliRunner makes the tree of all commands anew for every call, which takes longer than most of the calls
+typer.testing._get_command = functools.cache(typer.testing._get_command)
+gc.disable()  # while modules are imported and tests collected: a fifth of that time
 torch.set_num_threads(1)  # the models here are small: more threads only wait for one another
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what the imports have made stays: every collection would look through it again
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
