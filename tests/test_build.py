@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -168,6 +169,7 @@ def test_a_wheel_from_the_source_archive_generates_in_a_clean_environment(tmp_pa
     assert "tokens_per_second" in run(command, cwd=tmp_path, env=environment).stdout
 
 
+@long  # the next one has it of every kernel and architecture
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_logits_are_loaded_16_bytes_at_a_time():
     """Which no run of a kernel shows: loads of single elements compute the same."""
@@ -195,40 +197,38 @@ def test_table_of_kernels_is_what_the_compiler_says():
     assert tabulate_kernels.table() in page
 
 
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (None, "mpg was not built, its compiled part is missing; rebuild it"),
-        (b"no library", "mpg does not load, most likely because it was built for another torch, this is torch"),
-    ],
-)
-def test_compiled_part_that_does_not_load_says_why(module, message, tmp_path):
-    shutil.copytree(ROOT / "mpg_ext", tmp_path / "mpg_ext", ignore=shutil.ignore_patterns("*.so"))
-    if module is not None:
-        (tmp_path / "mpg_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(module)
+# Of folders before all others on the path and a version of torch, why mpg_ext cannot be imported.
+IMPORTS = """
+import json, sys
+import torch
+for folders, version in json.loads(sys.argv[1]):
+    path, torch.__version__, sys.path[:0] = [*sys.path], version, folders
+    try:
+        import mpg_ext
+    except ImportError as error:
+        print(json.dumps(str(error)))
+    sys.path[:] = path
+"""
+
+
+def test_compiled_part_that_does_not_load_says_why(tmp_path):
+    """All in one process, which imports torch once: where it is missing, is no library, is missing in a checkout that
+    hides the built one, and where it is there and was built for another torch."""
+    for name in ("missing", "damaged"):
+        shutil.copytree(ROOT / "mpg_ext", tmp_path / name / "mpg_ext", ignore=shutil.ignore_patterns("*.so"))
+    (tmp_path / f"damaged/mpg_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no library")
+    missing, damaged, built = map(str, (tmp_path / "missing", tmp_path / "damaged", ROOT))
+    version = torch.__version__
+    imports = [([missing], version), ([damaged], version), ([missing, built], version), ([built], "2.3.1")]
     # -S: an editable install would lend the module that it has built.
     environment = os.environ | {"PYTHONPATH": sysconfig.get_paths()["purelib"]}
-    command = [sys.executable, "-S", "-c", "import mpg_ext"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert result.stderr.strip().splitlines()[-1].startswith(f"ImportError: {message}")
-
-
-def test_a_checkout_that_hides_the_built_one_is_named(tmp_path):
-    shutil.copytree(ROOT / "mpg_ext", tmp_path / "mpg_ext", ignore=shutil.ignore_patterns("*.so"))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{sysconfig.get_paths()['purelib']}"}
-    command = [sys.executable, "-S", "-c", "import mpg_ext"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    message = result.stderr.strip().splitlines()[-1]
-    found, built = tmp_path / "mpg_ext", ROOT / "mpg_ext"
-    assert message.startswith(f"ImportError: mpg was found in {found}, where it was not built, before {built}; ")
-    assert message.endswith(f"--editable {tmp_path}")
-
-
-def test_module_built_for_another_torch_minor_says_so():
-    code = "import torch; torch.__version__ = '2.3.1'; import mpg_ext"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"ImportError: mpg was built for torch {torch.__version__}, this is torch 2.3.1; rebuild it")
-    assert "pip install --no-build-isolation" in last
+    command = [sys.executable, "-S", "-c", IMPORTS, json.dumps(imports)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    of_missing, of_damaged, of_hiding, of_other = map(json.loads, done.stdout.splitlines())
+    assert of_missing.startswith("mpg was not built, its compiled part is missing; rebuild it")
+    wanted = "mpg does not load, most likely because it was built for another torch, this is torch"
+    assert of_damaged.startswith(wanted)
+    hidden = f"mpg was found in {missing}/mpg_ext, where it was not built, before {built}/mpg_ext; "
+    assert of_hiding.startswith(hidden) and of_hiding.endswith(f"--editable {missing}")
+    assert of_other.startswith(f"mpg was built for torch {version}, this is torch 2.3.1; rebuild it")
+    assert "pip install --no-build-isolation" in of_other

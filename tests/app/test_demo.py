@@ -14,10 +14,12 @@ from mpg.demo.stages import stage
 from mpg.models import gguf
 
 
-def test_demo_prints_answers_side_by_side_and_differences_with_intervals(run):
-    done = run("demo", "--models", "demo", "--questions", 1, "--held-out", 4)
+def test_demo_prints_answers_side_by_side_and_differences_with_intervals_and_saves_them(run, tmp_path):
+    """Beside the answers and the machine."""
+    file = tmp_path / "demo.json"
+    done = run("demo", "--models", "demo", "--questions", 2, "--held-out", 3, "--seed", 5, "--save", file)
     assert done.exit_code == 0, done.stderr
-    assert "Over 4 held-out questions, with 95 % intervals" in done.stdout
+    assert "Over 3 held-out questions, with 95 % intervals" in done.stdout
     header = next(line for line in done.stdout.splitlines() if "both, exact" in line)
     positions = [header.index(column.title.split(",")[0]) for column in stage("demo").columns]
     assert positions == sorted(positions)
@@ -27,11 +29,6 @@ def test_demo_prints_answers_side_by_side_and_differences_with_intervals(run):
     assert len(gains) == 2 * 4
     assert all(float(low) <= float(value) <= float(high) for value, low, high in gains)
 
-
-def test_what_the_demo_shows_is_saved_with_its_intervals_answers_and_machine(run, tmp_path):
-    file = tmp_path / "demo.json"
-    done = run("demo", "--models", "demo", "--questions", 2, "--held-out", 3, "--seed", 5, "--save", file)
-    assert done.exit_code == 0, done.stderr
     saved = json.loads(file.read_text())
     assert (saved["models"], saved["questions"], saved["held_out"], saved["seed"]) == ("demo", 2, 3, 5)
     assert saved["machine"]["processor"] and saved["versions"]["mpg"] == mpg.__version__

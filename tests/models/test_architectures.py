@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import mpg.models.runner
 import mpg_ext
 from architectures import ARCHITECTURES, REFUSED
 from ensembles import load
+from longer import thinned
 from tape import Tape
 
 CAPACITY = 40
@@ -80,16 +82,22 @@ def assert_rounds_equal_full_forwards(with_adapters, tiny_model, full_logits):
         sources = {**{name: name for name in ADAPTERS}, "full": other}
         ensemble = load(model, sources, device=device, **arguments)
         roles = ["base", *ensemble.attribute_names]
+        outputs = {role: [] for role in roles}  # one role after another: PEFT takes long to go from one to the next
         for prompts in several_prompts:
             draw, rows = random.Random(0), [list(prompt) for prompt in prompts]
             session = ensemble.open(prompts, roles, CAPACITY)
             for fed, logits, drafts in _rounds(session, roles, rows, draw, num_rounds):
-                for role, of_role in zip(fed, logits.cpu(), strict=True):
-                    of_model = (other,) if role == "full" else (model, role if role in ADAPTERS else None)
-                    for row, draft, of_row in zip(rows, drafts, of_role, strict=True):
-                        expected = full_logits(of_model[0], row + draft, *of_model[1:])[len(row) - 1 :]
-                        torch.testing.assert_close(of_row, expected, **tolerance)
+                for role, of_role in zip(fed, logits.to("cpu", copy=True), strict=True):
+                    texts = [row + draft for row, draft in zip(rows, drafts, strict=True)]
+                    outputs[role] += zip(texts, of_role, strict=True)
             session.close()
+        for role, of_role in outputs.items():
+            if role in ADAPTERS:
+                model.set_adapter(role)
+            with model.disable_adapter() if role == "base" else nullcontext():
+                for text, of_row in of_role:
+                    expected = full_logits(other if role == "full" else model.get_base_model(), text)
+                    torch.testing.assert_close(of_row, expected[-len(of_row) :], **tolerance)
         return ensemble
 
     return check
@@ -100,7 +108,7 @@ def test_rounds_with_rollback_equal_full_forwards(architecture, assert_rounds_eq
     assert_rounds_equal_full_forwards(architecture, PROMPTS)
 
 
-@pytest.mark.parametrize("architecture", _named(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", thinned(_named(ARCHITECTURES), 3))
 def test_captured_rounds_equal_full_forwards(architecture, assert_rounds_equal_full_forwards, monkeypatch):
     """In the second session, on the runners of the first, every forward is a replay."""
     monkeypatch.setattr(mpg.models.runner, "CAPTURED_POSITIONS", 8)  # so that there are several cache lengths
