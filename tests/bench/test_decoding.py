@@ -149,6 +149,7 @@ def _measure_gpu():
     return list(bench.measure_gpu(TINY, draft, plan, "cpu", lambda stage: None, batches=(1, 2), contexts=(8,)))
 
 
+@long  # warms up and captures every goal's rounds
 def test_the_goals_of_a_gpu_are_measured_of_whole_captured_rounds_and_folders(quick, monkeypatch):
     sources, captured, own_speed = [], [], bench._speed
 

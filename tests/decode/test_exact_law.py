@@ -45,11 +45,12 @@ LENGTHS = {  # prompt, tokens to add, how much is drafted, tokens that end a tex
 
 
 def cases():
-    """Every target with every draft, verifications and lengths in turn, so that every two of the four meet; in the long
-    form, which `make law` is, all with all."""
+    """Every target with every other draft; verifications and lengths in turn, so that every two of them and the drafts
+    meet, and every target and verification. In the long form, which `make law` is, all with all."""
     numbered = itertools.product(*map(enumerate, (TARGETS, DRAFTS, ("block", "token"), LENGTHS)))
     for (i, target), (j, draft), (k, verify), (m, lengths) in numbered:
-        if IS_LONG or (k, m) == ((i + j // 2) % 2, (i + j) % len(LENGTHS)):
+        turn = ((i // 2 + i // 4 + j // 2) % 2, ((i + j) // 2 + j) % len(LENGTHS))
+        if IS_LONG or ((i + j) % 2 == 0 and (k, m) == turn):
             yield target, draft, verify, lengths
 
 

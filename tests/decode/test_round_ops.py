@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ensembles import load
+from longer import thinned
 from mpg.context import Context
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
@@ -155,7 +156,7 @@ MIXED = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", thinned([*MIXED]))
 def test_requests_come_and_go_with_one_upload_whatever_their_number_and_the_layers(name, models, monkeypatch):
     """Their numbers, weights, cuts and prompts, which rows read what others do, and where rows are that move; the host
     waits for none. The round that follows, which finds all of that on the device, is watched too."""

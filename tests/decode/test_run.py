@@ -40,6 +40,19 @@ WAYS = [
     {"sampler": "token-rs", **GEOMETRIC},
     {"sampler": "seq-rs", **GEOMETRIC, "tries": 3},
 ]
+
+
+def with_rounds_ahead(ways, late, step=1):
+    """Ways, of which every `step` in the short form, by how many rounds go before the host; one of the two in turn
+    there, both in the long form."""
+    return [
+        pytest.param(way, ahead, id=f"{' '.join(map(str, way.values()))} {ahead}")
+        for i, way in enumerate(thinned(ways, step))
+        for j, ahead in enumerate((0, late))
+        if IS_LONG or (i + j) % 2 == 0
+    ]
+
+
 # Of drafts, verifications and fixed or adapted lengths every two meet; in the long form all.
 DRAFTED = [
     (draft, verify, adaptive)
@@ -204,8 +217,7 @@ def raise_at(count, error):
     return check
 
 
-@pytest.mark.parametrize("rounds_ahead", [0, 2])
-@pytest.mark.parametrize("way", thinned(WAYS, first=1), ids=lambda way: " ".join(map(str, way.values())))
+@pytest.mark.parametrize(("way", "rounds_ahead"), with_rounds_ahead(WAYS[1:] + WAYS[:1], 2, 2))
 def test_requests_of_any_arrival_get_the_results_that_they_get_alone(precise_model, way, rounds_ahead):
     """In a scheduler that was opened for none of them, with room for more, and more attributes."""
     scheduler = open_scheduler(precise_model, way, num_rows=3, capacity=90, rounds_ahead=rounds_ahead)
@@ -238,18 +250,16 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        {"sampler": "direct", **GEOMETRIC},
-        {"sampler": "exact", **GEOMETRIC},
-        {"sampler": "exact", **GEOMETRIC, "draft": "lookup"},
-        {"sampler": "exact", **GEOMETRIC, "draft": "merged", "verify": "token"},
-        {"sampler": "exact", "target": "anchored", "adaptive": True},
-    ],
-    ids=lambda way: " ".join(map(str, way.values())),
-)
-@pytest.mark.parametrize("rounds_ahead", [0, 1])
+COMBINED = [
+    {"sampler": "direct", **GEOMETRIC},
+    {"sampler": "exact", **GEOMETRIC},
+    {"sampler": "exact", **GEOMETRIC, "draft": "lookup"},
+    {"sampler": "exact", **GEOMETRIC, "draft": "merged", "verify": "token"},
+    {"sampler": "exact", "target": "anchored", "adaptive": True},
+]
+
+
+@pytest.mark.parametrize(("way", "rounds_ahead"), with_rounds_ahead(COMBINED, 1))
 def test_temperatures_cuts_contexts_and_traces_of_each_requests_own_share_rounds(precise_model, way, rounds_ahead):
     """And log-probabilities of the combined row; a request that is given up leaves the others alone."""
     options = {**way, "max_new_tokens": 12}
@@ -295,16 +305,14 @@ def mixed_model():
     return mpg.load(MODELS, {"W": whole, **attributes}, draft="J", device=device, dtype="float64")
 
 
-@pytest.mark.parametrize("rounds_ahead", [0, 1])
-@pytest.mark.parametrize(
-    "way",
-    [
-        {"sampler": "direct", **GEOMETRIC, "trace": True},
-        {"sampler": "exact", "target": "arithmetic", "draft": "model", "trace": True},
-        {"sampler": "scr", **GEOMETRIC, "window": 2},
-    ],
-    ids=lambda way: way["sampler"],
-)
+OF_THREE_SAMPLERS = [
+    {"sampler": "direct", **GEOMETRIC, "trace": True},
+    {"sampler": "exact", "target": "arithmetic", "draft": "model", "trace": True},
+    {"sampler": "scr", **GEOMETRIC, "window": 2},
+]
+
+
+@pytest.mark.parametrize(("way", "rounds_ahead"), with_rounds_ahead(OF_THREE_SAMPLERS, 1))
 def test_whole_models_and_adapters_of_each_requests_own_give_the_results_that_it_gets_alone(
     mixed_model, way, rounds_ahead
 ):
@@ -354,8 +362,7 @@ def test_a_round_runs_the_base_and_what_each_running_request_weighs_and_nothing_
         scheduler.close()
 
 
-@pytest.mark.parametrize("rounds_ahead", [0, 1])
-@pytest.mark.parametrize("way", thinned(WAYS), ids=lambda way: " ".join(map(str, way.values())))
+@pytest.mark.parametrize(("way", "rounds_ahead"), with_rounds_ahead(WAYS, 1, 2))
 def test_request_that_fails_carries_its_error_and_leaves_the_others_alone(precise_model, way, rounds_ahead):
     model, bad_token, boom = precise_model, precise_model.models.vocab_size - 1, RuntimeError("mine")
     scheduler = open_scheduler(model, way, capacity=90, rounds_ahead=rounds_ahead)

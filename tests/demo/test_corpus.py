@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from longer import long
 from mpg.demo import corpus, judge
 
 MODELS = Path(corpus.__file__).parent / "models"
@@ -113,6 +114,7 @@ def test_models_folder_stays_under_three_megabytes():
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 3_000_000
 
 
+@long  # of models that are what they were; tests/demo/test_traits.py samples them
 def test_every_adapter_raises_its_own_trait():
     base = AutoModelForCausalLM.from_pretrained(MODELS, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODELS, padding_side="left")

@@ -147,6 +147,7 @@ def test_a_forward_that_a_mode_watches_does_not_keep_later_ones_from_being_compi
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@long
 def test_a_layer_that_fails_leaves_the_cache_to_the_next_forward(quick, load_both):
     """The cache says which layer is running, in place of the layers."""
     ensemble = load_both()[1]
@@ -160,13 +161,8 @@ def test_a_layer_that_fails_leaves_the_cache_to_the_next_forward(quick, load_bot
     assert runner.cache.current is None
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        pytest.param(architecture.model_type, marks=[] if architecture.model_type == "gemma3" else long)
-        for architecture in ARCHITECTURES
-    ],
-)
+@long
+@pytest.mark.parametrize("model_type", [architecture.model_type for architecture in ARCHITECTURES])
 def test_layers_of_other_architectures_are_traced_whole_and_shared(model_type, quick, tiny_model):
     """Most have one kind of layer, some two (dense and sparse, with rotation and without)."""
     model = tiny_model(model_type)

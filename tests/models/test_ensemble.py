@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import ensembles
 import mpg.models.sources
 import mpg_ext
+from longer import thinned
 from mpg.model import Model
 
 load = partial(ensembles.load, device="cpu")  # where the tensors of these tests are
@@ -276,35 +277,35 @@ def test_another_chat_template_or_end_of_text_warns(set_folder, tiny_model, tmp_
     assert not _warnings(set_folder, {"T": set_folder / "adapters/T"}, draft=other)  # changes the speed alone
 
 
-@pytest.mark.parametrize(
-    ("trained_on", "base", "verdict"),
-    [
-        ("somebody/Set", "set", "fine"),
-        ("/elsewhere/set/", "set", "fine"),
-        ("/cache/models--somebody--set/snapshots/0123", "set", "fine"),
-        ("../..", "set", "fine"),
-        ("../..", "link", "fine"),
-        ("{here}/set", "link", "fine"),
-        (None, "set", "fine"),
-        ("somebody/other", "set", "warned"),
-        ("other", "set", "warned"),
-        ("/elsewhere/other", "set", "warned"),
-        ("/cache/models--somebody--other/snapshots/0123", "set", "warned"),
-        ("/elsewhere/other", "somebody/set", "warned"),
-        ("{here}/other", "somebody/set", "warned"),
-        ("{here}/copy", "set", "fine"),
-        ("../../../copy", "set", "fine"),
-        ("{here}/other", "set", "refused"),
-        ("{here}/other/set", "set", "refused"),
-        ("../../../other", "set", "refused"),
-        ("{here}/empty", "set", "warned"),
-        ("{here}/damaged", "set", "warned"),
-        ("mirror/Set", "somebody/set", "fine"),
-        ("somebody/other", "somebody/set", "refused"),
-        ("somebody/set", "/cache/models--somebody--set-instruct/snapshots/0123", "refused"),
-        ("/cache/models--somebody--other/snapshots/0123", "somebody/set", "refused"),
-    ],
-)
+TRAINED_ON = [
+    ("somebody/Set", "set", "fine"),
+    ("/elsewhere/set/", "set", "fine"),
+    ("/cache/models--somebody--set/snapshots/0123", "set", "fine"),
+    ("../..", "set", "fine"),
+    ("../..", "link", "fine"),
+    ("{here}/set", "link", "fine"),
+    (None, "set", "fine"),
+    ("somebody/other", "set", "warned"),
+    ("other", "set", "warned"),
+    ("/elsewhere/other", "set", "warned"),
+    ("/cache/models--somebody--other/snapshots/0123", "set", "warned"),
+    ("/elsewhere/other", "somebody/set", "warned"),
+    ("{here}/other", "somebody/set", "warned"),
+    ("{here}/copy", "set", "fine"),
+    ("../../../copy", "set", "fine"),
+    ("{here}/other", "set", "refused"),
+    ("{here}/other/set", "set", "refused"),
+    ("../../../other", "set", "refused"),
+    ("{here}/empty", "set", "warned"),
+    ("{here}/damaged", "set", "warned"),
+    ("mirror/Set", "somebody/set", "fine"),
+    ("somebody/other", "somebody/set", "refused"),
+    ("somebody/set", "/cache/models--somebody--set-instruct/snapshots/0123", "refused"),
+    ("/cache/models--somebody--other/snapshots/0123", "somebody/set", "refused"),
+]
+
+
+@pytest.mark.parametrize(("trained_on", "base", "verdict"), thinned(TRAINED_ON))
 def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_of_where_it_is_not(
     trained_on, base, verdict, set_folder, tiny_model
 ):

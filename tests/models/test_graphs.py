@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import mpg
-from longer import thinned
+from longer import IS_LONG, thinned
 from mpg.decode import SAMPLERS
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
@@ -80,7 +80,7 @@ def tokens(results):
     return [result.tokens for result in results]
 
 
-@pytest.mark.parametrize("way", thinned(WAYS), ids=_name)
+@pytest.mark.parametrize("way", thinned(WAYS, 3), ids=_name)
 def test_texts_are_those_without_graphs(way, model, graphed, captures):
     """Nine rows are rounded up to ten, and those that are left to eight, four, two. Four requests in two rows follow
     one another, past two cache lengths."""
@@ -95,7 +95,7 @@ def test_texts_are_those_without_graphs(way, model, graphed, captures):
     assert captures
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if not method.endswith("-specialized")])
+@pytest.mark.parametrize("method", thinned([method for method in METHODS if not method.endswith("-specialized")]))
 def test_methods_answer_as_without_graphs(method, model, graphed):
     options = {"seed": 3, "max_new_tokens": 12} | ({"tries": 3} if method == "seq-rs" else {})
     plain, captured = (answer(m, method, QUESTIONS[:2], BOTH, **options) for m in (model, graphed))
@@ -106,7 +106,7 @@ def test_methods_answer_as_without_graphs(method, model, graphed):
 
 
 def test_later_calls_of_like_sizes_capture_nothing(model, graphed, captures):
-    options = {"weights": BOTH, "max_new_tokens": 32, "draft": "merged"}
+    options = {"weights": BOTH, "max_new_tokens": 32 if IS_LONG else 16, "draft": "merged"}
     for seed in (1, 2, 1, 2):  # so that all rounds have been met, and are captured
         graphed.generate(QUESTIONS, seed=seed, **options)
         graphed.generate([*QUESTIONS, "Why?"], seed=seed, **options)
@@ -221,9 +221,10 @@ def test_threads_have_runners_of_their_own(model, graphed, captures):
     def ask(chosen, seed):
         return chosen.generate(QUESTIONS[:2], weights=BOTH, seed=seed, max_new_tokens=32, draft="merged")
 
-    expected = [tokens(ask(model, seed)) for seed in range(6)]
+    seeds = range(6 if IS_LONG else 3)
+    expected = [tokens(ask(model, seed)) for seed in seeds]
     with ThreadPoolExecutor(3) as threads:
-        assert [tokens(texts) for texts in threads.map(lambda seed: ask(graphed, seed), range(6))] == expected
+        assert [tokens(texts) for texts in threads.map(lambda seed: ask(graphed, seed), seeds)] == expected
     assert all(len(loaded.idle) <= MAX_IDLE for loaded in graphed.models._models)
 
 
@@ -324,7 +325,7 @@ def test_several_calls_are_right(graphed, expected_texts):
     assert tokens(several_calls(graphed)) == expected_texts
 
 
-@pytest.mark.parametrize("bug", thinned([*PLANTED]))
+@pytest.mark.parametrize("bug", thinned([*PLANTED], 4))
 def test_a_planted_bug_is_noticed(bug, graphed, expected_texts, monkeypatch):
     plant(monkeypatch, *PLANTED[bug])
     try:

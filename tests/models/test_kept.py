@@ -143,7 +143,7 @@ def test_ctrl_c_at_any_line_leaves_a_count_that_is_right_and_what_is_kept_found(
     assert lines > 20
 
 
-@pytest.mark.parametrize("way", thinned(WAYS), ids=lambda way: " ".join(map(str, way.values())))
+@pytest.mark.parametrize("way", thinned(WAYS, 3), ids=lambda way: " ".join(map(str, way.values())))
 def test_texts_are_those_that_are_read_from_their_first_token(way, model, monkeypatch):
     """Calls after one another, of requests that wait for rows: conversations that go on, beginnings that are shared."""
     monkeypatch.setattr(beginnings, "MIN_SHARED", 2)

@@ -10,6 +10,7 @@ from torch import nn
 
 import mpg
 from ensembles import load
+from longer import thinned
 from mpg.models import linear
 
 ROLES = ["base", "E"]
@@ -63,8 +64,10 @@ def rescale(model):
 
 
 @pytest.mark.parametrize("change", [train, through_data, by_other_tensors, merge_for_a_while, rescale])
-@pytest.mark.parametrize("first_rows", [None, 1, 3], ids=["plain", "packed", "both"])
-@pytest.mark.parametrize("dtype", [None, "float64"])
+@pytest.mark.parametrize(
+    ("first_rows", "dtype"),
+    thinned([(None, "float64"), (None, None), (3, None), (3, "float64"), (1, "float64"), (1, None)]),
+)
 def test_what_is_changed_after_loading_is_followed(change, first_rows, dtype, adapted, full_logits, monkeypatch):
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
     monkeypatch.setattr(linear, "choose", lambda *given: first_rows)

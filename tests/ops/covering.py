@@ -17,7 +17,7 @@ from torch import Tensor
 from longer import IS_LONG
 
 # Of the logits or rows of a case. Larger in the long form, smaller where a sanitizer watches every access.
-MAX_ELEMENTS = int(os.environ.get("MPG_MAX_ELEMENTS", 2**23 if IS_LONG else 2**21))
+MAX_ELEMENTS = int(os.environ.get("MPG_MAX_ELEMENTS", 2**23 if IS_LONG else 2**19))
 
 V = (1, 2, 31, 32, 33, 111, 4096, 32_000, 128_256)
 K = (1, 3, 4, 31, 32)

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import torch
 
+from longer import thinned
 from mpg.demo import MODELS
 from mpg.models import sources
 from serving import serving
@@ -57,9 +58,16 @@ def spoil_for_poison(module, args, kwargs, output):
     return output
 
 
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("hook", "message"), [(raise_for_poison, "a broken kernel"), (spoil_for_poison, "returned NaN")]
+    ("hook", "message", "stream"),
+    thinned(
+        [
+            (raise_for_poison, "a broken kernel", False),
+            (raise_for_poison, "a broken kernel", True),
+            (spoil_for_poison, "returned NaN", True),
+            (spoil_for_poison, "returned NaN", False),
+        ]
+    ),
 )
 def test_a_forward_that_fails_fails_its_own_request_alone(served, hook, message, stream):
     prompts = [CALM, [5, 6, POISON], [8, 9], [POISON, POISON], [11]]

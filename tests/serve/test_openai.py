@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from longer import IS_LONG
 from mpg.demo.corpus import DEMO_QUESTIONS, HELD_OUT_QUESTIONS
 
 QUESTIONS = [*DEMO_QUESTIONS, *(question.text for question in HELD_OUT_QUESTIONS)]
@@ -58,7 +59,7 @@ def test_texts_of_all_kinds_at_once_are_those_of_generate(served, client, monkey
     """Streamed and not, in two groups and more, with fewer rows than requests; of generate where nothing is kept."""
     asked = [
         {**kind, "seed": 7 + index, "max_tokens": 6 + index, "stream": bool(index % 2)}
-        for index, kind in enumerate(KINDS * 2)
+        for index, kind in enumerate(KINDS * 2 if IS_LONG else KINDS)
     ]
     with ThreadPoolExecutor(len(asked)) as pool:
         answers = list(pool.map(lambda at: chat(client, asked_of(at), **asked[at]), range(len(asked))))

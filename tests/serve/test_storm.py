@@ -17,7 +17,7 @@ from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
 from serving import serving
 
-COUNT, AT_ONCE = (1000, 200) if IS_LONG else (100, 40)
+COUNT, AT_ONCE = (1000, 200) if IS_LONG else (60, 30)
 WEIGHTS = ["E=1", "E=1,T=0.5", "J=-0.5,S=1", "ESTJ", "E=0.5,S=0.5,T=1"]
 KINDS = [
     {},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -98,3 +99,7 @@ def run_sanitized(*pytest_arguments: str, **environment: str) -> subprocess.Comp
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["--confcutdir=tests/ops", *pytest_arguments]  # without the models, which load slowly under sanitizers
     return subprocess.run(command, cwd=ROOT, env=os.environ | settings | environment, capture_output=True, text=True)
+
+
+if __name__ == "__main__" and platform.machine() == "x86_64":  # beside the linters, what the suite would begin with
+    build(sanitize=False)
