@@ -10,6 +10,7 @@ import torch
 
 from composed import Composed
 from fakes import NUM_ROWS, FakeModels, rounds_of, row_numbers
+from longer import IS_LONG
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch
 from mpg.decode.direct import Direct
@@ -46,7 +47,7 @@ DRAFTING = {"draft", "chunk_size", "adaptive", "verify"}  # options that `direct
 UNDRAFTED = [name for name, options in EXACT_OPTIONS.items() if options.keys() - DRAFTING]
 
 
-def decode(models, sampler, weights, seeds, options, decisions=Decisions, limit=40):
+def decode(models, sampler, weights, seeds, options, decisions=Decisions, limit=40 if IS_LONG else 24):
     """Texts, sampler, the texts' log-ratios where traced, and what decided, after decoding one request per seed."""
     prompts = [PROMPTS[seed % len(PROMPTS)] for seed in seeds]
     alpha = torch.tensor([weights] * len(seeds), dtype=torch.float64)

@@ -19,7 +19,7 @@ import mpg.models.runner
 import mpg_ext
 from architectures import ARCHITECTURES, REFUSED
 from ensembles import load
-from longer import thinned
+from longer import IS_LONG, thinned
 from tape import Tape
 
 CAPACITY = 40
@@ -105,7 +105,7 @@ def assert_rounds_equal_full_forwards(with_adapters, tiny_model, full_logits):
 
 @pytest.mark.parametrize("architecture", _named(ARCHITECTURES))
 def test_rounds_with_rollback_equal_full_forwards(architecture, assert_rounds_equal_full_forwards):
-    assert_rounds_equal_full_forwards(architecture, PROMPTS)
+    assert_rounds_equal_full_forwards(architecture, PROMPTS, num_rounds=5 if IS_LONG else 3)
 
 
 @pytest.mark.parametrize("architecture", thinned(_named(ARCHITECTURES), 3))

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import EVERY_LINEAR
 from ensembles import load
+from longer import thinned
 from mpg.models import graphs, runner
 from mpg.models.runner import ModelRunner
 from tape import Tape
@@ -18,7 +19,7 @@ CAPACITY = 24
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
 
-@pytest.fixture(params=["llama", "gpt2", "mistral", "llama wide", "qwen2 wide"])
+@pytest.fixture(params=thinned(["gpt2", "llama", "mistral", "qwen2 wide", "llama wide"]))
 def models(request, tiny_model, lora_folder, monkeypatch):
     architecture, *is_wide = request.param.split()
     targets, settings = (["q_proj", "o_proj"], {}) if architecture != "gpt2" else (["c_attn"], {"fan_in_fan_out": True})
