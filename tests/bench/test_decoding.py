@@ -172,6 +172,7 @@ def test_the_goals_of_a_gpu_are_measured_of_whole_captured_rounds_and_folders(qu
     assert len(sources) == 3 and all(isinstance(source, Path) for source in sources)
 
 
+@long
 def test_what_does_not_fit_into_a_gpu_has_no_number(quick, monkeypatch):
     def speed(model, plan, batch=1, **options):
         if batch == 2:

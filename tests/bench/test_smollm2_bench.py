@@ -7,12 +7,14 @@ import json
 import pytest
 
 import smollm2
+from longer import long
 from mpg.models import gguf
 
 EXACT = {name: [draft for draft in smollm2.DRAFTS if (name, draft) != ("int4", "model")] for name in smollm2.TYPES}
 CALLS = ["base", "direct_n1", "direct_n2", "direct_n4", "scr_n4"]
 
 
+@long  # the bench alone
 def test_every_type_is_measured_beside_the_others(monkeypatch):
     monkeypatch.setattr(smollm2, "NUM_TEXTS", 2)
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)

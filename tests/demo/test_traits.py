@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import statistics
 
+from longer import IS_LONG
 from mpg.demo.corpus import HELD_OUT_QUESTIONS
 from mpg.demo.judge import score_traits
 
 
 def test_geometric_combination_raises_both_traits_above_the_base(model):
-    """100 held-out questions, one fixed seed: the 95 % interval of the mean paired difference excludes 0."""
-    prompts = [question.text for question in random.Random(0).sample(HELD_OUT_QUESTIONS, 100)]
+    """60 held-out questions (100 in the long form), one fixed seed: the 95 % interval of the mean paired difference
+    excludes 0."""
+    prompts = [question.text for question in random.Random(0).sample(HELD_OUT_QUESTIONS, 100 if IS_LONG else 60)]
     base = model.generate(prompts, sampler="direct", target="base", seed=0)
     both = model.generate(prompts, weights={"E": 1, "T": 1}, sampler="direct", target="geometric", seed=1000)
     for trait in ("E", "T"):

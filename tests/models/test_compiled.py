@@ -243,6 +243,7 @@ def tape_of_compiled(monkeypatch):
     monkeypatch.setitem(graphs.CAPTURES, "cpu", WarmTape)
 
 
+@long  # either without the other is in the short form
 def test_compiled_layers_are_captured_and_give_the_same_texts(tape_of_compiled, recwarn):
     """Forwards of a token and of a chunk, of the base and of adapters that lie apart; and all of them once more."""
     plain, model = (mpg.load(MODELS, dtype="float32", graphs=captured, compile=captured) for captured in (False, True))

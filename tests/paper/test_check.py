@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import mpg
+from longer import IS_LONG
 from mpg.demo.corpus import HELD_OUT_QUESTIONS
 from mpg.frontend.prompts import encode
 from mpg.paper import check as checks
@@ -20,7 +21,7 @@ COSTS = ("tokens_per_round", "model_calls_per_token", "depth_per_token", "positi
 
 @pytest.fixture(scope="module")
 def report(model):
-    return check(model, BOTH, PROMPTS, max_new_tokens=24, num_seeds=2, batch_size=5)
+    return check(model, BOTH, PROMPTS, max_new_tokens=24 if IS_LONG else 14, num_seeds=2, batch_size=5)
 
 
 def test_scores_of_texts_are_those_of_their_generation(model):

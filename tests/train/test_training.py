@@ -144,6 +144,7 @@ def test_one_seed_gives_the_same_weights_and_another_others(train, whole, tmp_pa
     assert weights(tmp_path / "adapter") == weights(whole[0]) != weights(tmp_path / "other")
 
 
+@long  # peft's own; that the setting reaches it
 def test_dropout_of_the_adapter_is_not_silenced(train, whole):
     assert train(settings=changed(dropout=0.0, epochs=1))["losses"] != whole[1]["losses"][:5]
 
