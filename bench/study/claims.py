@@ -10,7 +10,7 @@ import scores
 from layout import NOT_RUN, Column, Table
 from mpg.paper.statistics import FEW_PROMPTS, Estimate
 from paper_tables import rouge1
-from scores import Row, difference, mbti, plays, ratio, read, share_of, trait
+from scores import Row, difference, mbti, plays, ratio, read, share_of_round, trait
 
 INFJ = "rows E=1,T=-9,J=-3"
 
@@ -25,11 +25,11 @@ def claims() -> Table:
         return estimate and Estimate(estimate.value - one, estimate.low - one, estimate.high - one)
 
     calls = _calls("scr")
-    kept = share_of("arithmetic", 4, 4, 2.0)
+    kept = share_of_round(4, 2.0)
     tuned = _tuned_gain("ESTP")
     rows: list[tuple[str, str, Estimate | None]] = [
         ("SCR preserves the correctness of rejection sampling (3.3): at k = 4 all of the shift is delivered",
-         "delivered share, less .99", more(kept, 0.99)),
+         "share delivered over all tokens, less .99", more(kept, 0.99)),
         ("SCR(ref-Base) is above Base (Table 1)", "mean P(pole), difference", compare(mbti, "scr", "base", trait)),
         ("SCR(ref-DPO single) is above SCR(ref-Base) (Table 1)", "mean P(pole), difference",
          compare(mbti, "scr-dpo-single", "scr", trait)),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from mpg.evaluate import tune
 from mpg.paper.statistics import Estimate
-from scores import RESULTS, TARGET_TEXTS, Rows, distance, perplexity, ratio, read, share_of, trait
+from scores import RESULTS, TARGET_TEXTS, Rows, distance, perplexity, ratio, read, share_of, share_of_round, trait
 
 PLAIN = {"dpi": 110, "metadata": {"Software": None}}
 BOUNDS = (1.25, 2.0, 5.0, 10.0)
@@ -62,37 +62,45 @@ def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
 
 
 def delivered() -> Figure | None:
-    """Share over chunk sizes, by bound, of both scores."""
+    """Share over chunk sizes, by bound: of all tokens, and of a chunk's first one under both scores."""
     if share_of("arithmetic", 4, 4, 2.0) is None:
         return None
-    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(11.6, 3.6), layout="constrained")
+    shares: dict[str, Callable[[int, float], Estimate | None]] = {
+        "all tokens, arithmetic score": share_of_round,
+        "first token, arithmetic score": lambda k, bound: share_of("arithmetic", 4, k, bound),
+        "first token, geometric score": lambda k, bound: share_of("geometric", 4, k, bound),
+    }
+    panels = figure.subplots(1, len(shares), sharey=True)
     sizes = range(1, 9)
-    for axes, score in zip(panels, ("arithmetic", "geometric"), strict=True):
+    for axes, (title, share) in zip(panels, shares.items(), strict=True):
         for index, bound in enumerate(BOUNDS):
-            own = [share_of(score, 4, k, bound) for k in sizes]
-            _bars(axes, [k + 0.06 * index for k in sizes], [e for e in own if e], fmt="o-", label=f"M = {bound:g}")
+            own = {k + 0.06 * index: estimate for k in sizes if (estimate := share(k, bound))}
+            _bars(axes, list(own), list(own.values()), fmt="o-", label=f"M = {bound:g}")
         axes.axhline(1, color="0.7", lw=0.8)
         axes.axhline(0, color="0.7", lw=0.8)
-        axes.set(title=f"{score} score", xlabel="k, tokens a chunk", ylim=(-0.05, 1.1))
+        axes.set(title=title, xlabel="k, tokens a chunk", ylim=(-0.05, 1.25))
     panels[0].set_ylabel("share of the intended shift (exact = 1)")
-    panels[1].legend(fontsize="small")
+    panels[-1].legend(fontsize="small")
     return figure
 
 
 def bound() -> Figure | None:
-    """Share over the bound, with the bounds that runs end with."""
+    """Share over the bound, with the bounds that runs end with; dotted, that of a chunk's first token."""
     header, runs = read("laws-ESTP")
-    if "laws" not in runs:
+    if "rounds" not in runs:
         return None
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    for k in (1, 2, 4, 8):
-        own = [share_of("arithmetic", 4, k, m) for m in header["bounds"]]
-        _bars(axes, header["bounds"], [e for e in own if e], fmt="o-", label=f"k = {k}")
+    for index, k in enumerate((1, 2, 4, 8)):
+        own = [share_of_round(k, m) for m in header["bounds"]]
+        _bars(axes, header["bounds"], [e for e in own if e], fmt="o-", color=f"C{index}", label=f"k = {k}")
+        first = [share_of("arithmetic", 4, k, m) for m in header["bounds"]]
+        axes.plot(header["bounds"], [e.value for e in first if e], ":", color=f"C{index}", lw=1)
     for index, name in enumerate(name for name in runs if name.startswith("scr") and name != TARGET_TEXTS):
         ends = sorted(math.e ** row["log_bound"] for row in runs[name])
-        axes.plot(ends, [-0.08 - 0.06 * index] * len(ends), "|", ms=9, label=f"M at the end of a text, {name}")
+        of_run = {"ms": 9, "color": f"C{4 + index}", "label": f"M at the end of a text, {name}"}
+        axes.plot(ends, [-0.08 - 0.06 * index] * len(ends), "|", **of_run)
     axes.set(xscale="log", xlabel="M, the bound", ylabel="share of the intended shift (exact = 1)")
     _plain_ticks(axes.xaxis, BOUND_TICKS)
     axes.legend(fontsize="x-small")
@@ -111,7 +119,7 @@ def attributes() -> Figure | None:
         _bars(axes, sizes, [e for e in own if e], fmt="o-", label=f"SCR, k = {k}, M = 2")
     axes.axhline(1, color="0.7", lw=0.8)
     axes.set(
-        xlabel="N, attributes of equal weight", ylabel="share of the intended shift (exact = 1)", ylim=(-0.05, 1.1)
+        xlabel="N, attributes of equal weight", ylabel="share in a chunk's first token (exact = 1)", ylim=(-0.05, 1.1)
     )
     axes.set_xticks(sizes)
     axes.legend(fontsize="small")

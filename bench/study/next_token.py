@@ -5,8 +5,11 @@ keeps the token if the chunk or any prefix of it passes, with probability 1 - pr
 one token: so its law of the next token is a mean over chunks of probabilities, in which no accepted token is drawn. The
 same chunks serve every chunk size, bound M, score and number of attributes; k = 1 is exact.
 
+The first token of a chunk is kept if any of k prefixes passes, the last one only if the whole chunk does: tokens behind
+the first are shifted more. So the same is asked of all tokens that a round keeps.
+
 Then what M becomes: texts are drawn with a bound that begins anew with each, that has a short window, and that a row
-keeps from text to text.
+keeps from text to text. Chunks of one token under a bound above every score have the law that all of them aim at.
 
     MPG_DATA=... MPG_STUDY=... python bench/study/next_token.py ESTP          the same with ESTPINFJ goes on to N = 8
 """
@@ -14,8 +17,9 @@ keeps from text to text.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +33,14 @@ from mpg.model import Model
 MOST = 8  # tokens of a chunk
 BOUNDS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 PREFIXES = (0, 12)  # tokens of a text of the base that a context has beside its prompt
-CHUNKS_PER_MASS = 6  # drafted from a token of probability 1, beside the one of every token
+# Chunks drafted from a token of probability 1, beside the one of every token: what is said of all tokens has more noise
+CHUNKS_OF_LAW, CHUNKS_OF_ROUND = 6, 24
 NEW_TOKENS = 32
+NUM_TEXTS = 4  # to every prompt
 BOUND_RUNS: dict[str, dict[str, Any]] = {
     "base": {"sampler": "direct", "target": "base"},
     "exact": {"sampler": "direct", "target": "arithmetic"},
+    "scr k=1 M=10": {"sampler": "scr", "chunk_size": 1, "initial_bound": 10.0, "window": 2 * NEW_TOKENS},
     "scr": {"sampler": "scr"},
     "scr W=5": {"sampler": "scr", "window": 5},
     "scr carried": {"sampler": "scr"},
@@ -42,13 +49,14 @@ BOUND_RUNS: dict[str, dict[str, Any]] = {
 
 def main(names: str) -> None:
     prompts, model = questions(), load(names)
-    contexts: list[tuple[int, int, list[int]]] = []
 
-    def laws() -> list[dict[str, Any]]:
+    def of_contexts(tell: Callable[[Model, str, list[int]], dict[str, Any]]) -> list[dict[str, Any]]:
         texts = model.generate(prompts, target="base", sampler="direct", seed=900, max_new_tokens=max(PREFIXES))
-        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            contexts.extend((index, n, [*model.encode(prompt), *text.tokens[:n]]) for n in PREFIXES)
-        return [{"prompt": index, "prefix": n, **law_of(model, names, context)} for index, n, context in contexts]
+        return [
+            {"prompt": index, "prefix": n, **tell(model, names, [*model.encode(prompt), *text.tokens[:n]])}
+            for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+            for n in PREFIXES
+        ]
 
     def texts_of(name: str) -> list[dict[str, Any]]:
         options = {**BOUND_RUNS[name], **PAPERS_DRAW}
@@ -57,28 +65,31 @@ def main(names: str) -> None:
         is_carried = name.endswith("carried")
         how = {"max_new_tokens": NEW_TOKENS, "seed": 1000, "batch_size": 4 if is_carried else BATCH}
         with carried() if is_carried else nullcontext():
-            results = model.generate(prompts, weights=weights, **how, **options)
-        ratios = log_ratios(model, names, prompts, results)
+            results = model.generate(prompts * NUM_TEXTS, weights=weights, **how, **options)
+        ratios = log_ratios(model, names, prompts * NUM_TEXTS, results)
         return [
             {
-                "prompt": index, **told(result), "log_ratio": round(sum(own) / len(own), 4),
+                "prompt": index % len(prompts), **told(result), "log_ratio": round(sum(own) / len(own), 4),
                 **({"log_bound": round(result.stats["log_bound"], 4)} if options["sampler"] == "scr" else {}),
             }
             for index, (result, own) in enumerate(zip(results, ratios, strict=True))
         ]  # fmt: skip
 
     header = {"bounds": list(BOUNDS), "prefixes": list(PREFIXES), "new_tokens": NEW_TOKENS}
-    settings = ["laws", *(BOUND_RUNS if len(names) == 4 else ())]
-    measure(f"laws-{names}", header, settings, lambda name: laws() if name == "laws" else texts_of(name))
+    of_tokens = {"laws": law_of, "rounds": round_of}
+    settings = ["laws", *(("rounds", *BOUND_RUNS) if len(names) == 4 else ())]
+    measure(
+        f"laws-{names}", header, settings,
+        lambda name: of_contexts(of_tokens[name]) if name in of_tokens else texts_of(name),
+    )  # fmt: skip
 
 
 def law_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
     """What one context tells: of base, target and SCR the mean combined log-ratio of the next token, and of base and
     SCR the total variation from the target. By "score N k M"; "target score N" is what scr aims at."""
-    draft, tokens, log_ratios_of, is_text = _draft_chunks(model, names, context)
-    nucleus = draft.nonzero()[:, 0]
-    p, place = draft[nucleus], torch.searchsorted(nucleus, tokens)
-    told: dict[str, Any] = {"nucleus": len(nucleus)}
+    chunks = _draft_chunks(model, names, context, CHUNKS_OF_LAW)
+    log_ratios_of, is_text, p, place = chunks.log_ratios, chunks.is_text, chunks.probs, chunks.place
+    told: dict[str, Any] = {"nucleus": len(p)}
     for score in ("arithmetic", "geometric"):
         for n in range(1, len(names) + 1) if score == "arithmetic" else (4,):
             along = log_ratios_of[:n].cumsum(2)  # (n, tokens, MOST)
@@ -99,48 +110,111 @@ def law_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
     return told
 
 
+def round_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
+    """What one round of SCR does from a context, by "k M": over the tokens that it keeps, the shift of the mean
+    log-ratio from the draft's, and that which the target asks for at each of them; both in nats a round."""
+    chunks = _draft_chunks(model, names, context, CHUNKS_OF_ROUND)
+    scores, shift = chunks.log_ratios.cumsum(2).exp().mean(0), chunks.log_ratios.mean(0)  # (T, MOST)
+    of_token = chunks.probs / chunks.place.bincount()  # of each of a token's chunks
+    weight, own = of_token[chunks.place], scores[:, 0]
+    mean, wanted = weight @ shift[:, 0], weight * own @ shift[:, 0] / (weight @ own)  # of the first token
+    means = torch.cat([mean.expand(len(own), 1), chunks.means], 1)
+    asks = torch.cat([(wanted - mean).expand(len(own), 1), chunks.wanted - chunks.means], 1)
+    told: dict[str, Any] = {}
+    for bound in BOUNDS:
+        passes = (scores / bound).clamp_max(1) * chunks.is_text
+        before = torch.cat([torch.ones_like(scores[:, :1]), scores[:, :-1]], 1)  # of what stands before each token
+        fallback = weight * (own / bound).clamp_max(1)
+        fallback_shift = fallback @ shift[:, 0] / fallback.sum() - mean
+        for k in range(1, MOST + 1):
+            fails = (1 - passes[:, :k]).flip(1).cumprod(1).flip(1)  # all prefixes from the token's on
+            chances = torch.arange(k, 0, -1)
+            # the probability of keeping a token that changes no score is known before it is drawn: times the shift of
+            # what the draft draws it has mean 0, and is taken off as noise
+            guess = (1 - (1 - (before[:, :k] / bound).clamp_max(1)) ** chances) * chunks.is_text[:, :k]
+            gain = ((1 - fails - guess) * (shift - means)[:, :k]).sum(1)
+            due = ((1 - fails) * asks[:, :k]).sum(1)
+            nothing = weight @ fails[:, 0]
+            shifted = weight @ gain + nothing * fallback_shift
+            asked = weight @ due + nothing * (wanted - mean)
+            told[f"k={k} M={bound:g}"] = [round(float(shifted), 6), round(float(asked), 6)]
+    return told
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Chunks that the draft goes on with from a context, T of them, MOST tokens each.
+
+    probs       (P,), the draft's of every token of its nucleus
+    place       (T,), which of them a chunk begins with
+    log_ratios  (names, T, MOST), token by token
+    is_text     (T, MOST), False behind an end
+    means       (T, MOST - 1), of every token but the first: the mean combined log-ratio under the draft there
+    wanted      (T, MOST - 1), the same under the target
+    """
+
+    probs: Tensor
+    place: Tensor
+    log_ratios: Tensor
+    is_text: Tensor
+    means: Tensor
+    wanted: Tensor
+
+
 def _pair(law: Tensor, wanted: Tensor, shift: Tensor) -> list[float]:
     """The mean log-ratio under a law of the next token, in nats, and its distance from the wanted one."""
     return [round(float(law @ shift), 6), round(float((law - wanted).abs().sum() / 2), 6)]
 
 
 @torch.inference_mode()
-def _draft_chunks(model: Model, names: str, context: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The draft's row (V,); the first tokens (T,) of chunks, each token of its nucleus once or more; their log-ratios
-    (names, T, MOST), token by token; and which of their tokens are text, none behind an end (T, MOST)."""
+def _draft_chunks(model: Model, names: str, context: list[int], chunks_per_mass: int) -> Chunks:
+    """Chunks behind a context; each token of the draft's nucleus begins one or more."""
     roles = ("base", *names)
     start = torch.tensor([len(context) - 1])
     session = model.models.open([context], roles, len(context))
     draft = _warped(session.forward(roles, torch.tensor([[context[-1]]]), start, kv_length=len(context))[0, 0, -1])
     session.close()
     nucleus = draft.nonzero()[:, 0]
-    first = nucleus.repeat_interleave((1 + CHUNKS_PER_MASS * draft[nucleus]).round().long())
+    first = nucleus.repeat_interleave((1 + chunks_per_mass * draft[nucleus]).round().long())
     generator = torch.Generator().manual_seed(len(context))
-    parts, texts = [], []
+    parts, texts, means = [], [], []
     for tokens in first.split(BATCH):
         session = model.models.open([context] * len(tokens), roles, len(context) + MOST)
         position = torch.full_like(tokens, len(context) - 1)
         fed = torch.stack([torch.full_like(tokens, context[-1]), tokens], 1)
         logits = session.forward(roles, fed, position, kv_length=len(context) + 1).float()
         is_text, ratios = [torch.ones(len(tokens), dtype=torch.bool)], [_log_ratios(logits[:, :, 0], tokens)]
+        expected = []
         for step in range(1, MOST):
             is_text.append(is_text[-1] & ~torch.isin(tokens, torch.tensor(model.models.eos_token_ids)))
             rows = logits[:, :, -1]
             tokens = torch.multinomial(_warped(rows[0]), 1, generator=generator)[:, 0]
             ratios.append(_log_ratios(rows, tokens))
+            expected.append(_expected(rows))
             if step + 1 < MOST:
                 kv_length = len(context) + step + 1
                 logits = session.forward(roles, tokens[:, None], position + step + 1, kv_length=kv_length).float()
         session.close()
         parts.append(torch.stack(ratios, 2))
         texts.append(torch.stack(is_text, 1))
-    return draft, first, torch.cat(parts, 1).double(), torch.cat(texts)
+        means.append(torch.stack(expected, 2))
+    place = torch.searchsorted(nucleus, first)
+    return Chunks(draft[nucleus], place, torch.cat(parts, 1).double(), torch.cat(texts), *torch.cat(means, 1))
 
 
 def _log_ratios(logits: Tensor, tokens: Tensor) -> Tensor:
     """log pi_i - log base of tokens (T,) behind logits (1 + names, T, V). out: (names, T)"""
     own = logits.gather(2, tokens.expand(len(logits), -1)[..., None])[..., 0] - logits.logsumexp(-1)
     return own[1:] - own[0]
+
+
+def _expected(logits: Tensor) -> Tensor:
+    """The next token's mean combined log-ratio under draft and target, behind logits (1 + names, T, V). out: (2, T)"""
+    draft, logprobs = _warped(logits[0]), logits.double().log_softmax(-1)
+    ratios = logprobs[1:] - logprobs[0]
+    wanted = draft * ratios.exp().mean(0)
+    laws = torch.stack([draft, wanted / wanted.sum(-1, keepdim=True)])
+    return (laws * ratios.mean(0)).sum(-1)
 
 
 def _warped(logits: Tensor) -> Tensor:

@@ -22,7 +22,21 @@ import study_tables
 from claims import INFJ, alone, claims, emptiness, few_prompts, held_out, suppression
 from layout import NOT_RUN, Table, words
 from mpg.evaluate.tasks import TYPES
-from scores import Row, difference, mbti, perplexity, plays, read, share_at, share_of, shift_of, trait
+from mpg.paper.statistics import Estimate
+from scores import (
+    Row,
+    difference,
+    mbti,
+    perplexity,
+    plays,
+    read,
+    share_at,
+    share_in_texts,
+    share_of,
+    share_of_round,
+    shift_of,
+    trait,
+)
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -51,7 +65,7 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
         "findings": "\n".join(f"{n}. {text or NOT_RUN}" for n, text in enumerate(findings(), 1)),
         "few prompts": few_prompts(), "judge": judge(), "power": power(), "questions": questions(),
         "signatures": signatures(), "dominance": dominance(), "missing": missing(),
-        "attributes": attributes(), "parting": parting(),
+        "agreement": agreement(tables["bounds"]), "attributes": attributes(), "parting": parting(),
         "size front": size("front"), "size negative": size("negative"), "recipe": recipe(),
         "number changes": str(sum("" not in cells for cells in tables["negative"].rows.values())),
         "number texts": str(len(read("laws-ESTP")[1].get("base", ()))), "number plays": str(len(plays("base"))),
@@ -66,13 +80,14 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
 
 def findings() -> Iterator[Any]:
     """The sentences that open the page; one without its scores says that."""
-    k1, k4, k8 = (share_of("arithmetic", 4, k, 2.0) for k in (1, 4, 8))
-    m5, m10 = (share_of("arithmetic", 4, 4, m) for m in (5.0, 10.0))
+    k1, k4, k8 = (share_of_round(k, 2.0) for k in (1, 4, 8))
+    first = share_of("arithmetic", 4, 4, 2.0)
     yield k4 and (
         "SCR as published (chunks of k = 4; M_0 = 2, which the paper leaves open) delivers "
-        f"{words(k4)} of the shift that its own target asks for: "
+        f"{words(k4)} of the shift that its own target asks for, and {words(first)} in the first token of a chunk; "
         f"chunks of one token deliver {words(k1)}, of eight {words(k8)} (four attributes of equal weight)."
     )
+    m5, m10 = (share_of_round(4, m) for m in (5.0, 10.0))
     runs = read("laws-ESTP")[1]
     if k4 and "scr carried" in runs:
         carried, short = (_usual_bound(runs[name]) for name in ("scr carried", "scr W=5"))
@@ -166,10 +181,21 @@ def attributes() -> str:
     told = ", ".join(f"{words(e)} at N = {n}" for n, e in zip(sizes, found, strict=True))
     asked = ", ".join(f"{shift_of(n).value:.4f}" for n in sizes)
     return (
-        f"At k = 4 and M = 2 the share is {told}. The shift that is asked for is {asked} nats a token there: each "
-        "attribute has an Nth of the weight, and from the fifth on one opposes one of the first four. At k = 1 and "
-        f"N = 1 the bound is what is missed: {words(share_of('arithmetic', 1, 1, 2.0))}."
+        f"At k = 4 and M = 2 the share of a chunk's first token is {told}. The shift that is asked for is {asked} nats "
+        "a token there: each attribute has an Nth of the weight, and from the fifth on one opposes one of the first "
+        f"four. At k = 1 and N = 1 the bound is what is missed: {words(share_of('arithmetic', 1, 1, 2.0))}."
     )
+
+
+def agreement(bounds: Table) -> str:
+    """Whether texts show the share that their next token has."""
+    left = {name: cells[3] for name, cells in bounds.rows.items() if isinstance(cells[3], Estimate)}
+    apart = [name for name, own in left.items() if own.low > 0 or own.high < 0]
+    if not left:
+        return NOT_RUN
+    said = f"Its interval excludes 0 for {', '.join(apart)}." if apart else "No interval of it excludes 0."
+    shares = ", ".join(f"{words(share_in_texts(read('laws-ESTP')[1][name]))} of {name}" for name in left)
+    return f"{said} As a share of the target's the texts' shift is {shares}: a ratio of two such means tells little."
 
 
 def parting() -> str:

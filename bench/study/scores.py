@@ -91,18 +91,19 @@ def shift_of(n: int) -> Estimate:
     return ratio(read(file)[1]["laws"], lambda row: row[target][0] - row[base][0])
 
 
-def share_at(k: int, bound: float) -> Estimate:
-    """The share of four attributes at any M between those that were enumerated, read off the curve of each resample."""
+def share_of_round(k: int, bound: float) -> Estimate | None:
+    """The share that SCR delivers of what four attributes ask for, over all tokens that its rounds keep."""
+    rows, name = read("laws-ESTP")[1].get("rounds"), f"k={k} M={bound:g}"
+    return ratio(rows, lambda row: row[name][0], lambda row: row[name][1]) if rows else None
+
+
+def share_at(k: int, bound: float) -> Estimate | None:
+    """That share at any M between those that were taken, read off the curve of each resample."""
     header, runs = read("laws-ESTP")
-    name, base, target = f"arithmetic N=4 k={k} M=", "base arithmetic N=4", "target arithmetic N=4"
-    curves = [
-        _ratios(
-            runs["laws"],
-            lambda row, m=m: row[f"{name}{m:g}"][0] - row[base][0],
-            lambda row: row[target][0] - row[base][0],
-        )
-        for m in header["bounds"]
-    ]
+    if "rounds" not in runs:
+        return None
+    names = [f"k={k} M={m:g}" for m in header["bounds"]]
+    curves = [_ratios(runs["rounds"], lambda row, n=n: row[n][0], lambda row, n=n: row[n][1]) for n in names]
     at = np.log(bound)
     return Bootstrap.estimate(np.array([np.interp(at, np.log(header["bounds"]), one) for one in np.transpose(curves)]))
 
@@ -110,6 +111,28 @@ def share_at(k: int, bound: float) -> Estimate:
 def shift_in_texts(rows: Rows) -> Estimate:
     """How far the log-ratio of whole texts is above that of the base's texts to the same prompts, in nats a token."""
     return difference(rows, read("laws-ESTP")[1]["base"], lambda row: row["log_ratio"], lambda row: row["tokens"])
+
+
+def beyond_share(rows: Rows, share: float) -> Estimate:
+    """How far that shift is beyond a share of the one of SCR's own target, in nats a token."""
+    own, target = _shifts(rows)
+    return Bootstrap.estimate(own - share * target)
+
+
+def share_in_texts(rows: Rows) -> Estimate:
+    """That shift over the one of SCR's own target."""
+    own, target = _shifts(rows)
+    return Bootstrap.estimate(own / target)
+
+
+def _shifts(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """The shift of some texts and that of SCR's own target, on the same resamples."""
+    runs = read("laws-ESTP")[1]
+    own, base, target = (
+        _ratios(of, lambda row: row["log_ratio"], lambda row: row["tokens"])
+        for of in (rows, runs["base"], runs[TARGET_TEXTS])
+    )
+    return own - base, target - base
 
 
 def distance(setting: str) -> Estimate | None:

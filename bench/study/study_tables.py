@@ -12,26 +12,40 @@ from statistics import median
 import scores
 from claims import emptiness, held_out
 from layout import Cell, Column, Table
-from scores import Row, Rows, difference, perplexity, ratio, read, share_at, shift_in_texts, trait
+from scores import (
+    TARGET_TEXTS,
+    Row,
+    Rows,
+    beyond_share,
+    difference,
+    perplexity,
+    ratio,
+    read,
+    share_at,
+    shift_in_texts,
+    trait,
+)
 
 PERPLEXITY = Column("perplexity", ".1f")
 FORWARDS = Column("forwards a token", ".2f", brief=True)
 
 
 def bounds() -> Table:
-    """What M becomes in texts, what SCR delivers there in the next token, and what the texts show."""
-    columns = [Column("M at their end, median (range)"), Column("share of the next token there", ".2f")]
-    columns += [Column("shift in the texts, nats a token", "+.4f"), FORWARDS]
+    """What M becomes in texts, what SCR delivers there in the next token, and whether the texts agree."""
+    columns = [Column("M at their end, median (range)"), Column("share there, of all tokens", ".2f")]
+    columns += [Column("shift in the texts, nats a token", "+.4f"), Column("less the share of the target's", "+.4f")]
     rows: dict[str, list[Cell]] = {}
     for name, own in read("laws-ESTP")[1].items():
-        if name in ("laws", "base"):
-            continue
-        told: list[Cell] = ["", ""]
+        told: list[Cell] = ["", "", shift_in_texts(own), ""] if name not in ("laws", "rounds", "base") else []
         if name.startswith("scr"):
             ends = sorted(math.exp(row["log_bound"]) for row in own)
-            told = [f"{median(ends):.2f} ({ends[0]:.2f} to {ends[-1]:.2f})", share_at(4, median(ends))]
-        rows[name] = [*told, shift_in_texts(own), _forwards(own)]
-    return Table("texts", columns, rows)
+            share = share_at(1 if name == TARGET_TEXTS else 4, median(ends))
+            told[:2] = [f"{median(ends):.2f} ({ends[0]:.2f} to {ends[-1]:.2f})", share]
+            if share and name != TARGET_TEXTS:
+                told[3] = beyond_share(own, share.value)
+        if told:
+            rows[name] = [*told, _forwards(own)]
+    return Table("texts", [*columns, FORWARDS], rows)
 
 
 def front() -> Table:

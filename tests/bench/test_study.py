@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib", reason="needs mpg[evaluate]")
 
@@ -123,6 +124,46 @@ def test_scr_has_its_targets_law_where_a_chunk_is_one_token_and_no_score_is_abov
     assert told["arithmetic N=4 k=1 M=1"][1] > 0.001 < base[1]  # a bound below scores clips them
     shares = [told[f"arithmetic N=4 k={k} M=2"][0] for k in (4, 2, 1)]
     assert base[0] < shares[0] < shares[1] < shares[2] == target[0]
+
+
+def test_a_round_of_two_tokens_shifts_what_their_enumeration_says(monkeypatch):
+    monkeypatch.setattr(next_token, "MOST", 2)
+    monkeypatch.setattr(next_token, "CHUNKS_OF_ROUND", 500)
+    model, roles = mpg.load(MODELS, device="cpu"), ("base", *"ESTJ")
+    context = model.encode("How was your day?")
+
+    def row_behind(ids):
+        """The draft (V,), the log-ratios (4, V), the draft's mean log-ratio, and the target's less it."""
+        session = model.models.open([ids], roles, len(ids))
+        fed, position = torch.tensor([[ids[-1]]]), torch.tensor([len(ids) - 1])
+        logits = session.forward(roles, fed, position, kv_length=len(ids))[:, 0, -1].double()
+        session.close()
+        draft, logprobs = next_token._warped(logits[0]), logits.log_softmax(-1)
+        ratios = logprobs[1:] - logprobs[0]
+        wanted = draft * ratios.exp().mean(0)
+        mean = draft @ ratios.mean(0)
+        return draft, ratios, mean, wanted @ ratios.mean(0) / wanted.sum() - mean
+
+    first, ratios, mean, asked = row_behind(context)
+    fallback = first * (ratios.exp().mean(0) / 2).clamp_max(1)
+    of_fallback = fallback @ ratios.mean(0) / fallback.sum() - mean
+    shift = due = 0.0
+    for token in first.nonzero()[:, 0].tolist():
+        second, more, mean_behind, asked_behind = row_behind([*context, token])
+        passes = (ratios[:, token].exp().mean() / 2).clamp_max(1)
+        pass_both = ((ratios[:, [token]] + more).exp().mean(0) / 2).clamp_max(1)
+        pass_both = pass_both * (token not in model.models.eos_token_ids)
+        keeps = 1 - (1 - passes) * (1 - pass_both)
+        own = keeps * (ratios[:, token].mean() - mean) + (1 - keeps) * of_fallback
+        shift += first[token] * (second @ (own + pass_both * (more.mean(0) - mean_behind)))
+        due += first[token] * (second @ (asked + pass_both * asked_behind))
+    told = next_token.round_of(model, "ESTJ", context)
+    assert told["k=2 M=2"][0] / told["k=2 M=2"][1] == pytest.approx(float(shift / due), abs=0.01)
+    law = next_token.law_of(model, "ESTJ", context)
+    for bound in (1, 2):  # where a chunk is one token, a round is its first token
+        base, target = (law[f"{of} arithmetic N=4"][0] for of in ("base", "target"))
+        one = [law[f"arithmetic N=4 k=1 M={bound}"][0] - base, target - base]
+        assert told[f"k=1 M={bound}"] == pytest.approx(one, abs=2e-6)
 
 
 def test_rows_are_empty_where_no_token_has_a_positive_score():
