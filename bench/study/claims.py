@@ -10,7 +10,7 @@ import scores
 from layout import NOT_RUN, Column, Table
 from mpg.paper.statistics import FEW_PROMPTS, Estimate
 from paper_tables import rouge1
-from scores import Row, difference, mbti, plays, ratio, read, share_of_round, trait
+from scores import Row, difference, mbti, plays, ratio, read, share_of_round, timed, times, trait
 
 INFJ = "rows E=1,T=-9,J=-3"
 
@@ -50,6 +50,11 @@ def claims() -> Table:
          compare(plays, "scr-dpo-single", "soups", rouge1)),
         ("SCR needs some 1.4 forwards a token at N = 2, fewer than MOD's 2 (Table 3)", "2 less the forwards a token",
          less(calls, 2.0)),
+        ("SCR is faster than MOD at N = 2 (Table 3)", "time of a token, MOD's over SCR's, less 1", slower("mod")),
+        ("SCR is faster than Token-RS at N = 2 (Table 3)", "time of a token, Token-RS's over SCR's, less 1",
+         slower("token-rs")),
+        ("SCR is faster than Seq-RS at N = 2 (Table 3)", "time of a token, Seq-RS's over SCR's, less 1",
+         slower("seq-rs")),
         ("SCR(ref-specialized) is above the specialised model alone (Table 4, MBTI)", "mean P(pole), difference",
          compare(mbti, "scr-specialized", "base-specialized", trait)),
         ("SCR(ref-specialized) is above the specialised model alone (Table 4, role-play)", "ROUGE-1 F1, difference",
@@ -67,16 +72,27 @@ def claims() -> Table:
 
 def few_prompts() -> str:
     """Which comparisons rest on too few questions."""
+    rests = {
+        "Table 1": {row["item"] for row in mbti("base")},
+        "Table 2": {row["item"] for row in plays("base")},
+        "Table 3": {row["prompt"] for row in timed("base")},
+    }
     return "\n".join(
-        f"What is compared by {tables} rests on {prompts} questions, too few: intervals are too narrow."
-        for tables, rows in (("Table 1", mbti("base")), ("Tables 2 and 3", plays("base")))
-        if 0 < (prompts := len({row["item"] for row in rows})) < FEW_PROMPTS
+        f"What is compared by {table} rests on {len(prompts)} questions, too few: intervals are too narrow."
+        for table, prompts in rests.items()
+        if 0 < len(prompts) < FEW_PROMPTS
     )
 
 
 def _calls(method: str) -> Estimate | None:
-    rows = read("table-roleplay")[1].get(method)
-    return rows and ratio(rows, lambda r: r["model_calls_per_token"] * r["tokens"], lambda r: r["tokens"])
+    rows = timed(method)
+    return ratio(rows, lambda row: row["calls"] * row["tokens"], lambda row: row["tokens"]) if rows else None
+
+
+def slower(method: str, other: str = "scr", run: str | None = None) -> Estimate | None:
+    """How much more time a token takes a method than another."""
+    rows, others = timed(method, run), timed(other, run)
+    return times(rows, others, lambda row: row["seconds"], lambda row: row["tokens"]) if rows and others else None
 
 
 def alone() -> dict[str, Estimate | None]:

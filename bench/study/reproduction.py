@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import figures
 import paper_tables
 import study_tables
-from claims import INFJ, alone, claims, emptiness, few_prompts, held_out, suppression
+from claims import INFJ, alone, claims, emptiness, few_prompts, held_out, slower, suppression
 from layout import NOT_RUN, Table, words
 from mpg.evaluate.tasks import TYPES
 from mpg.paper.statistics import Estimate
@@ -35,6 +36,7 @@ from scores import (
     share_of,
     share_of_round,
     shift_of,
+    timed,
     trait,
 )
 
@@ -69,13 +71,14 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
         "size front": size("front"), "size negative": size("negative"), "recipe": recipe(),
         "number changes": str(sum("" not in cells for cells in tables["negative"].rows.values())),
         "number texts": str(len(read("laws-ESTP")[1].get("base", ()))), "number plays": str(len(plays("base"))),
+        "number timed": f"{len({row['prompt'] for row in timed('base')})} prompts", "runs": runs(),
         "number reference pairs": str(study_tables.cards().get("reference", {}).get("pairs", NOT_RUN)),
     }  # fmt: skip
     for name in [*figures.PICTURES, *HISTORIES]:
         parts[f"picture {name}"] = f"![{name}](reproduction/{name}.png)" if name in drawn else f"({name}: {NOT_RUN})"
     for name, text in parts.items():
         template = template.replace(f"<!-- {name} -->", text)
-    return template
+    return re.sub("\n{3,}", "\n\n", template)  # where a part has nothing to say
 
 
 def findings() -> Iterator[Any]:
@@ -151,8 +154,10 @@ def power() -> str:
 def questions() -> str:
     """What Table 1 rests on."""
     done = [name for name in TYPES if read(f"table-{name}")[1]]
-    items = len({row["item"] for row in mbti("base")})
-    return f"{items} questions that no weights are tuned on, asked for each of {', '.join(done)}." if done else NOT_RUN
+    if not done:
+        return NOT_RUN
+    items, each = len({row["item"] for row in mbti("base")}), read(f"table-{done[0]}")[0]["items"]
+    return f"{each} questions for each of {', '.join(done)}, {items} different ones, that no weights are tuned on."
 
 
 def signatures() -> str:
@@ -196,6 +201,17 @@ def agreement(bounds: Table) -> str:
     said = f"Its interval excludes 0 for {', '.join(apart)}." if apart else "No interval of it excludes 0."
     shares = ", ".join(f"{words(share_in_texts(read('laws-ESTP')[1][name]))} of {name}" for name in left)
     return f"{said} As a share of the target's the texts' shift is {shares}: a ratio of two such means tells little."
+
+
+def runs() -> str:
+    """How far the runs of Table 3 agree."""
+    names = list(read("speeds")[1])
+    told = [
+        f"{paper_tables.NAMES[method]} {' and '.join(f'{e.value + 1:.2f}' for e in estimates)}"
+        for method in ("mod", "token-rs", "seq-rs")
+        if all(estimates := [slower(method, run=name) for name in names])
+    ]
+    return f"The time of a token over SCR's, in each run: {', '.join(told)}." if names else NOT_RUN
 
 
 def parting() -> str:
@@ -244,7 +260,7 @@ def size(name: str) -> str:
 
 def missing() -> str:
     """What has no scores yet."""
-    names = [*["laws-ESTP", "laws-ESTPINFJ", "front", "negative", "rows", "seeds"], *HISTORIES]
+    names = [*["laws-ESTP", "laws-ESTPINFJ", "front", "negative", "rows", "speeds", "seeds"], *HISTORIES]
     names += [f"table-{name}" for name in (*TYPES, "roleplay")]
     left = [name for name in names if not (read(name)[1] or (name in HISTORIES and held_out(name[5:])))]
     return f"These have no scores yet: {', '.join(left)}." if left else "Every file of scores is there."

@@ -47,6 +47,12 @@ def plays(method: str) -> list[dict[str, Any]]:
     return [row for row in read("table-roleplay")[1].get(method, ()) if row.get("rouge1") is not None]
 
 
+def timed(method: str, run: str | None = None) -> list[dict[str, Any]]:
+    """Rows of a method's texts that were timed, of one run or of all."""
+    runs = read("speeds")[1]
+    return [row for name, rows in runs.items() if run in (None, name) for row in rows if row["method"] == method]
+
+
 def ratio(rows: Rows, over: Callable[[Any], float], under: Callable[[Any], float] = lambda row: 1.0) -> Estimate:
     """The sum of one number of rows over that of another, resampled by prompt."""
     return Bootstrap.estimate(_ratios(rows, over, under))
@@ -57,6 +63,13 @@ def difference(
 ) -> Estimate:
     """The ratio of some rows less that of others, on the same resamples of prompts."""
     return Bootstrap.estimate(_ratios(rows, over, under) - _ratios(others, over, under))
+
+
+def times(
+    rows: Rows, others: Rows, over: Callable[[Any], float], under: Callable[[Any], float] = lambda row: 1.0
+) -> Estimate:
+    """The ratio of some rows over that of others, less 1, on the same resamples of prompts."""
+    return Bootstrap.estimate(_ratios(rows, over, under) / _ratios(others, over, under) - 1)
 
 
 def trait(row: Row) -> float:

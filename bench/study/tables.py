@@ -26,8 +26,8 @@ from mpg.paper.methods import METHODS
 from pairs import ROLEPLAY
 
 NEW_TOKENS = 32
-EACH = 3  # items of every task and type
-NUM_PLAYS = 10
+EACH = 8  # items of every task and type
+NUM_PLAYS = 20
 OPTIONS: dict[str, dict[str, Any]] = {
     "seq-rs": {"tries": 8},  # of whole texts, where 64 would take an hour
     **{method: {"empty": "base"} for method in METHODS if method.startswith("scr")},

@@ -81,6 +81,19 @@ def test_a_cell_is_shown_as_its_column_says():
     ]
 
 
+def test_methods_are_compared_on_the_same_resamples(monkeypatch):
+    def texts(factor, more=0.0):
+        return [{"prompt": n, "tokens": n + 1.0, "log_ratio": factor * n**2 + more * (n + 1)} for n in range(9)]
+
+    seconds, tokens = (lambda row: row["log_ratio"]), (lambda row: row["tokens"])
+    twice = scores.times(texts(2.0), texts(1.0), seconds, tokens)
+    assert [twice.value, twice.low, twice.high] == pytest.approx([1, 1, 1])
+    monkeypatch.setattr(scores, "read", lambda name: ({}, {"base": texts(1), scores.TARGET_TEXTS: texts(1, 0.4)}))
+    half = texts(1, 0.2)  # of the target's shift, whatever the prompts
+    for estimate, wanted in ((scores.beyond_share(half, 0.5), 0), (scores.share_in_texts(half), 0.5)):
+        assert [estimate.value, estimate.low, estimate.high] == pytest.approx([wanted] * 3, abs=1e-9)
+
+
 def test_scores_hold_no_texts():
     words = (word for path in scores.RESULTS.glob("*.jsonl") for word in path.read_text().split('"'))
     assert max(map(len, words)) < 80
