@@ -71,7 +71,7 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
         "size front": size("front"), "size negative": size("negative"), "recipe": recipe(),
         "number changes": str(sum("" not in cells for cells in tables["negative"].rows.values())),
         "number texts": str(len(read("laws-ESTP")[1].get("base", ()))), "number plays": str(len(plays("base"))),
-        "number timed": f"{len({row['prompt'] for row in timed('base')})} prompts", "runs": runs(),
+        "number timed": f"{len({row['prompt'] for row in timed('base')})} prompts", "runs": runs(), "by type": by_type(),
         "number reference pairs": str(study_tables.cards().get("reference", {}).get("pairs", NOT_RUN)),
     }  # fmt: skip
     for name in [*figures.PICTURES, *HISTORIES]:
@@ -158,6 +158,20 @@ def questions() -> str:
         return NOT_RUN
     items, each = len({row["item"] for row in mbti("base")}), read(f"table-{done[0]}")[0]["items"]
     return f"{each} questions for each of {', '.join(done)}, {items} different ones, that no weights are tuned on."
+
+
+def by_type() -> str:
+    """How far types and questions differ, by the method that moves the judge most."""
+    of_types = {name: (mbti("pp", [name]), mbti("base", [name])) for name in TYPES}
+    told = [f"{words(difference(*rows, trait), '+.3f')} for {name}" for name, rows in of_types.items() if all(rows)]
+    runs = read("front")[1]
+    if not told or not {"pp", "base"} <= runs.keys():
+        return NOT_RUN
+    front = words(difference(runs["pp"], runs["base"], trait), "+.3f")
+    return (
+        f"Types and questions differ: preference prompting changes P(pole) by {', '.join(told)}, and on the questions of "
+        f"the front above, other ones, by {front} for ESTP."
+    )
 
 
 def signatures() -> str:

@@ -33,11 +33,11 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     return header, {line["setting"]: line["rows"] for line in lines if "setting" in line}
 
 
-def mbti(method: str) -> list[dict[str, Any]]:
-    """Rows of a method over all types that were run. They ask the same questions: what is resampled is a question."""
+def mbti(method: str, types: Sequence[str] = TYPES) -> list[dict[str, Any]]:
+    """Rows of a method over those of some types that were run. They ask the same questions: what is resampled is a question."""
     return [
         {**row, "item": question_of(row["item"]), "traits": {of: row[of] for of in DIMENSIONS}}
-        for name in TYPES
+        for name in types
         for row in read(f"table-{name}")[1].get(method, ())
     ]
 
