@@ -71,7 +71,8 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
         "size front": size("front"), "size negative": size("negative"), "recipe": recipe(),
         "number changes": str(sum("" not in cells for cells in tables["negative"].rows.values())),
         "number texts": str(len(read("laws-ESTP")[1].get("base", ()))), "number plays": str(len(plays("base"))),
-        "number timed": f"{len({row['prompt'] for row in timed('base')})} prompts", "runs": runs(), "by type": by_type(),
+        "number timed": f"{len({row['prompt'] for row in timed('base')})} prompts", "runs": runs(),
+        "by type": by_type(),
         "number reference pairs": str(study_tables.cards().get("reference", {}).get("pairs", NOT_RUN)),
     }  # fmt: skip
     for name in [*figures.PICTURES, *HISTORIES]:
@@ -169,8 +170,8 @@ def by_type() -> str:
         return NOT_RUN
     front = words(difference(runs["pp"], runs["base"], trait), "+.3f")
     return (
-        f"Types and questions differ: preference prompting changes P(pole) by {', '.join(told)}, and on the questions of "
-        f"the front above, other ones, by {front} for ESTP."
+        f"Types and questions differ: preference prompting changes P(pole) by {', '.join(told)}, and on the "
+        f"questions of the front above, other ones, by {front} for ESTP."
     )
 
 

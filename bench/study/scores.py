@@ -34,7 +34,7 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
 
 
 def mbti(method: str, types: Sequence[str] = TYPES) -> list[dict[str, Any]]:
-    """Rows of a method over those of some types that were run. They ask the same questions: what is resampled is a question."""
+    """Rows of a method over some types. They ask the same questions: what is resampled is a question."""
     return [
         {**row, "item": question_of(row["item"]), "traits": {of: row[of] for of in DIMENSIONS}}
         for name in types
