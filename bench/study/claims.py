@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import scores
 from layout import NOT_RUN, Column, Table
+from mpg.evaluate.tasks import TYPES
 from mpg.paper.statistics import FEW_PROMPTS, Estimate
 from paper_tables import rouge1
-from scores import Row, difference, mbti, plays, ratio, read, share_of_round, timed, times, trait
+from scores import Row, Rows, difference, mbti, plays, ratio, read, share_of_round, timed, times, trait
 
 INFJ = "rows E=1,T=-9,J=-3"
 
@@ -24,7 +26,7 @@ def claims() -> Table:
     def more(estimate: Estimate | None, one: float) -> Estimate | None:
         return estimate and Estimate(estimate.value - one, estimate.low - one, estimate.high - one)
 
-    calls = _calls("scr")
+    calls = _calls(timed("scr"), "calls")
     kept = share_of_round(4, 2.0)
     tuned = _tuned_gain("ESTP")
     rows: list[tuple[str, str, Estimate | None]] = [
@@ -41,13 +43,31 @@ def claims() -> Table:
          compare(mbti, "scr-dpo-single", "soups", trait)),
         ("SCR(ref-DPO single) is above Preference prompting (Table 1)", "mean P(pole), difference",
          compare(mbti, "scr-dpo-single", "pp", trait)),
+        ("SCR(ref-Base) is above Preference prompting (Table 1)", "mean P(pole), difference",
+         compare(mbti, "scr", "pp", trait)),
         ("DPO(single) is above Base (Table 1)", "mean P(pole), difference", compare(mbti, "dpo-single", "base", trait)),
+        ("DPO Soups is above Base (Table 1)", "mean P(pole), difference", compare(mbti, "soups", "base", trait)),
         ("Preference prompting is above Base (Table 1)", "mean P(pole), difference",
          compare(mbti, "pp", "base", trait)),
+        *((f"SCR(ref-DPO single) is above Base for {name} too (Table 1)", "mean P(pole), difference",
+           compare(partial(mbti, types=[name]), "scr-dpo-single", "base", trait)) for name in TYPES),
+        ("SCR(ref-Base) is above Base on multiple choice (Table 1, MCQA)", "mean P(pole), difference",
+         compare(_choices, "scr", "base", trait)),
+        ("MOD is below Base on multiple choice (Table 1, MCQA)", "mean P(pole), Base's less MOD's",
+         compare(_choices, "base", "mod", trait)),
+        ("DPO(single) is below Base on multiple choice (Table 1, MCQA)", "mean P(pole), Base's less DPO(single)'s",
+         compare(_choices, "base", "dpo-single", trait)),
+        ("The lead of SCR is the same by another judge (Table 1)", "scores of GPT-4o and DeepSeek-R1", None),
         ("SCR(ref-DPO single) is above Base in likeness to references (Table 2)", "ROUGE-1 F1, difference",
          compare(plays, "scr-dpo-single", "base", rouge1)),
         ("SCR(ref-DPO single) is above DPO Soups in likeness to references (Table 2)", "ROUGE-1 F1, difference",
          compare(plays, "scr-dpo-single", "soups", rouge1)),
+        ("SCR(ref-DPO single) is above Preference prompting in likeness to references (Table 2)",
+         "ROUGE-1 F1, difference", compare(plays, "scr-dpo-single", "pp", rouge1)),
+        ("MOD is above Preference prompting in likeness to references (Table 2)", "ROUGE-1 F1, difference",
+         compare(plays, "mod", "pp", rouge1)),
+        ("MOD is above DPO Soups in likeness to references (Table 2)", "ROUGE-1 F1, difference",
+         compare(plays, "mod", "soups", rouge1)),
         ("SCR needs some 1.4 forwards a token at N = 2, fewer than MOD's 2 (Table 3)", "2 less the forwards a token",
          less(calls, 2.0)),
         ("SCR is faster than MOD at N = 2 (Table 3)", "time of a token, MOD's over SCR's, less 1", slower("mod")),
@@ -55,6 +75,10 @@ def claims() -> Table:
          slower("token-rs")),
         ("SCR is faster than Seq-RS at N = 2 (Table 3)", "time of a token, Seq-RS's over SCR's, less 1",
          slower("seq-rs")),
+        ("SCR needs fewer forwards a token than MOD's 4 at N = 4 (4.5)", "4 less the forwards a token (Table 1)",
+         less(_calls(mbti("scr"), "model_calls_per_token"), 4.0)),
+        ("SCR's throughput is 2 to 10 times that of the other methods of several models at N = 4 (4.5)",
+         "time of a token", None),
         ("SCR(ref-specialized) is above the specialised model alone (Table 4, MBTI)", "mean P(pole), difference",
          compare(mbti, "scr-specialized", "base-specialized", trait)),
         ("SCR(ref-specialized) is above the specialised model alone (Table 4, role-play)", "ROUGE-1 F1, difference",
@@ -74,6 +98,7 @@ def few_prompts() -> str:
     """Which comparisons rest on too few questions."""
     rests = {
         "Table 1": {row["item"] for row in mbti("base")},
+        "Table 1's multiple choice": {row["item"] for row in _choices("base")},
         "Table 2": {row["item"] for row in plays("base")},
         "Table 3": {row["prompt"] for row in timed("base")},
     }
@@ -84,9 +109,12 @@ def few_prompts() -> str:
     )
 
 
-def _calls(method: str) -> Estimate | None:
-    rows = timed(method)
-    return ratio(rows, lambda row: row["calls"] * row["tokens"], lambda row: row["tokens"]) if rows else None
+def _choices(method: str) -> list[dict[str, Any]]:
+    return [row for row in mbti(method) if row["item"].startswith("mcqa:")]
+
+
+def _calls(rows: Rows, name: str) -> Estimate | None:
+    return ratio(rows, lambda row: row[name] * row["tokens"], lambda row: row["tokens"]) if rows else None
 
 
 def slower(method: str, other: str = "scr", run: str | None = None) -> Estimate | None:

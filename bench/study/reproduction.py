@@ -30,6 +30,7 @@ from scores import (
     mbti,
     perplexity,
     plays,
+    ratio,
     read,
     share_at,
     share_in_texts,
@@ -246,7 +247,8 @@ def parting() -> str:
 
 
 def dominance() -> str:
-    """Which settings have measurably more of the trait than soups, and no larger perplexity."""
+    """Which settings have measurably more of the trait than soups, and no larger perplexity; and whether one of five
+    forwards a token has more than the best of several soups."""
     runs = read("front")[1]
     soups = [name for name in runs if name.startswith("soups ")]
     if not soups:
@@ -259,10 +261,17 @@ def dominance() -> str:
     ]
     above = [f"{one} over {other}" for one, other in compared if difference(runs[one], runs[other], trait).low > 0]
     found = ", ".join(above) or "none"
-    return (
+    told = (
         f"Settings whose P(pole) is measurably above that of soups of no smaller perplexity: {found}, "
         f"of {len(compared)} that were compared; were all alike, chance would give {0.025 * len(compared):.1f}."
     )
+    alike = ("geometric 2", "best-soups 2")
+    if not runs.keys() >= {*alike}:
+        return told
+    gain = words(difference(*(runs[name] for name in alike), trait), "+.3f")
+    costs = (ratio(runs[name], lambda row: row["calls"] * row["tokens"], lambda row: row["tokens"]) for name in alike)
+    calls = " and ".join(f"{cost.value:.2f}" for cost in costs)
+    return f"{told} At nearly equal forwards, {calls} a token, {' less '.join(alike)} is {gain} in P(pole)."
 
 
 def size(name: str) -> str:
