@@ -1,21 +1,26 @@
 """The study's judge of traits: trained on the judge's side of the paper's pairs, which no adapter sees.
 
-MPG_DATA=... MPG_STUDY=... python bench/study/judge.py     saves it for `mpg evaluate --judge`, in MPG_STUDY/judge
+MPG_DATA=... MPG_STUDY=... python bench/study/judge.py     saves it for `mpg evaluate --judge`, in MPG_STUDY/judge; and
+how well it tells held-out answers, whole and cut as short as the study's texts, in judge.json beside the scores
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from common import DATA, RUNS, surprise, told
-from mpg.evaluate.judges.classifier import Labelled, TraitClassifier
+import numpy as np
+
+from common import DATA, RESULTS, RUNS, surprise, told
+from mpg.evaluate.judges.classifier import Labelled, Scorer, TraitClassifier
 from mpg.frontend.prompts import Prompt
 from mpg.model import Model
 from mpg.results import Result
 from pairs import DIMENSIONS, mbti_pairs
 
 FOLDER = RUNS / "judge"
+NUM_WORDS = 25  # of a text of 32 tokens, about
 
 
 def study_judge() -> TraitClassifier:
@@ -38,11 +43,26 @@ def judged(model: Model, prompts: Sequence[Prompt], results: Sequence[Result]) -
     ]  # fmt: skip
 
 
+def share_told(judge: Scorer, dimension: str, labelled: Labelled, num_words: int) -> float:
+    """The share of answers, cut behind some words, whose pole a judge tells."""
+    texts, is_first = labelled
+    told = judge.score([" ".join(text.split()[:num_words]) for text in texts])[dimension] > 0.5
+    return float(np.mean(told == np.asarray(is_first)))
+
+
 def _labelled(dimension: str, side: str) -> Labelled:
     pairs = mbti_pairs(DATA, dimension, side)
     return [text for pair in pairs for text in (pair.chosen, pair.rejected)], [True, False] * len(pairs)
 
 
+def main() -> None:
+    judge = study_judge()
+    of_dimensions = {of: _labelled(of, "reported") for of in DIMENSIONS}
+    openings = {of: share_told(judge, of, labelled, NUM_WORDS) for of, labelled in of_dimensions.items()}
+    answers = {of: len(texts) for of, (texts, _) in of_dimensions.items()}
+    found = {"answers": answers, "accuracy": judge.accuracy, "words": NUM_WORDS, "accuracy of openings": openings}
+    (RESULTS / "judge.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    for dimension, accuracy in study_judge().accuracy.items():
-        print(f"{dimension}: {accuracy:.3f}")
+    main()

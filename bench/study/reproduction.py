@@ -25,6 +25,7 @@ from layout import NOT_RUN, Table, words
 from mpg.evaluate.tasks import TYPES
 from mpg.paper.statistics import Estimate
 from scores import (
+    RESULTS,
     Row,
     difference,
     mbti,
@@ -143,8 +144,17 @@ def judge() -> str:
     header = next((h for name in ("front", "negative", "table-ESTP") if (h := read(name)[0]).get("judge")), {})
     if not header:
         return NOT_RUN
-    told = ", ".join(f"{dimension} {accuracy:.3f}" for dimension, accuracy in header["judge"].items())
-    return f"The judge tells the pole of held-out answers in these shares: {told}."
+
+    def say(accuracies: Mapping[str, float]) -> str:
+        return ", ".join(f"{dimension} {accuracy:.3f}" for dimension, accuracy in accuracies.items())
+
+    whole = f"The judge tells the pole of held-out answers in these shares: {say(header['judge'])}"
+    file = RESULTS / "judge.json"
+    if not file.is_file():
+        return f"{whole}."
+    found = json.loads(file.read_text())
+    openings = say(found["accuracy of openings"])
+    return f"{whole}; of their first {found['words']} words, about as many as a text here has: {openings}."
 
 
 def power() -> str:

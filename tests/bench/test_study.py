@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("matplotlib", reason="needs mpg[evaluate]")
 
 import claims
+import judge
 import mpg
 import negative
 import next_token
@@ -97,6 +99,15 @@ def test_methods_are_compared_on_the_same_resamples(monkeypatch):
 def test_scores_hold_no_texts():
     words = (word for path in scores.RESULTS.glob("*.jsonl") for word in path.read_text().split('"'))
     assert max(map(len, words)) < 80
+
+
+def test_a_judge_is_measured_on_the_openings_of_answers():
+    class Endings:
+        def score(self, texts):
+            return {"EI": np.array([text.endswith("loud") for text in texts], float)}
+
+    answers = ["it is never loud", "it is always quiet"], [True, False]
+    assert [judge.share_told(Endings(), "EI", answers, words) for words in (4, 3)] == [1, 0.5]
 
 
 def test_a_question_is_on_one_side_however_it_is_spaced():
