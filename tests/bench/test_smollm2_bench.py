@@ -17,6 +17,7 @@ CALLS = ["base", "direct_n1", "direct_n2", "direct_n4", "scr_n4"]
 @long  # the bench alone
 def test_every_type_is_measured_beside_the_others(monkeypatch):
     monkeypatch.setattr(smollm2, "NUM_TEXTS", 2)
+    monkeypatch.setattr(smollm2, "NUM_DRAFTED", 2)
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     rows = {row.name: row for row in smollm2.measure(2, 1, lambda stage: None, "demo")}
     for name in smollm2.TYPES:
@@ -27,6 +28,7 @@ def test_every_type_is_measured_beside_the_others(monkeypatch):
         assert all(rows[f"demo, {name}/exact_n4_{draft}_tokens_per_round"].value >= 1 for draft in EXACT[name])
     assert "demo, int4/exact_n4_model_b1_tokens_per_second" not in rows
     wanted = {f"{own}_vs_{other}_b{batch}": goal for own, other, batch, goal in smollm2.GOALS}
+    wanted["exact_n4_vs_direct_n4_b1"] = smollm2.EXACT_GOAL
     goals = {row.name: row.goal for row in rows.values() if row.goal is not None and not row.is_limit}
     other = goals.pop("demo, int4/base_vs_llama.cpp_b1")
     assert goals == {f"demo, float32/{name}": goal for name, goal in wanted.items()}
