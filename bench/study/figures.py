@@ -237,7 +237,7 @@ def values() -> Figure | None:
         best = [max(row["value"] for row in trials[: n + 1]) for n in range(len(trials))]
         line = axes.step(range(len(trials)), best, where="post", label=name.removeprefix("tune-"))[0]
         axes.plot(range(len(trials)), [row["value"] for row in trials], ".", color=line.get_color(), ms=3)
-    axes.set(xlabel="adjustments", ylabel="accuracy on the half tuned on")
+    axes.set(xlabel="adjustments", ylabel="value on the half tuned on")
     axes.legend(fontsize="small")
     return figure
 

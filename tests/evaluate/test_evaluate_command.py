@@ -104,6 +104,10 @@ def test_a_table_of_role_play_compares_with_the_references(run, endpoint, tmp_pa
     shown = CliRunner().invoke(app, ["evaluate", "overall", f"Role-Play={tmp_path / 'out'}", "--methods", "scr,pp"])
     assert shown.stdout.splitlines()[0] == "| method | Role-Play, evaluated by m | Role-Play, evaluated by n |"
     assert [line.split()[1] for line in shown.stdout.splitlines()[2:]] == ["scr", "pp"]
+    told = CliRunner().invoke(
+        app, ["evaluate", "overall", f"Role-Play={tmp_path / 'out'}", "--methods", "scr", "--json"]
+    )
+    assert json.loads(told.stdout)[0]["cells"]["Role-Play, evaluated by m"]["value"] == 3.0
 
 
 @long  # all methods, with two judges

@@ -22,6 +22,7 @@ from mpg.evaluate.tables import (
     not_run,
     overall,
     render,
+    render_overall,
     tabulate,
     tabulate_section,
 )
@@ -195,7 +196,7 @@ def test_a_table_is_rendered_from_its_json_with_every_section():
     )
     tables = {"MBTI": table, "Role-Play": tabulate("r", sections[:1], "base")}
     assert (
-        overall(tables)
+        render_overall(overall(tables))
         == """\
 | method | MBTI, evaluated by GPT | MBTI, evaluated by an endpoint | Role-Play, evaluated by GPT |
 |---|---|---|---|
@@ -203,7 +204,13 @@ def test_a_table_is_rendered_from_its_json_with_every_section():
 | scr | 2.000 [2.000, 2.000] | not run | 2.000 [2.000, 2.000] |
 """
     )
-    assert overall(tables, ["scr", "mod"]).splitlines()[2:] == [
+    assert overall(tables)[0]["cells"]["MBTI, evaluated by GPT"] == {
+        "value": 1.0,
+        "low": 1.0,
+        "high": 1.0,
+        "difference": None,
+    }
+    assert render_overall(overall(tables, ["scr", "mod"])).splitlines()[2:] == [
         "| scr | 2.000 [2.000, 2.000] | not run | 2.000 [2.000, 2.000] |",
         "| mod | not run | not run | not run |",
     ]

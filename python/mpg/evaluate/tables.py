@@ -184,11 +184,13 @@ def render(table: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def overall(tables: Mapping[str, Mapping[str, Any]], methods: Sequence[str] | None = None) -> str:
-    """Table 4's layout, in Markdown: of some tables, by the names that these are to have, what every judge said over
-    all.
+def overall(tables: Mapping[str, Mapping[str, Any]], methods: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Table 4's layout: of some tables, by the names that these are to have, what every judge said over all.
 
     methods  those to show; None means all that one of the tables has
+
+    out: of each method its name, and by column (of a table and judge) a cell as `tabulate_section` has it, or what
+    stands in its place
     """
     columns = {
         f"{name}, {section['title'][0].lower()}{section['title'][1:]}": section
@@ -197,15 +199,24 @@ def overall(tables: Mapping[str, Mapping[str, Any]], methods: Sequence[str] | No
         if section["judge"] is not None
     }
     shown = methods or dict.fromkeys(row["method"] for section in columns.values() for row in section["rows"])
-    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for method in shown:
-        cells = []
-        for section in columns.values():
-            rows = [row for row in section["rows"] if row["method"] == method]
-            cell = rows[0]["cells"].get(section["key"]) if rows else None
-            empty = _empty(section, rows[0], section["key"]) if rows else NOT_RUN
-            cells.append(_interval(cell) if cell else empty)
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        cells = {}
+        for column, section in columns.items():
+            own = next((row for row in section["rows"] if row["method"] == method), None)
+            cell = own and own["cells"].get(section["key"])
+            cells[column] = cell or (_empty(section, own, section["key"]) if own else NOT_RUN)
+        rows.append({"method": method, "cells": cells})
+    return rows
+
+
+def render_overall(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `overall` returned, in Markdown."""
+    columns = list(rows[0]["cells"]) if rows else []
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        shown = [cell if isinstance(cell, str) else _interval(cell) for cell in row["cells"].values()]
+        lines.append(f"| {row['method']} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -180,10 +180,13 @@ def overall(
     tables: Annotated[list[str], typer.Argument(help="NAME=FOLDER of what the other commands wrote; several.")],
     methods: Annotated[str | None, typer.Option(help="NAME,...: rows to show. Default: all that are there.")] = None,
     picture: Picture = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array on stdout, an object a method.")
+    ] = False,
 ) -> None:
     """What every judge said over all, of tables that were made (Table 4). Loads no model and asks nobody."""
+    from mpg.evaluate import tables as layouts
     from mpg.evaluate import tradeoff
-    from mpg.evaluate.tables import overall as render
     from mpg.paper.methods import METHODS
     from mpg.paper.report import check_plot
 
@@ -194,14 +197,15 @@ def overall(
             raise ValueError(f"tables: {name!r} is given twice, expected once")
         found[name] = _read_table(Path(folder) / "table.json")
     try:
-        text = render(found, shown)
+        rows = layouts.overall(found, shown)
+        text = layouts.render_overall(rows)
         if picture is not None:
             check_plot(picture)
             tradeoff.plot(found, picture)
     except (KeyError, TypeError, AttributeError) as error:
         wanted = "tables as this version of mpg evaluate writes them"
         raise ValueError(f"tables: expected {wanted}, got {type(error).__name__}: {error}") from None
-    print(text, end="")
+    print(json.dumps(rows, indent=1) + "\n" if as_json else text, end="")
 
 
 def _read_table(file: Path) -> dict[str, Any]:
