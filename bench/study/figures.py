@@ -114,13 +114,15 @@ def attributes() -> Figure | None:
         return None
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
-    for k in (1, 4):
-        own = [share_of("arithmetic", n, k, 2.0) for n in sizes]
-        _bars(axes, sizes, [e for e in own if e], fmt="o-", label=f"SCR, k = {k}, M = 2")
+    for label, k, style, share in (
+        ("k = 1", 1, "o-", share_of_round), ("k = 4, all tokens", 4, "o-", share_of_round),
+        ("k = 4, first token of a chunk", 4, "s--", lambda k, bound, n: share_of("arithmetic", n, k, bound)),
+    ):  # fmt: skip
+        own = [share(k, 2.0, n) for n in sizes]
+        if all(own):
+            _bars(axes, sizes, [e for e in own if e], fmt=style, label=f"SCR, {label}, M = 2")
     axes.axhline(1, color="0.7", lw=0.8)
-    axes.set(
-        xlabel="N, attributes of equal weight", ylabel="share in a chunk's first token (exact = 1)", ylim=(-0.05, 1.1)
-    )
+    axes.set(xlabel="N, attributes of equal weight", ylabel="share delivered (exact = 1)", ylim=(-0.05, 1.1))
     axes.set_xticks(sizes)
     axes.legend(fontsize="small")
     return figure

@@ -17,7 +17,7 @@ keeps from text to text. Chunks of one token under a bound above every score hav
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +77,7 @@ def main(names: str) -> None:
 
     header = {"bounds": list(BOUNDS), "prefixes": list(PREFIXES), "new_tokens": NEW_TOKENS}
     of_tokens = {"laws": law_of, "rounds": round_of}
-    settings = ["laws", *(("rounds", *BOUND_RUNS) if len(names) == 4 else ())]
+    settings = ["laws", "rounds", *(BOUND_RUNS if len(names) == 4 else ())]
     measure(
         f"laws-{names}", header, settings,
         lambda name: of_contexts(of_tokens[name]) if name in of_tokens else texts_of(name),
@@ -111,22 +111,31 @@ def law_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
 
 
 def round_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
-    """What one round of SCR does from a context, by "k M": over the tokens that it keeps, the shift of the mean
+    """What one round of SCR does from a context, by "N k M": over the tokens that it keeps, the shift of the mean
     log-ratio from the draft's, and that which the target asks for at each of them; both in nats a round."""
     chunks = _draft_chunks(model, names, context, CHUNKS_OF_ROUND)
-    scores, shift = chunks.log_ratios.cumsum(2).exp().mean(0), chunks.log_ratios.mean(0)  # (T, MOST)
+    if len(names) == 4:
+        return _rounds(chunks, 4, BOUNDS, range(1, MOST + 1))
+    sizes = range(1, len(names) + 1)
+    return {key: pair for n in sizes for key, pair in _rounds(chunks, n, (2.0,), (1, 4)).items()}
+
+
+def _rounds(chunks: Chunks, n: int, bounds: Sequence[float], lengths: Sequence[int]) -> dict[str, list[float]]:
+    """`round_of` for the first n attributes."""
+    log_ratios_of, means_of, wanted_of = chunks.log_ratios[:n], chunks.means[n - 1], chunks.wanted[n - 1]
+    scores, shift = log_ratios_of.cumsum(2).exp().mean(0), log_ratios_of.mean(0)  # (T, MOST)
     of_token = chunks.probs / chunks.place.bincount()  # of each of a token's chunks
     weight, own = of_token[chunks.place], scores[:, 0]
     mean, wanted = weight @ shift[:, 0], weight * own @ shift[:, 0] / (weight @ own)  # of the first token
-    means = torch.cat([mean.expand(len(own), 1), chunks.means], 1)
-    asks = torch.cat([(wanted - mean).expand(len(own), 1), chunks.wanted - chunks.means], 1)
-    told: dict[str, Any] = {}
-    for bound in BOUNDS:
+    means = torch.cat([mean.expand(len(own), 1), means_of], 1)
+    asks = torch.cat([(wanted - mean).expand(len(own), 1), wanted_of - means_of], 1)
+    told: dict[str, list[float]] = {}
+    for bound in bounds:
         passes = (scores / bound).clamp_max(1) * chunks.is_text
         before = torch.cat([torch.ones_like(scores[:, :1]), scores[:, :-1]], 1)  # of what stands before each token
         fallback = weight * (own / bound).clamp_max(1)
         fallback_shift = fallback @ shift[:, 0] / fallback.sum() - mean
-        for k in range(1, MOST + 1):
+        for k in lengths:
             fails = (1 - passes[:, :k]).flip(1).cumprod(1).flip(1)  # all prefixes from the token's on
             chances = torch.arange(k, 0, -1)
             # the probability of keeping a token that changes no score is known before it is drawn: times the shift of
@@ -137,7 +146,7 @@ def round_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
             nothing = weight @ fails[:, 0]
             shifted = weight @ gain + nothing * fallback_shift
             asked = weight @ due + nothing * (wanted - mean)
-            told[f"k={k} M={bound:g}"] = [round(float(shifted), 6), round(float(asked), 6)]
+            told[f"N={n} k={k} M={bound:g}"] = [round(float(shifted), 6), round(float(asked), 6)]
     return told
 
 
@@ -149,8 +158,9 @@ class Chunks:
     place       (T,), which of them a chunk begins with
     log_ratios  (names, T, MOST), token by token
     is_text     (T, MOST), False behind an end
-    means       (T, MOST - 1), of every token but the first: the mean combined log-ratio under the draft there
-    wanted      (T, MOST - 1), the same under the target
+    means       (names, T, MOST - 1), of every token but the first: the mean combined log-ratio of the first name, the
+                first two, ... under the draft there
+    wanted      (names, T, MOST - 1), the same under each one's target
     """
 
     probs: Tensor
@@ -197,9 +207,9 @@ def _draft_chunks(model: Model, names: str, context: list[int], chunks_per_mass:
         session.close()
         parts.append(torch.stack(ratios, 2))
         texts.append(torch.stack(is_text, 1))
-        means.append(torch.stack(expected, 2))
+        means.append(torch.stack(expected, 3))
     place = torch.searchsorted(nucleus, first)
-    return Chunks(draft[nucleus], place, torch.cat(parts, 1).double(), torch.cat(texts), *torch.cat(means, 1))
+    return Chunks(draft[nucleus], place, torch.cat(parts, 1).double(), torch.cat(texts), *torch.cat(means, 2))
 
 
 def _log_ratios(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -209,12 +219,13 @@ def _log_ratios(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _expected(logits: Tensor) -> Tensor:
-    """The next token's mean combined log-ratio under draft and target, behind logits (1 + names, T, V). out: (2, T)"""
+    """The next token's mean combined log-ratio of the first name, the first two, ... under draft and target, behind
+    logits (1 + names, T, V). out: (2, names, T)"""
     draft, logprobs = _warped(logits[0]), logits.double().log_softmax(-1)
-    ratios = logprobs[1:] - logprobs[0]
-    wanted = draft * ratios.exp().mean(0)
-    laws = torch.stack([draft, wanted / wanted.sum(-1, keepdim=True)])
-    return (laws * ratios.mean(0)).sum(-1)
+    ratios, sizes = logprobs[1:] - logprobs[0], torch.arange(1, len(logits))[:, None, None]
+    wanted = draft * ratios.exp().cumsum(0)
+    mean = ratios.cumsum(0) / sizes
+    return torch.stack([(draft * mean).sum(-1), (wanted * mean).sum(-1) / wanted.sum(-1)])
 
 
 def _warped(logits: Tensor) -> Tensor:

@@ -104,9 +104,9 @@ def shift_of(n: int) -> Estimate:
     return ratio(read(file)[1]["laws"], lambda row: row[target][0] - row[base][0])
 
 
-def share_of_round(k: int, bound: float) -> Estimate | None:
-    """The share that SCR delivers of what four attributes ask for, over all tokens that its rounds keep."""
-    rows, name = read("laws-ESTP")[1].get("rounds"), f"k={k} M={bound:g}"
+def share_of_round(k: int, bound: float, n: int = 4) -> Estimate | None:
+    """The share that SCR delivers of what n attributes ask for, over all tokens that its rounds keep."""
+    rows, name = read("laws-ESTP" if n == 4 else "laws-ESTPINFJ")[1].get("rounds"), f"N={n} k={k} M={bound:g}"
     return ratio(rows, lambda row: row[name][0], lambda row: row[name][1]) if rows else None
 
 
@@ -115,7 +115,7 @@ def share_at(k: int, bound: float) -> Estimate | None:
     header, runs = read("laws-ESTP")
     if "rounds" not in runs:
         return None
-    names = [f"k={k} M={m:g}" for m in header["bounds"]]
+    names = [f"N=4 k={k} M={m:g}" for m in header["bounds"]]
     curves = [_ratios(runs["rounds"], lambda row, n=n: row[n][0], lambda row, n=n: row[n][1]) for n in names]
     at = np.log(bound)
     return Bootstrap.estimate(np.array([np.interp(at, np.log(header["bounds"]), one) for one in np.transpose(curves)]))

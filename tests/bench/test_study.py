@@ -182,12 +182,12 @@ def test_a_round_of_two_tokens_shifts_what_their_enumeration_says(monkeypatch):
         shift += first[token] * (second @ (own + pass_both * (more.mean(0) - mean_behind)))
         due += first[token] * (second @ (asked + pass_both * asked_behind))
     told = next_token.round_of(model, "ESTJ", context)
-    assert told["k=2 M=2"][0] / told["k=2 M=2"][1] == pytest.approx(float(shift / due), abs=0.01)
+    assert told["N=4 k=2 M=2"][0] / told["N=4 k=2 M=2"][1] == pytest.approx(float(shift / due), abs=0.01)
     law = next_token.law_of(model, "ESTJ", context)
     for bound in (1, 2):  # where a chunk is one token, a round is its first token
         base, target = (law[f"{of} arithmetic N=4"][0] for of in ("base", "target"))
         one = [law[f"arithmetic N=4 k=1 M={bound}"][0] - base, target - base]
-        assert told[f"k=1 M={bound}"] == pytest.approx(one, abs=2e-6)
+        assert told[f"N=4 k=1 M={bound}"] == pytest.approx(one, abs=2e-6)
 
 
 def test_rows_are_empty_where_no_token_has_a_positive_score():
