@@ -127,8 +127,8 @@ class RaggedCache(Cache):
     def zeros(self, num_rows: int, capacity: int, states: Tensor) -> Tensor:
         """A buffer (num_rows, H, capacity, D) for keys or values like these, (any, H, any, D).
 
-        The positions of a head lie next to each other, as they are read: on a CPU that takes a large batch a half to
-        two thirds of the time. Attention by lengths wants the heads of a position next to each other.
+        The positions of a head lie next to each other, as they are read: on a CPU many long texts then take two
+        thirds of the time. Attention by lengths wants the heads of a position next to each other.
         """
         # Not empty: a masked NaN would still poison the weighted sum of the values.
         num_heads, size = states.shape[1], states.shape[3]

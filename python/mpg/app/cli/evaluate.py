@@ -198,14 +198,14 @@ def overall(
         found[name] = _read_table(Path(folder) / "table.json")
     try:
         rows = layouts.overall(found, shown)
-        text = layouts.render_overall(rows)
+        text = json.dumps(rows, indent=1) + "\n" if as_json else layouts.render_overall(rows)
         if picture is not None:
             check_plot(picture)
             tradeoff.plot(found, picture)
     except (KeyError, TypeError, AttributeError) as error:
         wanted = "tables as this version of mpg evaluate writes them"
         raise ValueError(f"tables: expected {wanted}, got {type(error).__name__}: {error}") from None
-    print(json.dumps(rows, indent=1) + "\n" if as_json else text, end="")
+    print(text, end="")
 
 
 def _read_table(file: Path) -> dict[str, Any]:
