@@ -19,7 +19,7 @@ from judge import FOLDER, study_judge
 from mpg.evaluate.answers import write_answers
 from mpg.evaluate.judges.classifier import ClassifierJudge
 from mpg.evaluate.metrics import Metrics
-from mpg.evaluate.tasks import MBTI_TASKS, TYPES, Item, read_items, split
+from mpg.evaluate.tasks import MBTI_TASKS, OPTION_ORDER, TYPES, Item, deal_options, read_items, split
 from mpg.model import Model
 from mpg.models import gguf, sources
 from mpg.paper.methods import METHODS
@@ -73,7 +73,7 @@ def main(part: str) -> None:
         own = {"max_new_tokens": NEW_TOKENS, **OPTIONS.get(method, {})}
         answers = write_answers(place, loaded[needs], items, method, dict.fromkeys(poles, 1.0), **own)
         of_items = {item.id: item for item in items}
-        asked = [(of_items[answer["item"]], answer["text"]) for answer in answers]
+        asked = [(deal_options(of_items[answer["item"]], answer["seed"]), answer["text"]) for answer in answers]
         rows = [
             {"item": answer["item"], "attribute": answer["attribute"], "tokens": answer["tokens"], **_costs(answer)}
             for answer in answers
@@ -83,6 +83,7 @@ def main(part: str) -> None:
         return rows
 
     header = {"items": len(items), "new_tokens": NEW_TOKENS, "signatures": metrics.signatures}
+    header |= {} if part == "roleplay" else {"option_order": OPTION_ORDER}
     header["judge"] = None if judge is None else judge.accuracy
     has_reference = (RUNS / "adapters" / "reference" / "training.json").is_file()
     methods = [method for method in METHODS if has_reference or not method.endswith("-specialized")]

@@ -8,11 +8,17 @@ import pytest
 
 from full_disk import small_files
 from mpg.evaluate.answers import write_answers
+from mpg.evaluate.judging import write_scores
 from mpg.evaluate.records import RecordsError, open_records, read_records
 from mpg.evaluate.tasks import Item
-from mpg.paper.methods import METHODS, SINGLE_METHODS
+from mpg.paper.methods import METHODS, PAPERS_DRAW, SINGLE_METHODS
 
 ITEMS = [Item(f"qa:{index}", "qa", f"How do you spend day {index}?", str(index)) for index in range(3)]
+CHOICES = [
+    Item(f"mcqa:{index}", "mcqa", "", stem, options={"I": "stay in", "E": "go out"},
+         about={"dimension": "EI", "stem": stem})
+    for index, stem in enumerate(["On a free day you", "In the evening you"])
+]  # fmt: skip
 SHORT = {"seeds": (0, 1), "max_new_tokens": 6}
 
 
@@ -48,6 +54,43 @@ def test_a_torn_file_goes_on_to_the_texts_of_one_that_was_not(model, tmp_path):
         assert sorted(json.loads(line)["text"] for line in torn.read_text().splitlines()[1:]) == sorted(
             row["text"] for row in rows
         )
+
+
+def test_options_are_asked_and_judged_in_the_order_that_their_row_tells(model, tmp_path):
+    how = {"seeds": (0, 1, 2), "max_new_tokens": 6}
+    rows = write_answers(tmp_path / "base", model, CHOICES, "base", **how)
+    prompts = []
+    for row in rows:
+        item = CHOICES[int(row["item"][-1])]
+        a, b = (item.options[pole] for pole in row["option_order"])
+        prompts.append(f"{item.about['stem']}\nA.{a}\nB.{b}")
+        told = model.generate(
+            prompts[-1], target="base", sampler="direct", seed=row["drawn_with"], max_new_tokens=6, **PAPERS_DRAW
+        )
+        assert told.text == row["text"]
+    assert {tuple(row["option_order"]) for row in rows} == {("E", "I"), ("I", "E")}
+    others = write_answers(tmp_path / "scr", model, CHOICES, "scr", "E=1,T=1", **how)
+    assert [row["option_order"] for row in others] == [row["option_order"] for row in rows]
+    lines = (tmp_path / "base").read_text().splitlines(keepends=True)
+    (tmp_path / "base").write_text("".join(lines[:3]) + lines[3][:20])
+    assert [row["option_order"] for row in write_answers(tmp_path / "base", model, CHOICES, "base", **how)] == [
+        row["option_order"] for row in rows
+    ]
+
+    class Reader:
+        def __init__(self):
+            self.identity = {"judge": "reader"}
+
+        def score(self, asked, on_score):
+            assert [item.prompt for item, _ in asked] == prompts
+            return []
+
+    write_scores(tmp_path / "scores", Reader(), CHOICES, read_records(tmp_path / "base")[0], rows)
+    header = json.loads(lines[0])
+    assert header.pop("option_order")
+    (tmp_path / "base").write_text(json.dumps(header) + "\n" + "".join(lines[1:]))
+    with pytest.raises(RecordsError, match="holds another job: option_order is None"):
+        write_answers(tmp_path / "base", model, CHOICES, "base", **how)
 
 
 def test_a_text_depends_upon_neither_the_other_items_nor_the_other_seeds(model, tmp_path):

@@ -14,7 +14,7 @@ from mpg.demo import MODELS
 from mpg.evaluate.choices import Choice, accuracy, choice_of, choose, write_choices
 from mpg.evaluate.judging import write_scores
 from mpg.evaluate.metrics import Metrics
-from mpg.evaluate.tasks import Item
+from mpg.evaluate.tasks import Item, deal_options
 from mpg.paper.scoring import token_logprobs
 
 ITEM = Item("qa:1", "qa", "What do you like?", "1", reference="I like the cats and the dogs.")
@@ -130,7 +130,7 @@ def test_options_get_their_log_probability_under_the_combined_law(model, law):
             assert choice.lengths[pole] == len(text)
     found = [choose(model, CHOICES[:1], weights, way="letters", seed=seed)[0] for seed in range(8)]
     for order in ("IE", "EI"):
-        lines = "\n".join(f"{'AB'[at]}. {CHOICES[0].options[pole]}" for at, pole in enumerate(order))
+        lines = "\n".join(f"{'AB'[at]}.{CHOICES[0].options[pole]}" for at, pole in enumerate(order))
         prompt = f"You\n{lines}\nAnswer with A or B alone."
         wanted = {pole: law(prompt, "AB"[at], weights) for at, pole in enumerate(order)}
         assert any(choice.logprobs == pytest.approx(wanted, abs=1e-3) for choice in found)
@@ -157,6 +157,9 @@ def test_the_larger_log_probability_per_character_is_chosen_and_poles_are_counte
 def test_choices_resume_and_are_not_those_of_other_weights(model, tmp_path):
     rows = write_choices(tmp_path / "file", model, CHOICES, "E=1", way="letters", seeds=(0, 1))
     assert [(row["item"], row["seed"]) for row in rows] == [("mcqa:1", 0), ("mcqa:1", 1), ("mcqa:2", 0), ("mcqa:2", 1)]
+    for row in rows:
+        [item] = [item for item in CHOICES if item.id == row["item"]]
+        assert row["option_order"] == [*deal_options(item, row["seed"]).options]
     whole = (tmp_path / "file").read_bytes()
     (tmp_path / "file").write_bytes(whole[: whole.rindex(b"{") + 9])
     again = write_choices(tmp_path / "file", model, CHOICES, "E=1", way="letters", seeds=(0, 1))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from mpg.evaluate.tasks import MBTI_TASKS, TASKS, TYPES, items_hash, read_items, split
+from mpg.evaluate.tasks import MBTI_TASKS, TASKS, TYPES, deal_options, items_hash, read_items, split
 from mpg.train.pairs import Pair
 from mpg.train.pairs import split as split_pairs
 
@@ -31,6 +31,26 @@ def test_every_task_has_its_items(data):
     assert play.prompt.startswith("You are this person: He bakes bread.\nYour personality: He is calm.\n")
     assert len({item.id for item in items}) == len(items)
     assert items_hash(items) != items_hash([replace(items[0], reference="other"), *items[1:]])
+
+
+def test_options_are_dealt_by_seed_and_question_and_by_nothing_else(data):
+    items = read_items(data, TASKS, "ESTJ", on_problem=refuse)
+    choices = [item for item in items if item.options]
+    drawn = []
+    for item in choices:
+        turned = replace(item, options=dict(reversed(item.options.items())), prompt="")
+        orders = []
+        for seed in range(40):
+            dealt = deal_options(item, seed)
+            assert dealt == deal_options(dealt, seed) == deal_options(turned, seed)
+            assert dealt.options == item.options  # each text under its pole
+            one, other = dealt.options.values()
+            assert dealt.prompt == f"{item.about['stem']}\nA.{one}\nB.{other}"
+            orders.append([*dealt.options])
+        assert 8 <= orders.count([*item.options]) <= 32  # of these ids; chance: 1e-4 an item
+        drawn.append(tuple(order == sorted(order) for order in orders))
+    assert len(set(drawn)) == len(choices)
+    assert all(deal_options(item, 1) == item for item in items if not item.options)
 
 
 @pytest.mark.parametrize(

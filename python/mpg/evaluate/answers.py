@@ -7,6 +7,7 @@ with), method, weights, options and the items' hash. A row is one text:
     seed       which of the seeds
     attribute  whose model wrote it, under the methods of single attributes; else ""
     text       without special tokens
+    option_order (of multiple choice alone), the poles of A and B
     tokens, finish_reason, drawn_with (the seed of `generate`), stats
     ran        on what, and in batches of how many
 """
@@ -24,7 +25,7 @@ import torch
 
 import mpg
 from mpg.evaluate.records import open_records
-from mpg.evaluate.tasks import Item, items_hash
+from mpg.evaluate.tasks import OPTION_ORDER, Item, deal_options, items_hash
 from mpg.files import hash_files
 from mpg.model import Model, Weights
 from mpg.paper.methods import SINGLE_METHODS, answer
@@ -74,6 +75,7 @@ def write_answers(
         "weights": alpha,
         "options": {name: value for name, value in sorted(options.items()) if value is not None},
         "items": items_hash(items),
+        **({"option_order": OPTION_ORDER} if any(item.options for item in items) else {}),
         "versions": {"mpg": mpg.__version__, **{name: version(name) for name in ("torch", "transformers")}},
     }
     attributes = list(alpha) if alpha and method in SINGLE_METHODS else [""]
@@ -82,7 +84,7 @@ def write_answers(
     with open_records(path, header) as records:
         there = {key_of(row) for row in records.rows}
         todo = [
-            (item, seed)
+            (deal_options(item, seed), seed)
             for item in items
             for seed in seeds
             if any((item.id, seed, attribute) not in there for attribute in attributes)
@@ -93,7 +95,8 @@ def write_answers(
             item, seed = todo[index]
             if (item.id, seed, attribute) in there:
                 return
-            row = {"item": item.id, "seed": seed, "attribute": attribute, "text": result.text}
+            order = {"option_order": [*item.options]} if item.options else {}
+            row = {"item": item.id, "seed": seed, **order, "attribute": attribute, "text": result.text}
             row |= {"tokens": len(result.tokens), "finish_reason": result.finish_reason, "drawn_with": result.seed}
             row |= {"ran": f"{machine}, batches of {batch_size}"}
             records.append(row | {"stats": {name: round(value, 4) for name, value in result.stats.items()}})

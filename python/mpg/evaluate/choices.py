@@ -4,13 +4,12 @@ Of every option the log-probability of its tokens behind the question, in the ro
 
 texts    the question alone, and the option's text as the answer; what is chosen is the larger log-probability per
          character, as lm-evaluation-harness' acc_norm has it, so that a longer option is at no loss. No order, no seed.
-letters  the question with its options as A and B, in an order that the seed draws for every item, and the letter as the
-         answer. Small models choose a letter by its place: average over seeds.
+letters  the question with its options as A and B, in the order of `deal_options`, and the letter as the answer. Small
+         models choose a letter by its place: average over seeds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import torch
 from mpg.decode.scoring import score_texts
 from mpg.evaluate.answers import describe_models
 from mpg.evaluate.records import open_records
-from mpg.evaluate.tasks import Item, items_hash
+from mpg.evaluate.tasks import OPTION_ORDER, Item, deal_options, items_hash
 from mpg.model import Model, Weights
 
 WAYS = ("texts", "letters")
@@ -110,7 +109,8 @@ def write_choices(
 ) -> list[dict[str, Any]]:
     """`choose` for every seed, into a file of JSON Lines (`records`) that goes on where it ended.
 
-    out: rows of item, seed and what a `Choice` has, -inf as None, in the order of items and seeds (`choice_of`)
+    out: rows of item, seed, what a `Choice` has, -inf as None, and of letters "option_order", the poles of A and B; in
+    the order of items and seeds (`choice_of`)
 
     Raises ValueError as `choose` and `open_records` do.
     """
@@ -123,6 +123,7 @@ def write_choices(
         "weights": alpha,
         "way": way,
         "items": items_hash(items),
+        **({"option_order": OPTION_ORDER} if way == "letters" else {}),
     }
     wanted = [(item, seed) for item in items for seed in (seeds if way == "letters" else seeds[:1])]
     with open_records(path, header) as records:
@@ -133,9 +134,10 @@ def write_choices(
             for first in range(0, len(todo), max(1, batch_size // 2)):
                 batch = todo[first : first + max(1, batch_size // 2)]
                 chosen = choose(model, batch, alpha or None, target=target, way=way, seed=seed, batch_size=batch_size)
-                for choice in chosen:
+                for item, choice in zip(batch, chosen, strict=True):
                     logprobs = {pole: None if of == -math.inf else of for pole, of in choice.logprobs.items()}
-                    there[choice.item, seed] = {"seed": seed, **asdict(choice), "logprobs": logprobs}
+                    order = {"option_order": [*deal_options(item, seed).options]} if way == "letters" else {}
+                    there[choice.item, seed] = {"seed": seed, **asdict(choice), "logprobs": logprobs, **order}
                     records.append(there[choice.item, seed])
                 on_row(sum((item.id, seed) in there for item, seed in wanted), len(wanted))
     return [there[item.id, seed] for item, seed in wanted]
@@ -160,9 +162,6 @@ def _ask(item: Item, way: str, seed: int) -> list[tuple[str, str]]:
     """The prompt and the answer of each option."""
     if way == "texts":
         return [(item.about["stem"], text) for text in item.options.values()]
-    poles = list(item.options)
-    is_turned = hashlib.sha256(f"{seed} {item.id}".encode()).digest()[0] & 1
-    letters: Mapping[str, str] = dict(zip(poles[::-1] if is_turned else poles, "AB", strict=True))
-    lines = "\n".join(f"{letter}. {item.options[pole]}" for pole, letter in letters.items())
-    prompt = f"{item.about['stem']}\n{lines}\nAnswer with A or B alone."
-    return [(prompt, letters[pole]) for pole in poles]
+    dealt = deal_options(item, seed)
+    letters = dict(zip(dealt.options, "AB", strict=True))
+    return [(f"{dealt.prompt}\nAnswer with A or B alone.", letters[pole]) for pole in item.options]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpg.evaluate.records import NOT_COMPARED, open_records
-from mpg.evaluate.tasks import Item
+from mpg.evaluate.tasks import Item, deal_options
 
 # Called with the index of an answer, its scores by criterion, and what else is to be kept of it
 OnScore = Callable[[int, Mapping[str, "float | None"], Mapping[str, Any]], None]
@@ -31,8 +31,8 @@ class Judge(Protocol):
     identity: dict[str, Any]
 
     def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> list[str]:
-        """Score answers to items. out: of every answer that got no reply at all, so that another call would ask again,
-        why"""
+        """Score answers to items, as these were asked. out: of every answer that got no reply at all, so that another
+        call would ask again, why"""
 
 
 def write_scores(
@@ -69,7 +69,8 @@ def write_scores(
             on_row(count, len(answers))
 
         on_row(count, len(answers))
-        failures = judge.score([(by_id[answer["item"]], answer["text"]) for _, answer in todo], write)
+        asked = [(deal_options(by_id[answer["item"]], answer["seed"]), answer["text"]) for _, answer in todo]
+        failures = judge.score(asked, write)
         rows = {_key(row): row for row in records.rows}
     return [rows[key] for key in keys if key in rows], failures
 

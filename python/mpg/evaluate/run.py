@@ -39,7 +39,7 @@ from mpg.evaluate.tables import (
     render,
     tabulate,
 )
-from mpg.evaluate.tasks import TASKS, Item, question_of
+from mpg.evaluate.tasks import TASKS, Item, deal_options, question_of
 from mpg.files import whole_file
 from mpg.model import Model
 from mpg.options import has_option
@@ -109,8 +109,9 @@ class Evaluation:
         positions, with which no method could answer.
         """
         for target in self.targets:
+            asked = [deal_options(item, seed).prompt for item in target.items for seed in self.seeds]
             self.model.read(
-                [item.prompt for item in target.items], sampler="direct", target="base", mixture_span="token",
+                [*dict.fromkeys(asked)], sampler="direct", target="base", mixture_span="token",
                 max_new_tokens=self.options.get("max_new_tokens"),
             )  # fmt: skip
         reasons: dict[str, str] = {}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ TASKS = (*MBTI_TASKS, "roleplay")
 QUESTIONS = Path("mbti", "questions")
 ROLEPLAY = Path("roleplay")
 CHOICE = re.compile(r"(?P<stem>.*?)\s*\nA\.(?P<A>.*)\nB\.(?P<B>.*)", re.DOTALL)
+# What headers of files say of `deal_options`: files of another order are another job's
+OPTION_ORDER = "by pole from A to Z, turned where the first byte of sha256('SEED ID') is odd"
 # What role-play asks, of every method alike, and what adapters of role-play are to be trained on
 ROLEPLAY_PROMPT = "You are this person: {profile}\nYour personality: {personality}\nSend one message to a friend."
 
@@ -34,10 +36,10 @@ class Item:
 
     id         task and hash of the question: the same whatever the order of the file and whatever else is in it
     task       of `TASKS`
-    prompt     what the user says
+    prompt     what the user says; of mcqa with the options in the order of `options`
     question   decides on the side of `split`
     reference  an answer to compare with (qa, roleplay), or None
-    options    of mcqa the text of each option by its pole, in the order of the file
+    options    of mcqa the text of each option by its pole: that of A, that of B
     about      qa: type; 16p: dimension, and the pole that agrees; mcqa: dimension, and stem, the question without its
                options; roleplay: profile, personality
     """
@@ -95,6 +97,17 @@ def split(items: Sequence[Item], tune_share: float = 0.5) -> tuple[list[Item], l
     for item in items:
         sides[int(hash_of(item.question)[:8], 16) >= tune_share * 2**32].append(item)
     return sides
+
+
+def deal_options(item: Item, seed: int) -> Item:
+    """The item as a seed asks it, under every method alike: its options, if any, in `OPTION_ORDER`. Small models choose
+    an option by its place."""
+    if not item.options:
+        return item
+    is_turned = hashlib.sha256(f"{seed} {item.id}".encode()).digest()[0] % 2 == 1
+    options = {pole: item.options[pole] for pole in sorted(item.options, reverse=is_turned)}
+    lines = [f"{letter}.{text}" for letter, text in zip("AB", options.values(), strict=True)]
+    return replace(item, prompt="\n".join([item.about["stem"], *lines]), options=options)
 
 
 def items_hash(items: Sequence[Item]) -> str:
