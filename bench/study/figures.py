@@ -1,4 +1,4 @@
-"""The study's pictures, from its scores: the same bytes whenever they are drawn by one matplotlib.
+"""The study's pictures, from its scores: the same bytes whenever they are drawn by one matplotlib, which they name.
 
 Knows how to draw; what a picture says is `reproduction`'s business. A picture without scores is not drawn.
 """
@@ -17,7 +17,7 @@ from mpg.evaluate import tune
 from mpg.paper.statistics import Estimate
 from scores import RESULTS, TARGET_TEXTS, Rows, distance, perplexity, ratio, read, share_of, share_of_round, trait
 
-PLAIN = {"dpi": 110, "metadata": {"Software": None}}
+DPI = 110
 BOUNDS = (1.25, 2.0, 5.0, 10.0)
 BOUND_TICKS = (1, 1.25, 1.5, 2, 3, 5, 10)
 METHODS = {"soups": "C0", "best-soups": "C9", "geometric": "C1", "anchored": "C2", "arithmetic": "C3"}
@@ -32,7 +32,7 @@ def draw_all(folder: Path) -> list[str]:
     drawn = []
     for name, figure in PICTURES.items():
         if (picture := figure()) is not None:
-            picture.savefig(folder / f"{name}.png", **PLAIN)
+            picture.savefig(folder / f"{name}.png", dpi=DPI)
             drawn.append(name)
     for path in sorted(RESULTS.glob("tune-*.jsonl")):
         trials = tuned(path)
