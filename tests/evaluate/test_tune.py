@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -12,10 +13,12 @@ from longer import long
 from mpg.app.cli.command import app
 from mpg.evaluate import tune as tuning
 from mpg.evaluate.choices import choose
+from mpg.evaluate.held_out import SEED, estimate_gain, estimate_value
 from mpg.evaluate.records import read_records
 from mpg.evaluate.tasks import Item, read_items
 from mpg.evaluate.tune import spell, tune
 from mpg.evaluate.worth import ChoiceScores, MissingScoresError, Score, TextScores
+from mpg.paper.statistics import Bootstrap, Estimate
 
 POLES = "ESTJ"
 ITEMS = [Item(f"mcqa:{index}", "mcqa", "", str(index)) for index in range(4)]
@@ -27,7 +30,7 @@ def valley(items, target):
     def score(weights, poles):
         best = {"E": -1.0, "S": 2.0, "T": 1.0, "J": 1.0}
         of_pole = {pole: 1 / (1 + abs(weights.get(pole, 0.0) - best[pole])) for pole in poles}
-        return Score(of_pole, sum(of_pole.values()) / len(of_pole))
+        return Score(of_pole, sum(of_pole.values()) / len(of_pole), {item.id: of_pole for item in items})
 
     return score
 
@@ -51,6 +54,11 @@ def test_the_iterative_search_goes_below_zero_where_that_is_better_and_tries_not
     tried = [row["weights"] for row in found.trials]
     assert len({spell(weights) for weights in tried}) == len(tried)
     assert found.held_out["tuned"] == dict.fromkeys(POLES, 1.0) != found.held_out["start"] != found.held_out["base"]
+    worth = {name: sum(scores.values()) / len(POLES) for name, scores in found.held_out.items()}
+    worth |= {f"tuned less {name}": worth["tuned"] - worth[name] for name in ("start", "base")}
+    for name, estimate in found.values.items():  # valley has every item alike
+        assert [estimate.value, estimate.low, estimate.high] == pytest.approx([worth.pop(name)] * 3, abs=1e-5)
+    assert not worth
 
 
 @pytest.mark.parametrize("name", ["iterative", "optuna"])
@@ -67,6 +75,70 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(name, model, tmp
     assert search(model, tmp_path / "torn", 12, search=name).trials[:9] == whole.trials
     with pytest.raises(ValueError, match=r"out: .*search is"):
         search(model, tmp_path / "torn", search="optuna" if name == "iterative" else "iterative")
+
+
+CHOICES = [
+    Item(f"mcqa:{dimension}{n}", "mcqa", "", stem, options=options, about={"dimension": dimension, "stem": stem})
+    for dimension, options in (("EI", {"E": "go out", "I": "stay in"}), ("JP", {"P": "see what comes", "J": "plan it"}))
+    for n, stem in enumerate(
+        f"On a free {day} you" for day in ("Monday", "day in May", "hour", "evening", "day at home")
+    )
+]
+
+
+def test_held_out_rows_hold_which_choices_were_right_and_those_of_an_old_history_are_scored_again(model, tmp_path):
+    path, tuned_on, held_out = tmp_path / "history", CHOICES[::2], CHOICES[1::2]
+
+    def again():
+        def scores_of(side, target):
+            return ChoiceScores(model, side, "EJ", target)
+
+        return tune(path, model, "EJ", tuned_on, held_out, scores_of, about={}, trials=2, start=2.0)
+
+    found = again()
+    header, *rows = map(json.loads, path.read_text().splitlines())
+    assert [row for row in rows if "items" in row] == rows[2:]  # rows of trials have none
+    base, start = rows[2:4]
+    for row, how in ((base, {"target": "base"}), (start, {"weights": {"E": 2.0, "J": 2.0}})):
+        choices = choose(model, held_out, **how)
+        wanted = {choice.item: "E" if "E" in choice.dimension else "J" for choice in choices}
+        assert row["items"] == {
+            choice.item: {wanted[choice.item]: float(choice.chosen == wanted[choice.item])} for choice in choices
+        }
+        for pole, share in row["scores"].items():
+            right = [own[pole] for own in row["items"].values() if pole in own]
+            assert share == pytest.approx(sum(right) / len(right), abs=1e-6) and len(right) in (2, 3)
+    assert found.values["base"].value == pytest.approx(sum(base["scores"].values()) / 2, abs=1e-6)
+    old = [{name: value for name, value in row.items() if name != "items"} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (header, *old)))
+    for _ in range(2):
+        assert again() == found
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [header, *old, *rows[2:]]
+
+
+def test_values_are_resampled_by_question_and_leave_out_poles_and_scores_that_a_resample_lacks():
+    start = {"a": {"E": 1.0, "S": 0.2}, "b": {"E": 0.0, "S": None}, "c": {"E": 0.5}, "d": {"S": 0.9}, "e": {"E": 0.1}}
+    tuned = {**start, "b": {"E": 1.0, "S": 0.6}, "d": {"S": None}}
+
+    def shares(scores, names):
+        of_pole = {pole: [s for n in names if (s := scores[n].get(pole)) is not None] for pole in "ES"}
+        return {pole: np.mean(own) for pole, own in of_pole.items() if own}
+
+    resamples = [[*"abcde"], *([*map("abcde".__getitem__, places)] for places in Bootstrap(5, SEED).resamples)]
+    values, gains = [], []
+    for names in resamples:
+        before, after = shares(start, names), shares(tuned, names)
+        values.append(np.mean([*before.values()]) if before else np.nan)
+        both = before.keys() & after.keys()
+        gains.append(np.mean([after[pole] - before[pole] for pole in both]) if both else np.nan)
+    for found, own in ((estimate_value(start), values), (estimate_gain(tuned, start), gains)):
+        spread = np.nanquantile(own[1:], [0.025, 0.975])
+        assert [found.value, found.low, found.high] == pytest.approx([own[0], *spread])
+        assert found.low < found.value < found.high
+    assert estimate_gain(start, start) == Estimate(0.0, 0.0, 0.0)
+    assert estimate_value({}) is None and estimate_gain(start, {}) is None
+    with pytest.raises(ValueError, match="held_out: expected scores of the same items, got e on one side alone"):
+        estimate_gain(start, {name: start[name] for name in "abcd"})
 
 
 def test_nothing_is_tuned_on_that_is_reported(model, tmp_path):
@@ -98,6 +170,8 @@ def test_weights_that_a_target_refuses_are_worth_nothing(model, tmp_path):
     found = search(model, tmp_path / "history", 3, target="arithmetic", start=-1.0)
     assert found.trials[0]["value"] == 0
     assert found.trials[0]["refused"].startswith("weights: the arithmetic target needs a positive sum")
+    base = found.values["base"].value
+    assert found.values["start"] == Estimate(0.0, 0.0, 0.0) and found.values["tuned less base"].value == -base < 0
 
 
 @pytest.mark.parametrize("weights", [{"E": -1, "S": 1, "T": 1, "J": 1}, {"E": -50, "S": 51}])  # one option, and both
@@ -144,6 +218,7 @@ def test_texts_are_scored_by_a_judge_pole_by_pole_the_same_in_every_trial(model)
         assert first == second and [item for item, _ in first] == items
         lengths = [len(first[0][1]), len(first[2][1])]  # a text that lacks a score on a criterion counts nowhere
         assert once.of_pole[pole] == pytest.approx(sum(((n / 10 + 3) / 2 - 1) / 4 for n in lengths) / 2)
+        assert [once.of_item[item.id][pole] is None for item in items] == [False, True, False]
     assert once.value == pytest.approx(sum(once.of_pole.values()) / 2)
     with pytest.raises(ValueError, match="data: expected questions of SN on both sides, got none on one"):
         TextScores(model, QUESTIONS, {"E": Lengths(), "S": Lengths()})
@@ -193,6 +268,7 @@ def test_a_trial_whose_scores_are_missing_is_neither_0_nor_chosen_and_the_search
     assert [row["trial"] for row in found.trials if row["value"] is None] == [0, 2]
     assert found.trials[0]["scores"] == dict.fromkeys(POLES) and found.trials[0]["missing"] == "judge: no reply"
     assert not found.trials[0]["is_best"] and found.trials[1]["is_best"]
+    assert found.values["base"] and found.values["tuned"]
     assert search(model, tmp_path / "history", 8, gaps, search=name) == found  # resumed
     missing = set(range(100))
     with pytest.raises(ValueError, match=r"^judge: no reply$"):
@@ -236,6 +312,8 @@ def test_the_command_tunes_by_an_endpoint_and_goes_on_where_it_failed(tune_by, e
     assert (header["by"][0]["judge"], header["by"][0]["poles"]) == ("m", ["J"])
     assert [row["scores"] for row in rows if "trial" in row] == [{"J": 0.5}] * 2  # a mean of 3 from 1 to 5
     assert "held out, base: J 0.500" in done.stderr and "held out, tuned: J 0.500" in done.stderr
+    assert "held out, mean over poles, tuned less base: 0.000 [0.000, 0.000]" in done.stderr
+    assert "by a paired bootstrap over 3 questions: few, fewer than 12 give intervals too narrow" in done.stderr
     [replies] = (tmp_path / "history.replies").iterdir()
     assert "I cannot" in {row["reply"] for row in read_records(replies)[1]}
     again = tune_by(f"{server.url}#m")

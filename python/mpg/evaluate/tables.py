@@ -344,7 +344,7 @@ class _Resamples:
 
 def _estimate(ratios: np.ndarray) -> dict[str, float]:
     """Value and interval, to six digits, so that machines agree; resamples without a score do not count."""
-    estimate = Bootstrap.estimate(np.concatenate([ratios[:1], ratios[1:][~np.isnan(ratios[1:])]]))
+    estimate = Bootstrap.estimate(ratios)
     return {name: round(getattr(estimate, name), 6) for name in ("value", "low", "high")}
 
 

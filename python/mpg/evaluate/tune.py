@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from mpg.evaluate.answers import describe_models
+from mpg.evaluate.held_out import ItemScores, estimate_gain, estimate_value
 from mpg.evaluate.records import open_records
 from mpg.evaluate.tasks import OPPOSITE, Item, dimension_of, items_hash
 from mpg.evaluate.worth import MissingScoresError, Scores
 from mpg.model import Model
 from mpg.options import a_number, an_integer, check_weights, one_of
 from mpg.paper.report import save_plot
+from mpg.paper.statistics import Estimate
 
 SEARCHES = ("iterative", "optuna")
 FIRST_STEP, LAST_STEP = 1.0, 0.125  # of the iterative adjustment
@@ -36,12 +38,15 @@ class Tuning:
     trials    rows of the file: trial, weights, scores, value, is_best (so far); None where scores are missing
     tuned     the scores of the best on the items that were tuned on
     held_out  by "base", "start" and "tuned", scores on the items that were not
+    values    what these are worth, the mean over poles; and "tuned less start", "tuned less base". With intervals, by a
+              paired bootstrap over the held-out items; None where a judge's scores are missing
     """
 
     weights: str
     trials: list[dict[str, Any]]
     tuned: dict[str, float | None]
     held_out: dict[str, dict[str, float | None]]
+    values: dict[str, Estimate | None]
 
 
 def tune(
@@ -108,7 +113,8 @@ def tune(
         score, best = scores_of(tuned_on, target), -np.inf
         for trial, weights in enumerate(islice(proposals, trials)):
             if trial == len(rows):
-                rows.append({"trial": trial, "weights": weights, **_try(score, weights, poles, model, target)})
+                tried, _ = _try(score, weights, poles, model, target)
+                rows.append({"trial": trial, "weights": weights, **tried})
                 rows[-1]["is_best"] = _value(rows[-1]) > best
                 records.append(rows[-1])
                 on_trial(rows[-1])
@@ -117,7 +123,8 @@ def tune(
         if best == -np.inf:
             raise ValueError(rows[0]["missing"])
         chosen = max(rows[:trials], key=_value)
-        reported = {row["held_out"]: row for row in records.rows if "held_out" in row}
+        # what earlier versions reported has no scores of items, and is scored again
+        reported = {row["held_out"]: row for row in records.rows if "held_out" in row and "items" in row}
         base, score = scores_of(held_out, "base"), scores_of(held_out, target)
         for name, weights, own in (
             ("base", {}, base),
@@ -125,13 +132,19 @@ def tune(
             (spell(chosen["weights"]), chosen["weights"], score),
         ):
             if name not in reported:
-                of_weights = _try(own, weights, poles, model, "base" if own is base else target)
-                reported[name] = {"held_out": name, **of_weights}
+                tried, items = _try(own, weights, poles, model, "base" if own is base else target)
+                if "refused" in tried:
+                    items = {item: dict.fromkeys(of, 0.0) for item, of in reported["base"]["items"].items()}
+                reported[name] = {"held_out": name, **tried, "items": items}
                 records.append(reported[name])
     found = spell(chosen["weights"])
     names = {"base": "base", "start": spell(rows[0]["weights"]), "tuned": found}
     held = {which: reported[name]["scores"] for which, name in names.items()}
-    return Tuning(found, rows[:trials], chosen["scores"], held)
+    of_items = {which: reported[name]["items"] for which, name in names.items()}
+    values = {which: estimate_value(own) for which, own in of_items.items()}
+    for which in ("start", "base"):
+        values[f"tuned less {which}"] = estimate_gain(of_items["tuned"], of_items[which])
+    return Tuning(found, rows[:trials], chosen["scores"], held, values)
 
 
 def check_type(poles: Sequence[str]) -> None:
@@ -148,20 +161,24 @@ def spell(weights: Mapping[str, float]) -> str:
 
 def _try(
     score: Scores, weights: Mapping[str, float], poles: Sequence[str], model: Model, target: str
-) -> dict[str, Any]:
-    """Scores and value of weights, for a row; zeros where the target refuses them or a row of it is empty, None where
-    a judge's scores are missing."""
+) -> tuple[dict[str, Any], ItemScores]:
+    """Scores and value of weights, for a row, and what items scored. Zeros, and no items, where the target refuses the
+    weights or a row of it is empty; None, and no items, where a judge's scores are missing."""
     try:
         check_weights(weights, model.models.attribute_names, target)
         found = score(weights, poles)
     except MissingScoresError as error:
-        return {"scores": dict.fromkeys(poles), "value": None, "missing": str(error)}
+        return {"scores": dict.fromkeys(poles), "value": None, "missing": str(error)}, {}
     except ValueError as error:
         if not str(error).startswith("weights:"):
             raise
-        return {"scores": dict.fromkeys(poles, 0.0), "value": 0.0, "refused": str(error)}
-    of_pole = {pole: round(value, 6) for pole, value in found.of_pole.items()}
-    return {"scores": of_pole, "value": round(found.value, 6)}
+        return {"scores": dict.fromkeys(poles, 0.0), "value": 0.0, "refused": str(error)}, {}
+    items = {item: _rounded(scores) for item, scores in found.of_item.items()}
+    return {"scores": _rounded(found.of_pole), "value": round(found.value, 6)}, items
+
+
+def _rounded(scores: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {pole: None if score is None else round(score, 6) for pole, score in scores.items()}
 
 
 def _value(row: Mapping[str, Any]) -> float:

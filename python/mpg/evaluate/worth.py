@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from mpg.decode.rows import TargetRows
-from mpg.evaluate.choices import Choice, accuracy
+from mpg.evaluate.choices import Choice
+from mpg.evaluate.held_out import ItemScores
 from mpg.evaluate.judges import ClassifierJudge, TraitJudge
 from mpg.evaluate.tasks import Item, dimension_of
 from mpg.model import Model
@@ -28,11 +29,16 @@ class MissingScoresError(ValueError):
 
 @dataclass(frozen=True)
 class Score:
-    """What weights are worth: by pole, from 0 to 1, the share of its choices or its mean score; and the value that is
-    sought, their mean, where choices are ties by the probability of those wanted."""
+    """What weights are worth.
+
+    of_pole  from 0 to 1, the share of the pole's choices or its mean score
+    value    what is sought: their mean, where choices are ties by the probability of those wanted
+    of_item  what each item scored, of a choice 1 or 0
+    """
 
     of_pole: dict[str, float]
     value: float
+    of_item: ItemScores
 
 
 # Weights and the target's poles, and what the weights are worth
@@ -61,7 +67,7 @@ class ChoiceScores:
     def __call__(self, weights: Mapping[str, float], poles: Sequence[str]) -> Score:
         """The score of weights, under the target's law."""
         logprobs = [logprob for batch in self._batches for logprob in self._combine(weights, *batch)]
-        choices, wanted = [], []
+        of_item, wanted = dict[str, dict[str, float | None]](), []
         for index, item in enumerate(self.items):
             of = slice(2 * index, 2 * index + 2)
             lengths = [len(answer) for _, answer in self._asked[of]]
@@ -69,14 +75,14 @@ class ChoiceScores:
                 item.id, item.about["dimension"],
                 dict(zip(item.options, logprobs[of], strict=True)), dict(zip(item.options, lengths, strict=True)),
             )  # fmt: skip
-            choices.append(choice)
             pole = next((pole for pole in poles if pole in choice.logprobs), None)
             if pole is not None:
+                of_item[item.id] = {pole: float(choice.chosen == pole)}
                 rates = {name: logprob / choice.lengths[name] for name, logprob in choice.logprobs.items()}
                 total = np.logaddexp.reduce([*rates.values()])  # -inf where the law has neither of them
                 wanted.append(float(np.exp(rates[pole] - total)) if total > -np.inf else 0.0)
-        shares = {pole: share for pole, share in accuracy(choices, poles).items() if share is not None}
-        return Score(shares, float(np.mean(list(shares.values())) + TIE_SHARE * np.mean(wanted)))
+        shares = _mean_by_pole(of_item, poles)
+        return Score(shares, float(np.mean(list(shares.values())) + TIE_SHARE * np.mean(wanted)), of_item)
 
     @torch.no_grad()
     def _read(
@@ -146,24 +152,36 @@ class TextScores:
         asked = None if self.options["target"] == "base" else weights
         results = self.model.generate([item.prompt for item in self.items], weights=asked, **self.options)
         texts = [result.text for result in results]
-        of_pole = {pole: self._judge(pole, texts) for pole in poles}
-        return Score(of_pole, float(np.mean([*of_pole.values()])))
+        of_item = dict[str, dict[str, float | None]]()
+        for pole in poles:
+            for item, score in self._judge(pole, texts).items():
+                of_item.setdefault(item, {})[pole] = score
+        of_pole = _mean_by_pole(of_item, poles)
+        return Score(of_pole, float(np.mean([*of_pole.values()])), of_item)
 
-    def _judge(self, pole: str, texts: Sequence[str]) -> float:
-        judge, scores = self.judges[pole], list[float]()
+    def _judge(self, pole: str, texts: Sequence[str]) -> dict[str, float | None]:
+        """The score of each item that the pole's judge is asked about; None of a text that lacks one."""
+        judge, asked = self.judges[pole], [(self.items[i], texts[i]) for i in self._asked[pole]]
+        scores: dict[str, float | None] = {item.id: None for item, _ in asked}
         low, high = judge.scale
 
-        def keep(_: int, of_text: Mapping[str, float | None], more: Mapping[str, Any]) -> None:
+        def keep(index: int, of_text: Mapping[str, float | None], more: Mapping[str, Any]) -> None:
             values = [value for value in of_text.values() if value is not None]
             if len(values) == len(judge.criteria):
-                scores.append((float(np.mean(values)) - low) / (high - low))
+                scores[asked[index][0].id] = (float(np.mean(values)) - low) / (high - low)
 
-        if failures := judge.score([(self.items[i], texts[i]) for i in self._asked[pole]], keep):
+        if failures := judge.score(asked, keep):
             told = f"{len(failures)} texts got no reply of {judge.name}, at last: {failures[-1]}"
             raise ValueError(f"judge: {told}; the same command asks again")
-        if not scores:
+        if all(score is None for score in scores.values()):
             raise MissingScoresError(f"judge: no reply of {judge.name} on {pole} has a score on every criterion")
-        return float(np.mean(scores))
+        return scores
+
+
+def _mean_by_pole(of_item: ItemScores, poles: Sequence[str]) -> dict[str, float]:
+    """The mean score of every pole that has one."""
+    of_pole = {pole: [score for own in of_item.values() if (score := own.get(pole)) is not None] for pole in poles}
+    return {pole: float(np.mean(scores)) for pole, scores in of_pole.items() if scores}
 
 
 def _is_about(item: Item, pole: str) -> bool:

@@ -26,12 +26,15 @@ class Bootstrap:
         self.resamples = np.random.default_rng(seed).integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
 
     def ratios(self, numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
-        """numerators, denominators (P,). out: (1 + NUM_RESAMPLES,), that of all prompts first"""
-        resampled = numerators[self.resamples].sum(1) / denominators[self.resamples].sum(1)
-        return np.concatenate([[numerators.sum() / denominators.sum()], resampled])
+        """numerators, denominators (P,). out: (1 + NUM_RESAMPLES,), that of all prompts first; NaN over nothing"""
+        over, under = (
+            np.concatenate([[sums.sum()], sums[self.resamples].sum(1)]) for sums in (numerators, denominators)
+        )
+        return np.divide(over, under, out=np.full(len(over), np.nan), where=under != 0)
 
     @staticmethod
     def estimate(ratios: np.ndarray) -> Estimate:
-        """The first, with the interval that the others span."""
-        low, high = np.quantile(ratios[1:], [0.025, 0.975])
+        """The first, with the interval that the others span; those over nothing do not count."""
+        others = ratios[1:]
+        low, high = np.quantile(others[~np.isnan(others)], [0.025, 0.975])
         return Estimate(float(ratios[0]), float(low), float(high))

@@ -57,6 +57,7 @@ def tune(
     from mpg.evaluate.judges import judge_of
     from mpg.evaluate.tasks import read_items, split
     from mpg.evaluate.worth import ChoiceScores, TextScores
+    from mpg.paper.statistics import FEW_PROMPTS
 
     tuning.check_type(type)
 
@@ -95,6 +96,12 @@ def tune(
         **{f"held out, {name}": s for name, s in found.held_out.items()},
     }.items():
         arguments.err.print(f"{name}: {_words(scores)}", highlight=False, soft_wrap=True)
+    for name, value in found.values.items():
+        told = "missing" if value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+        arguments.err.print(f"held out, mean over poles, {name}: {told}", highlight=False, markup=False, soft_wrap=True)
+    few = f": few, fewer than {FEW_PROMPTS} give intervals too narrow" if len(sides[1]) < FEW_PROMPTS else ""
+    bootstrap = f"intervals: 95 %, by a paired bootstrap over {len(sides[1])} questions{few}"
+    arguments.err.print(bootstrap, highlight=False, soft_wrap=True)
     print(found.weights)
 
 
