@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,6 +19,7 @@ from full_disk import small_files
 from longer import long
 from mpg.app.cli.command import app
 from mpg.demo import MODELS
+from mpg.evaluate.records import Records
 from mpg.evaluate.tasks import MBTI_TASKS, read_items, split
 from mpg.paper.methods import METHODS
 
@@ -296,6 +298,49 @@ def test_what_is_wrong_is_said_on_one_line_before_anything_is_loaded(arguments, 
     assert done.exit_code == 2
     assert re.match(f"mpg: {message}", done.stderr.splitlines()[-1]), done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(run, endpoint, monkeypatch, tmp_path):
+    """Real signals to this process: in the middle of the answers, and while a reply is waited for."""
+    server, is_over = endpoint(MBTI, MBTI, 60.0), threading.Event()
+    command = ("mbti", "--type", "ESTJ", "--methods", "base", "--tasks", "qa,mcqa", *SHORT, "--batch-size", 1)
+    command += ("--judge", f"{server.url}#m", "--concurrency", 1)
+    answers, scores = (tmp_path / "out/ESTJ" / name / "base.jsonl" for name in ("answers", "scores/m"))
+    append = Records.append
+
+    def append_and_interrupt(records, row):
+        append(records, row)
+        if len(records.rows) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupt_at_the_third_request():
+        while not is_over.wait(0.01):
+            if len(server.requests) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Records, "append", append_and_interrupt)
+        done = run(*command)
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "")
+    answered = answers.read_text()
+    assert len(answered.splitlines()) == 1 + 2 and not server.requests
+    watcher = threading.Thread(target=interrupt_at_the_third_request)
+    watcher.start()
+    try:
+        done = run(*command)
+    finally:
+        is_over.set()
+        watcher.join()
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "")
+    assert answers.read_text().startswith(answered) and len(answers.read_text().splitlines()) == 1 + 4
+    scored = scores.read_text()
+    assert len(scored.splitlines()) == 1 + 2
+    server.replies = [MBTI]
+    done = run(*command)
+    assert done.exit_code == 0 and "| base | 4.000 |" in done.stdout
+    assert scores.read_text().startswith(scored) and len(scores.read_text().splitlines()) == 1 + 4
+    assert len(server.requests) == 3 + 2  # the reply that was not waited for was asked for again
 
 
 @long  # starts a process of its own
