@@ -9,6 +9,7 @@ from typing import Any
 
 import scores
 from layout import NOT_RUN, Column, Table
+from mpg.evaluate.held_out import estimate_gain
 from mpg.evaluate.tasks import TYPES
 from mpg.paper.statistics import FEW_PROMPTS, Estimate
 from paper_tables import rouge1
@@ -84,7 +85,7 @@ def claims() -> Table:
         ("SCR(ref-specialized) is above the specialised model alone (Table 4, role-play)", "ROUGE-1 F1, difference",
          compare(plays, "scr-specialized", "base-specialized", rouge1)),
         ("Iterative adjustment raises the accuracy of multiple choice (Figure 3), on questions it did not see",
-         "accuracy, tuned less start, over poles and not questions", tuned),
+         "mean accuracy of the poles, tuned less start", tuned),
         ("A negative weight suppresses its trait (4.4)", "P(E) of T=1, less that of T=1,E=-0.9 (arithmetic)",
          less(suppression("arithmetic", "E=-0.9"))),
         ("The INFJ weights [1, 0, -9, -3] are weights to generate with (4.4)",
@@ -131,23 +132,20 @@ def alone() -> dict[str, Estimate | None]:
     }
 
 
-def held_out(name: str) -> dict[str, dict[str, float]]:
-    """What a history reports on questions that it was not tuned on, by weights."""
+def held_out(name: str) -> dict[str, dict[str, Any]]:
+    """The rows of a history on questions that it was not tuned on, by weights: base, start, ..., tuned. Histories of
+    before questions had scores of their own have no "items"."""
     path = scores.RESULTS / f"tune-{name}.jsonl"
     if not path.is_file():
         return {}
     rows = map(json.loads, path.read_text().splitlines()[1:])
-    return {row["held_out"]: row["scores"] for row in rows if "held_out" in row}
+    return {row["held_out"]: {"items": {}, **row} for row in rows if "held_out" in row}
 
 
 def _tuned_gain(type_name: str) -> Estimate | None:
-    """Of the mean accuracy by pole, tuned less start: four numbers each, resampled."""
-    held = held_out(f"{type_name}-iterative")
-    if len(held) < 2:
-        return None
-    start, tuned = list(held.values())[1], list(held.values())[-1]
-    rows = [{"prompt": pole, "gain": tuned[pole] - start[pole]} for pole in tuned if pole in start]
-    return ratio(rows, lambda row: row["gain"])
+    """Of the mean accuracy of the poles, tuned less start."""
+    held = list(held_out(f"{type_name}-iterative").values())
+    return estimate_gain(held[-1]["items"], held[1]["items"]) if len(held) > 1 else None
 
 
 def verdict(estimate: Estimate | None) -> str:

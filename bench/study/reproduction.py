@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ import paper_tables
 import study_tables
 from claims import INFJ, alone, claims, emptiness, few_prompts, held_out, slower, suppression
 from layout import NOT_RUN, Table, words
-from mpg.evaluate.tasks import TYPES
+from mpg.evaluate.tasks import TYPES, dimension_of
 from mpg.paper.statistics import Estimate
 from scores import (
     RESULTS,
@@ -74,7 +75,7 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
         "number changes": str(sum("" not in cells for cells in tables["negative"].rows.values())),
         "number texts": str(len(read("laws-ESTP")[1].get("base", ()))), "number plays": str(len(plays("base"))),
         "number timed": f"{len({row['prompt'] for row in timed('base')})} prompts", "runs": runs(),
-        "by type": by_type(),
+        "by type": by_type(), "number held out": number_held_out(),
         "number reference pairs": str(study_tables.cards().get("reference", {}).get("pairs", NOT_RUN)),
     }  # fmt: skip
     for name in [*figures.PICTURES, *HISTORIES]:
@@ -184,6 +185,14 @@ def by_type() -> str:
         f"Types and questions differ: preference prompting changes P(pole) by {', '.join(told)}, and on the "
         f"questions of the front above, other ones, by {front} for ESTP."
     )
+
+
+def number_held_out() -> str:
+    """The questions that tuned weights are reported on."""
+    rows = [row for name in HISTORIES for row in held_out(name.removeprefix("tune-")).values()]
+    of_items = {item: dimension_of(pole) for row in rows for item, own in row["items"].items() for pole in own}
+    told = ", ".join(f"{count} of {dimension}" for dimension, count in sorted(Counter(of_items.values()).items()))
+    return f"{len(of_items)} questions, {told}" if of_items else NOT_RUN
 
 
 def signatures() -> str:

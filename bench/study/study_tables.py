@@ -12,6 +12,7 @@ from statistics import median
 import scores
 from claims import emptiness, held_out
 from layout import Cell, Column, Table
+from mpg.evaluate.held_out import estimate_gain, estimate_value
 from scores import (
     TARGET_TEXTS,
     Row,
@@ -84,12 +85,21 @@ def empty() -> Table:
 
 def tuning() -> Table:
     """What histories found, and what that is worth on the other half."""
+    columns = [
+        Column("held out: accuracy by pole"),
+        Column("value: their mean, 95 %", ".3f"),
+        Column("less start's", "+.3f"),
+    ]
     rows: dict[str, list[Cell]] = {}
     for path in sorted(scores.RESULTS.glob("tune-*.jsonl")):
         history = path.stem.removeprefix("tune-")
-        for weights, own in held_out(history).items():
-            rows[f"{history}: {weights or 'none'}"] = [", ".join(f"{pole} {share:.2f}" for pole, share in own.items())]
-    return Table("history and weights", [Column("held out: accuracy by pole")], rows)
+        held = held_out(history)
+        start = list(held.values())[1]["items"] if len(held) > 1 else {}
+        for weights, own in held.items():
+            shares = ", ".join(f"{pole} {share:.2f}" for pole, share in own["scores"].items())
+            gain = "" if own["items"] is start else estimate_gain(own["items"], start)
+            rows[f"{history}: {weights or 'none'}"] = [shares, estimate_value(own["items"]), gain]
+    return Table("history and weights", columns, rows)
 
 
 def adapters() -> Table:

@@ -23,7 +23,7 @@ def main() -> None:
         recipe.write_text(f"base: smollm2\nattributes:\n{adapters}")
         out = RESULTS / f"tune-{poles}-{search}.jsonl"
         what = ["--type", poles, "--data", str(DATA), "--models", str(recipe), "--out", str(out)]
-        how = ["--search", search, "--trials", str(trials), "--low", "-4", "--limit", "24", "--dtype", "bfloat16"]
+        how = ["--search", search, "--trials", str(trials), "--low", "-4", "--dtype", "bfloat16"]
         subprocess.run([sys.executable, "-m", "mpg", "tune", *what, *how], check=True)
 
 

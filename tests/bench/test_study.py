@@ -24,6 +24,7 @@ import next_token
 import pairs
 import reproduction
 import scores
+import study_tables
 from layout import Column, Table
 from longer import IS_LONG
 from mpg.demo import MODELS
@@ -130,6 +131,39 @@ def test_methods_are_compared_on_the_same_resamples(monkeypatch):
     half = texts(1, 0.2)  # of the target's shift, whatever the prompts
     for estimate, wanted in ((scores.beyond_share(half, 0.5), 0), (scores.share_in_texts(half), 0.5)):
         assert [estimate.value, estimate.low, estimate.high] == pytest.approx([wanted] * 3, abs=1e-9)
+
+
+def test_what_tuning_gains_is_resampled_over_questions_and_of_a_history_without_them_not_run(monkeypatch, tmp_path):
+    poles = "ESTP"
+    right = {"base": 0, "E=1": 6, "E=2": 8}  # of the 10 questions of each pole
+    rows = [
+        {
+            "held_out": weights,
+            "scores": dict.fromkeys(poles, count / 10),
+            "items": {f"mcqa:{pole}{n}": {pole: float(n < count)} for pole in poles for n in range(10)},
+        }
+        for weights, count in right.items()
+    ]
+    monkeypatch.setattr(scores, "RESULTS", tmp_path)
+
+    def told(rows):
+        lines = [{"what": "tuning"}, {"trial": 0}, *rows]
+        (tmp_path / "tune-ESTP-iterative.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return claims._tuned_gain("ESTP"), study_tables.tuning().rows, reproduction.number_held_out()
+
+    gain, table, number = told(rows)
+    assert gain.value == pytest.approx(0.2) and 0.05 < gain.low < 0.12 and 0.28 < gain.high < 0.4
+    base, start, tuned = table.values()
+    assert [base[1].value, base[2].value] == pytest.approx([0, -0.6])
+    assert [start[1].value, start[2]] == [pytest.approx(0.6), ""]
+    assert [tuned[0], tuned[2]] == ["E 0.80, S 0.80, T 0.80, P 0.80", gain]
+    assert number == "40 questions, 10 of EI, 10 of JP, 10 of SN, 10 of TF"
+    for row in rows:
+        del row["items"]
+    gain, table, number = told(rows)
+    assert (gain, number) == (None, "not run") and "not run" in Table(
+        "", study_tables.tuning().columns, table
+    ).markdown()
 
 
 def test_scores_hold_no_texts():
