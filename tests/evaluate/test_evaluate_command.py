@@ -202,6 +202,30 @@ def test_a_judge_that_fails_leaves_a_table_of_the_others(run, endpoint, own_judg
     assert f"| base |{' missing |' * 12}  |" in done.stdout  # what was scored was another text
 
 
+def test_an_endpoint_that_is_down_ends_the_command_after_the_table_however_few_the_texts(run, endpoint, tmp_path):
+    command = ("mbti", "--type", "ESTJ", "--tasks", "qa", *SHORT, "--methods")
+    down, server = "http://127.0.0.1:9/v1", endpoint(MBTI, (503, ""))
+    done = run(*command, "base", "--judge", f"{down}#m", "--judge", f"{server.url}#n", "--concurrency", 1)
+    assert done.exit_code == 2 and "| base | missing |" in done.stdout and "| base | 4.000 |" in done.stdout
+    wanted = "mpg: judge: 2 answers got no reply of m, at last: APIConnectionError: Connection error.; the same command"
+    assert done.stderr.startswith(wanted) and done.stderr.count("\n") == 1
+    assert "; judge: 1 answers got no reply of n, at last: InternalServerError" in done.stderr
+    server.replies = [MBTI]
+    assert run(*command, "base", "--judge", f"{server.url}#n").exit_code == 0
+    done = run(*command, "base,pp,mod", "--judge", f"{down}#m")  # two texts each
+    assert done.exit_code == 2 and f"mpg: judge: {down} failed 5 times in a row, at last: APIConn" in done.stderr
+
+
+def test_replies_that_say_too_little_are_missing_in_the_table_and_never_0(run, endpoint):
+    beyond = MBTI.replace("4", "9").replace("3", "5")  # its other scores count
+    server = endpoint(MBTI, beyond, MBTI[:30], "I cannot")
+    command = ("mbti", "--type", "ESTJ", "--methods", "base", "--tasks", "mcqa", "--max-new-tokens", 5)
+    done = run(*command, "--judge", f"{server.url}#m", "--concurrency", 1)
+    assert done.exit_code == 0, done.stderr
+    assert "| base | 4.000 | 4.000 | 2.000 | 4.000 | 3.000 |" in done.stdout
+    assert "- replies with every score: 25.0 %" in done.stdout and len(server.requests) == 4
+
+
 def test_a_disk_that_fills_ends_the_command_and_later_the_same_command_goes_on(run, endpoint, tmp_path):
     server = endpoint(MBTI + " so" * 700)
     command = ("mbti", "--type", "ESTJ", "--methods", "base", "--tasks", "qa", *SHORT, "--judge", f"{server.url}#m")
@@ -239,6 +263,15 @@ def test_held_out_questions_are_those_of_the_reporting_side(run, data, tmp_path)
     rows = (tmp_path / "out/ESTJ/answers/base.jsonl").read_text().splitlines()[1:]
     items = split(read_items(data, MBTI_TASKS, "ESTJ", on_problem=pytest.fail))[1]
     assert sorted(json.loads(row)["item"] for row in rows) == sorted(item.id for item in items)
+
+
+def test_a_task_without_a_held_out_question_is_refused(run, data):
+    tuned = split(read_items(data, ["qa"], "ESTJ", on_problem=pytest.fail))[0]
+    rows = [{"instruction": item.question, "output": item.reference} for item in tuned]
+    (data / "mbti/questions/qa_ESTJ.json").write_text(json.dumps(rows))
+    done = run("mbti", "--type", "ESTJ", "--methods", "base", "--tasks", "mcqa,qa", *SHORT, "--held-out")
+    assert done.exit_code == 2
+    assert done.stderr == "mpg: held_out: expected questions of qa on the side that is held out, got none\n"
 
 
 def test_what_is_no_item_is_told_and_the_rest_is_done(run, data):

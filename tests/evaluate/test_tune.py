@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from full_disk import small_files
 from longer import long
 from mpg.app.cli.command import app
 from mpg.evaluate import tune as tuning
 from mpg.evaluate.choices import choose
 from mpg.evaluate.held_out import SEED, estimate_gain, estimate_value
-from mpg.evaluate.records import read_records
+from mpg.evaluate.records import Records, read_records
 from mpg.evaluate.tasks import Item, read_items
 from mpg.evaluate.tune import spell, tune
 from mpg.evaluate.worth import ChoiceScores, MissingScoresError, Score, TextScores
@@ -340,6 +344,32 @@ def test_the_command_tunes_by_a_classifier(tune_by, own_judge, tmp_path):
     assert (tmp_path / "history.png").stat().st_size > 10_000
     done = tune_by("classifier:nowhere")
     assert done.exit_code == 2 and "judge: expected a file that can be read, got nowhere/judge.json" in done.stderr
+
+
+@pytest.mark.parametrize("cut", ["full disk", "Ctrl-C"])
+def test_a_command_that_is_cut_off_keeps_its_trials_and_goes_on(cut, data, monkeypatch, tmp_path):
+    rows = {str(n): {"question": f"On day {n} you:\nA.plan it\nB.see", "A": "J", "B": "P"} for n in range(8)}
+    (data / "mbti/questions/mcqa.json").write_text(json.dumps(rows))
+    command = ["tune", "--models", "demo", "--type", "J", "--data", str(data), "--trials", "3", "--out"]
+    whole = CliRunner().invoke(app, [*command, str(tmp_path / "whole")])
+    history, lines = tmp_path / "history", (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    size, append = len(b"".join(lines[:3])), Records.append
+
+    def append_and_interrupt(records, row):
+        append(records, row)
+        if history.stat().st_size >= size:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched, small_files(size + 9) if cut == "full disk" else nullcontext():
+        if cut == "Ctrl-C":
+            patched.setattr(Records, "append", append_and_interrupt)
+        done = CliRunner().invoke(app, [*command, str(history)])
+    assert (done.exit_code, done.stdout) == (2 if cut == "full disk" else 130, "")
+    if cut == "full disk":
+        assert f"mpg: out: expected a file that can be written, got {history}: File too large" in done.stderr
+    assert history.read_bytes() == b"".join(lines[:3])
+    done = CliRunner().invoke(app, [*command, str(history)])
+    assert (done.exit_code, done.stdout, history.read_bytes()) == (0, whole.stdout, b"".join(lines))
 
 
 def test_the_command_prints_weights_that_every_command_takes(data, tmp_path):

@@ -103,7 +103,7 @@ class Evaluation:
         A method that lacks what it needs, or cannot go on, has its reason in the table, and the others run; so do the
         other judges where one fails.
 
-        out: the errors of judges that failed
+        out: the errors of judges that failed, or left an answer without a reply
 
         Raises ValueError for a file of another job, or that cannot be written, and for prompts that leave too few
         positions, with which no method could answer.
@@ -174,19 +174,20 @@ class Evaluation:
         return header, [row for row in rows if row["seed"] in self.seeds]
 
     def _score(self, judges: Sequence[Judge], reasons: Mapping[str, str]) -> None:
-        """Have the judges of every target score all answers."""
+        """Have the judges of every target score all answers. Raises ValueError where some got no reply."""
+        unanswered: list[str] = []
         for target, judge in zip(self.targets, judges, strict=True):
             for method in self.methods:
                 if method not in reasons:
                     header, answers = self._read_answers(target, method)
                     what = f"{target.name} {method}, {judge.name}"
-                    failures = write_scores(
+                    unanswered += write_scores(
                         self._scores(target, judge, method), judge, target.items, header, answers,
                         on_row=lambda *counts, what=what: self.on_row(what, *counts),
                     )[1]  # fmt: skip
-                    if failures:
-                        told = f"{len(failures)} answers got no reply, at last: {failures[-1]}"
-                        self.on_note(f"{what}: {told}; the same command asks again")
+        if unanswered:
+            told = f"{len(unanswered)} answers got no reply of {judges[0].name}, at last: {unanswered[-1]}"
+            raise ValueError(f"judge: {told}; the same command asks again")
 
     def _read_scores(self, judges: Sequence[Judge]) -> Scored:
         """What the judges of every target gave the texts that there are."""

@@ -319,7 +319,7 @@ def _evaluate(
         failures = evaluation.run(title, reference)
     print((out / "table.md").read_text(encoding="utf-8"), end="")
     if failures:
-        raise failures[0]
+        raise ValueError("; ".join(map(str, failures)))
     if picture is not None:
         tradeoff.plot({title: _read_table(out / "table.json")}, picture)
 
@@ -336,4 +336,6 @@ def _read_items(
     items = read_items(data, tasks, type, on_problem=lambda problem: _note(f"left out: {problem}"))
     if held_out:
         items = split(items)[1]
+        if missing := [task for task in tasks if task not in {item.task for item in items}]:
+            raise ValueError(f"held_out: expected questions of {missing[0]} on the side that is held out, got none")
     return [item for task in tasks for item in [item for item in items if item.task == task][:limit]]

@@ -77,6 +77,7 @@ class EndpointJudge:
         key = os.environ.get(key_env) or "none"
         self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=tries - 1)
         digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+        self._failures_in_a_row = 0  # over all calls: methods have few texts each
         self._replies = Path(replies) / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', model)}-{digest}.jsonl"
 
     def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> list[str]:
@@ -93,7 +94,6 @@ class EndpointJudge:
             requests.setdefault(key, (request, []))[1].append(index)
         header = {"what": "replies", "judge": self.name, "url": self.url}
         failures: list[str] = []
-        in_a_row = 0
         with open_records(self._replies, header) as records:
             kept = {row["request"]: row["reply"] for row in records.rows}
 
@@ -106,12 +106,13 @@ class EndpointJudge:
             todo = {key: request for key, (request, _) in requests.items() if key not in kept}
             for key, reply in self._ask(todo):
                 if isinstance(reply, str):
-                    in_a_row = 0
+                    self._failures_in_a_row = 0
                     records.append({"request": key, "reply": reply})
                     tell(key, reply)
                     continue
-                failures, in_a_row = failures + [_say(reply)] * len(requests[key][1]), in_a_row + 1
-                if in_a_row == MAX_FAILURES:
+                failures += [_say(reply)] * len(requests[key][1])
+                self._failures_in_a_row += 1
+                if self._failures_in_a_row == MAX_FAILURES:
                     raise ValueError(f"judge: {self.url} failed {MAX_FAILURES} times in a row, at last: {_say(reply)}")
         return failures
 
