@@ -1,10 +1,12 @@
 """What the scripts of the study share: its models, its questions, and settings that are measured one by one and kept.
 
 Knows where things lie; nothing of what is asked. Scores are committed, in bench/results/study; texts never are.
+MPG_STUDY_BASE, MPG_STUDY_RESULTS and MPG_STUDY_LIMIT: another base, another folder for scores, and less of everything.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -22,17 +24,27 @@ from mpg.paper.check import score_texts
 from mpg.paper.scoring import token_logprobs
 from mpg.results import Result
 from pairs import DIMENSIONS, mbti_pairs
+from scores import RESULTS
 
 POLES = "ESTPINFJ"
 PAPERS_DRAW = {"temperature": 0.7, "top_p": 0.9}
-RESULTS = Path(__file__).parents[1] / "results" / "study"
 BATCH = 16
 
 DATA = Path(os.environ.get("MPG_DATA", "data"))  # the paper's release
 RUNS = Path(os.environ.get("MPG_STUDY", "study"))  # where train.sh put pairs and adapters
+BASE = os.environ.get("MPG_STUDY_BASE", "smollm2")
+LIMIT = int(os.environ["MPG_STUDY_LIMIT"]) if "MPG_STUDY_LIMIT" in os.environ else None
 
 
-def load(names: Iterable[str], base: str = "smollm2", **more: Any) -> Model:
+def limited(number: int) -> int:
+    """So many questions, texts or tokens; at most LIMIT, which shows that a script runs and measures nothing."""
+    return number if LIMIT is None else min(number, LIMIT)
+
+
+NEW_TOKENS = limited(32)  # of a text
+
+
+def load(names: Iterable[str], base: str = BASE, **more: Any) -> Model:
     """The base, or another, with these adapters of the study, in bfloat16 on one thread."""
     torch.set_num_threads(1)
     attributes = {name: str(RUNS / "adapters" / name) for name in names}
@@ -41,15 +53,15 @@ def load(names: Iterable[str], base: str = "smollm2", **more: Any) -> Model:
 
 def questions(each: int = 4) -> list[str]:
     """Questions that neither adapters nor judges were trained on, the same number of each dimension."""
-    return [pair.question for of in DIMENSIONS for pair in mbti_pairs(DATA, of, "reported")[:each]]
+    return [pair.question for of in DIMENSIONS for pair in mbti_pairs(DATA, of, "reported")[:each]][:LIMIT]
 
 
 def measure(
     name: str, header: Mapping[str, Any], settings: Sequence[str], rows_of: Callable[[str], list[dict[str, Any]]]
 ) -> None:
     """Measure what is not yet in the file of these scores, setting by setting; a kill loses one setting."""
-    path = RESULTS / f"{name}.jsonl"
-    with open_records(path, {"what": name, **header}) as records:
+    path, own = RESULTS / f"{name}.jsonl", {} if BASE == "smollm2" else {"base": BASE}
+    with open_records(path, {"what": name, **header, **own}) as records:
         done = {row["setting"] for row in records.rows}
         for setting in settings:
             if setting in done:
@@ -58,6 +70,12 @@ def measure(
             rows = rows_of(setting)
             records.append({"setting": setting, "of": len(rows), "rows": rows})
             print(f"{name}: {setting}: {len(rows)} rows, {time.process_time() - started_at:.0f} s", file=sys.stderr)
+
+
+def write(name: str, told: Mapping[str, Any]) -> None:
+    """Write what is measured in one go, as JSON."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 def log_ratios(model: Model, attributes: Sequence[str], prompts: Sequence[Prompt], results: Sequence[Result]) -> Any:

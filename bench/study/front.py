@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from common import BATCH, PAPERS_DRAW, load, log_ratios, measure, questions, surprise, told
+from common import BATCH, NEW_TOKENS, PAPERS_DRAW, load, log_ratios, measure, questions, surprise, told
 from judge import study_judge
 from mpg.model import Model
 from mpg.paper.methods import answer
 
 NAMES = ("E", "S", "T", "P")
-NEW_TOKENS = 32
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 BEST_OF = 4  # soups that cost about as many forwards as one text of a target of 4 attributes
 

@@ -6,13 +6,12 @@ how well it tells held-out answers, whole and cut as short as the study's texts,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from common import DATA, RESULTS, RUNS, surprise, told
+from common import DATA, LIMIT, RUNS, surprise, told, write
 from mpg.evaluate.judges.classifier import Labelled, Scorer, TraitClassifier
 from mpg.frontend.prompts import Prompt
 from mpg.model import Model
@@ -51,7 +50,7 @@ def share_told(judge: Scorer, dimension: str, labelled: Labelled, num_words: int
 
 
 def _labelled(dimension: str, side: str) -> Labelled:
-    pairs = mbti_pairs(DATA, dimension, side)
+    pairs = mbti_pairs(DATA, dimension, side)[:LIMIT]
     return [text for pair in pairs for text in (pair.chosen, pair.rejected)], [True, False] * len(pairs)
 
 
@@ -61,7 +60,7 @@ def main() -> None:
     openings = {of: share_told(judge, of, labelled, NUM_WORDS) for of, labelled in of_dimensions.items()}
     answers = {of: len(texts) for of, (texts, _) in of_dimensions.items()}
     found = {"answers": answers, "accuracy": judge.accuracy, "words": NUM_WORDS, "accuracy of openings": openings}
-    (RESULTS / "judge.json").write_text(json.dumps(found, indent=1) + "\n")
+    write("judge", found)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from common import BATCH, PAPERS_DRAW, POLES, RUNS, load, measure, questions
+from common import BATCH, NEW_TOKENS, PAPERS_DRAW, POLES, RUNS, load, measure, questions
 from judge import judged, study_judge
 
 KEPT = "T"  # is asked for, and E is to go
-NEW_TOKENS = 32
 SIZES = (0.9, 0.5)
 TARGETS = ("geometric", "anchored", "arithmetic")
 # Weights as the paper gives them for INFJ, [1, 0, -9, -3], which it calls those of E, S, T and J; the same with P in

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import BATCH, PAPERS_DRAW, load, log_ratios, measure, questions, told
+from common import BATCH, NEW_TOKENS, PAPERS_DRAW, limited, load, log_ratios, measure, questions, told
 from mpg.decode import scr
 from mpg.decode.bound import Bound, _normalise
 from mpg.model import Model
@@ -34,9 +34,8 @@ MOST = 8  # tokens of a chunk
 BOUNDS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 PREFIXES = (0, 12)  # tokens of a text of the base that a context has beside its prompt
 # Chunks drafted from a token of probability 1, beside the one of every token: what is said of all tokens has more noise
-CHUNKS_OF_LAW, CHUNKS_OF_ROUND = 6, 24
-NEW_TOKENS = 32
-NUM_TEXTS = 4  # to every prompt
+CHUNKS_OF_LAW, CHUNKS_OF_ROUND = limited(6), limited(24)
+NUM_TEXTS = limited(4)  # to every prompt
 BOUND_RUNS: dict[str, dict[str, Any]] = {
     "base": {"sampler": "direct", "target": "base"},
     "exact": {"sampler": "direct", "target": "arithmetic"},

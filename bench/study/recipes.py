@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from common import RESULTS, RUNS
+from common import RUNS, write
 
 KEPT = ("base", "pairs", "held_out", "recipe", "dtype", "versions", "scores")
 
@@ -19,7 +19,7 @@ def main() -> None:
         name: {**{key: cards[name][key] for key in KEPT}, "data": Path(cards[name]["data"]["source"]).name}
         for name in sorted(cards)
     }
-    (RESULTS / "adapters.json").write_text(json.dumps(told, indent=1) + "\n")
+    write("adapters", told)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Knows the files in bench/results/study; nothing of pictures and pages.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from mpg.evaluate.tasks import DIMENSIONS, TYPES, question_of
 from mpg.paper.statistics import Bootstrap, Estimate
 
-RESULTS = Path(__file__).parents[1] / "results" / "study"
+RESULTS = Path(os.environ.get("MPG_STUDY_RESULTS", Path(__file__).parents[1] / "results" / "study"))
 SEED = 0
 TARGET_TEXTS = "scr k=1 M=10"  # of the law that SCR aims at
 Row = Mapping[str, Any]

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import BATCH, PAPERS_DRAW, load, measure, questions
+from common import BATCH, NEW_TOKENS, PAPERS_DRAW, load, measure, questions
 from judge import judged, study_judge
 from mpg.model import Model
 
 NAMES = ("E", "E-seed1", "E-seed2", "T", "T-seed1", "T-seed2")
-NEW_TOKENS = 32
 
 
 def main() -> None:

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from common import load, measure
+from common import NEW_TOKENS, limited, load, measure
 from mpg.model import Model
 from mpg.paper.methods import answer
 from pairs import ROLEPLAY
 from paper_tables import TABLE_3
-from tables import NEW_TOKENS, OPTIONS, items_of
+from tables import OPTIONS, items_of
 
-NUM_PROMPTS = 12
-NUM_RUNS = 2
+NUM_PROMPTS = limited(12)
+NUM_RUNS = limited(2)
 COSTS = {"calls": "model_calls_per_token", "depth": "depth_per_token", "reject_rate": "reject_rate"}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from common import DATA, RUNS, load, measure
+from common import BASE, DATA, NEW_TOKENS, RUNS, limited, load, measure
 from judge import FOLDER, study_judge
 from mpg.evaluate.answers import write_answers
 from mpg.evaluate.judges.classifier import ClassifierJudge
@@ -25,9 +25,8 @@ from mpg.models import gguf, sources
 from mpg.paper.methods import METHODS
 from pairs import ROLEPLAY
 
-NEW_TOKENS = 32
-EACH = 8  # items of every task and type
-NUM_PLAYS = 20
+EACH = limited(8)  # items of every task and type
+NUM_PLAYS = limited(20)
 OPTIONS: dict[str, dict[str, Any]] = {
     "seq-rs": {"tries": 8},  # of whole texts, where 64 would take an hour
     **{method: {"empty": "base"} for method in METHODS if method.startswith("scr")},
@@ -49,7 +48,7 @@ def specialised() -> Path:
     """The further-trained reference: the base with the adapter of role-play in general merged into it."""
     folder = RUNS / "reference"
     if not (folder / "config.json").is_file():
-        base = gguf.resolve("base", gguf.SMOLLM2)
+        base = gguf.resolve("base", BASE)
         model = sources.read_model("base", base, torch.bfloat16, torch.device("cpu"))
         PeftModel.from_pretrained(model, str(RUNS / "adapters" / "reference")).merge_and_unload().save_pretrained(
             folder
@@ -61,14 +60,14 @@ def specialised() -> Path:
 def main(part: str) -> None:
     items, poles = items_of(part), ROLEPLAY if part == "roleplay" else tuple(part)
     original = load(poles)
-    metrics = Metrics(("SmolLM2-135M-Instruct", original))
+    metrics = Metrics((Path(gguf.SMOLLM2_ON_HUB if BASE == gguf.SMOLLM2 else BASE).name, original))
     judge = None if part == "roleplay" else ClassifierJudge(FOLDER, poles)
     loaded: dict[bool, Model] = {False: original}
 
     def rows_of(method: str) -> list[dict[str, Any]]:
         needs = method.endswith("-specialized")
         if needs not in loaded:
-            loaded[needs] = load(poles, base=str(specialised()), anchor=gguf.SMOLLM2)
+            loaded[needs] = load(poles, base=str(specialised()), anchor=BASE)
         place = RUNS / "answers" / part / f"{method}.jsonl"
         own = {"max_new_tokens": NEW_TOKENS, **OPTIONS.get(method, {})}
         answers = write_answers(place, loaded[needs], items, method, dict.fromkeys(poles, 1.0), **own)

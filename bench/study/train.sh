@@ -1,15 +1,18 @@
 #!/bin/bash
 # Trains the adapters of the study, one after the other on one thread, some 4 minutes each on a free core; what is
-# finished is left, what was killed goes on.   bench/study/train.sh DATA OUT   (mpg on PATH, or MPG=.venv/bin/mpg)
+# finished is left, what was killed goes on. mpg and its python are those on PATH.
+#   bench/study/train.sh DATA OUT [SETTINGS OF mpg train ...]
 set -e
-DATA=$1 OUT=$2 MPG=${MPG:-mpg}
-[ -f "$OUT/pairs/reference.jsonl" ] || "$(dirname "$MPG")/python" "$(dirname "$0")/pairs.py" "$DATA" "$OUT/pairs"
+DATA=$1 OUT=$2; shift 2
+MORE=("$@")
+[ -f "$OUT/pairs/reference.jsonl" ] || python "$(dirname "$0")/pairs.py" "$DATA" "$OUT/pairs"
 
 adapter() {  # NAME PAIRS [SETTINGS ...]
   local name=$1 pairs=$2; shift 2
   [ ! -f "$OUT/adapters/$name/training.json" ] || return 0
-  "$MPG" train --base smollm2 --data "$OUT/pairs/$pairs.jsonl" --out "$OUT/adapters/$name" --preset small --rank 2 \
-    --alpha 4 --learning-rate 1e-3 --epochs 1 --batch-size 4 --held-out 16 --max-answer 40 --dtype bfloat16 --threads 1 "$@"
+  mpg train --base "${MPG_STUDY_BASE:-smollm2}" --data "$OUT/pairs/$pairs.jsonl" --out "$OUT/adapters/$name" \
+    --preset small --rank 2 --alpha 4 --learning-rate 1e-3 --epochs 1 --batch-size 4 --held-out 16 --max-answer 40 \
+    --dtype bfloat16 --threads 1 "$@" "${MORE[@]}"
 }
 
 for pole in E:EI S:SN T:TF P:JP I:EI N:SN F:TF J:JP; do adapter ${pole%:*} ${pole#*:} --pole ${pole%:*}; done

@@ -5,10 +5,10 @@ MPG_DATA=... MPG_STUDY=... python bench/study/tuning.py [ESTP | INFJ]
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
-from common import DATA, RESULTS, RUNS
+from common import BASE, DATA, LIMIT, RESULTS, RUNS, limited
+from mpg.app.cli.command import app as mpg
 
 SEARCHES = (("ESTP", "iterative", 16), ("INFJ", "iterative", 20), ("INFJ", "optuna", 20))
 
@@ -20,11 +20,12 @@ def main() -> None:
         recipe = RUNS / f"set-{poles}" / "mpg.yaml"
         recipe.parent.mkdir(exist_ok=True)
         adapters = "".join(f"  {pole}: ../adapters/{pole}\n" for pole in poles)
-        recipe.write_text(f"base: smollm2\nattributes:\n{adapters}")
+        recipe.write_text(f"base: {BASE}\nattributes:\n{adapters}")
         out = RESULTS / f"tune-{poles}-{search}.jsonl"
         what = ["--type", poles, "--data", str(DATA), "--models", str(recipe), "--out", str(out)]
-        how = ["--search", search, "--trials", str(trials), "--low", "-4", "--dtype", "bfloat16"]
-        subprocess.run([sys.executable, "-m", "mpg", "tune", *what, *how], check=True)
+        how = ["--search", search, "--trials", str(limited(trials)), "--low", "-4", "--dtype", "bfloat16"]
+        how += [] if LIMIT is None else ["--limit", str(LIMIT)]
+        mpg(["tune", *what, *how], standalone_mode=False)
 
 
 if __name__ == "__main__":
