@@ -112,8 +112,9 @@ class EndpointJudge:
                     continue
                 failures += [_say(reply)] * len(requests[key][1])
                 self._failures_in_a_row += 1
-                if self._failures_in_a_row == MAX_FAILURES:
-                    raise ValueError(f"judge: {self.url} failed {MAX_FAILURES} times in a row, at last: {_say(reply)}")
+                if self._failures_in_a_row >= MAX_FAILURES:
+                    times = f"{self._failures_in_a_row} times in a row"
+                    raise ValueError(f"judge: {self.url} failed {times}, at last: {_say(reply)}")
         return failures
 
     def _request(self, item: Item, text: str) -> dict[str, Any]:
