@@ -12,7 +12,7 @@ from layout import NOT_RUN, Column, Table
 from mpg.evaluate.held_out import estimate_gain
 from mpg.evaluate.tasks import TYPES
 from mpg.paper.statistics import FEW_PROMPTS, Estimate
-from paper_tables import rouge1
+from paper_tables import NAMES, rouge1
 from scores import Row, Rows, difference, mbti, plays, ratio, read, share_of_round, timed, times, trait
 
 INFJ = "rows E=1,T=-9,J=-3"
@@ -29,7 +29,6 @@ def claims() -> Table:
 
     calls = _calls(timed("scr"), "calls")
     kept = share_of_round(4, 2.0)
-    tuned = _tuned_gain("ESTP")
     rows: list[tuple[str, str, Estimate | None]] = [
         ("SCR preserves the correctness of rejection sampling (3.3): at k = 4 all of the shift is delivered",
          "share delivered over all tokens, less .99", more(kept, 0.99)),
@@ -54,6 +53,8 @@ def claims() -> Table:
            compare(partial(mbti, types=[name]), "scr-dpo-single", "base", trait)) for name in TYPES),
         ("SCR(ref-Base) is above Base on multiple choice (Table 1, MCQA)", "mean P(pole), difference",
          compare(_choices, "scr", "base", trait)),
+        *((f"SCR(ref-Base) is above {NAMES[other]} on multiple choice (Table 1, MCQA)", "mean P(pole), difference",
+           compare(_choices, "scr", other, trait)) for other in ("pp", "soups", "mod")),
         ("MOD is below Base on multiple choice (Table 1, MCQA)", "mean P(pole), Base's less MOD's",
          compare(_choices, "base", "mod", trait)),
         ("DPO(single) is below Base on multiple choice (Table 1, MCQA)", "mean P(pole), Base's less DPO(single)'s",
@@ -76,16 +77,21 @@ def claims() -> Table:
          slower("token-rs")),
         ("SCR is faster than Seq-RS at N = 2 (Table 3)", "time of a token, Seq-RS's over SCR's, less 1",
          slower("seq-rs")),
+        ("SCR is nearly as fast as a single model at N = 2 (Table 3)", "1.5 less the time of a token over the base's",
+         less(slower("scr", other="base"), 0.5)),
+        *((f"{NAMES[method]} needs more forwards a token at N = 4 than at N = 2 (4.5)", "forwards a token, difference",
+           growth(method)) for method in ("scr", "token-rs", "seq-rs")),
         ("SCR needs fewer forwards a token than MOD's 4 at N = 4 (4.5)", "4 less the forwards a token (Table 1)",
          less(_calls(mbti("scr"), "model_calls_per_token"), 4.0)),
-        ("SCR's throughput is 2 to 10 times that of the other methods of several models at N = 4 (4.5)",
-         "time of a token", None),
+        *((f"SCR's throughput is at least twice that of {NAMES[method]} at N = 4 (4.5: 2 to 10 times)",
+           f"time of a token, {NAMES[method]}'s over SCR's, less 2", more(slower(method, "N=4"), 1.0))
+          for method in ("mod", "token-rs", "seq-rs")),
         ("SCR(ref-specialized) is above the specialised model alone (Table 4, MBTI)", "mean P(pole), difference",
          compare(mbti, "scr-specialized", "base-specialized", trait)),
         ("SCR(ref-specialized) is above the specialised model alone (Table 4, role-play)", "ROUGE-1 F1, difference",
          compare(plays, "scr-specialized", "base-specialized", rouge1)),
-        ("Iterative adjustment raises the accuracy of multiple choice (Figure 3), on questions it did not see",
-         "mean accuracy of the poles, tuned less start", tuned),
+        *((f"Iterative adjustment raises {name}'s accuracy of multiple choice (Figure 3), on questions it did not see",
+           "mean accuracy of the poles, tuned less start", _tuned_gain(name)) for name in ("ESTP", "INFJ")),
         ("A negative weight suppresses its trait (4.4)", "P(E) of T=1, less that of T=1,E=-0.9 (arithmetic)",
          less(suppression("arithmetic", "E=-0.9"))),
         ("The INFJ weights [1, 0, -9, -3] are weights to generate with (4.4)",
@@ -118,7 +124,13 @@ def _calls(rows: Rows, name: str) -> Estimate | None:
     return ratio(rows, lambda row: row[name] * row["tokens"], lambda row: row["tokens"]) if rows else None
 
 
-def slower(method: str, other: str = "scr", run: str | None = None) -> Estimate | None:
+def growth(method: str) -> Estimate | None:
+    """How many more forwards a token takes with four attributes than with two, of other prompts."""
+    more, less = timed(method, "N=4"), timed(method)
+    return difference(more, less, lambda row: row["calls"] * row["tokens"], lambda row: row["tokens"]) if more else None
+
+
+def slower(method: str, run: str = "N=2", other: str = "scr") -> Estimate | None:
     """How much more time a token takes a method than another."""
     rows, others = timed(method, run), timed(other, run)
     return times(rows, others, lambda row: row["seconds"], lambda row: row["tokens"]) if rows and others else None
@@ -157,13 +169,18 @@ def verdict(estimate: Estimate | None) -> str:
     return "refuted" if estimate.high < 0 else "not confirmed at this scale"
 
 
+def of_e(row: Row) -> float:
+    """The judge's P(E) of a text."""
+    return row["traits"]["EI"]
+
+
 def suppression(target: str, way: str) -> Estimate | None:
     """How far P(E) changes against T=1 alone."""
     _, runs = read("negative")
     name = f"{target} T=1,{way}"
     if name not in runs or "geometric T=1" not in runs:
         return None
-    return difference(runs[name], runs["geometric T=1"], lambda row: row["traits"]["EI"])
+    return difference(runs[name], runs["geometric T=1"], of_e)
 
 
 def emptiness(name: str, key: str) -> Estimate | None:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 import mpg
 from mpg.evaluate.records import open_records
+from mpg.files import hash_files
 from mpg.frontend.prompts import Prompt
 from mpg.model import Model
 from mpg.paper.check import score_texts
@@ -29,6 +30,7 @@ from scores import RESULTS
 POLES = "ESTPINFJ"
 PAPERS_DRAW = {"temperature": 0.7, "top_p": 0.9}
 BATCH = 16
+NUM_TEXTS = 2  # to a prompt, each of a seed of its own
 
 DATA = Path(os.environ.get("MPG_DATA", "data"))  # the paper's release
 RUNS = Path(os.environ.get("MPG_STUDY", "study"))  # where train.sh put pairs and adapters
@@ -41,7 +43,7 @@ def limited(number: int) -> int:
     return number if LIMIT is None else min(number, LIMIT)
 
 
-NEW_TOKENS = limited(32)  # of a text
+NEW_TOKENS = limited(40)  # of a text
 
 
 def load(names: Iterable[str], base: str = BASE, **more: Any) -> Model:
@@ -56,10 +58,28 @@ def questions(each: int = 4) -> list[str]:
     return [pair.question for of in DIMENSIONS for pair in mbti_pairs(DATA, of, "reported")[:each]][:LIMIT]
 
 
+def contexts(
+    model: Model, prompts: Sequence[str], prefixes: Sequence[int]
+) -> Iterator[tuple[dict[str, int], list[int]]]:
+    """Token ids of prompts, each with the first so many tokens of a text of the base; and which they are."""
+    texts = model.generate(prompts, target="base", sampler="direct", seed=900, max_new_tokens=max(prefixes))
+    for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        for n in prefixes:
+            yield {"prompt": index, "prefix": n}, [*model.encode(prompt), *text.tokens[:n]]
+
+
 def measure(
-    name: str, header: Mapping[str, Any], settings: Sequence[str], rows_of: Callable[[str], list[dict[str, Any]]]
+    name: str,
+    adapters: Iterable[str],
+    header: Mapping[str, Any],
+    settings: Sequence[str],
+    rows_of: Callable[[str], list[dict[str, Any]]],
 ) -> None:
-    """Measure what is not yet in the file of these scores, setting by setting; a kill loses one setting."""
+    """Measure what is not yet in the file of these scores, setting by setting; a kill loses one setting.
+
+    Raises ValueError where the file has scores of other adapters, or under another header."""
+    files = {adapter: RUNS / "adapters" / adapter / "adapter_model.safetensors" for adapter in adapters}
+    header = {**header, "adapters": {adapter: hash_files([file])[:12] for adapter, file in files.items()}}
     path, own = RESULTS / f"{name}.jsonl", {} if BASE == "smollm2" else {"base": BASE}
     with open_records(path, {"what": name, **header, **own}) as records:
         done = {row["setting"] for row in records.rows}

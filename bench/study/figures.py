@@ -15,13 +15,26 @@ from matplotlib.figure import Figure
 
 from mpg.evaluate import tune
 from mpg.paper.statistics import Estimate
-from scores import RESULTS, TARGET_TEXTS, Rows, distance, perplexity, ratio, read, share_of, share_of_round, trait
+from scores import (
+    RESULTS,
+    TARGET_TEXTS,
+    Rows,
+    distance,
+    enumerated,
+    perplexity,
+    ratio,
+    read,
+    share_of,
+    share_of_round,
+    trait,
+)
 
 DPI = 110
 BOUNDS = (1.25, 2.0, 5.0, 10.0)
 BOUND_TICKS = (1, 1.25, 1.5, 2, 3, 5, 10)
-METHODS = {"soups": "C0", "best-soups": "C9", "geometric": "C1", "anchored": "C2", "arithmetic": "C3"}
-METHODS |= {"arithmetic-scr": "C4", "geometric-scr": "C5", "pp": "C6", "base": "0.3"}
+METHODS = {"soups": "C0", "best-soups": "C9", "geometric": "C1", "anchored": "C2"}
+METHODS |= {"arithmetic-scr": "C4", "geometric-scr": "C5", "pp": "C6", "token-rs": "C8", "seq-rs": "C3"}
+METHODS["base"] = "0.3"
 WAYS = {"own adapter, weight below 0": "E=-", "opposite pole's adapter": "I="}
 TARGETS = {"geometric": "C1", "anchored": "C2", "arithmetic": "C3"}
 
@@ -80,7 +93,7 @@ def delivered() -> Figure | None:
         axes.axhline(1, color="0.7", lw=0.8)
         axes.axhline(0, color="0.7", lw=0.8)
         axes.set(title=title, xlabel="k, tokens a chunk", ylim=(-0.05, 1.25))
-    panels[0].set_ylabel("share of the intended shift (exact = 1)")
+    panels[0].set_ylabel("share of the intended shift (target = 1)")
     panels[-1].legend(fontsize="small")
     return figure
 
@@ -101,7 +114,7 @@ def bound() -> Figure | None:
         ends = sorted(math.e ** row["log_bound"] for row in runs[name])
         of_run = {"ms": 9, "color": f"C{4 + index}", "label": f"M at the end of a text, {name}"}
         axes.plot(ends, [-0.08 - 0.06 * index] * len(ends), "|", **of_run)
-    axes.set(xscale="log", xlabel="M, the bound", ylabel="share of the intended shift (exact = 1)")
+    axes.set(xscale="log", xlabel="M, the bound", ylabel="share of the intended shift (target = 1)")
     _plain_ticks(axes.xaxis, BOUND_TICKS)
     axes.legend(fontsize="x-small")
     return figure
@@ -122,24 +135,23 @@ def attributes() -> Figure | None:
         if all(own):
             _bars(axes, sizes, [e for e in own if e], fmt=style, label=f"SCR, {label}, M = 2")
     axes.axhline(1, color="0.7", lw=0.8)
-    axes.set(xlabel="N, attributes of equal weight", ylabel="share delivered (exact = 1)", ylim=(-0.05, 1.1))
+    axes.set(xlabel="N, attributes of equal weight", ylabel="share delivered (target = 1)", ylim=(-0.05, 1.1))
     axes.set_xticks(sizes)
     axes.legend(fontsize="small")
     return figure
 
 
 def distances() -> Figure | None:
-    """Total variation of the next token's law from the target's, over the bound."""
-    header, runs = read("laws-ESTP")
-    if "laws" not in runs:
+    """Total variation of the next token's exact law from the target's, over the bound."""
+    base = distance("base")
+    if base is None:
         return None
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
-    for k in (1, 2, 4, 8):
-        own = [distance(f"arithmetic N=4 k={k} M={m:g}") for m in header["bounds"]]
-        _bars(axes, header["bounds"], [e for e in own if e], fmt="o-", label=f"k = {k}")
-    base = distance("base arithmetic N=4")
-    assert base is not None
+    bounds = read("first-tokens")[0]["bounds"]
+    for k in range(1, len(enumerated()[0]["chunks"]) + 1):
+        own = [distance(f"k={k} M={m:g}") for m in bounds]
+        _bars(axes, bounds, [e for e in own if e], fmt="o-", label=f"k = {k}")
     axes.axhline(base.value, color="0.4", ls="--", lw=1, label="the base itself")
     axes.set(xscale="log", xlabel="M, the bound", ylabel="total variation from the target", ylim=(0, None))
     _plain_ticks(axes.xaxis, BOUND_TICKS)
@@ -161,15 +173,14 @@ def _front(cost: bool) -> Figure | None:
         x = [_forwards(runs[name]) if cost else perplexity(runs[name]) for name in own]
         sides = {"xerr": [[e.value - e.low for e in x], [e.high - e.value for e in x]]} if not cost else {}
         spread = [[e.value - e.low for e in traits], [e.high - e.value for e in traits]]
-        values = [e.value + (0.03 * (index - len(METHODS) / 2) if cost else 0) for e in x]  # side by side
+        values = [e.value * (1 + 0.01 * (index - len(METHODS) / 2) if cost else 1) for e in x]  # side by side
         axes.errorbar(values, [e.value for e in traits], spread, fmt="o-", color=colour, capsize=2, ms=4, lw=1,
                       label=method, **sides)  # fmt: skip
         for name, place, height in zip(own, values, traits, strict=True):
             axes.annotate(f" {name.partition(' ')[2]}", (place, height.value), fontsize=7, color=colour)
     axes.set(xlabel="forwards a token" if cost else "perplexity under the base", ylabel="mean P(pole), E S T P")
-    if not cost:
-        axes.set_xscale("log")
-        _plain_ticks(axes.xaxis, (2, 3, 4, 6, 8, 12))
+    axes.set_xscale("log")
+    _plain_ticks(axes.xaxis, (1, 2, 3, 5, 10, 20) if cost else (2, 3, 4, 6, 8, 12, 20, 30))
     axes.legend(fontsize="x-small")
     return figure
 
@@ -202,7 +213,7 @@ def negative() -> Figure | None:
                 _bars(panels[1], [0, *sizes], nats, **how)
     panels[0].set(xlabel="size of the weight", ylabel="P(E) by the judge")
     panels[1].set(xlabel="size of the weight", ylabel="perplexity under the base", yscale="log")
-    _plain_ticks(panels[1].yaxis, (2, 3, 4, 5))
+    _plain_ticks(panels[1].yaxis, (2, 3, 4, 5, 6, 8))
     panels[0].legend(fontsize=6)
     return figure
 

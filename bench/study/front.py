@@ -9,18 +9,23 @@ from typing import Any
 
 import torch
 
-from common import BATCH, NEW_TOKENS, PAPERS_DRAW, load, log_ratios, measure, questions, surprise, told
+from common import BATCH, NEW_TOKENS, NUM_TEXTS, PAPERS_DRAW, load, log_ratios, measure, questions, surprise, told
 from judge import study_judge
 from mpg.model import Model
-from mpg.paper.methods import answer
+from mpg.paper.methods import METHODS, answer
+from tables import OPTIONS
 
 NAMES = ("E", "S", "T", "P")
-SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+SCALES = (0.125, 0.25, 0.5, 1.0, 2.0)
+OF_SCALE = ("soups", "geometric", "anchored")  # whose weights add up to anything
+# Four weights of .25 make the geometric target MOD's and the anchored one the arithmetic one
+NO_SCALE = ("arithmetic-scr", "geometric-scr", "token-rs", "seq-rs", "pp")
+BEST_SCALES = (0.25, 0.5, 1.0)
 BEST_OF = 4  # soups that cost about as many forwards as one text of a target of 4 attributes
 
 
 def main() -> None:
-    prompts, model = questions(), load(NAMES)
+    prompts, model = questions() * NUM_TEXTS, load(NAMES)
     own = {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH, "seed": 2000, **PAPERS_DRAW}
 
     def results_of(setting: str) -> tuple[list[str], list[Any]]:
@@ -31,8 +36,8 @@ def main() -> None:
             soups = Model(merged.with_roles(base="merged"))
             many = [prompt for prompt in prompts for _ in range(BEST_OF if method == "best-soups" else 1)]
             return many, soups.generate(many, target="base", sampler="direct", **own)
-        if method in ("base", "pp"):
-            return prompts, answer(model, method, prompts, weights, **own)[""]
+        if method in METHODS:
+            return prompts, answer(model, method, prompts, weights, **own, **OPTIONS.get(method, {}))[""]
         target, _, sampler = method.partition("-")
         how = {"sampler": sampler or "direct", "target": target, **({"empty": "base"} if sampler else {})}
         return prompts, model.generate(prompts, weights=weights, **how, **own)
@@ -44,7 +49,7 @@ def main() -> None:
             rates = [total / len(result.tokens) for total, result in zip(sums, results, strict=True)]
             firsts = range(0, len(results), BEST_OF)
             results = [results[max(range(n, n + BEST_OF), key=rates.__getitem__)] for n in firsts]
-            # a text's forwards, and those of one pass of each model over it
+            # a text's forwards, and those of one pass of each model over it; the others are taken to be as long
             costs = [BEST_OF * (1 + (1 + len(NAMES)) / len(result.tokens)) for result in results]
         else:
             costs = [result.stats["model_calls_per_token"] for result in results]
@@ -53,16 +58,17 @@ def main() -> None:
         own_poles = {of: [float(p) if of[0] in NAMES else 1 - float(p) for p in ps] for of, ps in traits.items()}
         return [
             {
-                "prompt": index, **told(result), "calls": round(costs[index], 3), "nats": round(nats[index], 3),
+                "prompt": prompts.index(prompts[index]), **told(result),
+                "calls": round(costs[index], 3), "nats": round(nats[index], 3),
                 "traits": {of: round(of_texts[index], 4) for of, of_texts in own_poles.items()},
             }
             for index, result in enumerate(results)
         ]  # fmt: skip
 
-    settings = ["base", *(f"soups {scale:g}" for scale in SCALES), *(f"geometric {scale:g}" for scale in SCALES)]
-    settings += ["arithmetic", "arithmetic-scr", "anchored 1", "anchored 2", "best-soups 2", "pp", "geometric-scr"]
-    header = {"new_tokens": NEW_TOKENS, "names": list(NAMES), "judge": study_judge().accuracy}
-    measure("front", header, settings, rows_of)
+    settings = ["base", *(f"{method} {scale:g}" for scale in SCALES for method in OF_SCALE)]
+    settings += [*(f"best-soups {scale:g}" for scale in BEST_SCALES), *NO_SCALE]
+    header = {"new_tokens": NEW_TOKENS, "texts": NUM_TEXTS, "names": list(NAMES), "judge": study_judge().accuracy}
+    measure("front", NAMES, header, settings, rows_of)
 
 
 if __name__ == "__main__":

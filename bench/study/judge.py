@@ -19,7 +19,7 @@ from mpg.results import Result
 from pairs import DIMENSIONS, mbti_pairs
 
 FOLDER = RUNS / "judge"
-NUM_WORDS = 25  # of a text of 32 tokens, about
+NUM_WORDS = 31  # of a text of 40 tokens, about
 
 
 def study_judge() -> TraitClassifier:
@@ -31,11 +31,12 @@ def study_judge() -> TraitClassifier:
 
 
 def judged(model: Model, prompts: Sequence[Prompt], results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row a text: what it cost, -log p under the base in nats, and the judge's probabilities of first poles."""
+    """A row a text: which prompt it answers, what it cost, -log p under the base in nats, and the judge's probabilities
+    of first poles."""
     nats, traits = surprise(model, prompts, results), study_judge().score([result.text for result in results])
     return [
         {
-            "prompt": index, **told(result), "nats": round(nats[index], 3),
+            "prompt": prompts.index(prompts[index]), **told(result), "nats": round(nats[index], 3),
             "traits": {of: round(float(of_texts[index]), 4) for of, of_texts in traits.items()},
         }
         for index, result in enumerate(results)

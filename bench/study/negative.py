@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from common import BATCH, NEW_TOKENS, PAPERS_DRAW, POLES, RUNS, load, measure, questions
+from common import BATCH, NEW_TOKENS, NUM_TEXTS, PAPERS_DRAW, POLES, RUNS, load, measure, questions
 from judge import judged, study_judge
 
 KEPT = "T"  # is asked for, and E is to go
@@ -30,7 +30,7 @@ ROWS: dict[str, dict[str, float]] = {
 
 def main(part: str) -> None:
     names = [name for name in POLES if (RUNS / "adapters" / name / "training.json").is_file()]
-    prompts, model = questions(), load("EIT" if part == "negative" else names)
+    prompts, model = questions() * NUM_TEXTS, load("EIT" if part == "negative" else names)
     own = {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH, "seed": 3000, "sampler": "direct", **PAPERS_DRAW}
     base: list[Any] = []
 
@@ -51,8 +51,8 @@ def main(part: str) -> None:
         settings = [f"rows {name}" for name, weights in ROWS.items() if weights.keys() <= set(names)]
     for size in SIZES if part == "negative" else ():
         settings += [f"{target} {KEPT}=1,{way}" for target in TARGETS for way in (f"E=-{size:g}", f"I={size:g}")]
-    header = {"new_tokens": NEW_TOKENS, "judge": study_judge().accuracy}
-    measure(part, header, settings, rows_of)
+    header = {"new_tokens": NEW_TOKENS, "texts": NUM_TEXTS, "judge": study_judge().accuracy}
+    measure(part, model.models.attribute_names, header, settings, rows_of)
 
 
 def empty_rows(model: Any, prompts: list[str], texts: list[Any], weights: dict[str, float]) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def empty_rows(model: Any, prompts: list[str], texts: list[Any], weights: dict[s
     positive arithmetic score, and the base's probability of those that have one."""
     roles, alpha = ("base", *weights), torch.tensor(list(weights.values()), dtype=torch.float64)
     rows = []
-    for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+    for prompt, text in zip(prompts, texts, strict=True):
         ids = model.encode(prompt)
         session = model.models.open([ids], roles, len(ids) + len(text))
         fed = torch.tensor([[ids[-1], *text[:-1]]])
@@ -72,7 +72,7 @@ def empty_rows(model: Any, prompts: list[str], texts: list[Any], weights: dict[s
         ordered, order = warped.sort(-1, descending=True)
         in_nucleus = torch.zeros_like(is_left).scatter(-1, order, ordered.cumsum(-1) - ordered < PAPERS_DRAW["top_p"])
         left_mass = (logprobs[0].exp() * is_left).sum()
-        row = {"prompt": index, "tokens": len(text), "empty": int((~is_left.any(-1)).sum())}
+        row = {"prompt": prompts.index(prompt), "tokens": len(text), "empty": int((~is_left.any(-1)).sum())}
         row["empty_nucleus"] = int((~(is_left & in_nucleus).any(-1)).sum())
         rows.append({**row, "left_mass": round(float(left_mass), 5)})
     return rows

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import BATCH, NEW_TOKENS, PAPERS_DRAW, limited, load, log_ratios, measure, questions, told
+from common import BATCH, NEW_TOKENS, PAPERS_DRAW, contexts, limited, load, log_ratios, measure, questions, told
 from mpg.decode import scr
 from mpg.decode.bound import Bound, _normalise
 from mpg.model import Model
@@ -35,7 +35,7 @@ BOUNDS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 PREFIXES = (0, 12)  # tokens of a text of the base that a context has beside its prompt
 # Chunks drafted from a token of probability 1, beside the one of every token: what is said of all tokens has more noise
 CHUNKS_OF_LAW, CHUNKS_OF_ROUND = limited(6), limited(24)
-NUM_TEXTS = limited(4)  # to every prompt
+TEXTS_OF_BOUND = limited(4)  # to every prompt
 BOUND_RUNS: dict[str, dict[str, Any]] = {
     "base": {"sampler": "direct", "target": "base"},
     "exact": {"sampler": "direct", "target": "arithmetic"},
@@ -50,12 +50,7 @@ def main(names: str) -> None:
     prompts, model = questions(), load(names)
 
     def of_contexts(tell: Callable[[Model, str, list[int]], dict[str, Any]]) -> list[dict[str, Any]]:
-        texts = model.generate(prompts, target="base", sampler="direct", seed=900, max_new_tokens=max(PREFIXES))
-        return [
-            {"prompt": index, "prefix": n, **tell(model, names, [*model.encode(prompt), *text.tokens[:n]])}
-            for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
-            for n in PREFIXES
-        ]
+        return [{**place, **tell(model, names, ids)} for place, ids in contexts(model, prompts, PREFIXES)]
 
     def texts_of(name: str) -> list[dict[str, Any]]:
         options = {**BOUND_RUNS[name], **PAPERS_DRAW}
@@ -64,8 +59,8 @@ def main(names: str) -> None:
         is_carried = name.endswith("carried")
         how = {"max_new_tokens": NEW_TOKENS, "seed": 1000, "batch_size": 4 if is_carried else BATCH}
         with carried() if is_carried else nullcontext():
-            results = model.generate(prompts * NUM_TEXTS, weights=weights, **how, **options)
-        ratios = log_ratios(model, names, prompts * NUM_TEXTS, results)
+            results = model.generate(prompts * TEXTS_OF_BOUND, weights=weights, **how, **options)
+        ratios = log_ratios(model, names, prompts * TEXTS_OF_BOUND, results)
         return [
             {
                 "prompt": index % len(prompts), **told(result), "log_ratio": round(sum(own) / len(own), 4),
@@ -78,14 +73,14 @@ def main(names: str) -> None:
     of_tokens = {"laws": law_of, "rounds": round_of}
     settings = ["laws", "rounds", *(BOUND_RUNS if len(names) == 4 else ())]
     measure(
-        f"laws-{names}", header, settings,
+        f"laws-{names}", names, header, settings,
         lambda name: of_contexts(of_tokens[name]) if name in of_tokens else texts_of(name),
     )  # fmt: skip
 
 
 def law_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
-    """What one context tells: of base, target and SCR the mean combined log-ratio of the next token, and of base and
-    SCR the total variation from the target. By "score N k M"; "target score N" is what scr aims at."""
+    """What one context tells: the mean combined log-ratio of the next token, in nats, under base, target and SCR. By
+    "score N k M"; "target score N" is what scr aims at."""
     chunks = _draft_chunks(model, names, context, CHUNKS_OF_LAW)
     log_ratios_of, is_text, p, place = chunks.log_ratios, chunks.is_text, chunks.probs, chunks.place
     told: dict[str, Any] = {"nucleus": len(p)}
@@ -96,8 +91,8 @@ def law_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
             own = torch.zeros_like(p).scatter(0, place, scores[:, 0])  # of the token alone, the same in all its chunks
             shift = torch.zeros_like(p).scatter(0, place, log_ratios_of[:n, :, 0].mean(0))
             wanted = p * own / (p * own).sum()
-            told[f"base {score} N={n}"] = _pair(p, wanted, shift)
-            told[f"target {score} N={n}"] = _pair(wanted, wanted, shift)
+            told[f"base {score} N={n}"] = _mean(p, shift)
+            told[f"target {score} N={n}"] = _mean(wanted, shift)
             for bound in BOUNDS if n == 4 else (2.0,):
                 passes = (scores / bound).clamp_max(1) * is_text
                 fallback = p * (own / bound).clamp_max(1)
@@ -105,7 +100,7 @@ def law_of(model: Model, names: str, context: list[int]) -> dict[str, Any]:
                     keeps = 1 - (1 - passes[:, :k]).prod(1)
                     kept = p * torch.zeros_like(p).scatter_reduce(0, place, keeps, "mean", include_self=False)
                     law = kept + (1 - kept.sum()) * fallback / fallback.sum()
-                    told[f"{score} N={n} k={k} M={bound:g}"] = _pair(law, wanted, shift)
+                    told[f"{score} N={n} k={k} M={bound:g}"] = _mean(law, shift)
     return told
 
 
@@ -149,6 +144,10 @@ def _rounds(chunks: Chunks, n: int, bounds: Sequence[float], lengths: Sequence[i
     return told
 
 
+def _mean(law: Tensor, shift: Tensor) -> float:
+    return round(float(law @ shift), 6)
+
+
 @dataclass(frozen=True)
 class Chunks:
     """Chunks that the draft goes on with from a context, T of them, MOST tokens each.
@@ -170,18 +169,13 @@ class Chunks:
     wanted: Tensor
 
 
-def _pair(law: Tensor, wanted: Tensor, shift: Tensor) -> list[float]:
-    """The mean log-ratio under a law of the next token, in nats, and its distance from the wanted one."""
-    return [round(float(law @ shift), 6), round(float((law - wanted).abs().sum() / 2), 6)]
-
-
 @torch.inference_mode()
 def _draft_chunks(model: Model, names: str, context: list[int], chunks_per_mass: int) -> Chunks:
     """Chunks behind a context; each token of the draft's nucleus begins one or more."""
     roles = ("base", *names)
     start = torch.tensor([len(context) - 1])
     session = model.models.open([context], roles, len(context))
-    draft = _warped(session.forward(roles, torch.tensor([[context[-1]]]), start, kv_length=len(context))[0, 0, -1])
+    draft = warped(session.forward(roles, torch.tensor([[context[-1]]]), start, kv_length=len(context))[0, 0, -1])
     session.close()
     nucleus = draft.nonzero()[:, 0]
     first = nucleus.repeat_interleave((1 + chunks_per_mass * draft[nucleus]).round().long())
@@ -192,13 +186,13 @@ def _draft_chunks(model: Model, names: str, context: list[int], chunks_per_mass:
         position = torch.full_like(tokens, len(context) - 1)
         fed = torch.stack([torch.full_like(tokens, context[-1]), tokens], 1)
         logits = session.forward(roles, fed, position, kv_length=len(context) + 1).float()
-        is_text, ratios = [torch.ones(len(tokens), dtype=torch.bool)], [_log_ratios(logits[:, :, 0], tokens)]
+        is_text, ratios = [torch.ones(len(tokens), dtype=torch.bool)], [log_ratios_at(logits[:, :, 0], tokens)]
         expected = []
         for step in range(1, MOST):
             is_text.append(is_text[-1] & ~torch.isin(tokens, torch.tensor(model.models.eos_token_ids)))
             rows = logits[:, :, -1]
-            tokens = torch.multinomial(_warped(rows[0]), 1, generator=generator)[:, 0]
-            ratios.append(_log_ratios(rows, tokens))
+            tokens = torch.multinomial(warped(rows[0]), 1, generator=generator)[:, 0]
+            ratios.append(log_ratios_at(rows, tokens))
             expected.append(_expected(rows))
             if step + 1 < MOST:
                 kv_length = len(context) + step + 1
@@ -211,7 +205,7 @@ def _draft_chunks(model: Model, names: str, context: list[int], chunks_per_mass:
     return Chunks(draft[nucleus], place, torch.cat(parts, 1).double(), torch.cat(texts), *torch.cat(means, 2))
 
 
-def _log_ratios(logits: Tensor, tokens: Tensor) -> Tensor:
+def log_ratios_at(logits: Tensor, tokens: Tensor) -> Tensor:
     """log pi_i - log base of tokens (T,) behind logits (1 + names, T, V). out: (names, T)"""
     own = logits.gather(2, tokens.expand(len(logits), -1)[..., None])[..., 0] - logits.logsumexp(-1)
     return own[1:] - own[0]
@@ -220,14 +214,14 @@ def _log_ratios(logits: Tensor, tokens: Tensor) -> Tensor:
 def _expected(logits: Tensor) -> Tensor:
     """The next token's mean combined log-ratio of the first name, the first two, ... under draft and target, behind
     logits (1 + names, T, V). out: (2, names, T)"""
-    draft, logprobs = _warped(logits[0]), logits.double().log_softmax(-1)
+    draft, logprobs = warped(logits[0]), logits.double().log_softmax(-1)
     ratios, sizes = logprobs[1:] - logprobs[0], torch.arange(1, len(logits))[:, None, None]
     wanted = draft * ratios.exp().cumsum(0)
     mean = ratios.cumsum(0) / sizes
     return torch.stack([(draft * mean).sum(-1), (wanted * mean).sum(-1) / wanted.sum(-1)])
 
 
-def _warped(logits: Tensor) -> Tensor:
+def warped(logits: Tensor) -> Tensor:
     """The draft's probabilities, (..., V)."""
     probs = (logits.double() / PAPERS_DRAW["temperature"]).softmax(-1)
     ordered, order = probs.sort(-1, descending=True)

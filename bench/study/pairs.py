@@ -18,7 +18,7 @@ from mpg.train.pairs import Pair, read_pairs
 
 # Shares of the questions, by their hash: what adapters learn from, what judges learn from, what is only reported on.
 SHARES = {"adapters": 0.45, "judge": 0.35, "reported": 0.2}
-NUM_ADAPTER_QUESTIONS = 96  # of each dimension at most, 16 of them to measure a training on
+NUM_ADAPTER_QUESTIONS = 100  # of each dimension at most, 16 of them to measure a training on
 OPENING_WORDS = 20  # answers that open alike teach nothing within the tokens that trainings keep
 ROLEPLAY = ("profile", "personality")
 NUM_ROLEPLAY_PAIRS = 64  # of each kind at most

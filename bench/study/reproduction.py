@@ -21,14 +21,16 @@ from typing import Any
 import figures
 import paper_tables
 import study_tables
-from claims import INFJ, alone, claims, emptiness, few_prompts, held_out, slower, suppression
+from claims import INFJ, alone, claims, emptiness, few_prompts, held_out, of_e, slower, suppression
 from layout import NOT_RUN, Table, words
 from mpg.evaluate.tasks import TYPES, dimension_of
-from mpg.paper.statistics import Estimate
+from mpg.paper.statistics import FEW_PROMPTS, Estimate
 from scores import (
     RESULTS,
     Row,
     difference,
+    enumerated,
+    exact_and_drawn_share,
     mbti,
     perplexity,
     plays,
@@ -48,7 +50,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 HISTORIES = ("tune-ESTP-iterative", "tune-INFJ-iterative", "tune-INFJ-optuna")
 TABLES: dict[str, Callable[[], Table]] = {
     "table1": paper_tables.table1, "table1 more": paper_tables.table1_more, "table2": paper_tables.table2,
-    "table3": paper_tables.table3, "table4": paper_tables.table4, "claims": claims, "bounds": study_tables.bounds,
+    "table3": paper_tables.table3, "table3 N=4": lambda: paper_tables.table3("N=4"),
+    "table4": paper_tables.table4, "claims": claims, "bounds": study_tables.bounds,
     "front": study_tables.front, "negative": study_tables.negative, "empty": study_tables.empty,
     "tuning": study_tables.tuning, "adapters": study_tables.adapters, "seeds": study_tables.seeds,
 }  # fmt: skip
@@ -73,9 +76,10 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
         "agreement": agreement(tables["bounds"]), "attributes": attributes(), "parting": parting(),
         "size front": size("front"), "size negative": size("negative"), "recipe": recipe(),
         "number changes": str(sum("" not in cells for cells in tables["negative"].rows.values())),
-        "number texts": str(len(read("laws-ESTP")[1].get("base", ()))), "number plays": str(len(plays("base"))),
+        "number texts": str(len(read("laws-ESTP")[1].get("base", ()))),
+        "number plays": str(len({row["item"] for row in plays("base")})),
         "number timed": f"{len({row['prompt'] for row in timed('base')})} prompts", "runs": runs(),
-        "by type": by_type(), "number held out": number_held_out(),
+        "by type": by_type(), "number held out": number_held_out(), "enumerated": enumerations(),
         "number reference pairs": str(study_tables.cards().get("reference", {}).get("pairs", NOT_RUN)),
     }  # fmt: skip
     for name in [*figures.PICTURES, *HISTORIES]:
@@ -88,14 +92,15 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
 def findings() -> Iterator[Any]:
     """The sentences that open the page; one without its scores says that."""
     k1, k4, k8 = (share_of_round(k, 2.0) for k in (1, 4, 8))
-    first = share_of("arithmetic", 4, 4, 2.0)
+    first, runs = share_of("arithmetic", 4, 4, 2.0), read("laws-ESTP")[1]
+    in_texts = share_in_texts(runs["scr"], "exact") if "scr" in runs else None
     yield k4 and (
         "SCR as published (chunks of k = 4; M_0 = 2, which the paper leaves open) delivers "
         f"{words(k4)} of the shift that its own target asks for, and {words(first)} in the first token of a chunk; "
-        f"chunks of one token deliver {words(k1)}, of eight {words(k8)} (four attributes of equal weight)."
+        f"chunks of one token deliver {words(k1)}, of eight {words(k8)} (four attributes of equal weight). In whole "
+        f"texts its shift is {words(in_texts)} of the exact sampler's."
     )
     m5, m10 = (share_of_round(4, m) for m in (5.0, 10.0))
-    runs = read("laws-ESTP")[1]
     if k4 and "scr carried" in runs:
         carried, short = (_usual_bound(runs[name]) for name in ("scr carried", "scr W=5"))
         yield (
@@ -105,34 +110,32 @@ def findings() -> Iterator[Any]:
         )
     else:
         yield ""
-    runs = read("front")[1]
-    if {"geometric 2", "soups 2", "base"} <= runs.keys():
-        gains = [words(difference(runs[name], runs["base"], trait), "+.3f") for name in ("soups 2", "geometric 2")]
-        apart = difference(runs["geometric 2"], runs["soups 2"], trait)
-        ppl = [words(perplexity(runs[name]), ".1f") for name in ("base", "soups 2", "geometric 2")]
-        yield (
-            f"At weights of 2 each DPO soups move the judge's mean probability of the four traits by {gains[0]} and "
-            f"the exact geometric target by {gains[1]} (perplexities {ppl[1]} and {ppl[2]}, the base's {ppl[0]}): what "
-            f"costs five forwards a token {'beats' if apart.low > 0 else 'does not measurably beat'} what costs one."
-        )
-    else:
-        yield ""
-    changes = [suppression(target, way) for target in ("arithmetic", "geometric") for way in ("E=-0.9", "I=0.9")]
-    if all(changes):
-        told = [words(change, "+.3f") for change in changes]
-        costs = [words(perplexity(read("negative")[1][f"arithmetic T=1,{way}"]), ".1f") for way in ("E=-0.9", "I=0.9")]
-        yield (
-            f"In the arithmetic target a weight of -.9 of E's own adapter changes P(E) by {told[0]} at a perplexity of "
-            f"{costs[0]}, and .9 of the opposite pole's by {told[1]} at {costs[1]}; in the geometric target the two "
-            f"change it by {told[2]} and {told[3]}."
-        )
+    above, compared = dominating()
+    gains = ", ".join(f"{words(gain, '+.3f')} at weights of {weight}" for weight, gain in at_equal_cost().items())
+    yield gains and (
+        f"In {len(above)} of {len(compared)} comparisons with DPO soups of no smaller perplexity another method has "
+        f"measurably more of the four traits (by chance in {0.025 * len(compared):.1f}); at nearly equal forwards a "
+        f"token the exact geometric target less the best of four soups is {gains}, in the judge's mean P(pole)."
+    )
+    ways, targets = ("E=-0.9", "I=0.9"), ("arithmetic", "geometric")
+    changes = {target: [suppression(target, way) for way in ways] for target in targets}
+    if all(all(pair) for pair in changes.values()):
+        runs = read("negative")[1]
+        told = []
+        for target, pair in changes.items():
+            names = [f"{target} T=1,{way}" for way in ways]
+            own, opposite = (words(change, "+.3f") for change in pair)
+            costs = " and ".join(words(perplexity(runs[name]), ".1f") for name in names)
+            apart = words(difference(*(runs[name] for name in names), of_e), "+.3f")
+            told.append(f"by {own} and {opposite} in the {target} target ({apart} apart, at perplexities of {costs})")
+        yield f"A weight of -.9 of E's own adapter and one of .9 of I's change P(E) {', and '.join(told)}."
     else:
         yield ""
     share = emptiness(INFJ, "empty_nucleus")
     yield share and (
         "At the paper's INFJ weights [1, 0, -9, -3] its arithmetic score is positive for no token of the "
-        f"nucleus that SCR drafts from at {words(share)} of all positions: there the method as printed has nothing to "
-        "accept."
+        f"nucleus that SCR drafts from at {words(share)} of the positions along the base's texts: there the method as "
+        "printed has no first token to accept, and none to fall back on."
     )
 
 
@@ -174,7 +177,7 @@ def questions() -> str:
 
 
 def by_type() -> str:
-    """How far types and questions differ, by the method that moves the judge most."""
+    """How far types and questions differ, by the method that needs no adapter."""
     of_types = {name: (mbti("pp", [name]), mbti("base", [name])) for name in TYPES}
     told = [f"{words(difference(*rows, trait), '+.3f')} for {name}" for name, rows in of_types.items() if all(rows)]
     runs = read("front")[1]
@@ -182,8 +185,8 @@ def by_type() -> str:
         return NOT_RUN
     front = words(difference(runs["pp"], runs["base"], trait), "+.3f")
     return (
-        f"Types and questions differ: preference prompting changes P(pole) by {', '.join(told)}, and on the "
-        f"questions of the front above, other ones, by {front} for ESTP."
+        f"By type, preference prompting changes P(pole) by {', '.join(told)}; on the questions of the front above, "
+        f"other ones, by {front} for ESTP."
     )
 
 
@@ -230,6 +233,25 @@ def attributes() -> str:
     )
 
 
+def enumerations() -> str:
+    """What the exact laws rest on, and whether drawn chunks agree with them."""
+    rows, found = read("first-tokens")[1].get("laws", []), enumerated()
+    shares = exact_and_drawn_share(4, 2.0)
+    if not shares:
+        return NOT_RUN
+    counts = sorted(row["chunks"][-1] for row in found)
+    prompts = len({row["prompt"] for row in found})
+    base = ratio(rows, lambda row: row["base"][1])
+    return (
+        f"This was possible for {len(found)} of {len(rows)} contexts, of {prompts} prompts (themselves, and with the "
+        f"first token of an answer), with {counts[0]} to {counts[-1]} chunks of four tokens. The others have more, as "
+        f"their drafts are less certain: over all {len(rows)} the base's distance is {words(base, '.3f')}. On the "
+        f"contexts that this figure shares with the ones above, SCR delivers {words(shares[0])} of the next token's "
+        f"shift at k = 4, M = 2 by all chunks, and {words(shares[1])} by drawn ones."
+        f"{' So few prompts give intervals that are too narrow.' if prompts < FEW_PROMPTS else ''}"
+    )
+
+
 def agreement(bounds: Table) -> str:
     """Whether texts show the share that their next token has."""
     left = {name: cells[3] for name, cells in bounds.rows.items() if isinstance(cells[3], Estimate)}
@@ -238,12 +260,12 @@ def agreement(bounds: Table) -> str:
         return NOT_RUN
     said = f"Its interval excludes 0 for {', '.join(apart)}." if apart else "No interval of it excludes 0."
     shares = ", ".join(f"{words(share_in_texts(read('laws-ESTP')[1][name]))} of {name}" for name in left)
-    return f"{said} As a share of the target's the texts' shift is {shares}: a ratio of two such means tells little."
+    return f"{said} As a share of the target's the texts' shift is {shares}."
 
 
 def runs() -> str:
     """How far the runs of Table 3 agree."""
-    names = list(read("speeds")[1])
+    names = [name for name in read("speeds")[1] if name.startswith("N=2")]
     told = [
         f"{paper_tables.NAMES[method]} {' and '.join(f'{e.value + 1:.2f}' for e in estimates)}"
         for method in ("mod", "token-rs", "seq-rs")
@@ -255,26 +277,27 @@ def runs() -> str:
 def parting() -> str:
     """Where the geometric and the arithmetic target differ; the weight of the second has no scale."""
     runs = read("front")[1]
-    if "arithmetic" not in runs:
+    names = sorted((name for name in runs if name.startswith("geometric ")), key=lambda name: float(name.split()[1]))
+    arithmetic = runs.get("anchored 0.25")
+    if not names or not arithmetic:
         return NOT_RUN
-    told = []
-    for name, rows in runs.items():
-        if name.startswith("geometric ") and name != "geometric-scr":
-            nats = difference(rows, runs["arithmetic"], lambda row: row["nats"], lambda row: row["tokens"])
-            gain = difference(rows, runs["arithmetic"], trait)
-            told.append((float(name.split()[1]), f"{words(nats, '+.2f')} and {words(gain, '+.3f')}"))
-    return "Geometric less arithmetic, in the logarithm of the perplexity and in P(pole): " + "; ".join(
-        f"{text} at {weight:g}" for weight, text in sorted(told)
-    ) + "."  # fmt: skip
+    nats, gains = (
+        {name.split()[1]: difference(runs[name], arithmetic, *how) for name in names}
+        for how in ((lambda row: row["nats"], lambda row: row["tokens"]), (trait,))
+    )
+    told = "; ".join(f"{words(nats[at], '+.2f')} and {words(gains[at], '+.3f')} at {at}" for at in nats)
+    costs = ", ".join(at for at, own in nats.items() if own.low > 0 or own.high < 0) or "no weight"
+    traits = ", ".join(at for at, own in gains.items() if own.low > 0 or own.high < 0) or "no weight"
+    return (
+        f"Geometric less arithmetic, in the logarithm of the perplexity and in P(pole): {told}. They part measurably "
+        f"in perplexity at {costs}, and in P(pole) at {traits}."
+    )
 
 
-def dominance() -> str:
-    """Which settings have measurably more of the trait than soups, and no larger perplexity; and whether one of five
-    forwards a token has more than the best of several soups."""
+def dominating() -> tuple[list[str], list[tuple[str, str]]]:
+    """Which settings have measurably more of the trait than soups of no smaller perplexity; and all compared."""
     runs = read("front")[1]
     soups = [name for name in runs if name.startswith("soups ")]
-    if not soups:
-        return NOT_RUN
     compared = [
         (name, soup)
         for name in runs
@@ -282,18 +305,27 @@ def dominance() -> str:
         if name not in soups and perplexity(runs[name]).value <= perplexity(runs[soup]).value
     ]
     above = [f"{one} over {other}" for one, other in compared if difference(runs[one], runs[other], trait).low > 0]
-    found = ", ".join(above) or "none"
-    told = (
-        f"Settings whose P(pole) is measurably above that of soups of no smaller perplexity: {found}, "
-        f"of {len(compared)} that were compared; were all alike, chance would give {0.025 * len(compared):.1f}."
+    return above, compared
+
+
+def at_equal_cost() -> dict[str, Estimate]:
+    """How much more of the trait the geometric target has than the best of several soups, by weight."""
+    runs = read("front")[1]
+    weights = [name.split()[1] for name in runs if name.startswith("best-soups ")]
+    pairs = {weight: (f"geometric {weight}", f"best-soups {weight}") for weight in weights}
+    return {weight: difference(runs[one], runs[other], trait) for weight, (one, other) in pairs.items() if one in runs}
+
+
+def dominance() -> str:
+    """Whether any setting dominates soups."""
+    above, compared = dominating()
+    if not compared:
+        return NOT_RUN
+    return (
+        "Settings whose P(pole) is measurably above that of soups of no smaller perplexity: "
+        f"{', '.join(above) or 'none'}, of {len(compared)} that were compared; were all alike, "
+        f"chance would give {0.025 * len(compared):.1f}."
     )
-    alike = ("geometric 2", "best-soups 2")
-    if not runs.keys() >= {*alike}:
-        return told
-    gain = words(difference(*(runs[name] for name in alike), trait), "+.3f")
-    costs = (ratio(runs[name], lambda row: row["calls"] * row["tokens"], lambda row: row["tokens"]) for name in alike)
-    calls = " and ".join(f"{cost.value:.2f}" for cost in costs)
-    return f"{told} At nearly equal forwards, {calls} a token, {' less '.join(alike)} is {gain} in P(pole)."
 
 
 def size(name: str) -> str:
@@ -301,13 +333,13 @@ def size(name: str) -> str:
     header, runs = read(name)
     prompts = {len({row["prompt"] for row in rows}) for rows in runs.values()}
     told = " to ".join(str(n) for n in sorted({min(prompts), max(prompts)}))
-    return f"A row is of {told} prompts, up to {header['new_tokens']} tokens each."
+    return f"A row is of {told} prompts, {header['texts']} texts each, of up to {header['new_tokens']} tokens."
 
 
 def missing() -> str:
     """What has no scores yet."""
-    names = [*["laws-ESTP", "laws-ESTPINFJ", "front", "negative", "rows", "speeds", "seeds"], *HISTORIES]
-    names += [f"table-{name}" for name in (*TYPES, "roleplay")]
+    names = ["laws-ESTP", "laws-ESTPINFJ", "first-tokens", "front", "negative", "rows", "speeds", "seeds"]
+    names += [*HISTORIES, *(f"table-{name}" for name in (*TYPES, "roleplay"))]
     left = [name for name in names if not (read(name)[1] or (name in HISTORIES and held_out(name[5:])))]
     return f"These have no scores yet: {', '.join(left)}." if left else "Every file of scores is there."
 

@@ -35,11 +35,15 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
 
 
 def mbti(method: str, types: Sequence[str] = TYPES) -> list[dict[str, Any]]:
-    """Rows of a method over some types. They ask the same questions: what is resampled is a question."""
+    """Rows of a method over some types, once it has answered for all of them that were begun. Types ask the same
+    questions: what is resampled is a question."""
+    runs = [runs for name in types if (runs := read(f"table-{name}")[1])]
+    if not all(method in of_type for of_type in runs):
+        return []
     return [
         {**row, "item": question_of(row["item"]), "traits": {of: row[of] for of in DIMENSIONS}}
-        for name in types
-        for row in read(f"table-{name}")[1].get(method, ())
+        for of_type in runs
+        for row in of_type[method]
     ]
 
 
@@ -48,10 +52,10 @@ def plays(method: str) -> list[dict[str, Any]]:
     return [row for row in read("table-roleplay")[1].get(method, ()) if row.get("rouge1") is not None]
 
 
-def timed(method: str, run: str | None = None) -> list[dict[str, Any]]:
-    """Rows of a method's texts that were timed, of one run or of all."""
+def timed(method: str, run: str = "N=2") -> list[dict[str, Any]]:
+    """Rows of a method's texts that were timed, of one run, or of all runs of so many attributes."""
     runs = read("speeds")[1]
-    return [row for name, rows in runs.items() if run in (None, name) for row in rows if row["method"] == method]
+    return [row for name, rows in runs.items() if name.startswith(run) for row in rows if row["method"] == method]
 
 
 def ratio(rows: Rows, over: Callable[[Any], float], under: Callable[[Any], float] = lambda row: 1.0) -> Estimate:
@@ -63,6 +67,7 @@ def difference(
     rows: Rows, others: Rows, over: Callable[[Any], float], under: Callable[[Any], float] = lambda row: 1.0
 ) -> Estimate:
     """The ratio of some rows less that of others, on the same resamples of prompts."""
+    assert {*map(_prompt, rows)} == {*map(_prompt, others)}
     return Bootstrap.estimate(_ratios(rows, over, under) - _ratios(others, over, under))
 
 
@@ -70,6 +75,7 @@ def times(
     rows: Rows, others: Rows, over: Callable[[Any], float], under: Callable[[Any], float] = lambda row: 1.0
 ) -> Estimate:
     """The ratio of some rows over that of others, less 1, on the same resamples of prompts."""
+    assert {*map(_prompt, rows)} == {*map(_prompt, others)}
     return Bootstrap.estimate(_ratios(rows, over, under) / _ratios(others, over, under) - 1)
 
 
@@ -84,12 +90,14 @@ def perplexity(rows: Rows) -> Estimate:
     return Bootstrap.estimate(np.exp(log))
 
 
-def share(setting: str, base: str, target: str, file: str = "laws-ESTP", prefix: int | None = None) -> Estimate | None:
+def share(setting: str, base: str, target: str, file: str = "laws-ESTP") -> Estimate | None:
     """The share of the shift from base to target that a law of the next token delivers."""
-    rows = [row for row in read(file)[1].get("laws", ()) if prefix in (None, row["prefix"])]
-    if not rows or setting not in rows[0]:
-        return None
-    return ratio(rows, lambda row: row[setting][0] - row[base][0], lambda row: row[target][0] - row[base][0])
+    rows = read(file)[1].get("laws", ())
+    return _share(rows, setting, base, target) if rows and setting in rows[0] else None
+
+
+def _share(rows: Rows, setting: str, base: str, target: str) -> Estimate:
+    return ratio(rows, lambda row: row[setting] - row[base], lambda row: row[target] - row[base])
 
 
 def share_of(score: str, n: int, k: int, bound: float) -> Estimate | None:
@@ -102,7 +110,7 @@ def shift_of(n: int) -> Estimate:
     """The shift of the mean log-ratio that n attributes ask for, in nats a token."""
     file = "laws-ESTP" if f"target arithmetic N={n}" in read("laws-ESTP")[1]["laws"][0] else "laws-ESTPINFJ"
     target, base = f"target arithmetic N={n}", f"base arithmetic N={n}"
-    return ratio(read(file)[1]["laws"], lambda row: row[target][0] - row[base][0])
+    return ratio(read(file)[1]["laws"], lambda row: row[target] - row[base])
 
 
 def share_of_round(k: int, bound: float, n: int = 4) -> Estimate | None:
@@ -133,26 +141,47 @@ def beyond_share(rows: Rows, share: float) -> Estimate:
     return Bootstrap.estimate(own - share * target)
 
 
-def share_in_texts(rows: Rows) -> Estimate:
-    """That shift over the one of SCR's own target."""
-    own, target = _shifts(rows)
+def share_in_texts(rows: Rows, of: str = TARGET_TEXTS) -> Estimate:
+    """That shift over the one of SCR's own target, or of another's texts."""
+    own, target = _shifts(rows, of)
     return Bootstrap.estimate(own / target)
 
 
-def _shifts(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """The shift of some texts and that of SCR's own target, on the same resamples."""
+def _shifts(rows: Rows, of: str = TARGET_TEXTS) -> tuple[np.ndarray, np.ndarray]:
+    """The shift of some texts and that of others, on the same resamples."""
     runs = read("laws-ESTP")[1]
     own, base, target = (
-        _ratios(of, lambda row: row["log_ratio"], lambda row: row["tokens"])
-        for of in (rows, runs["base"], runs[TARGET_TEXTS])
+        _ratios(texts, lambda row: row["log_ratio"], lambda row: row["tokens"])
+        for texts in (rows, runs["base"], runs[of])
     )
     return own - base, target - base
 
 
+def enumerated() -> list[dict[str, Any]]:
+    """Contexts of which every chunk was enumerated, of each length."""
+    rows = read("first-tokens")[1].get("laws", [])
+    longest = max((len(row["chunks"]) for row in rows), default=0)
+    return [row for row in rows if len(row["chunks"]) == longest]
+
+
 def distance(setting: str) -> Estimate | None:
-    """The mean total variation between a law of the next token and the target's."""
-    rows = read("laws-ESTP")[1].get("laws", ())
+    """The mean total variation between a law of the next token and the target's, over those contexts."""
+    rows = enumerated()
     return ratio(rows, lambda row: row[setting][1]) if rows else None
+
+
+def exact_and_drawn_share(k: int, bound: float) -> tuple[Estimate, Estimate] | None:
+    """The share of the shift that SCR delivers in the next token, from all chunks and from drawn ones, over contexts of
+    which there are both."""
+    all_chunks = {(row["prompt"], row["prefix"]): row for row in enumerated()}
+    drawn = [row for row in read("laws-ESTP")[1].get("laws", ()) if (row["prompt"], row["prefix"]) in all_chunks]
+    rows, name = [all_chunks[row["prompt"], row["prefix"]] for row in drawn], f"k={k} M={bound:g}"
+    if not rows or name not in rows[0]:
+        return None
+    return (
+        ratio(rows, lambda row: row[name][0] - row["base"][0], lambda row: row["target"][0] - row["base"][0]),
+        _share(drawn, f"arithmetic N=4 {name}", "base arithmetic N=4", "target arithmetic N=4"),
+    )
 
 
 def _ratios(rows: Rows, over: Callable[[Any], float], under: Callable[[Any], float]) -> np.ndarray:

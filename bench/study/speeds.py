@@ -15,18 +15,27 @@ import torch
 from common import NEW_TOKENS, limited, load, measure
 from mpg.model import Model
 from mpg.paper.methods import answer
-from pairs import ROLEPLAY
 from paper_tables import TABLE_3
-from tables import OPTIONS, items_of
+from tables import OPTIONS, attributes_of, items_of
 
 NUM_PROMPTS = limited(12)
-NUM_RUNS = limited(2)
+RUNS_OF = {"roleplay": 2, "ESTP": 1}  # 2 and 4 attributes
 COSTS = {"calls": "model_calls_per_token", "depth": "depth_per_token", "reject_rate": "reject_rate"}
 
 
 def main() -> None:
-    items, model = items_of("roleplay")[:NUM_PROMPTS], load(ROLEPLAY)
-    merged = model.models.merge(ROLEPLAY, torch.full((len(ROLEPLAY),), 1 / len(ROLEPLAY)))
+    names = {part: attributes_of(part) for part in RUNS_OF}
+    parts = {f"N={len(names[part])} run {n}": (part, n) for part, runs in RUNS_OF.items() for n in range(runs)}
+    header = {"items": NUM_PROMPTS, "new_tokens": NEW_TOKENS, "clock": "processor seconds of one thread"}
+    adapters = dict.fromkeys(name for own in names.values() for name in own)
+    measure("speeds", adapters, header, list(parts), lambda setting: timed_texts(*parts[setting]))
+
+
+def timed_texts(part: str, run: int) -> list[dict[str, Any]]:
+    """A row for every text of every method."""
+    names, prompts = attributes_of(part), [item.prompt for item in items_of(part)[:NUM_PROMPTS]]
+    model = load(names)
+    merged = model.models.merge(names, torch.full((len(names),), 1 / len(names)))
     soups = Model(merged.with_roles(base="merged"))
 
     def rows_of(method: str, prompt: str, seed: int) -> list[dict[str, Any]]:
@@ -35,7 +44,7 @@ def main() -> None:
         if method == "soups":
             results = answer(soups, "base", [prompt], **own)
         else:
-            results = answer(model, method, [prompt], dict.fromkeys(ROLEPLAY, 1.0), **own)
+            results = answer(model, method, [prompt], dict.fromkeys(names, 1.0), **own)
         seconds = (time.process_time() - started_at) / len(results)
         return [
             {
@@ -45,19 +54,14 @@ def main() -> None:
             for [result] in results.values()
         ]  # fmt: skip
 
-    def run(setting: str) -> list[dict[str, Any]]:
-        seed = 5000 + 100 * int(setting.removeprefix("run "))
-        return [
-            {"prompt": index, **row}
-            for index, item in enumerate(items)
-            for method in TABLE_3
-            for row in rows_of(method, item.prompt, seed + index)
-        ]
-
     for method in TABLE_3:
-        rows_of(method, items[0].prompt, 0)  # warms up
-    header = {"items": len(items), "new_tokens": NEW_TOKENS, "clock": "processor seconds of one thread"}
-    measure("speeds", header, [f"run {n}" for n in range(NUM_RUNS)], run)
+        rows_of(method, prompts[0], 0)  # warms up
+    return [
+        {"prompt": index, **row}
+        for index, prompt in enumerate(prompts)
+        for method in TABLE_3
+        for row in rows_of(method, prompt, 5000 + 100 * run + index)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The study's own tables, beside the paper's four: bounds, front, negative weights, empty rows, adapters.
+"""The study's own tables, beside the paper's four: bounds, front, negative weights, tuning, adapters.
 
 Knows what a row of each holds; the words around them are `reproduction`'s business.
 """
@@ -10,7 +10,7 @@ import math
 from statistics import median
 
 import scores
-from claims import emptiness, held_out
+from claims import emptiness, held_out, of_e
 from layout import Cell, Column, Table
 from mpg.evaluate.held_out import estimate_gain, estimate_value
 from scores import (
@@ -23,6 +23,7 @@ from scores import (
     ratio,
     read,
     share_at,
+    share_in_texts,
     shift_in_texts,
     trait,
 )
@@ -35,15 +36,17 @@ def bounds() -> Table:
     """What M becomes in texts, what SCR delivers there in the next token, and whether the texts agree."""
     columns = [Column("M at their end, median (range)"), Column("share there, of all tokens", ".2f")]
     columns += [Column("shift in the texts, nats a token", "+.4f"), Column("less the share of the target's", "+.4f")]
+    columns.append(Column("of the shift of `exact`", ".2f"))
     rows: dict[str, list[Cell]] = {}
     for name, own in read("laws-ESTP")[1].items():
-        told: list[Cell] = ["", "", shift_in_texts(own), ""] if name not in ("laws", "rounds", "base") else []
+        told: list[Cell] = ["", "", shift_in_texts(own), "", ""] if name not in ("laws", "rounds", "base") else []
         if name.startswith("scr"):
             ends = sorted(math.exp(row["log_bound"]) for row in own)
             share = share_at(1 if name == TARGET_TEXTS else 4, median(ends))
             told[:2] = [f"{median(ends):.2f} ({ends[0]:.2f} to {ends[-1]:.2f})", share]
             if share and name != TARGET_TEXTS:
                 told[3] = beyond_share(own, share.value)
+            told[4] = share_in_texts(own, "exact")
         if told:
             rows[name] = [*told, _forwards(own)]
     return Table("texts", [*columns, FORWARDS], rows)
@@ -57,18 +60,21 @@ def front() -> Table:
     for name, own in runs.items():
         gain = "" if name == "base" else difference(own, runs["base"], trait)
         rows[name] = [ratio(own, trait), gain, perplexity(own), _forwards(own)]
-    return Table("setting", columns, rows)
+    titles = {"geometric 0.25": "geometric 0.25 (MOD)", "anchored 0.25": "anchored 0.25 (arithmetic)"}
+    return Table("setting", columns, rows, titles)
 
 
 def negative() -> Table:
     """What either way to take E away does."""
     _, runs = read("negative")
-    columns = [Column("P(E), 95 %", ".3f"), Column("less that of T=1 alone", "+.3f"), PERPLEXITY]
+    columns = [Column("P(E), 95 %", ".3f"), Column("less that of T=1 alone", "+.3f")]
+    columns += [Column("less the opposite pole's way", "+.3f"), PERPLEXITY]
     rows: dict[str, list[Cell]] = {}
     for name, own in runs.items():
-        is_start = name in ("base", "geometric T=1")
-        gain = "" if is_start else difference(own, runs["geometric T=1"], lambda row: row["traits"]["EI"])
-        rows[name] = [ratio(own, lambda row: row["traits"]["EI"]), gain, perplexity(own)]
+        gain = difference(own, runs["geometric T=1"], of_e) if "," in name else ""
+        opposite = runs.get(name.replace("E=-", "I="), [])
+        against = difference(own, opposite, of_e) if "E=-" in name and opposite else ""
+        rows[name] = [ratio(own, of_e), gain, against, perplexity(own)]
     return Table("target and weights", columns, rows)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from common import BASE, DATA, NEW_TOKENS, RUNS, limited, load, measure
+from common import BASE, DATA, NEW_TOKENS, NUM_TEXTS, RUNS, limited, load, measure
 from judge import FOLDER, study_judge
 from mpg.evaluate.answers import write_answers
 from mpg.evaluate.judges.classifier import ClassifierJudge
@@ -25,12 +25,17 @@ from mpg.models import gguf, sources
 from mpg.paper.methods import METHODS
 from pairs import ROLEPLAY
 
-EACH = limited(8)  # items of every task and type
-NUM_PLAYS = limited(20)
+EACH = limited(12)  # items of every task and type
+NUM_PLAYS = limited(24)
 OPTIONS: dict[str, dict[str, Any]] = {
     "seq-rs": {"tries": 8},  # of whole texts, where 64 would take an hour
     **{method: {"empty": "base"} for method in METHODS if method.startswith("scr")},
 }
+
+
+def attributes_of(part: str) -> tuple[str, ...]:
+    """The attributes of a type, or of role-play."""
+    return ROLEPLAY if part == "roleplay" else tuple(part)
 
 
 def items_of(part: str) -> list[Item]:
@@ -58,7 +63,7 @@ def specialised() -> Path:
 
 
 def main(part: str) -> None:
-    items, poles = items_of(part), ROLEPLAY if part == "roleplay" else tuple(part)
+    items, poles = items_of(part), attributes_of(part)
     original = load(poles)
     metrics = Metrics((Path(gguf.SMOLLM2_ON_HUB if BASE == gguf.SMOLLM2 else BASE).name, original))
     judge = None if part == "roleplay" else ClassifierJudge(FOLDER, poles)
@@ -69,24 +74,24 @@ def main(part: str) -> None:
         if needs not in loaded:
             loaded[needs] = load(poles, base=str(specialised()), anchor=BASE)
         place = RUNS / "answers" / part / f"{method}.jsonl"
-        own = {"max_new_tokens": NEW_TOKENS, **OPTIONS.get(method, {})}
+        own = {"seeds": range(NUM_TEXTS), "max_new_tokens": NEW_TOKENS, **OPTIONS.get(method, {})}
         answers = write_answers(place, loaded[needs], items, method, dict.fromkeys(poles, 1.0), **own)
         of_items = {item.id: item for item in items}
         asked = [(deal_options(of_items[answer["item"]], answer["seed"]), answer["text"]) for answer in answers]
         rows = [
-            {"item": answer["item"], "attribute": answer["attribute"], "tokens": answer["tokens"], **_costs(answer)}
+            {**{name: answer[name] for name in ("item", "seed", "attribute", "tokens")}, **_costs(answer)}
             for answer in answers
         ]
         for scorer in filter(None, (metrics, judge)):
             scorer.score(asked, lambda index, scores, _: rows[index].update(scores))
         return rows
 
-    header = {"items": len(items), "new_tokens": NEW_TOKENS, "signatures": metrics.signatures}
+    header = {"items": len(items), "texts": NUM_TEXTS, "new_tokens": NEW_TOKENS, "signatures": metrics.signatures}
     header |= {} if part == "roleplay" else {"option_order": OPTION_ORDER}
     header["judge"] = None if judge is None else judge.accuracy
     has_reference = (RUNS / "adapters" / "reference" / "training.json").is_file()
     methods = [method for method in METHODS if has_reference or not method.endswith("-specialized")]
-    measure(f"table-{part}", header, methods, rows_of)
+    measure(f"table-{part}", poles, header, methods, rows_of)
 
 
 def _costs(answer: dict[str, Any]) -> dict[str, float]:

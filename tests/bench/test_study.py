@@ -17,6 +17,7 @@ from PIL import Image
 
 import claims
 import figures
+import first_tokens
 import judge
 import mpg
 import negative
@@ -28,6 +29,7 @@ import study_tables
 from layout import Column, Table
 from longer import IS_LONG
 from mpg.demo import MODELS
+from mpg.paper.check import score_texts
 from mpg.paper.methods import METHODS
 
 
@@ -214,10 +216,33 @@ def test_scr_has_its_targets_law_where_a_chunk_is_one_token_and_no_score_is_abov
     model = mpg.load(MODELS, device="cpu")
     told = next_token.law_of(model, "ESTJ", model.encode("How was your day?"))
     base, target = (told[f"{of} arithmetic N=4"] for of in ("base", "target"))
-    assert told["arithmetic N=4 k=1 M=10"] == target == [target[0], 0]
-    assert told["arithmetic N=4 k=1 M=1"][1] > 0.001 < base[1]  # a bound below scores clips them
-    shares = [told[f"arithmetic N=4 k={k} M=2"][0] for k in (4, 2, 1)]
-    assert base[0] < shares[0] < shares[1] < shares[2] == target[0]
+    assert told["arithmetic N=4 k=1 M=10"] == target
+    shares = [told[f"arithmetic N=4 k={k} M=2"] for k in (4, 2, 1)]
+    assert base < shares[0] < shares[1] < shares[2] == target
+
+
+def test_the_exact_law_of_the_next_token_is_that_of_every_chunk_one_by_one(monkeypatch):
+    monkeypatch.setattr(first_tokens, "LONGEST", 3)
+    monkeypatch.setattr(next_token, "MOST", 3)
+    monkeypatch.setattr(next_token, "CHUNKS_OF_LAW", 300)
+    model = mpg.load(MODELS, device="cpu")
+    context = model.tokenizer("I")["input_ids"]
+    told = first_tokens.laws_of(model, "ESTJ", context)
+    assert told["k=1 M=10"] == told["target"] == [told["target"][0], 0]
+    assert told["k=1 M=1"][1] > 0.001 < told["base"][1]  # a bound below scores clips them
+    levels = first_tokens.chunks(model, "ESTJ", context)
+    going = [1, *(int((~level.has_ended).sum()) for level in levels[:-1])]
+    assert [float(level.probs.sum()) for level in levels] == pytest.approx(going)
+    for row in (0, len(levels[2].paths) // 2):  # a chunk's scores, read as one text
+        ids = levels[2].paths[row].tolist()
+        wanted = score_texts(model.models, tuple("ESTJ"), [context], [ids])[0]
+        assert levels[2].log_ratios[:, row].tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    drawn = next_token.law_of(model, "ESTJ", context)
+    shares = [told[f"k={k} M=2"][0] for k in (3, 2, 1)]
+    assert told["base"][0] < shares[0] < shares[1] < shares[2] == told["target"][0]
+    asked = told["target"][0] - told["base"][0]
+    for k in (1, 2, 3):
+        assert told[f"k={k} M=2"][0] == pytest.approx(drawn[f"arithmetic N=4 k={k} M=2"], abs=0.1 * asked)
 
 
 def test_a_round_of_two_tokens_shifts_what_their_enumeration_says(monkeypatch):
@@ -232,7 +257,7 @@ def test_a_round_of_two_tokens_shifts_what_their_enumeration_says(monkeypatch):
         fed, position = torch.tensor([[ids[-1]]]), torch.tensor([len(ids) - 1])
         logits = session.forward(roles, fed, position, kv_length=len(ids))[:, 0, -1].double()
         session.close()
-        draft, logprobs = next_token._warped(logits[0]), logits.log_softmax(-1)
+        draft, logprobs = next_token.warped(logits[0]), logits.log_softmax(-1)
         ratios = logprobs[1:] - logprobs[0]
         wanted = draft * ratios.exp().mean(0)
         mean = draft @ ratios.mean(0)
@@ -255,8 +280,8 @@ def test_a_round_of_two_tokens_shifts_what_their_enumeration_says(monkeypatch):
     assert told["N=4 k=2 M=2"][0] / told["N=4 k=2 M=2"][1] == pytest.approx(float(shift / due), abs=0.01)
     law = next_token.law_of(model, "ESTJ", context)
     for bound in (1, 2):  # where a chunk is one token, a round is its first token
-        base, target = (law[f"{of} arithmetic N=4"][0] for of in ("base", "target"))
-        one = [law[f"arithmetic N=4 k=1 M={bound}"][0] - base, target - base]
+        base, target = (law[f"{of} arithmetic N=4"] for of in ("base", "target"))
+        one = [law[f"arithmetic N=4 k=1 M={bound}"] - base, target - base]
         assert told[f"N=4 k=1 M={bound}"] == pytest.approx(one, abs=2e-6)
 
 
@@ -266,3 +291,39 @@ def test_rows_are_empty_where_no_token_has_a_positive_score():
     [whole], [none] = (negative.empty_rows(model, prompts, [text], {"E": weight}) for weight in (1.0, -1.0))
     assert (whole["empty"], whole["empty_nucleus"], none["empty"]) == (0, 0, len(text))
     assert whole["left_mass"] > 0.999 * len(text) and none["left_mass"] == 0
+
+
+def test_times_are_of_one_number_of_attributes_and_shares_of_shared_contexts(monkeypatch):
+    def texts(method, seconds):
+        return [{"method": method, "prompt": n, "tokens": 8, "calls": seconds, "seconds": seconds} for n in range(4)]
+
+    runs = {
+        "N=2 run 0": texts("scr", 1.0) + texts("mod", 1.5),
+        "N=2 run 1": texts("scr", 1.0) + texts("mod", 2.5),
+        "N=4 run 0": texts("scr", 2.0) + texts("mod", 6.0),
+    }
+    names = ("base arithmetic N=4", "target arithmetic N=4", "arithmetic N=4 k=4 M=2")
+    laws = [
+        {"prompt": 0, "prefix": prefix, **dict(zip(names, (0.0, 1.0, own), strict=True))}
+        for prefix, own in ((0, 0.6), (12, 9.0))
+    ]
+    exact = [
+        {"prompt": 0, "prefix": 0, "chunks": [1] * 4, "base": [0.0, 0.3], "target": [1.0, 0.0], "k=4 M=2": [0.5, 0.2]},
+        {"prompt": 0, "prefix": 1, "chunks": [1] * 4, "base": [0.0, 0.3], "target": [1.0, 0.0], "k=4 M=2": [9.0, 0.4]},
+        {"prompt": 1, "prefix": 0, "chunks": [1] * 3, "base": [0.0, 0.3], "target": [1.0, 0.0]},
+    ]
+    files = {"speeds": runs, "laws-ESTP": {"laws": laws}, "first-tokens": {"laws": exact}}
+    monkeypatch.setattr(scores, "read", lambda name: ({}, files[name]))
+    monkeypatch.setattr(claims, "timed", scores.timed)
+    assert [claims.slower("mod", run).value for run in ("N=2", "N=2 run 1", "N=4")] == pytest.approx([1, 1.5, 2])
+    assert claims.growth("mod").value == 6 - 2
+    shares = scores.exact_and_drawn_share(4, 2.0)
+    assert [share.value for share in shares] == pytest.approx([0.5, 0.6])
+    assert scores.exact_and_drawn_share(5, 2.0) is None
+    assert scores.distance("k=4 M=2").value == pytest.approx(0.3)
+
+
+def test_rows_of_other_prompts_are_not_compared():
+    rows = [{"prompt": n, "tokens": 1} for n in range(3)]
+    with pytest.raises(AssertionError):
+        scores.difference(rows, rows[:2], lambda row: row["tokens"])

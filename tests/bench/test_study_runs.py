@@ -28,7 +28,7 @@ RESULTS, DOCS = STUDY.parent / "results/study", STUDY.parents[1] / "docs"
 PAGE = (STUDY / "reproduction.md").read_text()
 COMMANDS = [line.split() for line in re.findall(r"^python bench/study/(.*)$", PAGE, re.MULTILINE)]
 PARTS = {"next_token.py": ["ESTP"], "negative.py": ["rows"], "tables.py": ["roleplay"], "tuning.py": ["ESTP"]}
-OF_PARTS = {"laws-ESTP", "front", "rows", "table-roleplay", "speeds", "seeds", "tune-ESTP-iterative"}
+OF_PARTS = {"laws-ESTP", "first-tokens", "front", "rows", "table-roleplay", "speeds", "seeds", "tune-ESTP-iterative"}
 COPIED = {**dict(zip("ESTPINFJ", "ESTJSJET", strict=True)), "profile": "E", "personality": "T", "reference": "S"}
 COPIED |= {f"{pole}-seed{seed}": pole for pole in "ET" for seed in (1, 2)}
 
