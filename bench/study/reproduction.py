@@ -75,7 +75,7 @@ def page(drawn: Sequence[str], tables: Mapping[str, Table]) -> str:
         "signatures": signatures(), "dominance": dominance(), "missing": missing(),
         "agreement": agreement(tables["bounds"]), "attributes": attributes(), "parting": parting(),
         "size front": size("front"), "size negative": size("negative"), "recipe": recipe(),
-        "number changes": str(sum("" not in cells for cells in tables["negative"].rows.values())),
+        "number changes": str(sum(cells[1] != "" for cells in tables["negative"].rows.values())),
         "number texts": str(len(read("laws-ESTP")[1].get("base", ()))),
         "number plays": str(len({row["item"] for row in plays("base")})),
         "number timed": f"{len({row['prompt'] for row in timed('base')})} prompts", "runs": runs(),
