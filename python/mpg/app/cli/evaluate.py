@@ -24,6 +24,12 @@ app = typer.Typer(
 
 Data = Annotated[Path, typer.Option(help="The folder of the paper's data release: mbti/questions, roleplay.")]
 Out = Annotated[Path, typer.Option(help="A folder for answers, scores and tables; the same command goes on in it.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="NAME=NUMBER,... such as E=1,T=-0.5, or a preset of the recipe. Default: 1 for each that is judged."
+    ),
+]
 Methods = Annotated[str | None, typer.Option(help="NAME,...: of mpg info --methods. Default: all.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Texts per prompt and method.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task at most.")]
@@ -51,7 +57,7 @@ def mbti(
         list[str] | None,
         typer.Option(help="ESTP, ...: whose questions are asked and whose poles are judged; repeat it for the mean."),
     ] = None,
-    weights: arguments.Weights = None,
+    weights: Weights = None,
     models: arguments.Models = "demo",
     methods: Methods = None,
     tasks: Annotated[str | None, typer.Option(help="Some of qa,mcqa,16p. Default: all.")] = None,
@@ -131,7 +137,7 @@ def mbti(
 def roleplay(
     data: Data,
     out: Out,
-    weights: arguments.Weights = None,
+    weights: Weights = None,
     models: arguments.Models = "demo",
     methods: Methods = None,
     judge: Annotated[list[str] | None, typer.Option(help="An endpoint's URL#MODEL; repeat it.")] = None,
