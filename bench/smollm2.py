@@ -100,9 +100,7 @@ def measure(new_tokens: int, runs: int, say: Say, models: str = "smollm2") -> li
     for name, model in own.items():
         say(f"{models}, {name}, drafts")
         goal = EXACT_GOAL if name == "float32" else None
-        rows += compare_drafts(
-            f"{models}, {name}/exact_n4", model, prompts[:NUM_DRAFTED], max(new_tokens // 2, 1), goal
-        )
+        rows += compare_drafts(f"{models}, {name}/exact_n4", model, prompts[:NUM_DRAFTED], new_tokens, goal)
     say(f"{models}, what types lose")
     for name in ("bfloat16", "int4"):
         kl = mean_kl(own["float32"], own[name], prompts, new_tokens)

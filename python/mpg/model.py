@@ -350,8 +350,8 @@ def load(
                 is then `dtype`'s default and only value. Weights that were such ones before keep their values; others
                 lose what four bits lose. Layers whose inputs are no multiple of 32 or outputs none of 16 stay as they
                 are. Where memory allows, the same values lie there in bfloat16 too, for many rows at once.
-                "int4-draft": this of the draft alone, a copy of the base where none is given, for sampler="exact",
-                draft="model"; the text's law stays that of the other models. "none" goes before a recipe's
+                "int4-draft": this of a copy of the base with its adapters, for exact's draft="model" and "merged", or
+                of the draft that is given; the law stays that of the other models. "none" goes before a recipe's
     allow_other_base: take adapters also where they name another base model than the one they get, as below
     merge_adapters: let PEFT merge an adapter in a folder that is more than LoRA on linear layers (DoRA, embeddings,
                 ...) into a further model, of a base in memory a copy that follows no later change, and warn of its size

@@ -86,7 +86,7 @@ class FakeModels:
     ) -> FakeSession:
         return FakeSession(self, prompts, roles, capacity, num_rows or len(prompts))
 
-    def merge(self, attributes: Sequence[str], weights: Tensor) -> FakeModels:
+    def merge(self, attributes: Sequence[str], weights: Tensor, *, is_draft: bool = False) -> FakeModels:
         """Itself: the role "merged" is a table as any."""
         assert not {*attributes} & {*self.contexts}
         return self

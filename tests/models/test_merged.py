@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ensembles import load
+from mpg.models import runner
 from mpg.models.ensemble import Cost
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
@@ -54,8 +55,12 @@ def _continue(ensemble, roles, draft):
     return session.forward(roles, tokens, start, kv_length=16), session
 
 
+@pytest.mark.parametrize("own_tokens", [0, runner.OWN_TOKENS, 100])  # all batched, the fed ones alone, prompts too
 @pytest.mark.parametrize("model_type", ADAPTERS)
-def test_every_row_runs_the_model_with_its_own_weights_merged(model_type, peft_model, full_logits):
+def test_every_row_runs_the_model_with_its_own_weights_merged(
+    model_type, own_tokens, peft_model, full_logits, monkeypatch
+):
+    monkeypatch.setattr(runner, "OWN_TOKENS", own_tokens)
     model, draft = peft_model(model_type), torch.randint(61, (3, 3))
     (logits,), _ = _continue(_merge(load(model, device="cpu")), ["merged"], draft)
     for row, (prompt, tail) in enumerate(zip(PROMPTS, draft.tolist(), strict=True)):

@@ -205,6 +205,24 @@ def test_a_draft_in_four_bits_reads_the_text_that_it_is_named_after(adapted):
     assert drafted.stats["accept_rate"] > max(0.5, rate)  # where the target is that text's alone
 
 
+def test_a_draft_in_four_bits_is_the_sum_of_adapters_too(adapted):
+    def logits(ensemble, **how):
+        session = ensemble.merge(["E"], torch.tensor([0.7]), **how).open([[3]], ["merged"], 8)
+        return session.forward(["merged"], torch.tensor([[3, 4, 5]]), torch.zeros(1).long(), kv_length=8)
+
+    model = mpg.load(adapted, device="cpu", quantize="int4-draft")
+    with torch.no_grad():
+        for place in range(2):  # the second time the caller has gone on training
+            whole, plain = (load(adapted, device="cpu", quantize=quantize) for quantize in ("int4", None))
+            assert torch.equal(logits(model.models, is_draft=True), logits(whole))
+            assert torch.equal(logits(model.models), logits(plain))  # of a target, as it is without a draft
+            options = {"weights": {"E": 0.7}, "max_new_tokens": 12, "temperature": 0}
+            drafted = model.generate([3, 4, 5], draft="merged", **options)
+            assert drafted.tokens == model.generate([3, 4, 5], sampler="direct", **options).tokens
+            assert drafted.stats["accepted_per_round"] > 1
+            adapted.base_model.model.model.layers[place].self_attn.v_proj.lora_B["E"].weight *= 3
+
+
 def test_a_draft_that_cannot_be_in_four_bits_is_refused(adapted, tiny_model, tmp_path):
     for draft in ("E", adapted):
         with pytest.raises(ValueError, match=r"^draft: expected a model beside quantize='int4-draft', got an adapter"):

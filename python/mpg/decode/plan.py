@@ -141,7 +141,7 @@ def _measure_acceptance(
     drafts = {draft: role for draft, role in ROLES.items() if draft != "model" or not models.is_same("draft", "base")}
     try:
         of_merged = weights[:, [attributes.index(name) for name in merged]]
-        models = models.merge(merged, merged_shares(of_merged, direct.target))
+        models = models.merge(merged, merged_shares(of_merged, direct.target), is_draft=True)
     except ValueError:  # attributes of more than one model, or none
         del drafts["merged"]
 

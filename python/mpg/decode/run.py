@@ -82,7 +82,9 @@ class Scheduler:
         room = models.rows_to_run(num_rows, num_rows)
         dtype = torch.promote_types(models.dtype, torch.float32)
         self.shares = torch.zeros(room, len(self.merged), dtype=dtype, device=models.device)
-        self.models = models.merge(self.merged, self.shares) if options.draft == "merged" else models
+        if options.draft == "merged":
+            models = models.merge(self.merged, self.shares, is_draft=True)
+        self.models = models
         numbers = tuple(range(most))  # a sampler's attributes are each request's own
         self.sampler = SAMPLERS[options.sampler](self.models, numbers, options)
         together = [roles for roles, _ in self.sampler.passes(1)]

@@ -141,12 +141,13 @@ class Ensemble:
         read = {self._slots[role].context for role in roles}
         return [name for name in self.contexts if name in read]
 
-    def merge(self, attributes: Sequence[str], weights: Tensor) -> Ensemble:
+    def merge(self, attributes: Sequence[str], weights: Tensor, *, is_draft: bool = False) -> Ensemble:
         """The same loaded models with one more role: "merged", the weighted sum of LoRA adapters.
 
         weights: (B, N), or (N,) for all rows alike: a of these N attributes; every row of a session computes
                  base(x) + sum_i a_i (x A_i) B_i with weights of its own, as the tensor has them when rows are replaced;
                  no matrices are merged
+        is_draft: whether it may run on the copy in four bits that is the draft, where that has the same adapters
 
         Raises ValueError unless the attributes are adapters of one model.
         """
@@ -158,9 +159,10 @@ class Ensemble:
                 got = "a context" if slot.context else "another model"
                 wanted = "attributes that are LoRA adapters of one model"
                 raise ValueError(f"draft 'merged', method 'soups': expected {wanted}, {name!r} is {got}")
-        twin = self.with_roles()
-        merge = Merge(attributes, [slot.group for slot in slots], weights)
-        twin._slots[MERGED] = Slot(slots[0].model, merge=merge)
+        twin, model = self.with_roles(), slots[0].model
+        if is_draft and self._slots[DRAFT].model.adapters:  # the same ones: they attach to one model
+            model = self._slots[DRAFT].model
+        twin._slots[MERGED] = Slot(model, 1, Merge(attributes, [slot.group for slot in slots], weights))
         return twin
 
     def cost(self, passes: Mapping[tuple[tuple[str, ...], int], int], opened: Sequence[str]) -> Cost:
@@ -177,7 +179,7 @@ class Ensemble:
         """Per role: source, model_type, parameters, device, adapter (its source, or None) and adapter_rank."""
         described = {}
         for role, (loaded, group, merge, _) in self._slots.items():
-            adapter = loaded.adapters[group - 1] if group else None
+            adapter = loaded.adapters[group - 1] if group and merge is None else None
             described[role] = {
                 "source": loaded.source + (f" with the sum of {', '.join(merge.names)}" if merge else ""),
                 "model_type": loaded.model.config.model_type,

@@ -126,6 +126,8 @@ def load(
         known = [] if beside is None else [loaded for loaded in beside._models if loaded.argument == DRAFT]
         others.append(reuse(DRAFT, known[0]) if known else _int4_draft(recipe, base, names, device))
         slots[DRAFT] = Slot(others[0], context=recipe.draft if recipe.draft in contexts else "")
+        if recipe.draft is None:
+            _adapt(others[0], slots[BASE].model.adapters, base)
     models = loader.finish(others)
     if graphs:
         _allow_captures(models)
@@ -149,6 +151,17 @@ def _int4_draft(recipe: Recipe, base: Source, names: Mapping[str, Source], devic
     [loaded] = load(alone, device=device)._models
     loaded.argument = DRAFT
     return loaded
+
+
+def _adapt(loaded: LoadedModel, adapters: Sequence[Adapter], base: Source) -> None:
+    """Let a copy of the base run the base's adapters too."""
+    if not adapters:
+        return
+    loaded.adapters = list(adapters)
+    loaded.stack = LoraStack(loaded.model, loaded.adapters)
+    if loaded.origin is not None:
+        assert isinstance(base, nn.Module)
+        loaded.origin = Origin(DRAFT, base, loaded.adapters)
 
 
 class _Loader:

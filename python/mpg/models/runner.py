@@ -33,7 +33,7 @@ OWN_TOKENS = 8
 class RunnerKey(NamedTuple):
     """What an idle runner must agree in with the session that takes it.
 
-    merged: every row runs the sum of these groups, with weights of its own; none where each runs a group
+    merged: every row runs the sum of these groups, its group 1, with weights of its own; none where each runs a group
     """
 
     merged: tuple[int, ...]
@@ -168,7 +168,8 @@ class Merge:
 
 
 class Slot(NamedTuple):
-    """A model with one of its adapters (group 0: none) or a sum of them, under the prompt or a context of this name.
+    """A model with one of its adapters (group 0: none) or a sum of them (group 1), under the prompt or a context of
+    this name.
 
     Roles that share a slot are the same.
     """
@@ -305,7 +306,7 @@ class ModelRunner:
     def _named(self, layout: Layout, num_tokens: int) -> Layout:
         """The layout of a forward, by row where mpg's own ops are the faster ones for it."""
         runs, is_many = layout.runs, max(rows for _, rows in layout.runs) * num_tokens > OWN_TOKENS
-        if is_many or layout.groups is not None or self.key.merged or not self._is_for_itself():
+        if is_many or layout.groups is not None or not self._is_for_itself():
             return layout
         if runs not in self._groups:
             self._groups[runs] = torch.tensor([group for group, rows in runs for _ in range(rows)])
@@ -314,7 +315,7 @@ class ModelRunner:
     def _factors_of(self, layout: Layout) -> list[tuple[Tensor, Tensor]] | None:
         """Those of its groups alone, where it names none by row; None of the plain base."""
         runs = layout.runs
-        if [group for group, _ in runs] == [0] and not self.key.merged:
+        if [group for group, _ in runs] == [0]:
             return None
         first = layout.first_group
         stop = runs[-1][0] + 1 if layout.groups is None else len(self._stacked[0][0])

@@ -87,9 +87,10 @@ class LoraStack:
                 layer.widen(down)
 
     def merge(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """The factors of some groups side by side, (1, N r, in) and (1, N r, out): of one group that is their sum."""
+        """The factors of some groups side by side, (2, N r, in) and (2, N r, out): group 1 is their sum, 0 the pure
+        base."""
         index = list(groups)
-        return [(down[index].flatten(0, 1)[None], up[index].flatten(0, 1)[None]) for down, up in self.factors]
+        return [(_behind_zeros(down[index]), _behind_zeros(up[index])) for down, up in self.factors]
 
     def set_active(
         self,
@@ -163,16 +164,20 @@ class LoraLinear(nn.Module):
         out = self.base(x)
         if stack.groups is not None:
             groups = stack.groups.to(x.device)
-            hidden = mpg_ext.lora_shrink(x.reshape(num_rows, -1, shape[-1]), down, groups)
+            hidden = self._weigh(mpg_ext.lora_shrink(x.reshape(num_rows, -1, shape[-1]), down, groups))
             mpg_ext.lora_expand_(out.view(num_rows, -1, out.shape[-1]), hidden, up, groups)
             return out
         hidden = torch.bmm(x.reshape(down.shape[0], -1, shape[-1]), down.transpose(1, 2))  # (G, tokens, r)
-        if stack.merge_weights is not None:
-            num_rows, num_merged = stack.merge_weights.shape
-            parts = hidden.reshape(num_rows, -1, num_merged, hidden.shape[-1] // num_merged)
-            hidden = (parts * stack.merge_weights.to(parts.device)[:, None, :, None]).view_as(hidden)
-        out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(hidden, up)
+        out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(self._weigh(hidden), up)
         return out
+
+    def _weigh(self, hidden: Tensor) -> Tensor:
+        """Features of tokens, the last dimension N r where rows run a sum of N adapters, times each row's weights."""
+        if (weights := self.stack.merge_weights) is None:
+            return hidden
+        num_rows, num_merged = weights.shape
+        parts = hidden.reshape(num_rows, -1, num_merged, hidden.shape[-1] // num_merged)
+        return (parts * weights.to(parts.device)[:, None, :, None]).view_as(hidden)
 
     def _multiply_wide(self, x: Tensor, num_rows: int, up: Tensor) -> Tensor:
         """`forward` in one product and one update."""
@@ -190,6 +195,12 @@ class LoraLinear(nn.Module):
             own = of_groups.diagonal(0, 0, 2).permute(2, 0, 1)  # (G, tokens, r)
             out.view(num_groups, -1, size).baddbmm_(own, up)
         return out
+
+
+def _behind_zeros(factors: Tensor) -> Tensor:
+    """Factors (N, r, ...) side by side behind as many zeros. out: (2, N r, ...)"""
+    joined = factors.flatten(0, 1)
+    return torch.stack([torch.zeros_like(joined), joined])
 
 
 def _stack(adapters: Sequence[Adapter], layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

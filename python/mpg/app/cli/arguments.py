@@ -71,8 +71,8 @@ Dtype = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="int4: linear layers in four bits, on the CPU, in bfloat16; int4-draft: those of exact's draft 'model' "
-        "alone; or none. Default: the recipe's."
+        help="int4: linear layers in four bits, on the CPU, in bfloat16; int4-draft: those of exact's drafts "
+        "'model' and 'merged' alone; or none. Default: the recipe's."
     ),
 ]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Capture decoding as CUDA graphs; not yet run on a GPU.")]
