@@ -63,7 +63,7 @@ class Plan:
     runs: int = 3
     prompts: int = 2
     new_tokens: int = 32
-    peer_tokens: int = 32
+    peer_tokens: int = 64
     growth_tokens: int = 8
     num_models: tuple[int, ...] = (1, 2, 4, 8, 16)
     chunk_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -76,7 +76,7 @@ class Plan:
         return self.runs + 2 * self.graphs
 
 
-FULL = Plan(prompts=100, new_tokens=128, peer_tokens=64, growth_tokens=32, contexts=(128, 512, 1024, 2048, 4096, 8192))
+FULL = Plan(prompts=100, new_tokens=128, growth_tokens=32, contexts=(128, 512, 1024, 2048, 4096, 8192))
 
 
 @dataclass

@@ -1,7 +1,5 @@
-"""The commands of the study run as its page says, on the tiny set and two of everything: scores, and the page of them.
-
-The short form copies the tiny set's adapters, and runs every script but `reproduction.py` on a part of it (PARTS).
-The long form trains the adapters by train.sh, runs all commands twice, and writes the page and its pictures.
+"""The commands of the study run as its page says, on the tiny set and two of everything: the adapters of train.sh, all
+scores twice, and the page of them with its pictures.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from longer import long
-from mpg.demo import MODELS, SETS
+from mpg.demo import MODELS
 
 for package in ("matplotlib", "sacrebleu", "sklearn"):
     pytest.importorskip(package, reason="needs mpg[evaluate]")
@@ -27,10 +25,6 @@ STUDY = Path(__file__).parents[2] / "bench/study"
 RESULTS, DOCS = STUDY.parent / "results/study", STUDY.parents[1] / "docs"
 PAGE = (STUDY / "reproduction.md").read_text()
 COMMANDS = [line.split() for line in re.findall(r"^python bench/study/(.*)$", PAGE, re.MULTILINE)]
-PARTS = {"next_token.py": ["ESTP"], "negative.py": ["rows"], "tables.py": ["roleplay"], "tuning.py": ["ESTP"]}
-OF_PARTS = {"laws-ESTP", "first-tokens", "front", "rows", "table-roleplay", "speeds", "seeds", "tune-ESTP-iterative"}
-COPIED = {**dict(zip("ESTPINFJ", "ESTJSJET", strict=True)), "profile": "E", "personality": "T", "reference": "S"}
-COPIED |= {f"{pole}-seed{seed}": pole for pole in "ET" for seed in (1, 2)}
 
 
 @pytest.fixture
@@ -72,16 +66,6 @@ def not_run(docs):
     """Columns of tables that are without a value in some row."""
     tables = json.loads((docs / "reproduction/tables.json").read_text())
     return {(name, column) for name, rows in tables.items() for row in rows for column in row if row[column] is None}
-
-
-@pytest.mark.skipif("MPG_DATA" not in os.environ, reason="needs the paper's data")
-def test_every_command_runs_on_a_part_of_its_work(study, monkeypatch, tmp_path):
-    for name, original in COPIED.items():
-        shutil.copytree(MODELS / "adapters" / original, study / "adapters" / name)
-        shutil.copy(SETS["smollm2"] / "adapters/E/training.json", study / "adapters" / name)
-    for name in dict.fromkeys(name for name, *_ in COMMANDS):
-        run(monkeypatch, [name, *PARTS.get(name, [])])
-    assert names_in(tmp_path / "scores") == {"judge.json", "adapters.json", *(f"{name}.jsonl" for name in OF_PARTS)}
 
 
 @long

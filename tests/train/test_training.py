@@ -82,13 +82,17 @@ def test_twenty_pairs_make_an_adapter_that_loads_and_says_what_it_is_made_of(tra
     assert model.generate("Hello", weights={"E": 1}, max_new_tokens=3, seed=0).text
 
 
-def test_the_attribute_is_learnt_and_the_best_pass_is_kept(train, tmp_path):
+@long  # by a training of seconds
+def test_the_attribute_is_learnt(train, tmp_path):
     rng = random.Random(0)
     rows = [dict(zip(("prompt", "chosen", "rejected"), preference_pair(rng, "E"), strict=True)) for _ in range(40)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs = read_pairs(tmp_path / "corpus.jsonl", drop_identical=True)
     learnt = train(pairs=pairs, settings=changed(held_out=8, batch_size=8, learning_rate=1e-2, max_answer=None))
     assert learnt["scores"]["accuracy"] >= 0.9 and learnt["scores"]["margin"] > 0
+
+
+def test_the_best_pass_is_kept(train):
     wild = train("wild", settings=changed(learning_rate=3e-4, max_answer=40, adapter_dtype="float32"))
     best = min(wild["epochs"], key=lambda scores: scores["loss"])
     assert best != wild["epochs"][-1]
