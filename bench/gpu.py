@@ -273,7 +273,7 @@ def time_large_models(device: str, _limit_s: float) -> Iterator[Found]:
     import peers
     from decoding import Plan, measure_gpu
 
-    large, small, plan, sizes = peers.LLAMA_8B, peers.LLAMA_1B, Plan(graphs=True), {}
+    large, small, plan, sizes = peers.LLAMA_8B, peers.LLAMA_1B, Plan(graphs=True, peer_tokens=32), {}
     if device == "cpu":
         capture_on_tapes()
         large = small = peers.Shape("stand-in", 64, 128, 2, 4, 2, 500)

@@ -44,7 +44,7 @@ EXACT_GOAL = 1.1  # times as fast as `direct`, of the best draft
 LLAMA_CPP_GOAL = 0.5  # of its tokens a second, by the base of four bits that both have
 MAX_KL = 0.005  # nats a token that a type may lose against float32
 NUM_MODELS = (1, 2, 4, 8)
-DRAFTS = ("reference", "merged", "lookup", "model")  # the last is the base in four bits, beside one that is not
+DRAFTS = ("reference", "merged", "lookup", "model")  # "merged" and "model" in four bits beside models that are not
 NUM_DRAFTED = 8  # texts by each draft: how much of one is accepted is luck
 NUM_TEXTS, STEP = 12, 4  # that are compared, so many tokens at once: few, as when a token is decoded
 

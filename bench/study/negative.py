@@ -12,6 +12,7 @@ import torch
 
 from common import BATCH, NEW_TOKENS, NUM_TEXTS, PAPERS_DRAW, POLES, RUNS, load, measure, questions
 from judge import judged, study_judge
+from next_token import warped
 
 KEPT = "T"  # is asked for, and E is to go
 SIZES = (0.9, 0.5)
@@ -68,12 +69,9 @@ def empty_rows(model: Any, prompts: list[str], texts: list[Any], weights: dict[s
         session.close()
         logprobs = logits.double().log_softmax(-1)
         is_left = torch.einsum("i,ipv->pv", alpha, (logprobs[1:] - logprobs[0]).exp()) > 0
-        warped = (logits[0].double() / PAPERS_DRAW["temperature"]).softmax(-1)
-        ordered, order = warped.sort(-1, descending=True)
-        in_nucleus = torch.zeros_like(is_left).scatter(-1, order, ordered.cumsum(-1) - ordered < PAPERS_DRAW["top_p"])
         left_mass = (logprobs[0].exp() * is_left).sum()
         row = {"prompt": prompts.index(prompt), "tokens": len(text), "empty": int((~is_left.any(-1)).sum())}
-        row["empty_nucleus"] = int((~(is_left & in_nucleus).any(-1)).sum())
+        row["empty_nucleus"] = int((~(is_left & (warped(logits[0]) > 0)).any(-1)).sum())
         rows.append({**row, "left_mass": round(float(left_mass), 5)})
     return rows
 

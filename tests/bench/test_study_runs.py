@@ -4,6 +4,7 @@ scores twice, and the page of them with its pictures.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -66,6 +67,11 @@ def not_run(docs):
     """Columns of tables that are without a value in some row."""
     tables = json.loads((docs / "reproduction/tables.json").read_text())
     return {(name, column) for name, rows in tables.items() for row in rows for column in row if row[column] is None}
+
+
+def test_every_script_imports():
+    for path in STUDY.glob("*.py"):
+        importlib.import_module(path.stem)
 
 
 @long

@@ -55,13 +55,13 @@ def _continue(ensemble, roles, draft):
     return session.forward(roles, tokens, start, kv_length=16), session
 
 
-@pytest.mark.parametrize("own_tokens", [0, runner.OWN_TOKENS, 100])  # all batched, the fed ones alone, prompts too
+@pytest.mark.parametrize("own_tokens", [0, 3 * 9, 100])  # all batched, the fed ones alone, prompts too
 @pytest.mark.parametrize("model_type", ADAPTERS)
 def test_every_row_runs_the_model_with_its_own_weights_merged(
     model_type, own_tokens, peft_model, full_logits, monkeypatch
 ):
     monkeypatch.setattr(runner, "OWN_TOKENS", own_tokens)
-    model, draft = peft_model(model_type), torch.randint(61, (3, 3))
+    model, draft = peft_model(model_type), torch.randint(61, (3, 2))
     (logits,), _ = _continue(_merge(load(model, device="cpu")), ["merged"], draft)
     for row, (prompt, tail) in enumerate(zip(PROMPTS, draft.tolist(), strict=True)):
         merged = _with_merged_weights(model, {name: shares[row] for name, shares in SHARES.items()})
@@ -115,6 +115,7 @@ def test_roles_can_be_given_to_other_models_and_leave_the_first_ensemble_alone(p
     soup = _merge(ensemble).with_roles(base="merged")
     assert soup.is_same("base", "merged")
     assert soup.describe()["base"]["source"].endswith("with the sum of E, T, J")
+    assert soup.describe()["base"]["adapter"] is None
 
 
 def test_attributes_that_are_no_adapters_of_one_model_are_refused(peft_model, tiny_model):

@@ -124,11 +124,12 @@ def load(
     others = []
     if recipe.quantize == INT4_DRAFT:
         known = [] if beside is None else [loaded for loaded in beside._models if loaded.argument == DRAFT]
-        others.append(reuse(DRAFT, known[0]) if known else _int4_draft(recipe, base, names, device))
+        of_draft = names.get(recipe.draft, recipe.draft) if isinstance(recipe.draft, str) else recipe.draft
+        others.append(reuse(DRAFT, known[0]) if known else _int4_draft(recipe, base, of_draft, device))
         slots[DRAFT] = Slot(others[0], context=recipe.draft if recipe.draft in contexts else "")
-        if recipe.draft is None:
-            _adapt(others[0], slots[BASE].model.adapters, base)
     models = loader.finish(others)
+    if others and of_draft is None:
+        _adapt(others[0], slots[BASE].model.adapters, base)
     if graphs:
         _allow_captures(models)
     for loaded in models if compile else ():
@@ -139,9 +140,8 @@ def load(
     return Ensemble(models, slots, tuple(names), contexts)
 
 
-def _int4_draft(recipe: Recipe, base: Source, names: Mapping[str, Source], device: Any) -> LoadedModel:
+def _int4_draft(recipe: Recipe, base: Source, source: Source | None, device: Any) -> LoadedModel:
     """The draft in four bits, or a copy of the base where there is none, beside models of another type."""
-    source = names.get(recipe.draft, recipe.draft) if isinstance(recipe.draft, str) else recipe.draft
     if source is not None and (isinstance(source, PeftModel) or sources.is_adapter(source, base)):
         raise ValueError(f"draft: expected a model beside quantize={INT4_DRAFT!r}, got an adapter")
     alone = replace(
@@ -161,7 +161,7 @@ def _adapt(loaded: LoadedModel, adapters: Sequence[Adapter], base: Source) -> No
     loaded.stack = LoraStack(loaded.model, loaded.adapters)
     if loaded.origin is not None:
         assert isinstance(base, nn.Module)
-        loaded.origin = Origin(DRAFT, base, loaded.adapters)
+        loaded.origin = Origin(BASE, base, loaded.adapters)
 
 
 class _Loader:

@@ -24,7 +24,7 @@ from mpg.models.linear import (
     time_layers,
 )
 
-INT4_DRAFT = "int4-draft"  # of the draft alone
+INT4_DRAFT = "int4-draft"  # of what drafts for `exact` alone
 QUANTIZERS = ("none", "int4", INT4_DRAFT)
 GROUP = 32  # weights of a row that share a scale and an offset, as in llama.cpp's Q4_1
 HIGHEST = 15

@@ -305,7 +305,8 @@ class ModelRunner:
 
     def _named(self, layout: Layout, num_tokens: int) -> Layout:
         """The layout of a forward, by row where mpg's own ops are the faster ones for it."""
-        runs, is_many = layout.runs, max(rows for _, rows in layout.runs) * num_tokens > OWN_TOKENS
+        runs, width = layout.runs, len(self.key.merged) or 1  # a sum's factors are those of so many adapters
+        is_many = max(rows for _, rows in runs) * num_tokens * width > OWN_TOKENS
         if is_many or layout.groups is not None or not self._is_for_itself():
             return layout
         if runs not in self._groups:

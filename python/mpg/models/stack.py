@@ -79,6 +79,7 @@ class LoraStack:
     def fill(self, adapters: Sequence[Adapter]) -> None:
         """Take the factors of adapters, as many as at first and of the same layers and ranks."""
         self.factors = [_stack(adapters, layer, self.dtype) for layer in self.layers]
+        self._merged = list[int](), list[tuple[Tensor, Tensor]]()
 
     def widen(self) -> None:
         """Let the base product of every plain layer make the first small product of all groups too."""
@@ -88,9 +89,10 @@ class LoraStack:
 
     def merge(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The factors of some groups side by side, (2, N r, in) and (2, N r, out): group 1 is their sum, 0 the pure
-        base."""
-        index = list(groups)
-        return [(_behind_zeros(down[index]), _behind_zeros(up[index])) for down, up in self.factors]
+        base. Those of the latest groups are kept: every call makes them anew otherwise."""
+        if self._merged[0] != (index := list(groups)):
+            self._merged = index, [(_behind_zeros(down[index]), _behind_zeros(up[index])) for down, up in self.factors]
+        return self._merged[1]
 
     def set_active(
         self,
