@@ -89,7 +89,7 @@ class LoraStack:
 
     def merge(self, groups: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The factors of some groups side by side, (2, N r, in) and (2, N r, out): group 1 is their sum, 0 the pure
-        base. Those of the latest groups are kept: every call makes them anew otherwise."""
+        base. The latest are kept, as one call after another asks for the same."""
         if self._merged[0] != (index := list(groups)):
             self._merged = index, [(_behind_zeros(down[index]), _behind_zeros(up[index])) for down, up in self.factors]
         return self._merged[1]
