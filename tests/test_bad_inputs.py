@@ -795,6 +795,7 @@ STUDIES = [
     ([*ESTJ, "--methods", "moe"], "methods: expected some of base, ...got 'moe'"),
     ([*ESTJ, "--methods", "base,,scr"], "methods: expected some of base, ...got ''"),
     ([*ESTJ, "--reference", "moe"], "reference: expected one of base, ...got 'moe'"),
+    ([*ESTJ, "--methods", "mod,scr", "--reference", "base"], "reference: expected one of mod, scr, got 'base'"),
     *(([*ESTJ, "--judge", wrong], f"judge: expected classifier, classifier:FOLDER or an endpoint's ...got {wrong!r}")
       for wrong in ("nobody", "http://x", "#m", "ftp://x#m")),
     ([*ESTJ, "--judge", "classifier:no/such"], "judge: expected a file that can be read, got no/such/judge.json: No "),
@@ -836,8 +837,10 @@ STUDIES = [
       for wrong in ("harmonic", "base")),
     ([*TUNE, "--low", "3", "--high", "1"], "high: expected a number in [3, inf), got 1.0"),
     ([*TUNE, "--low", "2"], "start: expected a number in [2, 4], got 1"),
+    ([*TUNE, "--start", "9"], "start: expected a number in [-2, 4], got 9"),
+    ([*TUNE, "--high", "0"], "start: expected a number in [-2, 0], got 1"),
     *(([*TUNE, f"--{name}", wrong], f"{name}: expected a number in [")
-      for name, wrong in (("low", "nan"), ("start", "nan"), ("high", "inf"), ("high", "0"))),
+      for name, wrong in (("low", "nan"), ("start", "nan"), ("high", "inf"))),
     ([*TUNE, "--judge", "nobody"], "judge: expected classifier, classifier:FOLDER or an endpoint's ...got 'nobody'"),
     ([*TUNE, "--judge", "classifier:no"], "judge: expected a file that can be read, got no/judge.json: No such file"),
     ([*TUNE, "--judge", "classifier", "--type", "XY"], "type: expected poles of different dimensions"),

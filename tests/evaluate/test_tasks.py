@@ -106,7 +106,7 @@ def test_a_file_that_holds_no_items_is_refused(change, message, data):
 
 
 def test_what_is_asked_for_and_is_not_there_is_named(data, tmp_path):
-    with pytest.raises(ValueError, match=r"type: expected one of ESTJ \(those with questions in .*\), got INFJ"):
+    with pytest.raises(ValueError, match=r"type: expected one of ESTJ \(those with questions in .*mcqa.*\), got INFJ"):
         read_items(data, ["qa"], "INFJ", on_problem=refuse)
     with pytest.raises(ValueError, match="tasks: expected some of qa, mcqa, 16p, roleplay, got 'mc'"):
         read_items(data, ["mc"], on_problem=refuse)

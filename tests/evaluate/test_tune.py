@@ -156,7 +156,8 @@ def test_nothing_is_tuned_on_that_is_reported(model, tmp_path):
         ({"search": "grid"}, "search: "),
         ({"trials": 0}, "trials: "),
         ({"low": 2.0}, "start: "),
-        ({"high": 0.5}, "high: "),
+        ({"high": 0.5}, "start: "),
+        ({"high": -3.0}, "high: "),
     ],
 )
 def test_what_cannot_be_searched_is_refused_by_name(how, message, model, tmp_path):
@@ -333,6 +334,14 @@ def test_the_command_says_what_a_judge_did_not(tune_by, endpoint, tmp_path):
     assert "0: J=1: J missing" in done.stderr and "J 0.0" not in done.stderr
     assert "mpg: judge: no reply of m on J has a score on every criterion" in done.stderr
     assert [row["value"] for row in read_records(tmp_path / "history.jsonl")[1]] == [None, None]
+
+
+def test_the_command_says_which_poles_no_choice_is_about(data, tmp_path):
+    places = ["--data", str(data), "--out", str(tmp_path / "history.jsonl"), "--trials", "1"]
+    done = CliRunner().invoke(app, ["tune", "--models", "demo", "--type", "TJ", *places])
+    assert done.exit_code == 0, done.stderr
+    assert "data: no question about T to tune on; a larger --limit may have some" in done.stderr
+    assert "data: no question about J held out; a larger" in done.stderr
 
 
 @long  # trains a judge, draws

@@ -133,7 +133,8 @@ def _file_of(folder: Path, task: str, type: str | None) -> Path:
         if type not in types:
             if not types:
                 raise ValueError(f"data: expected questions of a type (qa_ESTP.json) in {folder / QUESTIONS}, got none")
-            raise ValueError(f"type: expected one of {', '.join(types)} (those with questions in {folder}), got {type}")
+            wanted = f"one of {', '.join(types)} (those with questions in {folder}; --tasks mcqa,16p has all)"
+            raise ValueError(f"type: expected {wanted}, got {type}")
     names = {"qa": f"qa_{type}", "mcqa": "mcqa", "16p": "16personalities", "roleplay": "test"}
     place = folder / (ROLEPLAY if task == "roleplay" else QUESTIONS) / names[task]
     found = [file for suffix in (".json", ".jsonl") if (file := place.with_name(place.name + suffix)).is_file()]

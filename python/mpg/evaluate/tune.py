@@ -91,8 +91,8 @@ def tune(
     an_integer(1)("trials", trials)
     for name, value in (("low", low), ("start", start)):
         a_number(-1e6)(name, value)
-    a_number(max(low, start))("high", high)
-    if low > start:
+    a_number(low)("high", high)
+    if not low <= start <= high:
         raise ValueError(f"start: expected a number in [{low:g}, {high:g}], got {start:g}")
     if both := {item.id for item in tuned_on} & {item.id for item in held_out}:
         raise ValueError(f"held_out: expected items that are not tuned on, got {min(both)} on both sides")

@@ -33,7 +33,10 @@ Weights = Annotated[
 Methods = Annotated[str | None, typer.Option(help="NAME,...: of mpg info --methods. Default: all.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Texts per prompt and method.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task at most.")]
-Reference = Annotated[str, typer.Option(help="The method that differences are from.")]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="The method that differences are from, of those that run. Default: base, else the first."),
+]
 Anchor = Annotated[
     str | None, typer.Option(help="What the attributes were trained on where the base is a specialised one: a folder.")
 ]
@@ -75,7 +78,7 @@ def mbti(
     ] = "texts",
     seeds: Seeds = 1,
     limit: Limit = None,
-    reference: Reference = "base",
+    reference: Reference = None,
     max_new_tokens: MaxNewTokens = 128,
     batch_size: BatchSize = 16,
     settings: arguments.Settings = None,
@@ -143,7 +146,7 @@ def roleplay(
     judge: Annotated[list[str] | None, typer.Option(help="An endpoint's URL#MODEL; repeat it.")] = None,
     seeds: Seeds = 1,
     limit: Limit = None,
-    reference: Reference = "base",
+    reference: Reference = None,
     max_new_tokens: MaxNewTokens = 128,
     batch_size: BatchSize = 16,
     settings: arguments.Settings = None,
@@ -249,7 +252,7 @@ def _evaluate(
     judges: list[str] | None,
     out: Path,
     seeds: int,
-    reference: str,
+    reference: str | None,
     settings: list[str] | None,
     scoring_model: str | None,
     bertscore: str | None,
@@ -270,7 +273,9 @@ def _evaluate(
     from mpg.recipe import parse_settings
 
     chosen = _names("methods", methods, [*METHODS]) if methods else list(METHODS)
-    one_of(*METHODS)("reference", reference)
+    if reference is None:
+        reference = "base" if "base" in chosen else chosen[0]
+    one_of(*chosen)("reference", reference)
     options = parse_settings(settings)
     left_open = [name for name in OPTIONS if name not in ("sampler", "target", "seed")]
     for name in options:

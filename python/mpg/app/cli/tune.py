@@ -91,6 +91,9 @@ def tune(
     )  # fmt: skip
     if picture is not None:
         tuning.plot(found.trials, picture, f"{type}, {target}", with_values=True)
+    for side, name in zip(sides, ("to tune on", "held out"), strict=True):
+        if missing := [pole for pole in type if not any(pole in item.about["dimension"] for item in side)]:
+            on_problem(f"data: no question about {', '.join(missing)} {name}; a larger --limit may have some")
     for name, scores in {
         "tuned on": found.tuned,
         **{f"held out, {name}": s for name, s in found.held_out.items()},
