@@ -848,7 +848,8 @@ STUDIES = [
     ([*TUNE, "--plot", "no/x.png"], "plot: expected a file that can be written, got 'no/x.png': No such file"),
     ([*TUNE, "--out", "data"], "out: expected a file that can be written, got data: Is a directory"),
     ((TUNE, {"history": "mine"}), "out: expected a file of its own, but history holds something else"),
-    ((TUNE, {"history": "mine\n"}), "history, line 1: expected JSON; Expecting value at column 1"),
+    ((TUNE, {"history": "mine\n"}), "out: history, line 1: expected JSON; Expecting value at column 1"),
+    ((TUNE, {"history": "[1]\n"}), "out: history, line 1: expected a JSON object, got [1]"),
     ((TUNE, {"history": '{"a": 1}\n{"b": 2}'}), "out: expected a file of its own, but history holds another job"),
     ((TUNE, {MCQA: "{"}), f"data: {MCQA}, line 1: expected JSON; Expecting property name"),
 ]

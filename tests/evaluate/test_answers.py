@@ -139,12 +139,12 @@ def test_a_line_that_does_not_parse_is_named(tmp_path):
     file = tmp_path / "file"
     for line, message in (('{"a"', "expected JSON; Expecting ':' delimiter at column 5"), ("3", "expected a JSON obj")):
         file.write_text(f'{{"what": 1}}\n{line}\n{{"b": 1}}\n')
-        with pytest.raises(ValueError, match=f"file, line 2: {message}"), open_records(file, {"what": 1}):
+        with pytest.raises(ValueError, match=f"^out: {file}, line 2: {message}"), open_records(file, {"what": 1}):
             pass
-        with pytest.raises(ValueError, match=f"file, line 2: {message}"):
+        with pytest.raises(ValueError, match=f"^out: {file}, line 2: {message}"):
             read_records(file)
     file.write_text("")
-    with pytest.raises(ValueError, match="expected a header and rows, got an empty file"):
+    with pytest.raises(ValueError, match=r"^out: expected a header and rows, got the empty file "):
         read_records(file)
     with pytest.raises(ValueError, match="out: expected a file that can be read, got "):
         read_records(tmp_path / "none")

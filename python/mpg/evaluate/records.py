@@ -102,7 +102,7 @@ def read_records(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     """
     header, rows, _ = _read(Path(path))
     if header is None:
-        raise RecordsError(f"{path}: expected a header and rows, got an empty file")
+        raise RecordsError(f"out: expected a header and rows, got the empty file {path}")
     return header, rows
 
 
@@ -128,8 +128,9 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]
         try:
             row = parse_json(line)
         except json.JSONDecodeError as error:
-            raise RecordsError(f"{path}, line {number}: expected JSON; {error.msg} at column {error.colno}") from None
+            place = f"{path}, line {number}"
+            raise RecordsError(f"out: {place}: expected JSON; {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
-            raise RecordsError(f"{path}, line {number}: expected a JSON object, got {row!r:.60}")
+            raise RecordsError(f"out: {path}, line {number}: expected a JSON object, got {row!r:.60}")
         rows.append(row)
     return (rows[0], rows[1:], size) if rows else (None, [], size)
