@@ -192,7 +192,7 @@ def test_a_judge_that_fails_leaves_a_table_of_the_others(run, endpoint, own_judg
     judges = ("--judge", f"{server.url}#m", "--judge", f"classifier:{own_judge}", "--key-env", "MY_KEY")
     done = run(*command, *judges)
     assert done.exit_code == 2
-    assert f"mpg: judge: {server.url} refused the key in MY_KEY: AuthenticationError" in done.stderr
+    assert f"mpg: judge: m at {server.url} refused the key in MY_KEY: AuthenticationError" in done.stderr
     assert "| base | 4.000 | 3.000 | 2.000 | 3.000 | 3.000 | missing | " in done.stdout
     assert "## Evaluated by own" in done.stdout and "| base | 0." in done.stdout
     file = tmp_path / "out/ESTJ/answers/base.jsonl"
@@ -207,13 +207,13 @@ def test_an_endpoint_that_is_down_ends_the_command_after_the_table_however_few_t
     down, server = "http://127.0.0.1:9/v1", endpoint(MBTI, (503, ""))
     done = run(*command, "base", "--judge", f"{down}#m", "--judge", f"{server.url}#n", "--concurrency", 1)
     assert done.exit_code == 2 and "| base | missing |" in done.stdout and "| base | 4.000 |" in done.stdout
-    wanted = "mpg: judge: 2 answers got no reply of m, at last: APIConnectionError: Connection error.; the same command"
+    wanted = f"mpg: judge: 2 answers got no reply of m, at last: {down}: APIConnectionError: Connection error.; the same"
     assert done.stderr.startswith(wanted) and done.stderr.count("\n") == 1
-    assert "; judge: 1 answers got no reply of n, at last: InternalServerError" in done.stderr
+    assert f"; judge: 1 answers got no reply of n, at last: {server.url}: InternalServerError" in done.stderr
     server.replies = [MBTI]
     assert run(*command, "base", "--judge", f"{server.url}#n").exit_code == 0
     done = run(*command, "base,pp,mod", "--judge", f"{down}#m")  # two texts each
-    assert done.exit_code == 2 and f"mpg: judge: {down} failed 5 times in a row, at last: APIConn" in done.stderr
+    assert done.exit_code == 2 and f"mpg: judge: m at {down} failed 5 times in a row, at last: APIConn" in done.stderr
 
 
 def test_replies_that_say_too_little_are_missing_in_the_table_and_never_0(run, endpoint):

@@ -126,7 +126,7 @@ def test_what_passes_is_tried_again(trouble, endpoint, judge, tmp_path):
             "refused the key in OPENAI_API_KEY: AuthenticationError: .*bad key",
         ),
         ((403, "{}"), "refused the key in OPENAI_API_KEY"),
-        ((404, '{"error": {"message": "no m"}}'), "refused to answer as 'm': NotFoundError: .*no m"),
+        ((404, '{"error": {"message": "no m"}}'), "is not there: NotFoundError: .*no m"),
         ((400, "{}"), "failed 5 times in a row, at last: BadRequestError"),
     ],
     ids=str,
@@ -136,7 +136,7 @@ def test_an_endpoint_that_gives_nothing_is_one_clear_error_and_what_was_scored_s
 ):
     server = endpoint(GOOD, GOOD, reply)
     timeout = 0.05 if reply == 0.2 else 5
-    with pytest.raises(ValueError, match=f"judge: {server.url} {message}"):
+    with pytest.raises(ValueError, match=f"judge: m at {server.url} {message}"):
         judged(judge(server.url, timeout=timeout, tries=1), tmp_path, 12)
     assert [row["scores"] for row in read_records(tmp_path / "scores")[1]] == [SCORES, SCORES]
     server.replies = [GOOD]
@@ -147,7 +147,7 @@ def test_an_endpoint_that_is_down_is_named(judge, tmp_path, endpoint):
     down = judge("http://127.0.0.1:9/v1")
     for failures in (5, 6):  # the next call does not try five more
         with pytest.raises(
-            ValueError, match=f"judge: http://127.0.0.1:9/v1 failed {failures} times in a row, at last: API"
+            ValueError, match=f"judge: m at http://127.0.0.1:9/v1 failed {failures} times in a row, at last: API"
         ):
             judged(down, tmp_path, 12)
     assert not (tmp_path / "scores").exists()
@@ -157,7 +157,7 @@ def test_one_answer_without_a_reply_is_left_out_and_asked_for_again(endpoint, ju
     server = endpoint(GOOD, (503, ""), GOOD)
     rows, failures = judged(judge(server.url, tries=1), tmp_path, 3)
     assert [row["item"] for row in rows] == ["qa:0", "qa:2"]
-    assert len(failures) == 1 and failures[0].startswith("InternalServerError: ")
+    assert len(failures) == 1 and failures[0].startswith(f"{server.url}: InternalServerError: ")
     assert len(judged(judge(server.url), tmp_path, 3)[0]) == 3
 
 

@@ -303,7 +303,7 @@ def test_the_command_tunes_by_an_endpoint_and_goes_on_where_it_failed(tune_by, e
     server = endpoint(MBTI, MBTI, MBTI, (401, '{"error": {"message": "no such key"}}'))
     done = tune_by(f"{server.url}#m", "--key-env", "MY_KEY")
     assert (done.exit_code, done.stdout) == (2, "")
-    assert f"mpg: judge: {server.url} refused the key in MY_KEY: AuthenticationError" in done.stderr
+    assert f"mpg: judge: m at {server.url} refused the key in MY_KEY: AuthenticationError" in done.stderr
     history = tmp_path / "history.jsonl"
     before = history.read_bytes()
     assert b'"trial": 0' in before

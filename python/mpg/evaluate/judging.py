@@ -32,7 +32,7 @@ class Judge(Protocol):
 
     def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> list[str]:
         """Score answers to items, as these were asked. out: of every answer that got no reply at all, so that another
-        call would ask again, why"""
+        call would ask again, from where and why"""
 
 
 def write_scores(

@@ -110,11 +110,11 @@ class EndpointJudge:
                     records.append({"request": key, "reply": reply})
                     tell(key, reply)
                     continue
-                failures += [_say(reply)] * len(requests[key][1])
+                failures += [f"{self.url}: {_say(reply)}"] * len(requests[key][1])
                 self._failures_in_a_row += 1
                 if self._failures_in_a_row >= MAX_FAILURES:
                     times = f"{self._failures_in_a_row} times in a row"
-                    raise ValueError(f"judge: {self.url} failed {times}, at last: {_say(reply)}")
+                    raise ValueError(f"judge: {self.name} at {self.url} failed {times}, at last: {_say(reply)}")
         return failures
 
     def _request(self, item: Item, text: str) -> dict[str, Any]:
@@ -154,9 +154,10 @@ class EndpointJudge:
         import openai
 
         if isinstance(reply, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            raise ValueError(f"judge: {self.url} refused the key in {self.key_env}: {_say(reply)}") from reply
+            told = f"refused the key in {self.key_env}: {_say(reply)}"
+            raise ValueError(f"judge: {self.name} at {self.url} {told}") from reply
         if isinstance(reply, openai.NotFoundError):
-            raise ValueError(f"judge: {self.url} refused to answer as {self.name!r}: {_say(reply)}") from reply
+            raise ValueError(f"judge: {self.name} at {self.url} is not there: {_say(reply)}") from reply
         if isinstance(reply, Exception) and not isinstance(reply, (openai.OpenAIError, _NoReply)):
             raise reply
 
