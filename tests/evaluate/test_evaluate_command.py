@@ -62,7 +62,7 @@ def test_a_table_of_mbti_from_answers_that_are_judged_and_kept(run, endpoint, ow
     server = endpoint(MBTI)
     command = (
         "mbti", "--type", "ESTJ", "--methods", "base,dpo-single,scr-specialized", *SHORT, "--seeds", 2,
-        "--judge", f"{server.url}#m", "--judge", f"classifier:{own_judge}",
+        "--judge", f"{server.url}#m", "--judge", f"classifier:{own_judge}", "--reference", "dpo-single",
     )  # fmt: skip
     done = run(*command)
     assert done.exit_code == 0, done.stderr
@@ -77,7 +77,10 @@ def test_a_table_of_mbti_from_answers_that_are_judged_and_kept(run, endpoint, ow
     )
     assert "## Evaluated by an endpoint" not in table
     sections = json.loads((out / "table.json").read_text())["sections"]
-    assert [row["method"] for row in sections[-1]["rows"]] == ["base", "geometric", "arithmetic"]
+    laws = sections[-1]["rows"]  # of which none is dpo-single
+    assert [row["method"] for row in laws] == ["base", "geometric", "arithmetic"]
+    assert [row["cells"]["All"]["difference"] is None for row in laws] == [True, False, False]
+    assert "Overall: - dpo-single |" in table and "All: - base |" in table and "All: - dpo-single" not in table
     assert len((out / "ESTJ/answers/dpo-single.jsonl").read_text().splitlines()) == 1 + 5 * 2 * 4
     asked, before = len(server.requests), files_of(out)
     again = run(*command)
@@ -207,7 +210,9 @@ def test_an_endpoint_that_is_down_ends_the_command_after_the_table_however_few_t
     down, server = "http://127.0.0.1:9/v1", endpoint(MBTI, (503, ""))
     done = run(*command, "base", "--judge", f"{down}#m", "--judge", f"{server.url}#n", "--concurrency", 1)
     assert done.exit_code == 2 and "| base | missing |" in done.stdout and "| base | 4.000 |" in done.stdout
-    wanted = f"mpg: judge: 2 answers got no reply of m, at last: {down}: APIConnectionError: Connection error.; the same"
+    wanted = (
+        f"mpg: judge: 2 answers got no reply of m, at last: {down}: APIConnectionError: Connection error.; the same"
+    )
     assert done.stderr.startswith(wanted) and done.stderr.count("\n") == 1
     assert f"; judge: 1 answers got no reply of n, at last: {server.url}: InternalServerError" in done.stderr
     server.replies = [MBTI]

@@ -252,7 +252,7 @@ class Evaluation:
                             scores.append(_score(choice.item, seed, values))
             methods[law] = str(errors[0]) if errors else scores
         notes = [f"share of options of the target's poles, by log-probability of {self.way} under each law"]
-        return [Section("Multiple choice", CHOICE_COLUMNS, methods, "All", notes)]
+        return [Section("Multiple choice", CHOICE_COLUMNS, methods, "All", notes, reference="base")]
 
     def _choose(self, target: Target, law: str) -> list[tuple[Choice, int]]:
         rows = write_choices(

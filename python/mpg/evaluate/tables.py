@@ -59,12 +59,13 @@ class Column:
 class Section:
     """The scores of one judge, or of one that was not run, or what was measured.
 
-    methods  by method its scores, or why there are none
-    key      the label of the column that is shown with its interval and difference
-    notes    lines below the table: signatures, held-out accuracy, parse rates
-    not_run  labels of columns that were not run
-    judge    whose scores these are, if anybody's
-    absent   what stands for a number that a method has none of
+    methods    by method its scores, or why there are none
+    key        the label of the column that is shown with its interval and difference
+    notes      lines below the table: signatures, held-out accuracy, parse rates
+    not_run    labels of columns that were not run
+    judge      whose scores these are, if anybody's
+    absent     what stands for a number that a method has none of
+    reference  the method that differences are from, where the table's is none of these
     """
 
     title: str
@@ -75,6 +76,7 @@ class Section:
     not_run: Sequence[str] = ()
     judge: str | None = None
     absent: str = "missing"
+    reference: str | None = None
 
 
 def judge_columns(tasks: Sequence[str], criteria: Sequence[str]) -> list[Column]:
@@ -141,7 +143,7 @@ def tabulate(
 ) -> dict[str, Any]:
     """All sections as one plain object.
 
-    reference   the method that differences are from
+    reference   the method that differences are from, but in sections that have their own
     agreements  what `agreement` returned
     seed        of the bootstrap
 
@@ -161,7 +163,7 @@ def render(table: Mapping[str, Any]) -> str:
     for section in table["sections"]:
         columns, key = section["columns"], section["key"]
         lines += [f"## {section['title']}", ""]
-        lines.append(f"| method | {' | '.join(columns)} | {key}, 95 % | {key}: - {table['reference']} |")
+        lines.append(f"| method | {' | '.join(columns)} | {key}, 95 % | {key}: - {section['reference']} |")
         lines.append("|---" * (len(columns) + 3) + "|")
         for row in section["rows"]:
             cells = row["cells"]
@@ -253,8 +255,10 @@ def tabulate_section(section: Section, reference: str, seed: int = 0) -> dict[st
     """One section as a plain object.
 
     out: of the section all but its scores, and rows; of a row the method, why it has no scores or None, and the cells
-    by column, but for missing ones: value, low, high, and the difference from `reference` as such three or None
+    by column, but for missing ones: value, low, high, and the difference from the section's own reference or else this
+    one, as such three or None
     """
+    reference = section.reference or reference
     told = [score for scores in section.methods.values() if not isinstance(scores, str) for score in scores]
     prompts = {task: sorted({score.prompt for score in told if task in (None, score.task)}) for task in _tasks(section)}
     seeds = sorted({score.seed for score in told})
@@ -289,6 +293,7 @@ def tabulate_section(section: Section, reference: str, seed: int = 0) -> dict[st
         "key": section.key,
         "not_run": list(section.not_run),
         "absent": section.absent,
+        "reference": reference,
         "rows": rows,
     }
 
