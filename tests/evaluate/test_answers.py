@@ -105,11 +105,12 @@ def test_a_text_depends_upon_neither_the_other_items_nor_the_other_seeds(model, 
         ({"weights": "E=1"}, r"weights is \{'E': 1.0, 'T': 1.0\}, asked is \{'E': 1.0\}"),
         ({"method": "mod"}, "method is 'scr', asked is 'mod'"),
         ({"max_new_tokens": 7}, r"options is \{'max_new_tokens': 6\}, asked is \{'max_new_tokens': 7\}"),
-        ({"items": ITEMS[:2]}, "items is '[0-9a-f]+', asked is '[0-9a-f]+'"),
+        ({"items": ITEMS[:2]}, "its items are others$"),
+        ({"items": ITEMS[:2], "chosen_by": {"limit": 2, "held_out": False}}, "limit is None, asked is 2$"),
     ],
 )
 def test_the_file_of_another_job_is_refused_and_what_differs_is_named(change, message, model, tmp_path):
-    asked = {"items": ITEMS, "method": "scr", "weights": "E=1,T=1", **SHORT}
+    asked = {"items": ITEMS, "method": "scr", "weights": "E=1,T=1", "chosen_by": {"limit": None}, **SHORT}
     write_answers(tmp_path / "file", model, **asked)
     before = (tmp_path / "file").read_bytes()
     with pytest.raises(ValueError, match=f"out: expected a file of its own, but .* holds another job: .*{message}"):

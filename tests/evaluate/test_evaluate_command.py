@@ -270,6 +270,26 @@ def test_held_out_questions_are_those_of_the_reporting_side(run, data, tmp_path)
     assert sorted(json.loads(row)["item"] for row in rows) == sorted(item.id for item in items)
 
 
+def test_the_folder_of_other_items_is_refused_by_the_argument_that_chose_them(run, data, tmp_path):
+    command = ("mbti", "--type", "ESTJ", "--methods", "base", "--tasks", "mcqa,qa", "--max-new-tokens", 2)
+    assert run(*command, "--limit", 4).exit_code == 0
+    before = files_of(tmp_path / "out")
+    file = tmp_path / "out/ESTJ/answers/base.jsonl"
+    wanted = f"mpg: out: expected a file of its own, but {file} holds another job: "
+    for arguments, message in (
+        (("--limit", 1), "limit is 4, asked is 1"),
+        (("--limit", 4, "--held-out"), "held_out is False, asked is True"),
+        (("--limit", 4, "--tasks", "qa,mcqa"), "tasks is ['mcqa', 'qa'], asked is ['qa', 'mcqa']"),
+    ):
+        done = run(*command, *arguments)
+        assert (done.exit_code, done.stdout, done.stderr) == (2, "", f"{wanted}{message}\n")
+    assert run(*command, "--limit", 9).exit_code == 0  # of the same items
+    (data / "mbti/questions/qa_ESTJ.json").write_text(json.dumps([{"instruction": "Why?", "output": "So."}]))
+    done = run(*command, "--limit", 4)
+    assert (done.exit_code, done.stderr) == (2, f"{wanted}its items are others\n")
+    assert files_of(tmp_path / "out") == before
+
+
 def test_a_task_without_a_held_out_question_is_refused(run, data):
     tuned = split(read_items(data, ["qa"], "ESTJ", on_problem=pytest.fail))[0]
     rows = [{"instruction": item.question, "output": item.reference} for item in tuned]

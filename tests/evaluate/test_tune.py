@@ -393,3 +393,5 @@ def test_the_command_prints_weights_that_every_command_takes(data, tmp_path):
     assert "held out, tuned: J" in done.stderr
     assert (tmp_path / "history.png").stat().st_size > 1000
     assert tuning.SEARCHES[0] in (tmp_path / "history").read_text()
+    done = CliRunner().invoke(app, [*arguments, "--limit", "2"])
+    assert done.exit_code == 2 and done.stderr.endswith("holds another job: limit is None, asked is 2\n")

@@ -48,17 +48,19 @@ def write_answers(
     *,
     seeds: Sequence[int] = (0,),
     batch_size: int = 16,
+    chosen_by: Mapping[str, Any] | None = None,
     on_row: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Answer every item with every seed, and write each text as soon as it has ended. What is there is not made again.
 
-    path     the file: of this method, these items, weights and options alone; seeds may be added later
-    method   in `mpg.paper.methods.METHODS`
-    weights  as `Model.generate` has them
-    seeds    numbers of the repetitions; an item's text depends upon its id and the number, not upon the other items
-    on_row   is called after every text, with how many there are
-    options  of `mpg.paper.methods.answer`, but for those that are named here: max_new_tokens, temperature, ...
+    path       the file: of this method, these items, weights and options alone; seeds may be added later
+    method     in `mpg.paper.methods.METHODS`
+    weights    as `Model.generate` has them
+    seeds      numbers of the repetitions; an item's text depends upon its id and the number, not upon the other items
+    chosen_by  the caller's arguments that chose the items, to be told where the file is of others
+    on_row     is called after every text, with how many there are
+    options    of `mpg.paper.methods.answer`, but for those that are named here: max_new_tokens, temperature, ...
 
     out: all rows of these seeds, in the order of items, seeds and attributes
 
@@ -75,6 +77,7 @@ def write_answers(
         "weights": alpha,
         "options": {name: value for name, value in sorted(options.items()) if value is not None},
         "items": items_hash(items),
+        "chosen_by": dict(chosen_by or {}),
         **({"option_order": OPTION_ORDER} if any(item.options for item in items) else {}),
         "versions": {"mpg": mpg.__version__, **{name: version(name) for name in ("torch", "transformers")}},
     }

@@ -105,9 +105,12 @@ def write_choices(
     way: str = "texts",
     seeds: Sequence[int] = (0,),
     batch_size: int = 16,
+    chosen_by: Mapping[str, Any] | None = None,
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """`choose` for every seed, into a file of JSON Lines (`records`) that goes on where it ended.
+
+    chosen_by  as `write_answers` has it
 
     out: rows of item, seed, what a `Choice` has, -inf as None, and of letters "option_order", the poles of A and B; in
     the order of items and seeds (`choice_of`)
@@ -123,6 +126,7 @@ def write_choices(
         "weights": alpha,
         "way": way,
         "items": items_hash(items),
+        "chosen_by": dict(chosen_by or {}),
         **({"option_order": OPTION_ORDER} if way == "letters" else {}),
     }
     wanted = [(item, seed) for item in items for seed in (seeds if way == "letters" else seeds[:1])]

@@ -54,7 +54,7 @@ def write_scores(
     Raises ValueError as `open_records` does, and as the judge does; what was scored until then stays.
     """
     by_id = {item.id: item for item in items}
-    of = {name: value for name, value in header.items() if name != NOT_COMPARED}
+    of = {name: value for name, value in header.items() if name not in NOT_COMPARED}
     with open_records(path, {"what": "scores", **judge.identity, "answers": of}) as records:
         there = {_key(row) for row in records.rows}
         keys = [_key({**answer, "of_text": hash_of_text(answer["text"])}) for answer in answers]

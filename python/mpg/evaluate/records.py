@@ -9,14 +9,15 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mpg.files import parse_json, refuse_unreadable_text
 
-NOT_COMPARED = "versions"  # of a header: they may differ between a start and its end
+NOT_COMPARED = ("versions", "chosen_by")  # of a header: they may differ between a start and its end
+ITEMS = ("items", "tuned_on", "held_out")  # hashes: where one differs, what the items were chosen by is told
 
 
 class RecordsError(ValueError):
@@ -55,7 +56,7 @@ class Records:
 def open_records(path: str | Path, header: Mapping[str, Any]) -> Iterator[Records]:
     """The file of a job, begun with its header, or as far as it got: a last line that was torn is cut off.
 
-    header  what the job is: compared entry by entry with that of a file that is there, but for `versions`
+    header  what the job is: compared entry by entry with that of a file that is there, but for `NOT_COMPARED`
 
     Raises RecordsError for a file that cannot be written or that another process writes, for one of another job (naming
     what differs) and for a line before the last that does not parse.
@@ -108,9 +109,16 @@ def read_records(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """What one header says otherwise than another, in words; "" where they are one job's."""
-    names = dict.fromkeys([*found, *asked])
-    differs = [name for name in names if name != NOT_COMPARED and found.get(name) != _as_read(asked.get(name))]
-    return "; ".join(f"{name} is {found.get(name)!r}, asked is {asked.get(name)!r}" for name in differs)
+    differs = _told(found, asked, [name for name in {**found, **asked} if name not in (*NOT_COMPARED, *ITEMS)])
+    if any(found.get(name) != asked.get(name) for name in ITEMS):
+        was, now = ({"chosen_by": {}, **header}["chosen_by"] for header in (found, asked))
+        differs += _told(was, now, [name for name in now if name in was]) or ["its items are others"]
+    return "; ".join(differs)
+
+
+def _told(found: Mapping[str, Any], asked: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    differs = [name for name in names if found.get(name) != _as_read(asked.get(name))]
+    return [f"{name} is {found.get(name)!r}, asked is {asked.get(name)!r}" for name in differs]
 
 
 def _as_read(value: Any) -> Any:

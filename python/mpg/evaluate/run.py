@@ -61,14 +61,16 @@ Scored: TypeAlias = dict[tuple[str, str, tuple[str, int, str]], Mapping[str, "fl
 class Target:
     """What is to be shown: a type, or a combination of weights.
 
-    name   of its folder: the type, or the task
-    poles  that judges of traits look for
+    name       of its folder: the type, or the task
+    poles      that judges of traits look for
+    chosen_by  the caller's arguments that chose the items
     """
 
     name: str
     items: Sequence[Item]
     weights: Mapping[str, float]
     poles: tuple[str, ...] = ()
+    chosen_by: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,8 +159,8 @@ class Evaluation:
         options = {name: value for name, value in self.options.items() if has_option(sampler, name)}
         write_answers(
             self._answers(target, method), self.model, target.items, method, target.weights, seeds=self.seeds,
-            batch_size=self.batch_size, on_row=lambda *counts: self.on_row(f"{target.name} {method}", *counts),
-            **options,
+            batch_size=self.batch_size, chosen_by=target.chosen_by,
+            on_row=lambda *counts: self.on_row(f"{target.name} {method}", *counts), **options,
         )  # fmt: skip
 
     def _answers(self, target: Target, method: str) -> Path:
@@ -258,7 +260,7 @@ class Evaluation:
         rows = write_choices(
             self.out / target.name / "choices" / f"{law}.jsonl", self.model,
             [item for item in target.items if item.task == "mcqa"], None if law == "base" else target.weights,
-            target=law, way=self.way, seeds=self.seeds, batch_size=self.batch_size,
+            target=law, way=self.way, seeds=self.seeds, batch_size=self.batch_size, chosen_by=target.chosen_by,
             on_row=lambda *counts: self.on_row(f"{target.name} choices, {law}", *counts),
         )  # fmt: skip
         return [(choice_of(row), row["seed"]) for row in rows]

@@ -121,9 +121,9 @@ def mbti(
             )
             if not poles:
                 raise ValueError("type: expected --type, or --weights of poles, to know what is judged")
-            found.append(
-                Target(name or "weights", _read_items(data, asked, name or None, limit, held_out), alpha, poles)
-            )
+            items = _read_items(data, asked, name or None, limit, held_out)
+            chosen_by = {"tasks": asked, "limit": limit, "held_out": held_out}
+            found.append(Target(name or "weights", items, alpha, poles, chosen_by))
         return found
 
     _evaluate(
@@ -172,7 +172,8 @@ def roleplay(
         if missing := [name for name in alpha if name not in names]:
             wanted = "attributes profile and personality; --weights names another combination"
             raise ValueError(f"models: expected {wanted}; got {', '.join(names)}, and no {missing[0]}")
-        return [Target("roleplay", _read_items(data, ["roleplay"], None, limit), alpha)]
+        items = _read_items(data, ["roleplay"], None, limit)
+        return [Target("roleplay", items, alpha, chosen_by={"limit": limit})]
 
     _evaluate(
         "roleplay", "Role-Play", targets, way="texts", weights=weights, models=models,

@@ -73,6 +73,7 @@ def tune(
         replies = out.with_suffix(".replies")
         judges = {pole: judge_of(judge, "mbti", (pole,), replies=replies, **how) for pole in type}
         about = {"by": [own.identity for own in judges.values()], "max_new_tokens": max_new_tokens}
+    about["chosen_by"] = {"limit": limit}
     model = arguments.load(models, device=device, dtype=dtype, quantize=quantize)
 
     def scores_of(side: Sequence[Item], target: str) -> Scores:
