@@ -692,6 +692,14 @@ EARLY = [
     ([*GENERATE, "--method", "scr", "--target", "geometric"],
      "target: expected none beside method 'scr', which sets it, got 'geometric'"),
     ([*GENERATE, "--method", "moe"], "method: expected one of base,"),
+    *(([*BATCH, f"--{name.replace('_', '-')}", "1"], f"{name}: expected none beside --local, got 1")
+      for name in ("workers", "min_workers", "cpus_per_worker", "gpus_per_worker")),
+    *((["batch", "rows.jsonl", "out", "--workers", str(most), "--min-workers", str(most + 1)],
+       f"min_workers: expected at most the {most} workers, got {most + 1}") for most in (1, 2)),
+    *((["serve", f"--{name.replace('_', '-')}", "1"], f"{name}: expected none without --replicas, got 1.0")
+      for name in ("cpus_per_replica", "gpus_per_replica")),
+    (["serve", "--replicas", "1", "--image", "a/b"], "image: expected none without --print-config kuberay, got 'a/b'"),
+    ([*TRAIN, "--pole", "E", "--keep-preamble"], "keep_preamble: expected False but of the paper's release"),
     ([*GENERATE, "--method", "mod", "--describe", "E=loud"],
      "describe: expected a method among pp, pp-single, pp-specialized"),
     ([*GENERATE, "--method", "pp", "--describe", "E"], "describe: expected NAME=TEXT, got 'E'"),
@@ -727,7 +735,6 @@ EARLY = [
 
 BATCHES = [
     (["--format", "csv"], "format: expected one of jsonl, parquet, got 'csv'"),
-    (["--min-workers", "2"], "min_workers: expected at most the 1 workers, got 2"),
     (["--weights", "Q=1"], "weights: expected some of E, S, T, J, got 'Q'"),
     (["--weights", "nobody"], "weights: expected NAME=NUMBER,... or a preset among ESTJ, INFP, got 'nobody'"),
     (["--set", "temprature=1"], "temprature: unknown option; did you mean 'temperature'?"),
@@ -803,6 +810,15 @@ STUDIES = [
     ([*ESTJ, "--set", "sampler=exact"], "sampler: expected an option that methods leave open; expected one of "),
     ([*ESTJ, "--set", "temprature=1"],
      "temprature: expected an option that methods leave open; did you mean 'temperature'?"),
+    ([*ESTJ, "--set", "tries=8"], "tries: expected an option of one of base, got 8"),
+    ([*ESTJ, "--methods", "mod,scr", "--set", "draft=lookup"], "draft: expected an option of one of mod, scr, got "),
+    ([*ESTJ, "--set", "trace=true"], "trace: expected an option that methods leave open"),
+    ([*ESTJ, "--set", "batch_size=2"], "batch_size: expected --batch-size, got --set batch_size=2"),
+    ([*ESTJ, "--set", "max_new_tokens=2"], "max_new_tokens: expected --max-new-tokens, got --set max_new_tokens=2"),
+    ([*ESTJ, "--tasks", "qa", "--choices", "texts"], "choices: expected none without mcqa among the tasks, got 'te"),
+    *(([*how, f"--{name.replace('_', '-')}", "120"], f"{name}: expected none without an endpoint's --judge, got ")
+      for how in (ESTJ, [*ROLEPLAY, "--weights", "E=1"], TUNE, [*TUNE, "--judge", "classifier"])
+      for name in ("key_env", "concurrency", "timeout")),
     ([*ESTJ, "--set", "temperature"], "set: expected NAME=VALUE, got 'temperature'"),
     ([*ESTJ, "--set", "temperature=-1"], "temperature: expected a number in [0, inf), got -1"),
     ([*ESTJ, "--models", "no/such"], "models: expected 'demo', 'smollm2', a folder or a recipe, got 'no/such'"),
@@ -841,6 +857,8 @@ STUDIES = [
     ([*TUNE, "--high", "0"], "start: expected a number in [-2, 0], got 1"),
     *(([*TUNE, f"--{name}", wrong], f"{name}: expected a number in [")
       for name, wrong in (("low", "nan"), ("start", "nan"), ("high", "inf"))),
+    ([*TUNE, "--max-new-tokens", "40"], "max_new_tokens: expected none without a --judge, got 40"),
+    ([*TUNE, "--seed", "0"], "seed: expected none without --search optuna or a --judge, got 0"),
     ([*TUNE, "--judge", "nobody"], "judge: expected classifier, classifier:FOLDER or an endpoint's ...got 'nobody'"),
     ([*TUNE, "--judge", "classifier:no"], "judge: expected a file that can be read, got no/judge.json: No such file"),
     ([*TUNE, "--judge", "classifier", "--type", "XY"], "type: expected poles of different dimensions"),

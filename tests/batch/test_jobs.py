@@ -390,7 +390,6 @@ def test_the_command_answers_tells_how_far_it_is_and_goes_on(job, tmp_path, monk
         (["--set", "temperature=hot"], "temperature: expected a number"),
         (["--weights", "X"], "weights: expected NAME=NUMBER"),
         (["--format", "csv"], "format: expected one of jsonl, parquet"),
-        (["--workers", "2", "--min-workers", "3"], "min_workers: expected at most the 2 workers, got 3"),
         (["--models", "nowhere"], "models: expected"),
         (["--weights", "X=1"], "weights: expected some of E, S, T, J, got 'X'"),
     ],

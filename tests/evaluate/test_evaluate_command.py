@@ -174,7 +174,8 @@ def test_several_types_are_averaged(run, data, own_judge, tmp_path):
     (data / "mbti/questions/qa_ESTP.json").write_text((data / "mbti/questions/qa_ESTJ.json").read_text())
     recipe = tmp_path / "mpg.yaml"
     adapters = {pole: str(MODELS / "adapters" / name) for pole, name in zip("ESTJP", "ESTJJ", strict=True)}
-    recipe.write_text(json.dumps({"base": str(MODELS), "attributes": adapters}))
+    options = {"sampler": "token-rs", "tries": 8}  # which no method asked for takes, and nobody gave
+    recipe.write_text(json.dumps({"base": str(MODELS), "attributes": adapters, "options": options}))
     command = ("mbti", "--models", recipe, "--type", "ESTJ", "--type", "ESTP", "--methods", "base", "--tasks", "qa")
     done = run(*command, *SHORT, "--judge", f"classifier:{own_judge}")
     assert done.exit_code == 0, done.stderr

@@ -74,6 +74,10 @@ def read_pairs(
     rows = list(_rows(data))
     personas = [match for _, row in rows if (match := _persona(row))]
     preambles = {match["pole"]: match["preamble"] for match in personas}
+    if keep_preamble and rows and not preambles:
+        raise ValueError(
+            f"keep_preamble: expected False but of the paper's release, as {data} has no preamble, got True"
+        )
     pairs: list[Pair] = []
     poles: set[str] = set()
     for place, row in rows:

@@ -132,6 +132,17 @@ def leave_a_core() -> None:
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
 
 
+def refuse_unused(ctx: typer.Context, wanted: str, *names: str) -> None:
+    """Raises ValueError for an argument of the command that was given, where nothing would use it.
+
+    wanted: what was expected of it, in words
+    """
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{name}: expected {wanted}, got {ctx.params[name]!r}")
+
+
 def read_contexts(given: list[str] | None) -> dict[str, str]:
     """Texts by name, of --context."""
     contexts: dict[str, str] = {}

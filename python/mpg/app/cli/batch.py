@@ -22,6 +22,7 @@ KILLED = "mpg: the command was killed, or has lost the Ray that it ran on; the s
 
 @arguments.clear_errors()
 def batch(
+    ctx: typer.Context,
     rows: Annotated[
         str,
         typer.Argument(
@@ -59,6 +60,11 @@ def batch(
     merge_adapters: arguments.MergeAdapters = False,
 ) -> None:
     """Answer every row of a file; killed at any time, the same command goes on. Needs the package's extra 'ray'."""
+    if local:
+        of_ray = ("workers", "min_workers", "cpus_per_worker", "gpus_per_worker")
+        arguments.refuse_unused(ctx, "none beside --local", *of_ray)
+    if min_workers is not None and min_workers > workers:
+        raise ValueError(f"min_workers: expected at most the {workers} workers, got {min_workers}")
     if not local and find_spec("ray") is None:
         raise ValueError("ray: expected it installed: pip install 'mpg[ray]'; --local does without")
     try:
@@ -75,8 +81,6 @@ def batch(
     from mpg.recipe import parse_settings
 
     one_of(*FORMATS)("format", form)
-    if min_workers is not None and min_workers > workers:
-        raise ValueError(f"min_workers: expected at most the {workers} workers, got {min_workers}")
     max_bytes = arguments.read_size("max_memory", max_memory)
     contexts, recipe = arguments.read_contexts(context), arguments.read_recipe(models)
     options = {"max_new_tokens": max_new_tokens}

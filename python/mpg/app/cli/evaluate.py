@@ -12,7 +12,7 @@ from rich.progress import Progress, TaskID
 
 from mpg.app.cli import arguments
 from mpg.files import parse_json, refuse_unreadable_text
-from mpg.options import OPTIONS, check_weights, hint, one_of, parse_pair
+from mpg.options import OPTIONS, check_weights, has_option, hint, one_of, parse_pair
 
 if TYPE_CHECKING:
     from mpg.evaluate.run import Target
@@ -54,6 +54,7 @@ Picture = Annotated[
 @app.command()
 @arguments.clear_errors()
 def mbti(
+    ctx: typer.Context,
     data: Data,
     out: Out,
     type: Annotated[
@@ -100,6 +101,8 @@ def mbti(
     if choices not in WAYS:
         raise ValueError(f"choices: expected one of {', '.join(WAYS)}, got {choices!r}")
     asked = [*MBTI_TASKS[not type :]] if tasks is None else _names("tasks", tasks, MBTI_TASKS)
+    if "mcqa" not in asked:
+        arguments.refuse_unused(ctx, "none without mcqa among the tasks", "choices")
     if weights is not None and len(type or ()) > 1:
         raise ValueError(f"weights: expected none beside several types, whose poles are weighed 1, got {weights!r}")
     if type and len(set(type)) < len(type):
@@ -127,8 +130,8 @@ def mbti(
         return found
 
     _evaluate(
-        "mbti", f"MBTI: {', '.join(type or ['weights'])}", targets, way=choices, weights=weights, models=models,
-        methods=methods, judges=judge, out=out, seeds=seeds, reference=reference, settings=settings,
+        "mbti", f"MBTI: {', '.join(type or ['weights'])}", targets, ctx=ctx, way=choices, weights=weights,
+        models=models, methods=methods, judges=judge, out=out, seeds=seeds, reference=reference, settings=settings,
         scoring_model=scoring_model, bertscore=bertscore, picture=picture, max_new_tokens=max_new_tokens,
         batch_size=batch_size, key_env=key_env, concurrency=concurrency, timeout=timeout,
         load=dict(anchor=anchor, device=device, dtype=dtype, quantize=quantize),
@@ -138,6 +141,7 @@ def mbti(
 @app.command()
 @arguments.clear_errors()
 def roleplay(
+    ctx: typer.Context,
     data: Data,
     out: Out,
     weights: Weights = None,
@@ -176,8 +180,8 @@ def roleplay(
         return [Target("roleplay", items, alpha, chosen_by={"limit": limit})]
 
     _evaluate(
-        "roleplay", "Role-Play", targets, way="texts", weights=weights, models=models,
-        methods=methods, judges=judge, out=out, seeds=seeds, reference=reference, settings=settings,
+        "roleplay", "Role-Play", targets, ctx=ctx, way="texts", weights=weights,
+        models=models, methods=methods, judges=judge, out=out, seeds=seeds, reference=reference, settings=settings,
         scoring_model=scoring_model, bertscore=bertscore, picture=picture, max_new_tokens=max_new_tokens,
         batch_size=batch_size, key_env=key_env, concurrency=concurrency, timeout=timeout,
         load=dict(anchor=anchor, device=device, dtype=dtype, quantize=quantize),
@@ -246,6 +250,7 @@ def _evaluate(
     title: str,
     targets: Callable[[list[str], dict[str, float]], list[Target]],
     *,
+    ctx: typer.Context,
     way: str,
     weights: str | None,
     models: str,
@@ -269,7 +274,7 @@ def _evaluate(
 
     targets: of the names of the attributes there are, and of the weights that were given, if any
     """
-    from mpg.paper.methods import METHODS
+    from mpg.paper.methods import METHODS, sampler_of
     from mpg.paper.report import check_plot
     from mpg.recipe import parse_settings
 
@@ -278,11 +283,16 @@ def _evaluate(
         reference = "base" if "base" in chosen else chosen[0]
     one_of(*chosen)("reference", reference)
     options = parse_settings(settings)
-    left_open = [name for name in OPTIONS if name not in ("sampler", "target", "seed")]
+    samplers = {sampler_of(method, {}) for method in chosen}
+    left_open = [name for name in OPTIONS if name not in ("sampler", "target", "seed", "trace")]
     for name in options:
+        if name in ("max_new_tokens", "batch_size"):
+            raise ValueError(f"{name}: expected --{name.replace('_', '-')}, got --set {name}={options[name]}")
         if name not in left_open:
             raise ValueError(f"{name}: expected an option that methods leave open; {hint(name, left_open)}")
         OPTIONS[name].metadata["check"](name, options[name])
+        if not any(has_option(sampler, name) for sampler in samplers):
+            raise ValueError(f"{name}: expected an option of one of {', '.join(chosen)}, got {options[name]!r}")
     if scoring_model is not None and not Path(scoring_model).is_dir():
         raise ValueError(f"scoring_model: expected the folder of a model, got {scoring_model!r}")
     recipe = arguments.read_recipe(models)
@@ -309,6 +319,8 @@ def _evaluate(
         return sorted(asked, key=lambda judge: isinstance(judge, EndpointJudge))  # local ones first: these cannot fail
 
     panels = [panel(target) for target in planned]
+    if not any(isinstance(judge, EndpointJudge) for judges in panels for judge in judges):
+        arguments.refuse_unused(ctx, "none without an endpoint's --judge", "key_env", "concurrency", "timeout")
     model = arguments.load(models, **load)
     scoring = (models, model)
     if scoring_model is not None:

@@ -23,6 +23,7 @@ KILLED = "mpg: the command was killed, or has lost the Ray that it ran on"
 
 @arguments.clear_errors()
 def serve(
+    ctx: typer.Context,
     models: arguments.Models = "demo",
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 8000,
@@ -99,6 +100,10 @@ def serve(
     from mpg.options import one_of
     from mpg.recipe import parse_settings
 
+    if not (replicas or max_replicas or print_config):
+        arguments.refuse_unused(ctx, "none without --replicas", "cpus_per_replica", "gpus_per_replica")
+    if print_config != "kuberay":
+        arguments.refuse_unused(ctx, "none without --print-config kuberay", "image")
     how: dict[str, Any] = {
         "device": device, "dtype": dtype, "quantize": quantize, "graphs": graphs,
         "allow_other_base": allow_other_base, "merge_adapters": merge_adapters, "allow_pickle": allow_pickle,

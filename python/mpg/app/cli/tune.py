@@ -20,6 +20,7 @@ SEARCH_HELP = "iterative (the paper's adjustment) or optuna (its tree-structured
 
 @arguments.clear_errors()
 def tune(
+    ctx: typer.Context,
     type: Annotated[str, typer.Option(help="The target's poles, such as ESTP: each the name of an attribute.")],
     data: Annotated[str, typer.Option(help="The folder of the paper's data release.")],
     out: Annotated[Path, typer.Option(help="The history, JSON Lines: one line a trial, which goes on where it ends.")],
@@ -54,7 +55,7 @@ def tune(
     if picture is not None:
         check_plot(picture)
     from mpg.evaluate import tune as tuning
-    from mpg.evaluate.judges import judge_of
+    from mpg.evaluate.judges import EndpointJudge, judge_of
     from mpg.evaluate.tasks import read_items, split
     from mpg.evaluate.worth import ChoiceScores, TextScores
     from mpg.paper.statistics import FEW_PROMPTS
@@ -73,6 +74,12 @@ def tune(
         replies = out.with_suffix(".replies")
         judges = {pole: judge_of(judge, "mbti", (pole,), replies=replies, **how) for pole in type}
         about = {"by": [own.identity for own in judges.values()], "max_new_tokens": max_new_tokens}
+    if judge is None:
+        arguments.refuse_unused(ctx, "none without a --judge", "max_new_tokens")
+        if search != "optuna":
+            arguments.refuse_unused(ctx, "none without --search optuna or a --judge", "seed")
+    if not any(isinstance(own, EndpointJudge) for own in judges.values()):
+        arguments.refuse_unused(ctx, "none without an endpoint's --judge", "key_env", "concurrency", "timeout")
     about["chosen_by"] = {"limit": limit}
     model = arguments.load(models, device=device, dtype=dtype, quantize=quantize)
 
