@@ -50,6 +50,17 @@ def test_candidates_are_ranked_by_the_stated_model_and_the_first_is_picked(model
     assert "rather than direct (1e+03 ms a token)" in str(plan)
 
 
+@pytest.mark.parametrize(("acceptance", "picked"), [(0.0, None), (1e-4, None), (0.1, "lookup")])
+def test_a_draft_of_which_nothing_is_accepted_is_not_picked_however_fast_its_rounds_seem(
+    acceptance, picked, model, monkeypatch
+):
+    monkeypatch.setattr(planning, "_measure_acceptance", lambda *_: {"reference": 0.0, "lookup": acceptance})
+    monkeypatch.setattr(planning, "_time_round", lambda models, requests, options: 1.0 - 0.01 * bool(options.draft))
+    plan = plan_for(model, BOTH)
+    assert plan.options.draft == picked
+    assert len(plan.candidates) == 1 + 2 * len(planning.CHUNK_SIZES) and "reference draft" in str(plan)
+
+
 @pytest.mark.parametrize("own", [{"sampler": "direct"}, {"sampler": "exact", "draft": "reference", "chunk_size": 8}])
 def test_rounds_are_timed_as_they_run_from_their_graphs(own, monkeypatch):
     monkeypatch.setitem(CAPTURES, "cpu", Tape)
