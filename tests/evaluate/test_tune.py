@@ -393,5 +393,10 @@ def test_the_command_prints_weights_that_every_command_takes(data, tmp_path):
     assert "held out, tuned: J" in done.stderr
     assert (tmp_path / "history.png").stat().st_size > 1000
     assert tuning.SEARCHES[0] in (tmp_path / "history").read_text()
+    assert "search: ended" not in done.stderr
+    for _ in range(2):  # the second from its file
+        done = CliRunner().invoke(app, [*arguments, "--trials", "200"])
+        num_tried = sum(b'"trial"' in line for line in (tmp_path / "history").read_bytes().splitlines())
+        assert 3 < num_tried < 200 and f"search: ended after {num_tried} of 200 trials: no step of 1 to" in done.stderr
     done = CliRunner().invoke(app, [*arguments, "--limit", "2"])
     assert done.exit_code == 2 and done.stderr.endswith("holds another job: limit is None, asked is 2\n")

@@ -97,6 +97,9 @@ def tune(
         out, model, type, sides[0], sides[1], scores_of, about=about, target=target, search=search, trials=trials,
         low=low, high=high, start=start, seed=seed, on_trial=on_trial,
     )  # fmt: skip
+    if (done := len(found.trials)) < trials:
+        why = f"no step of {tuning.FIRST_STEP:g} to {tuning.LAST_STEP:g} in one weight is better than the best"
+        arguments.err.print(f"search: ended after {done} of {trials} trials: {why}", highlight=False, soft_wrap=True)
     if picture is not None:
         tuning.plot(found.trials, picture, f"{type}, {target}", with_values=True)
     for side, name in zip(sides, ("to tune on", "held out"), strict=True):
