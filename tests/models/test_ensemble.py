@@ -129,6 +129,35 @@ def test_adapters_attach_to_an_anchor_model(set_folder, tiny_model):
     assert load(specialised, anchor=set_folder).attribute_names == ("E", "T")
 
 
+@pytest.mark.parametrize("target", ["geometric", "arithmetic"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_text_over_an_anchor_that_hosts_the_adapters_is_of_the_base_times_their_ratios(
+    target, is_folder, set_folder, tiny_model, full_logits
+):
+    adapters = {name: set_folder / "adapters" / name for name in ("E", "T")}
+    specialised = tiny_model()
+    anchor = set_folder if is_folder else AutoModelForCausalLM.from_pretrained(set_folder)
+    model = Model(load(specialised, None if is_folder else adapters, anchor=anchor))
+    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(set_folder), adapters["E"], "E")
+    original.load_adapter(adapters["T"], "T")
+    weights, tokens = {"E": 1.5, "T": 0.5}, [3, 4, 5]
+    for _ in range(12):
+        of_anchor, *of_attributes = (
+            full_logits(original, tokens, name)[-1].log_softmax(-1) for name in (None, *weights)
+        )
+        ratios = zip(weights.values(), (logprobs - of_anchor for logprobs in of_attributes), strict=True)
+        if target == "geometric":
+            score = sum(alpha * ratio for alpha, ratio in ratios)
+        else:
+            score = sum(alpha * ratio.exp() for alpha, ratio in ratios).log()
+        tokens.append(int((full_logits(specialised, tokens)[-1].log_softmax(-1) + score).argmax()))
+    alone = model.generate([3, 4, 5], target="base", temperature=0, max_new_tokens=12)
+    assert list(alone.tokens) != tokens[3:]
+    for how in ({"sampler": "direct"}, {"draft": "reference"}, {"draft": "merged"}):
+        text = model.generate([3, 4, 5], weights=weights, target=target, temperature=0, max_new_tokens=12, **how)
+        assert list(text.tokens) == tokens[3:]
+
+
 def test_describe_says_what_stands_behind_each_role(set_folder):
     described = load(set_folder).describe()
     assert list(described) == ["base", "E", "T", "anchor", "draft"]
