@@ -200,6 +200,29 @@ def test_the_tokenizer_comes_from_the_base_folder(set_folder):
     assert load(set_folder).tokenizer.get_vocab() == {"a": 0, "b": 1}
 
 
+def test_each_tokenizer_is_read_once_however_many_folders_hold_a_copy(set_folder, tiny_model, tmp_path, monkeypatch):
+    read, from_pretrained = [], mpg.models.sources.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        mpg.models.sources.AutoTokenizer,
+        "from_pretrained",
+        lambda *args, **how: read.append(str(args[0])) or from_pretrained(*args, **how),
+    )
+    load(set_folder)
+    assert read == []
+    tokenizer = _tokenizer("a", "b", "c")
+    tokenizer.save_pretrained(set_folder)
+    load(set_folder)
+    assert read == [str(set_folder)]
+    read.clear()
+    draft = _folder(tmp_path / "draft", tiny_model(), tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    for name in ("E", "T"):
+        tokenizer.save_pretrained(set_folder / "adapters" / name)
+    ensemble = load(set_folder, draft=draft, tokenizer=set_folder)
+    assert read == [str(set_folder), str(set_folder / "adapters/E")]
+    assert ensemble.tokenizer.get_vocab() == {"a": 0, "b": 1, "c": 2}
+
+
 def test_logits_carry_no_gradient(set_folder):
     base = AutoModelForCausalLM.from_pretrained(set_folder)
     ensemble = load(base, {"E": set_folder / "adapters/E"})

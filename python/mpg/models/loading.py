@@ -83,7 +83,8 @@ def load(
         asked[argument] = gguf.resolve(argument, source)
     given = {name: asked.get(_argument(name)) for name in given}
     recipe = replace(recipe, **{role: asked[role] for role in (BASE, *roles) if role in asked})
-    tokenizer = sources.own_tokenizer(recipe.tokenizer)
+    tokenizers = sources.Tokenizers()
+    tokenizer = sources.own_tokenizer(recipe.tokenizer, tokenizers)
     peft_models = [source for source in (*given.values(), recipe.draft) if isinstance(source, PeftModel)]
     base, anchor = _with_adapters(recipe.base, peft_models), _with_adapters(recipe.anchor, peft_models)
     names = sources.default_attributes(base) if recipe.attributes is None else given
@@ -103,7 +104,7 @@ def load(
             wanted = f"names other than {BASE!r}, {ANCHOR!r}, {DRAFT!r} and {MERGED!r}"
             raise ValueError(f"attributes: expected {wanted}, got {name!r}")
 
-    loader = _Loader(recipe, names, host, dtype, device, () if beside is None else beside._models)
+    loader = _Loader(recipe, names, host, dtype, device, () if beside is None else beside._models, tokenizers)
     slots = {BASE: loader.add(BASE, base)}
     if host is anchor:
         slots[ANCHOR] = loader.add(ANCHOR, host)
@@ -175,8 +176,9 @@ class _Loader:
         dtype: Any,
         device: Any,
         loaded: Sequence[LoadedModel],
+        tokenizers: sources.Tokenizers,
     ) -> None:
-        self.recipe, self.host = recipe, host
+        self.recipe, self.host, self.tokenizers = recipe, host, tokenizers
         folders = [known for known in loaded if known.origin is None]
         self.known: dict[int | str, LoadedModel] = {known.source: known for known in reversed(folders)}
         self.read_adapters = {adapter.source: adapter for known in folders for adapter in known.adapters}
@@ -265,7 +267,7 @@ class _Loader:
             check_agreement(self.models[0], loaded)
         known = [(loaded.argument, loaded.tokenizer) for loaded in self.models if loaded.tokenizer is not None]
         for adapter in (adapter for loaded in self.models for adapter in loaded.adapters):
-            if Path(adapter.source).is_dir() and (tokenizer := sources.read_tokenizer(adapter.name, adapter.source)):
+            if Path(adapter.source).is_dir() and (tokenizer := self.tokenizers.read(adapter.name, adapter.source)):
                 known.append((adapter.name, tokenizer))
         for argument, tokenizer in known[1:]:
             check_tokenizers(known[0][1], argument, tokenizer)
@@ -328,7 +330,7 @@ class _Loader:
         return model, place or (None if self.keeps_devices else self.device)
 
     def _add_loaded(self, argument: str, source: Source, model: PreTrainedModel, place: Place | None) -> Slot:
-        tokenizer = None if isinstance(source, nn.Module) else sources.read_tokenizer(argument, source)
+        tokenizer = None if isinstance(source, nn.Module) else self.tokenizers.read(argument, source)
         use_ragged_attention(model, argument)
         # A pad token makes some models (GPT-2) look for padding in every input, which waits for the device.
         model.config.pad_token_id = None

@@ -34,6 +34,7 @@ PICKLES = {False: ("pytorch_model.bin", "pytorch_model.bin.index.json"), True: (
 ALLOWING = ", or load with allow_pickle=True (--allow-pickle) if you trust it"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+TOKENIZER_PATTERNS = ("*token*", "vocab*", "merges*", "*.model", "*.jinja")  # these, and all others that one may have
 
 Source: TypeAlias = str | Path | PreTrainedModel | PeftModel
 Place = torch.device | str | dict[str, Any]  # a device, or what transformers' device_map takes to split a model
@@ -163,14 +164,36 @@ def read_tokenizer(argument: str, source: str | Path) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def own_tokenizer(given: Any) -> PreTrainedTokenizerBase | None:
+class Tokenizers:
+    """Reads each tokenizer once: trainers leave a copy of the base's beside every adapter."""
+
+    def __init__(self) -> None:
+        self._by_content: dict[str, PreTrainedTokenizerBase | None] = {}
+
+    def read(self, argument: str, source: str | Path) -> PreTrainedTokenizerBase | None:
+        """As `read_tokenizer`."""
+        with refuse_unreadable(argument, source):
+            content = _content_of_tokenizer(Path(source)) or str(source)
+        if content not in self._by_content:
+            self._by_content[content] = read_tokenizer(argument, source)
+        return self._by_content[content]
+
+
+def _content_of_tokenizer(folder: Path) -> str:
+    """A hash of all that a tokenizer is read from; "" of what is no folder, and of one that has none."""
+    files = {file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern) if file.is_file()}
+    hashes = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sorted(files)]
+    return " ".join(hashes)
+
+
+def own_tokenizer(given: Any, tokenizers: Tokenizers) -> PreTrainedTokenizerBase | None:
     """The tokenizer that an argument is, or names."""
     if given is None or isinstance(given, PreTrainedTokenizerBase):
         return given
     if not isinstance(given, str | Path):
         wanted = "a folder, a hub name or a loaded tokenizer"
         raise ValueError(f"tokenizer: expected {wanted}, got {type(given).__name__}")
-    tokenizer = read_tokenizer("tokenizer", given)
+    tokenizer = tokenizers.read("tokenizer", given)
     if tokenizer is None:
         wanted = f"a tokenizer ({' or '.join(TOKENIZER_FILES)})"
         raise ValueError(f"tokenizer: expected {wanted}, got {nothing_in(given, TOKENIZER_FILES[0])}")
