@@ -293,7 +293,8 @@ def tune_by(data, tmp_path):
 
     def tune_by(judge, *more):
         places = ["--data", str(data), "--out", str(tmp_path / "history.jsonl")]
-        how = ["--judge", judge, "--max-new-tokens", "9", "--limit", "3", "--trials", "2", "--concurrency", "1"]
+        how = ["--judge", judge, "--max-new-tokens", "9", "--limit", "3", "--trials", "2"]
+        how += ["--concurrency", "1"] if judge.startswith("http") else []
         return CliRunner().invoke(app, ["tune", "--models", "demo", "--type", "J", *places, *how, *more])
 
     return tune_by
