@@ -60,7 +60,8 @@ class Case:
             for got, wanted in zip(runs[name], runs["twin"], strict=True):
                 # By row, not by element: rounding may move a cut of top-p by a token.
                 error = (got.double() - wanted.double()).abs().sum(-1)
-                assert (error <= 1e-4 + 1e-3 * wanted.double().abs().sum(-1)).all(), (name, error.max())
+                relative = 2**-8 if wanted.dtype == torch.bfloat16 else 1e-3  # plain torch rounds on the way, too
+                assert (error <= 1e-4 + relative * wanted.double().abs().sum(-1)).all(), (name, error.max())
 
     def check_draw(self, tokens: Tensor) -> None:
         """Rounding may well take the neighbour of the token that it should be: by cumulated mass."""
@@ -253,6 +254,14 @@ class Cases:
         out, _, up, groups = self.adapters()
         hidden = self.normal(N * self.B, 1, RANK).to(self.dtype)
         return self.case("lora_expand_", (out, hidden, up, groups), read=(out, out, hidden, up[1:]))
+
+    def attend_rows(self) -> Case:
+        """One query a row, of N rows a sequence; V keys in the longest of them, and evenly fewer in the others."""
+        num_rows, heads, size = N * self.B, 4, 64
+        query, key, value = (self.normal(num_rows, heads, n, size).to(self.dtype) for n in (1, self.V, self.V))
+        ends = torch.linspace(self.V / num_rows, self.V, num_rows, device=self.device).long()
+        read = [held[row, :, :end] for held in (key, value) for row, end in enumerate(ends.tolist())]
+        return self.case("attend_rows", (query, key, value, ends[:, None] - 1), read=(query, ends, *read))
 
     def case(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any] | None = None, **more: Any) -> Case:
         functions = (getattr(library, name) for library in (mpg_ext, plain, reference))

@@ -235,3 +235,9 @@ def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
 def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> None:
     num_groups = len(up) - 1
     out.view(num_groups, -1, out.shape[-1]).baddbmm_(hidden.view(num_groups, -1, hidden.shape[-1]), up[1:])
+
+
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+    is_read = torch.arange(key.shape[2], device=key.device) <= positions[:, None, :, None]
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=is_read, enable_gqa=True)
+    return out.transpose(1, 2).contiguous()

@@ -36,6 +36,7 @@ MORE_THAN_CACHE = {"cpu": 2**26, "cuda": 2**28}  # bytes
 ON_LOGITS = ("gather_logprobs", "verify_chunks", "draw_fallback", "combine_geometric", "combine_arithmetic")
 ON_ROWS = ("warp_temperature", "warp_top_p", "draw_tokens", "draw_top_p", "verify_block", "draw_residual")
 ON_FEATURES = ("lora_shrink", "lora_expand_")
+ON_KEYS, NUM_KEYS = ("attend_rows",), (256, 2048)  # on the CPU alone
 ON_SCORES = (
     "score_prefixes",
     "accept_prefixes",
@@ -87,6 +88,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ]
     dtypes = (torch.float32, torch.bfloat16)
     parameters += [(name, B, NUM_FEATURES, dtype) for name in ON_FEATURES for dtype in dtypes for B in (1, 4, 16)]
+    for V in NUM_KEYS if device == "cpu" else ():
+        parameters += [(name, B, V, dtype) for name in ON_KEYS for dtype in dtypes for B in (1, 4, 16)]
     parameters += [(name, B, 1, torch.float32) for name in ON_SCORES for B in (1, 64)]
     metafunc.parametrize("timed", parameters, ids=label, indirect=True, scope="module")
 

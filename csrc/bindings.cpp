@@ -191,6 +191,14 @@ class Memory {
     return {rows.const_data_ptr(), rows.stride(0), rows.stride(1)};
   }
 
+  // Heads of rows, copied only where the features of a position are not neighbours.
+  mpg::HeadRows heads(const char* name, const Tensor& tensor, const char* letters,
+                      at::IntArrayRef sizes, at::ScalarType dtype) {
+    check(name, tensor, letters, sizes, dtype, device_);
+    const Tensor& rows = tensor.stride(3) == 1 ? tensor : kept_.emplace_back(tensor.contiguous());
+    return {rows.const_data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2)};
+  }
+
   template <class T>
   T* output(Tensor& tensor, at::IntArrayRef sizes) const {
     tensor = at::empty(sizes, at::device(device_).dtype(c10::CppTypeToScalarType<T>::value));
@@ -747,6 +755,32 @@ void lora_expand_(const Tensor& out, const Tensor& hidden, const Tensor& up, con
   });
 }
 
+Tensor attend_rows(const Tensor& query, const Tensor& key, const Tensor& value,
+                   const Tensor& positions, std::optional<double> scale) {
+  const auto [R, heads, q, D] = check_stored<4>("query", query, "R, heads, q, D");
+  const auto [rows, H, S, features] = check_dims<4>("key", key, "R, H, S, D");
+  const auto [also_rows, also_heads, also_S, E] = check_dims<4>("value", value, "R, H, S, E");
+  const auto dtype = query.scalar_type();
+  TORCH_CHECK_VALUE(query.is_cpu(), "query must be on the CPU, where this op alone is, got ",
+                    query.device());
+  TORCH_CHECK_VALUE(S >= 1, "key must have at least 1 position, got ", shape_string(key.sizes()));
+  TORCH_CHECK_VALUE(H >= 1 && heads % H == 0, "query must have a multiple of the key's ", H,
+                    " heads, got ", heads);
+
+  Tensor out = at::empty({R, q, heads, E}, query.options());
+  with_accumulation_type(query, [&]<class A>(Memory& memory) {
+    const mpg::AttendRows<A> args(
+        storage_of(query),
+        memory.heads("query", query, "R, heads, q, D", {R, heads, q, D}, dtype),
+        memory.heads("key", key, "R, H, S, D", {R, H, S, D}, dtype),
+        memory.heads("value", value, "R, H, S, E", {R, H, S, E}, dtype),
+        memory.input<int64_t>(MPG_ARG(positions, R, q)), R, H, heads / H, q, S, D, E,
+        A(scale.value_or(1 / std::sqrt(double(D)))), out.mutable_data_ptr());
+    run(memory, R * H, S * (D + E) * args.G * q, args, mpg::cpu::attend_rows<A>, nullptr);
+  });
+  return out;
+}
+
 // Calls f with every op: its name, what does it, and its schema.
 template <class F>
 void for_each_op(F f) {
@@ -791,6 +825,8 @@ void for_each_op(F f) {
   f("lora_shrink", lora_shrink, "(Tensor x, Tensor down, Tensor groups) -> Tensor");
   f("lora_expand_", lora_expand_,
     "(Tensor(a!) out, Tensor hidden, Tensor up, Tensor groups) -> ()");
+  f("attend_rows", attend_rows,
+    "(Tensor query, Tensor key, Tensor value, Tensor positions, *, float? scale=None) -> Tensor");
 }
 
 void register_ops(torch::Library& library) {

@@ -309,6 +309,29 @@ struct LoraExpand {
   int64_t step;          // in hidden from one group's ranks to the next one's: 0 or rank
 };
 
+// Feature c of position s of a head of row r lies at data[r * stride_row + head * stride_head + s *
+// stride_position + c].
+struct HeadRows {
+  const void* data;
+  int64_t stride_row, stride_head, stride_position;
+};
+
+// G heads of queries share each of H heads of keys and values.
+template <class A>
+struct AttendRows {
+  DType dtype;
+  HeadRows query, key, value;  // (R, H * G, q, D), (R, H, S, D), (R, H, S, E)
+  const int64_t* positions;    // (R, q)
+  int64_t R, H, G, q, S, D, E;
+  A scale;
+  void* out;  // (R, q, H * G, E)
+
+  // Keys that a query in this position attends to.
+  int64_t length(int64_t position) const {
+    return (position < 0 ? 0 : (position < S ? position : S - 1)) + 1;
+  }
+};
+
 // The two sides of an op. CPU: does the items [begin, end), so that the caller can split them over
 // threads. CUDA: launches on `stream`, a cudaStream_t.
 #define MPG_OP(op, Args)                                    \
@@ -349,6 +372,8 @@ const char* capability();  // the level that this process uses; throws std::inva
 template <class A>
 void combine_slices(const CombineRows<A>& args, int64_t begin, int64_t end);  // slices, normalized
 void draw_uniforms(const DrawUniforms& args, int64_t begin, int64_t end);     // sequences
+template <class A>
+void attend_rows(const AttendRows<A>& args, int64_t begin, int64_t end);  // heads of rows; CPU alone
 }  // namespace cpu
 
 namespace cuda {

@@ -30,6 +30,7 @@ if torch.__version__.split(".")[:2] != build_info()["torch"].split(".")[:2]:
 
 from .ops import (  # noqa: E402
     accept_prefixes,
+    attend_rows,
     combine_rows,
     commit_block_,
     count_usable_,
@@ -49,6 +50,7 @@ from .ops import (  # noqa: E402
 
 __all__ = [
     "accept_prefixes",
+    "attend_rows",
     "build_info",
     "combine_rows",
     "commit_block_",

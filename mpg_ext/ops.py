@@ -385,6 +385,24 @@ def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> Non
     torch.ops.mpg.lora_expand_(out, hidden, up, groups)
 
 
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention of R rows that have their own lengths: softmax(scale query key^T) value over the keys up to a position.
+
+    On the CPU alone. A row's keys are read as far as its queries reach; what lies behind them may be anything. Sums are
+    in acc, and do not depend on the other rows. G neighbouring heads of queries share each of H heads of keys and
+    values (grouped-query attention).
+
+    query: (R, H * G, q, D), float32, float16, bfloat16 or float64
+    key: (R, H, S, D), dtype of query, S at least 1
+    value: (R, H, S, E), dtype of query. Any strides; where the last of one of the three is not 1, it is copied
+    positions: (R, q) int64, of every query: it attends to the keys 0 to its position; read as if clipped to [0, S - 1]
+    scale: default D ** -0.5
+
+    out: (R, q, H * G, E), dtype of query; NaN where a score is NaN or +inf, or all of them are -inf
+    """
+    return torch.ops.mpg.attend_rows(query, key, value, positions, scale=scale)
+
+
 # Fake kernels: shapes, dtypes and devices for FakeTensor and device="meta".
 
 
@@ -430,6 +448,9 @@ _FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, ...] | None]] = {
     ),
     "lora_shrink": lambda x, down, groups: x.new_empty((*x.shape[:2], down.shape[1])),
     "lora_expand_": lambda *_inputs: None,
+    "attend_rows": lambda query, key, value, positions, **_options: query.new_empty(
+        (*positions.shape, query.shape[1], value.shape[3])
+    ),
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"mpg::{_name}", _fake)

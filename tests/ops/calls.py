@@ -125,10 +125,17 @@ def calls(
             "up": normal(3, N, V),
             "groups": integers(3, B).sort()[0],
         },
+        "attend_rows": {
+            "query": normal(B, 2 * N, K, V),
+            "key": normal(B, N, 5, V),
+            "value": normal(B, N, 5, W),
+            "positions": integers(5, B, K),
+        },
     }
 
 
 OPS = list(calls("meta"))
+ON_CPU_ALONE = ("attend_rows",)
 
 
 def clone(call: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,14 @@ FACTORS: dict[str, dict[str, Sequence[Any]]] = {
     "commit_block_": {"K": (0, 1, 4, 32, 70), "B": B, "has_token": (True, False), "has_totals": (True, False)},
     "lora_shrink": LORA,
     "lora_expand_": {**LORA, "is_of_all": (False, True)},
+    "attend_rows": {
+        "features": (1, 7, 48, 64, 100),
+        "keys": (1, 5, 64, 512, 513, 1100),
+        "K": (1, 2, 5),
+        "groups": (1, 3),
+        "B": (0, 1, 3, 19),
+        **STORED,
+    },
 }
 
 

@@ -384,6 +384,21 @@ def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> Non
     out.copy_(_accumulate(out) + _accumulate(hidden) @ _factors_of_rows(up, groups))
 
 
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *, scale: float | None = None) -> Tensor:
+    """Twin of `mpg_ext.attend_rows`."""
+    (num_rows, num_heads, num_queries, size), groups = query.shape, query.shape[1] // key.shape[1]
+    out = query.new_empty(num_rows, num_queries, num_heads, value.shape[3])
+    last = positions.clamp(0, key.shape[2] - 1).tolist()
+    for row in range(num_rows):
+        for head in range(num_heads):
+            for t in range(num_queries):
+                held = slice(last[row][t] + 1)
+                keys, values = (_accumulate(x[row, head // groups, held]) for x in (key, value))
+                scores = keys @ _accumulate(query[row, head, t]) * (size**-0.5 if scale is None else scale)
+                out[row, t, head] = (scores.softmax(0) @ values).to(query.dtype)
+    return out
+
+
 def _factors_of_rows(factors: Tensor, groups: Tensor) -> Tensor:
     """One factor a row, of zeros where the row runs no adapter."""
     has_adapter = (groups >= 1) & (groups < len(factors))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mpg_ext
 import reference
-from calls import OPS, calls, outputs_of
+from calls import ON_CPU_ALONE, OPS, calls, outputs_of
 from longer import thinned
 
 B, K, N, V, W = 2, 3, 2, 7, 4  # as calls() has them
@@ -31,6 +31,8 @@ def opcheck(name: str, inputs: dict) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(device, name):
+    if device.type == "cuda" and name in ON_CPU_ALONE:
+        pytest.skip("on the CPU alone")
     opcheck(name, calls(device)[name])
 
 
@@ -195,6 +197,28 @@ ERRORS = [
     ("lora_expand_", {"hidden": torch.ones(B, K, N).half()}, "hidden must be float32, got float16"),
     ("lora_expand_", {"up": torch.ones(3, N, 5)}, r"up must be \(G, r, out\) = \(3, 2, 7\), got \(3, 2, 5\)"),
     ("lora_expand_", {"groups": torch.ones(B)}, "groups must be int64, got float32"),
+    ("attend_rows", {"query": torch.ones(B, K, V)}, r"query must be \(R, heads, q, D\), got \(2, 3, 7\)"),
+    ("attend_rows", {"query": torch.ones(B, 4, K, V).int()}, "query must be float32, float16, bfloat16 or float64"),
+    ("attend_rows", {"query": torch.ones(B, 5, K, V)}, "query must have a multiple of the key's 2 heads, got 5"),
+    (
+        "attend_rows",
+        {"key": torch.ones(B, N, 5, 9)},
+        r"key must be \(R, H, S, D\) = \(2, 2, 5, 7\), got",
+    ),
+    (
+        "attend_rows",
+        {"key": torch.ones(3, N, 5, V)},
+        r"key must be \(R, H, S, D\) = \(2, 2, 5, 7\), got",
+    ),
+    ("attend_rows", {"key": torch.ones(B, N, 0, V)}, "key must have at least 1 position, got"),
+    ("attend_rows", {"key": torch.ones(B, N, 5, V).half()}, "key must be float32, got float16"),
+    (
+        "attend_rows",
+        {"value": torch.ones(B, N, 6, W)},
+        r"value must be \(R, H, S, E\) = \(2, 2, 5, 4\), got",
+    ),
+    ("attend_rows", {"positions": torch.ones(B, K)}, "positions must be int64, got float32"),
+    ("attend_rows", {"positions": torch.ones(B, V).long()}, r"positions must be \(R, q\) = \(2, 3\), got \(2, 7\)"),
 ]
 
 

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from mpg.models.cache import RaggedCache, as_argument
+import mpg_ext
+from mpg.models.cache import RaggedCache, Reach, as_argument
 from mpg.models.lengths import Lengths, attend_by_lengths, most_queries
 
 DEVICE_OF_LENGTHS = "cuda"
+# Queries of a row that mpg's op attends for on a CPU. Of one, nothing is left of a product that a library could be
+# faster at; it reads each row's own keys and needs no mask.
+QUERIES_BY_ROWS = 1
 ATTENTION = "mpg"  # the name under which transformers finds the two functions at the end of this file
 CACHED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 ALIBI_MODEL_TYPES = {"bloom", "mpt"}
@@ -49,7 +53,7 @@ def use_ragged_attention(model: PreTrainedModel, argument: str) -> None:
 
 
 @torch.no_grad()
-def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
+def verify_ragged_attention(model: PreTrainedModel, argument: str) -> RaggedCache:
     """Refuse a model whose logits on ragged rows are not those of its own uncached forward.
 
     `use_ragged_attention` refuses what is known to go wrong; this is for all the others. Two rows of 4 and 3 tokens,
@@ -59,7 +63,7 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
 
     argument: what the caller named the model, for the message
 
-    out: bytes that the cache takes for one position of one row
+    out: the cache of the two rows
 
     Raises ValueError if a forward fails, or if a position deviates by more than MAX_DEVIATION; in 16 bits both
     positions of a row must, as a router may send one token elsewhere. Logits that are not finite are not judged.
@@ -89,7 +93,28 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
             f"on short ragged rows its logits deviate from an uncached forward's by {deviation:.0%} of their spread"
         )
         raise _refusal(argument, config, reason)
-    return cache.bytes_per_position()
+    return cache
+
+
+@torch.no_grad()
+def choose_rows(model: PreTrainedModel, cache: RaggedCache) -> int:
+    """Up to how many queries of a row `model` attends by mpg's own op: 0 for none, off the CPU, or where its logits
+    then deviate from those by a mask.
+
+    cache: of `verify_ragged_attention`
+    """
+    if model.device.type != "cpu":
+        return 0
+    last, logits = _two_rows(model)[:1, 3:], []
+    try:
+        with own_precision(model.device):
+            for cache.by_rows in (0, QUERIES_BY_ROWS):
+                positions = cache.place(slice(0, 1), last.new_tensor([3]), num_tokens=1, kv_length=4, start_at=3)
+                logits.append(_forward(model, last, positions, cache))
+    except Exception:  # whatever a model raises whose attention takes nothing but a mask
+        return 0
+    is_right = _deviation(logits[1], logits[0].float()) <= MAX_DEVIATION[torch.finfo(model.dtype).bits]
+    return QUERIES_BY_ROWS if is_right else 0
 
 
 @torch.no_grad()
@@ -175,7 +200,7 @@ def ragged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Lengths | None,
+    attention_mask: Tensor | Lengths | Reach | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -188,8 +213,10 @@ def ragged_attention(
 
     out: (R, q, H * G, D)
     """
-    if isinstance(attention_mask, Lengths):
-        assert softcap is None and s_aux is None, "attention by lengths has no caps and no sinks"
+    if isinstance(attention_mask, Lengths | Reach):
+        assert softcap is None and s_aux is None, "attention without a mask has no caps and no sinks"
+        if isinstance(attention_mask, Reach):
+            return mpg_ext.attend_rows(query, key, value, attention_mask.positions, scale=scaling), None
         return attend_by_lengths(query, key, value, attention_mask, scaling), None
     rows, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // key.shape[1]
@@ -218,26 +245,29 @@ def ragged_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor | Lengths = 0,
+    q_offset: int | Tensor | Lengths | Reach = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Tensor] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
-) -> Tensor | Lengths | None:
+) -> Tensor | Lengths | Reach | None:
     """The model's own mask function (causal, sliding, chunked) evaluated at every row's own query positions.
 
-    q_offset: from RaggedCache: (R,) int64, or where all rows start, behind their first token; or lengths
+    q_offset: from RaggedCache: (R,) int64, or where all rows start, behind their first token; or lengths or reach
 
     out: (R, 1, q, kv) in `dtype`, to be added to scores: 0 = attend, -inf = do not. Made once a forward; of a bool mask
     every layer would make it anew, as it copies this one for the heads of a group where there are several queries. None
-    where a single query attends to all that is held; the lengths, if there are any, where each does to all before it
+    where a single query attends to all that is held; the lengths or reach, if there are any, where each does to all
+    before it
     """
-    assert isinstance(q_offset, Tensor | Lengths) or q_offset > 0, "the model attends without its cache"
+    assert not isinstance(q_offset, int) or q_offset > 0, "the model attends without its cache"
     assert mask_function is not None
+    if isinstance(q_offset, Lengths | Reach) and mask_function is causal_mask_function:
+        return q_offset
+    if isinstance(q_offset, Reach):
+        q_offset = q_offset.offset
     if isinstance(q_offset, Lengths):
-        if mask_function is causal_mask_function:
-            return q_offset
         q_offset = q_offset.used.view(batch_size, q_length)[:, 0] - 1
     if isinstance(q_offset, Tensor):
         queries = q_offset[:, None] + torch.arange(q_length, device=device)

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import proxy
 
 import torch
@@ -33,6 +33,17 @@ def _name_of(forward: Callable[..., Any]) -> str:
     return next((name for name in NAMES if name in names), NAMES[-1])
 
 
+class Reach(NamedTuple):
+    """What stands in the mask's place where rows attend by `mpg_ext.attend_rows`: how far each query does.
+
+    positions: (R, q) int64, of the queries
+    offset:    what stands there for other masks than causal ones, which are made from it
+    """
+
+    positions: Tensor
+    offset: int | Tensor
+
+
 class RaggedCache(Cache):
     """Keys and values of R rows with room for `capacity` positions each.
 
@@ -40,13 +51,14 @@ class RaggedCache(Cache):
     stale: the mask hides what lies behind a query, and a position is written again before a query can see it.
 
     by_lengths: up to how many queries of a row attend by lengths, not by a mask
+    by_rows:    up to how many do by mpg's own op
     """
 
-    def __init__(self, num_layers: int, num_rows: int, capacity: int, by_lengths: int = 0) -> None:
+    def __init__(self, num_layers: int, num_rows: int, capacity: int, by_lengths: int = 0, by_rows: int = 0) -> None:
         super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
         self.num_rows = num_rows
         self.capacity = capacity
-        self.by_lengths = by_lengths
+        self.by_lengths, self.by_rows = by_lengths, by_rows
         self.current: _RaggedLayer | None = None  # the layer that a compiled forward is in, whichever it says it is
 
     def place(
@@ -70,12 +82,18 @@ class RaggedCache(Cache):
         self.first_row: int = rows.start if isinstance(rows, slice) else 0
         self.rows: Tensor | None = None if isinstance(rows, slice) else rows
         self.start_at = start_at
-        self.query_offset: int | Tensor | Lengths = start if start_at is None else start_at
+        offset = start if start_at is None else start_at
+        self.query_offset: int | Tensor | Lengths | Reach = offset
         self.kv_length = kv_length
+        if start_at is None:
+            positions = start[:, None] + torch.arange(num_tokens, device=start.device)
+            positions = positions.clamp_max(kv_length - 1)
+        else:
+            positions = torch.arange(start_at, start_at + num_tokens, device=start.device).expand(len(start), -1)
+        if num_tokens <= self.by_rows:
+            self.query_offset = Reach(positions.contiguous(), offset)
         if start_at is not None:
-            return torch.arange(start_at, start_at + num_tokens, device=start.device).expand(len(start), -1)
-        positions = start[:, None] + torch.arange(num_tokens, device=start.device)
-        positions = positions.clamp_max(kv_length - 1)
+            return positions
         numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows
         self.places = numbers[:, None], positions
         if num_tokens <= self.by_lengths:

@@ -55,7 +55,9 @@ def reuse(argument: str, loaded: LoadedModel) -> LoadedModel:
         memo[id(layer)] = copy.deepcopy(layer.base, memo)
     twin = copy.deepcopy(model, memo)
     sizes = loaded.num_parameters, loaded.bytes_per_position, loaded.devices
-    return LoadedModel(argument, loaded.source, twin, loaded.tokenizer, *sizes, by_lengths=loaded.by_lengths)
+    return LoadedModel(
+        argument, loaded.source, twin, loaded.tokenizer, *sizes, by_lengths=loaded.by_lengths, by_rows=loaded.by_rows
+    )
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
