@@ -1,0 +1,74 @@
+"""Rows of one query attend by mpg's own op on the CPU: which models do, and that logits stay those by a mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mpg
+import mpg_ext
+from mpg.models import attention, loading
+from mpg.models.cache import RaggedCache, as_argument
+
+START = [3, 0, 6]  # of three rows, of which the second begins
+
+
+def _chosen(model):
+    attention.use_ragged_attention(model, "base")
+    return attention.choose_rows(model, attention.verify_ragged_attention(model, "base"))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Grows by the queries a row of every call of the op."""
+    made, attend = [], mpg_ext.attend_rows
+
+    def attend_rows(query, *args, **kwargs):
+        made.append(query.shape[2])
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(mpg_ext, "attend_rows", attend_rows)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("architecture", "by_rows"), [("llama", 1), ("gpt2", 1), ("gemma2", 0), ("gpt_oss", 0)])
+def test_models_attend_by_rows_unless_scores_are_capped_or_there_are_sinks(architecture, by_rows, dtype, tiny_model):
+    assert _chosen(tiny_model(architecture).to(dtype)) == by_rows
+
+
+def test_a_model_whose_logits_deviate_keeps_the_mask(tiny_model, monkeypatch):
+    attend = mpg_ext.attend_rows
+    monkeypatch.setattr(mpg_ext, "attend_rows", lambda *args, **kwargs: -attend(*args, **kwargs))
+    assert _chosen(tiny_model()) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])  # full, sliding, both
+@pytest.mark.parametrize("rows", [slice(1, 4), torch.tensor([3, 1, 2])], ids=["neighbours", "numbers"])
+def test_logits_are_those_by_a_mask(architecture, rows, tiny_model, calls):
+    model, logits = tiny_model(architecture), []
+    attention.use_ragged_attention(model, "base")
+    for by_rows in (0, 1):
+        cache = RaggedCache(model.config.num_hidden_layers, 4, 12, by_rows=by_rows)
+        for start, tokens in ([0, 0, 0], torch.arange(3, 24).view(3, 7)), (START, torch.arange(30, 33).view(3, 1)):
+            positions = cache.place(rows, torch.tensor(start), tokens.shape[1], 9)
+            arguments = {"position_ids": positions, "use_cache": True, **as_argument(model, cache)}
+            logits.append(model(input_ids=tokens, **arguments).logits)
+        assert set(calls) == ({1} if by_rows and architecture != "mistral" else set())
+    torch.testing.assert_close(logits[3], logits[1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits[2], logits[0])  # prompts
+
+
+@pytest.mark.parametrize("sampler", ["direct", "exact"])
+def test_texts_are_those_by_a_mask(sampler, tiny_model, calls, monkeypatch):
+    base, attribute, texts = tiny_model(), tiny_model(), []
+    for by_rows in (0, 1):
+        monkeypatch.setattr(loading, "choose_rows", lambda model, cache, by_rows=by_rows: by_rows)
+        model = mpg.load(base, {"E": attribute})
+        calls.clear()
+        prompts = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
+        results = model.generate(prompts, weights={"E": 1.0}, seed=3, max_new_tokens=8, sampler=sampler)
+        texts.append([result.tokens for result in results])
+        assert set(calls) == ({1} if by_rows else set())
+    assert texts[0] == texts[1]
