@@ -13,8 +13,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 # images for containers set it: every process would then compile all that it imports anew, half of a command's time
 unexport PYTHONDONTWRITEBYTECODE
-# another torch or transformers, another stamp: the environment is then set up again
-INSTALLED := $(BIN)/.installed-$(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum | cut -d' ' -f1)
+# another torch or transformers, other stamps: the environment is then set up again
+STAMP := $(shell echo "$(TORCH) $(TRANSFORMERS)" | cksum | cut -d' ' -f1)
+TOOLS := $(BIN)/.tools-$(STAMP)
+INSTALLED := $(BIN)/.installed-$(STAMP)
 NATIVE := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp)
 
@@ -32,13 +34,15 @@ demo: $(BIN)/.built
 # a worker a processor, each of one thread; more than eight only wait for memory
 PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-# the linters beside the builds, most of each of which is one file
+# what pip unpacks last, and then the linters, beside the simulator
 test:
 	$(MAKE) --jobs=2 $(BIN)/.built simulator lint
 	$(BIN)/python $(PYTEST)
 
-# The module that runs the CUDA sources on the CPU, which the suite would otherwise begin with.
-simulator: $(BIN)/.built
+# The module that runs the CUDA sources on the CPU, which the suite would otherwise begin with. It waits for the build
+# alone, which another job of `make test` may have begun.
+simulator: $(TOOLS)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python tests/simt/simulator.py
 
 # The proofs alone, in their long form; the last line is JSON.
@@ -173,14 +177,18 @@ bench-batch: $(BIN)/.built
 gpu:
 	$(PYTHON) bench/gpu.py $(PART) $(if $(REHEARSE),--rehearse)
 
-$(INSTALLED): pyproject.toml
+# what the build needs
+$(TOOLS): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(if $(LOCKED),$(PIP) --no-deps --require-hashes --requirement requirements-dev.lock)
-	$(PIP) "$(TRANSFORMERS)" cmake ninja "setuptools>=77" wheel
-	# the build, which pip will find done, beside what pip downloads and unpacks first
+	$(PIP) cmake ninja "setuptools>=77" wheel
+	touch $@
+
+# the build, which pip will find done, beside all that pip downloads
+$(INSTALLED): $(TOOLS)
 	$(BIN)/python setup.py --quiet build_ext --inplace & \
-	  $(PIP) --no-build-isolation --editable ".[dev,train,demo,serve]" && wait $$!
+	  $(PIP) --no-build-isolation "$(TRANSFORMERS)" --editable ".[dev,train,demo,serve]" && wait $$!
 	-$(REAL_MODEL)
 	touch $@
 
