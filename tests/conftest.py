@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import importlib
 import os
 import signal
 
 import pytest
-import torch
 import typer.testing
 
 import mpg
@@ -20,7 +21,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # where a shell has put t
 # a CliRunner makes the tree of all commands anew for every call, which takes longer than most of the calls
 typer.testing._get_command = functools.cache(typer.testing._get_command)
 gc.disable()  # while modules are imported and tests collected: a fifth of that time
-torch.set_num_threads(1)  # the models here are small: more threads only wait for one another
+
+
+def pytest_collection() -> None:
+    """Of workers alone: what hands tests out to them would import torch before any of them starts. In a new environment
+    imports are compiled, by two workers twice: every second begins with what the first comes to last."""
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579":
+        for name in ("sympy", "sklearn.metrics", "datasets", "openai.types", "matplotlib.figure", "fastapi"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)  # the models here are small: more threads only wait for one another
 
 
 def pytest_collection_finish() -> None:
