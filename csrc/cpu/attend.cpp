@@ -1,6 +1,6 @@
-// Attention of rows that have their own lengths. A head's keys and values are read in parts, each for
-// all queries that share them, as far as a row goes and no farther; the softmax is put together from
-// its parts. What comes out of a query depends on nothing but its own row.
+// Attention of rows that have their own lengths. A head's keys and values are read in parts, each
+// for all queries that share them, as far as a row goes and no farther; the softmax is put together
+// from its parts. What comes out of a query depends on nothing but its own row.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -83,7 +83,8 @@ MPG_INLINE void attend_part(const AttendRows<A>& args, const T* query, const T* 
   for (int64_t i = 0; i < args.E; ++i) sums[i] *= factor;
   const int64_t stride = args.value.stride_position;
   int64_t s = 0;
-  for (; s + 8 <= count; s += 8) add_values<8>(values + s * stride, stride, scores + s, args.E, sums);
+  for (; s + 8 <= count; s += 8)
+    add_values<8>(values + s * stride, stride, scores + s, args.E, sums);
   for (; s < count; ++s) add_values<1>(values + s * stride, stride, scores + s, args.E, sums);
 }
 
@@ -113,8 +114,8 @@ MPG_INLINE void attend_head(const AttendRows<A>& args, int64_t row, int64_t head
   for (int64_t i = 0; i < num_queries; ++i) {
     const int64_t t = i % args.q, query_head = head * args.G + i / args.q;
     const A* state = states + i * size;
-    T* out = static_cast<T*>(args.out) +
-             ((row * args.q + t) * args.H * args.G + query_head) * args.E;
+    T* out =
+        static_cast<T*>(args.out) + ((row * args.q + t) * args.H * args.G + query_head) * args.E;
     for (int64_t c = 0; c < args.E; ++c) out[c] = to_stored<T>(state[c] / state[args.E + 1]);
   }
 }
