@@ -14,14 +14,14 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 MIN_WEIGHTS = 2**16  # of a layer that is worth a look: a smaller one is read in the time that a call takes of its own
 TIMED_ROWS = (1, 2, 3, 8, 40)  # a base's step, one with an adapter, with two, a small batch, a chunk for many models
 TIMED_WEIGHTS = 2**20  # of a layer at once: parts of a large one stand for it
 ROWS_TOGETHER = 16  # of a weight, that a product takes at once
 TIMED_BYTES = 2**26  # of all parts that take turns: more than caches hold, as when a token is decoded
-BETWEEN = 2**18  # numbers that are read before each call: in a forward neither code nor weights are at hand either
+BETWEEN = 2**18  # numbers that are read before each call: in a forward weights are not at hand either
 TIMED_SECONDS, MAX_TURNS = 0.4, 10  # for a model
 GAIN = 0.9  # of plain's time, that packed must stay below to be worth its weight
 MAX_SHARE = 0.25  # of the machine's memory, for second weights
@@ -160,12 +160,13 @@ def time_layers(layers: Sequence[nn.Linear], other: Way) -> list[list[list[float
 @torch.no_grad()
 def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> dict[Kind, list[list[float]]]:
     """Seconds of layers of these kinds at TIMED_ROWS, in another way and packed: the processor's, as others may be
-    running, of the fastest of several turns, in which all kinds take part."""
+    running, of the fastest of several turns, in which all kinds take part. Each call counts with the small steps that
+    follow it in a forward, which oneDNN's code makes slower than torch's own does."""
     plain = {kind: _parts(of_kind, TIMED_BYTES // (2 * len(weights))) for kind, of_kind in weights.items()}
     prepared = {kind: [(way, [way.prepare(part) for part in plain[kind]]) for way in (other, PACKED)] for kind in plain}
     inputs = {kind: [torch.randn(rows, kind[1], dtype=kind[2]) for rows in TIMED_ROWS] for kind in plain}
     times = {kind: [[math.inf, math.inf] for _ in TIMED_ROWS] for kind in plain}
-    between = torch.ones(BETWEEN)
+    between, state = torch.ones(BETWEEN), torch.ones(1, 1, 64)
     ends_at = time.perf_counter() + TIMED_SECONDS
     for turn in range(MAX_TURNS):  # the first one warms up
         if turn > 1 and time.perf_counter() > ends_at:
@@ -176,11 +177,21 @@ def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> dict[Kind, li
                 seconds = 0.0
                 for part in parts if turn else parts[:1]:
                     between.sum()
+                    _small_steps(state)
                     started = time.thread_time()
                     way.multiply(x, part)
+                    _small_steps(state)
                     seconds += time.thread_time() - started
                 found[candidate] = min(found[candidate], seconds if turn else math.inf)
     return times
+
+
+def _small_steps(x: Tensor) -> None:
+    """Of the kinds that lie between two products of a forward. x: (1, 1, size)"""
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))
+    heads = normed.view(1, 1, 4, -1).transpose(1, 2)
+    attended = scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(x.shape)
+    torch.cat([silu(attended) * normed + x, x])
 
 
 def _parts(weights: Sequence[Tensor], num_bytes: int) -> list[Tensor]:
