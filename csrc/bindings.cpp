@@ -770,8 +770,7 @@ Tensor attend_rows(const Tensor& query, const Tensor& key, const Tensor& value,
   Tensor out = at::empty({R, q, heads, E}, query.options());
   with_accumulation_type(query, [&]<class A>(Memory& memory) {
     const mpg::AttendRows<A> args(
-        storage_of(query),
-        memory.heads("query", query, "R, heads, q, D", {R, heads, q, D}, dtype),
+        storage_of(query), memory.heads("query", query, "R, heads, q, D", {R, heads, q, D}, dtype),
         memory.heads("key", key, "R, H, S, D", {R, H, S, D}, dtype),
         memory.heads("value", value, "R, H, S, E", {R, H, S, E}, dtype),
         memory.input<int64_t>(MPG_ARG(positions, R, q)), R, H, heads / H, q, S, D, E,

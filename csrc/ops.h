@@ -373,7 +373,7 @@ template <class A>
 void combine_slices(const CombineRows<A>& args, int64_t begin, int64_t end);  // slices, normalized
 void draw_uniforms(const DrawUniforms& args, int64_t begin, int64_t end);     // sequences
 template <class A>
-void attend_rows(const AttendRows<A>& args, int64_t begin, int64_t end);  // heads of rows; CPU alone
+void attend_rows(const AttendRows<A>& args, int64_t begin, int64_t end);  // heads; CPU alone
 }  // namespace cpu
 
 namespace cuda {
