@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import ensembles
@@ -221,6 +221,34 @@ def test_each_tokenizer_is_read_once_however_many_folders_hold_a_copy(set_folder
     ensemble = load(set_folder, draft=draft, tokenizer=set_folder)
     assert read == [str(set_folder), str(set_folder / "adapters/E")]
     assert ensemble.tokenizer.get_vocab() == {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize(("named", "model_type"), [(None, "gpt2"), ("PreTrainedTokenizerFast", "qwen2")])
+def test_a_draft_whose_tokenizer_is_of_another_class_by_its_config_is_refused(named, model_type, tiny_model, tmp_path):
+    ids = {token: index for index, token in enumerate(("a", "b", "ab", "</s>"))}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(ids, [("a", "b")])), eos_token="</s>")
+    folders = [_folder(tmp_path / kind, tiny_model(kind), tokenizer) for kind in ("llama", model_type)]
+    for folder in folders:
+        file = folder / "tokenizer_config.json"
+        config = {**json.loads(file.read_text()), "tokenizer_class": named}
+        file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    base, draft = folders
+    assert (base / "tokenizer.json").read_bytes() == (draft / "tokenizer.json").read_bytes()
+    with pytest.raises(ValueError, match=r"draft: expected token '<\|endoftext\|>' to have the base's id None, got 4"):
+        load(base, {"E": base}, draft=draft)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tekken.json", "emoji.json", "additional_chat_templates/rag.jinja"])
+def test_tokenizers_of_which_one_file_differs_are_read_apart(name, tmp_path):
+    tokenizers = mpg.models.sources.Tokenizers()
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    for folder in (one, same, other):
+        _tokenizer("a", "b").save_pretrained(folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (other / name).write_text("{ }")
+    read = [tokenizers.read("base", folder) for folder in (one, same, other)]
+    assert read[0] is read[1] is not read[2]
 
 
 def test_logits_carry_no_gradient(set_folder):

@@ -34,7 +34,11 @@ PICKLES = {False: ("pytorch_model.bin", "pytorch_model.bin.index.json"), True: (
 ALLOWING = ", or load with allow_pickle=True (--allow-pickle) if you trust it"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
-TOKENIZER_PATTERNS = ("*token*", "vocab*", "merges*", "*.model", "*.jinja")  # these, and all others that one may have
+TEMPLATES = "additional_chat_templates/*.jinja"
+# All that one may be read from: CONFIG too, whose model_type picks the class, at times over the one that is named.
+TOKENIZER_PATTERNS = (
+    CONFIG, "*token*", "tekken*", "vocab*", "merges*", "emoji.json", "*.model", "*.jinja", TEMPLATES,
+)  # fmt: skip
 
 Source: TypeAlias = str | Path | PreTrainedModel | PeftModel
 Place = torch.device | str | dict[str, Any]  # a device, or what transformers' device_map takes to split a model
@@ -180,9 +184,9 @@ class Tokenizers:
 
 
 def _content_of_tokenizer(folder: Path) -> str:
-    """A hash of all that a tokenizer is read from; "" of what is no folder, and of one that has none."""
+    """Names and hashes of all that a tokenizer is read from; "" of what is no folder, and of one without any of it."""
     files = {file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern) if file.is_file()}
-    hashes = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sorted(files)]
+    hashes = [f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sorted(files)]
     return " ".join(hashes)
 
 
