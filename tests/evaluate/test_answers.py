@@ -106,7 +106,7 @@ def test_a_text_depends_upon_neither_the_other_items_nor_the_other_seeds(model, 
         ({"method": "mod"}, "method is 'scr', asked is 'mod'"),
         ({"max_new_tokens": 7}, r"options is \{'max_new_tokens': 6\}, asked is \{'max_new_tokens': 7\}"),
         ({"items": ITEMS[:2]}, "its items are others$"),
-        ({"items": ITEMS[:2], "chosen_by": {"limit": 2, "held_out": False}}, "limit is None, asked is 2$"),
+        ({"items": ITEMS[:2], "chosen_by": {"limit": 2, "held_out": False}}, r"others \(limit is None, asked is 2\)$"),
     ],
 )
 def test_the_file_of_another_job_is_refused_and_what_differs_is_named(change, message, model, tmp_path):
@@ -116,6 +116,18 @@ def test_the_file_of_another_job_is_refused_and_what_differs_is_named(change, me
     with pytest.raises(ValueError, match=f"out: expected a file of its own, but .* holds another job: .*{message}"):
         write_answers(tmp_path / "file", model, **{**asked, **change})
     assert (tmp_path / "file").read_bytes() == before
+
+
+@pytest.mark.parametrize("chosen_by", [None, 4, ["limit"], {"limit": 9}])
+def test_other_items_are_told_whatever_a_header_says_that_they_were_chosen_by(chosen_by, tmp_path):
+    file = tmp_path / "file"
+    file.write_text(json.dumps({"items": "a", "chosen_by": chosen_by}) + "\n")
+    told = r" \(limit is 9, asked is 4\)" if isinstance(chosen_by, dict) else ""
+    with (
+        pytest.raises(RecordsError, match=f"holds another job: its items are others{told}$"),
+        open_records(file, {"items": "b", "chosen_by": {"limit": 4, "held_out": False}}),
+    ):
+        pass
 
 
 def test_other_weights_of_a_model_are_another_job(tmp_path):

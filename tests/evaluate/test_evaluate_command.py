@@ -283,11 +283,12 @@ def test_the_folder_of_other_items_is_refused_by_the_argument_that_chose_them(ru
         (("--limit", 4, "--tasks", "qa,mcqa"), "tasks is ['mcqa', 'qa'], asked is ['qa', 'mcqa']"),
     ):
         done = run(*command, *arguments)
-        assert (done.exit_code, done.stdout, done.stderr) == (2, "", f"{wanted}{message}\n")
+        assert (done.exit_code, done.stdout, done.stderr) == (2, "", f"{wanted}its items are others ({message})\n")
     assert run(*command, "--limit", 9).exit_code == 0  # of the same items
     (data / "mbti/questions/qa_ESTJ.json").write_text(json.dumps([{"instruction": "Why?", "output": "So."}]))
-    done = run(*command, "--limit", 4)
-    assert (done.exit_code, done.stderr) == (2, f"{wanted}its items are others\n")
+    for limit, message in ((4, ""), (9, " (limit is 4, asked is 9)")):
+        done = run(*command, "--limit", limit)
+        assert (done.exit_code, done.stderr) == (2, f"{wanted}its items are others{message}\n")
     assert files_of(tmp_path / "out") == before
 
 

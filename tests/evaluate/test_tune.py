@@ -400,4 +400,6 @@ def test_the_command_prints_weights_that_every_command_takes(data, tmp_path):
         num_tried = sum(b'"trial"' in line for line in (tmp_path / "history").read_bytes().splitlines())
         assert 3 < num_tried < 200 and f"search: ended after {num_tried} of 200 trials: no step of 1 to" in done.stderr
     done = CliRunner().invoke(app, [*arguments, "--limit", "2"])
-    assert done.exit_code == 2 and done.stderr.endswith("holds another job: limit is None, asked is 2\n")
+    assert done.exit_code == 2 and done.stderr.endswith(
+        "holds another job: its items are others (limit is None, asked is 2)\n"
+    )

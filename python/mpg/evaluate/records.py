@@ -17,7 +17,11 @@ from typing import Any
 from mpg.files import parse_json, refuse_unreadable_text
 
 NOT_COMPARED = ("versions", "chosen_by")  # of a header: they may differ between a start and its end
-ITEMS = ("items", "tuned_on", "held_out")  # hashes: where one differs, what the items were chosen by is told
+ITEMS = (
+    "items",
+    "tuned_on",
+    "held_out",
+)  # hashes: where one differs, so do the items, and what of `chosen_by` differs is told too
 
 
 class RecordsError(ValueError):
@@ -111,9 +115,16 @@ def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """What one header says otherwise than another, in words; "" where they are one job's."""
     differs = _told(found, asked, [name for name in {**found, **asked} if name not in (*NOT_COMPARED, *ITEMS)])
     if any(found.get(name) != asked.get(name) for name in ITEMS):
-        was, now = ({"chosen_by": {}, **header}["chosen_by"] for header in (found, asked))
-        differs += _told(was, now, [name for name in now if name in was]) or ["its items are others"]
+        was, now = (_chosen_by(header) for header in (found, asked))
+        told = "; ".join(_told(was, now, [name for name in now if name in was]))
+        differs.append(f"its items are others ({told})" if told else "its items are others")
     return "; ".join(differs)
+
+
+def _chosen_by(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the items were chosen by; nothing where a file that someone else wrote holds no mapping there."""
+    found = header.get("chosen_by")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _told(found: Mapping[str, Any], asked: Mapping[str, Any], names: Sequence[str]) -> list[str]:
