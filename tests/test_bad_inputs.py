@@ -810,6 +810,8 @@ STUDIES = [
     ([*ESTJ, "--set", "sampler=exact"], "sampler: expected an option that methods leave open; expected one of "),
     ([*ESTJ, "--set", "temprature=1"],
      "temprature: expected an option that methods leave open; did you mean 'temperature'?"),
+    *(([*ESTJ, "--set", f"{typo}=2"], f"{typo}: expected an option that methods leave open; {hint}")
+      for typo, hint in (("max_new_token", "expected one of temp"), ("batch_siz", "did you mean 'chunk_size'?"))),
     ([*ESTJ, "--set", "tries=8"], "tries: expected an option of one of base, got 8"),
     ([*ESTJ, "--methods", "mod,scr", "--set", "draft=lookup"], "draft: expected an option of one of mod, scr, got "),
     ([*ESTJ, "--set", "trace=true"], "trace: expected an option that methods leave open"),

@@ -284,9 +284,10 @@ def _evaluate(
     one_of(*chosen)("reference", reference)
     options = parse_settings(settings)
     samplers = {sampler_of(method, {}) for method in chosen}
-    left_open = [name for name in OPTIONS if name not in ("sampler", "target", "seed", "trace")]
+    own = ("max_new_tokens", "batch_size")
+    left_open = [name for name in OPTIONS if name not in ("sampler", "target", "seed", "trace", *own)]
     for name in options:
-        if name in ("max_new_tokens", "batch_size"):
+        if name in own:
             raise ValueError(f"{name}: expected --{name.replace('_', '-')}, got --set {name}={options[name]}")
         if name not in left_open:
             raise ValueError(f"{name}: expected an option that methods leave open; {hint(name, left_open)}")
