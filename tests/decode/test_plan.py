@@ -50,7 +50,7 @@ def test_candidates_are_ranked_by_the_stated_model_and_the_first_is_picked(model
     assert "rather than direct (1e+03 ms a token)" in str(plan)
 
 
-@pytest.mark.parametrize(("acceptance", "picked"), [(0.0, None), (1e-4, None), (0.1, "lookup")])
+@pytest.mark.parametrize(("acceptance", "picked"), [(0.0, None), (0.0049, None), (0.0051, "lookup"), (0.1, "lookup")])
 def test_a_draft_of_which_nothing_is_accepted_is_not_picked_however_fast_its_rounds_seem(
     acceptance, picked, model, monkeypatch
 ):
@@ -59,6 +59,7 @@ def test_a_draft_of_which_nothing_is_accepted_is_not_picked_however_fast_its_rou
     plan = plan_for(model, BOTH)
     assert plan.options.draft == picked
     assert len(plan.candidates) == 1 + 2 * len(planning.CHUNK_SIZES) and "reference draft" in str(plan)
+    assert (": 0% accepted" in str(of_draft(plan, "lookup", 1))) == (picked is None)
 
 
 @pytest.mark.parametrize("own", [{"sampler": "direct"}, {"sampler": "exact", "draft": "reference", "chunk_size": 8}])

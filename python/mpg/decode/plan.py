@@ -1,4 +1,5 @@
-"""Which sampler of a target is the fastest on these models: a cost model, fed by measured rounds and acceptance.
+"""Ranks the samplers of a target on these models, the fastest first: a cost model, fed by measured rounds and
+acceptance. Drafts of which nothing is accepted go last, however fast they seem.
 
     seconds a token = seconds a round / (1 + a + a^2 + ... + a^k)
 
@@ -31,7 +32,7 @@ MAX_PROMPTS = 8  # that the trial continues
 TRIAL_TOKENS = MAX_CHUNK  # at most, of each
 CHUNK_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 TIMED_CHUNK_SIZES = (1, 8)
-LEAST_ACCEPTED = 0.005  # of a draft that may win: below, a round that does more was faster by noise alone
+LEAST_ACCEPTED = 0.005  # of a draft that may win: less is shown as 0 %, and its rounds were faster by noise alone
 TIMED_ROUNDS = 5  # of which the fastest counts: what disturbs a round only adds to it
 
 
