@@ -60,7 +60,8 @@ class Case:
             for got, wanted in zip(runs[name], runs["twin"], strict=True):
                 # By row, not by element: rounding may move a cut of top-p by a token.
                 error = (got.double() - wanted.double()).abs().sum(-1)
-                relative = 2**-8 if wanted.dtype == torch.bfloat16 else 1e-3  # plain torch rounds on the way, too
+                # plain torch rounds on the way, too
+                relative = 2**-8 if name == "plain" and wanted.dtype == torch.bfloat16 else 1e-3
                 assert (error <= 1e-4 + relative * wanted.double().abs().sum(-1)).all(), (name, error.max())
 
     def check_draw(self, tokens: Tensor) -> None:
@@ -256,10 +257,10 @@ class Cases:
         return self.case("lora_expand_", (out, hidden, up, groups), read=(out, out, hidden, up[1:]))
 
     def attend_rows(self) -> Case:
-        """One query a row, of N rows a sequence; V keys in the longest of them, and evenly fewer in the others."""
-        num_rows, heads, size = N * self.B, 4, 64
-        query, key, value = (self.normal(num_rows, heads, n, size).to(self.dtype) for n in (1, self.V, self.V))
-        ends = torch.linspace(self.V / num_rows, self.V, num_rows, device=self.device).long()
+        """One query a row, of N rows a sequence; as many keys in the longest as V, and evenly fewer in the others."""
+        num_rows, heads, size, longest = N * self.B, 4, 64, self.V
+        query, key, value = (self.normal(num_rows, heads, n, size).to(self.dtype) for n in (1, longest, longest))
+        ends = torch.linspace(longest / num_rows, longest, num_rows, device=self.device).long()
         read = [held[row, :, :end] for held in (key, value) for row, end in enumerate(ends.tolist())]
         return self.case("attend_rows", (query, key, value, ends[:, None] - 1), read=(query, ends, *read))
 

@@ -763,6 +763,8 @@ Tensor attend_rows(const Tensor& query, const Tensor& key, const Tensor& value,
   const auto dtype = query.scalar_type();
   TORCH_CHECK_VALUE(query.is_cpu(), "query must be on the CPU, where this op alone is, got ",
                     query.device());
+  TORCH_CHECK_VALUE(D >= 1, "query must have at least 1 feature, got ",
+                    shape_string(query.sizes()));
   TORCH_CHECK_VALUE(S >= 1, "key must have at least 1 position, got ", shape_string(key.sizes()));
   TORCH_CHECK_VALUE(H >= 1 && heads % H == 0, "query must have a multiple of the key's ", H,
                     " heads, got ", heads);

@@ -1,9 +1,11 @@
 // What the ops compute, on raw pointers: the interface that the CPU and the CUDA side both
-// implement. Knows no torch and no CUDA type; shapes and dtypes have been checked by bindings.cpp.
+// implement, attend_rows the CPU alone. Knows no torch and no CUDA type; shapes and dtypes have
+// been checked by bindings.cpp.
 //
 // Sizes: B sequences, K draft tokens, P positions, N attribute models, V vocabulary, W window of
-// the bound. A is the accumulation type: double for float64 logits (CPU only), else float. Unless a
-// stride is given, tensors are contiguous. Out and in-place members are the non-const pointers.
+// the bound; R rows of q tokens, H heads of S keys, D and E features. A is the accumulation type:
+// double for float64 logits (CPU only), else float. Unless a stride is given, tensors are
+// contiguous. Out and in-place members are the non-const pointers.
 #pragma once
 
 #include <cstdint>

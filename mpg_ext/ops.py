@@ -1,6 +1,7 @@
 """The compiled ops as typed functions, with what they promise, and their fake kernels for tracing.
 
-Arguments are checked in csrc/bindings.cpp, the mathematics is in csrc/numerics.h and csrc/block.h.
+Arguments are checked in csrc/bindings.cpp, the mathematics is in csrc/numerics.h and csrc/block.h, that of attend_rows
+in csrc/cpu/attend.cpp.
 
 Throughout: B sequences, K draft tokens (1 to 32), N attribute models (at least 1), V vocabulary, W window. Logits are
 float32, float16 or bfloat16, on the CPU also float64, and may have any strides but unit stride in V. `acc` is the
@@ -392,13 +393,14 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *,
     in acc, and do not depend on the other rows. G neighbouring heads of queries share each of H heads of keys and
     values (grouped-query attention).
 
-    query: (R, H * G, q, D), float32, float16, bfloat16 or float64
+    query: (R, H * G, q, D), float32, float16, bfloat16 or float64, D at least 1
     key: (R, H, S, D), dtype of query, S at least 1
     value: (R, H, S, E), dtype of query. Any strides; where the last of one of the three is not 1, it is copied
     positions: (R, q) int64, of every query: it attends to the keys 0 to its position; read as if clipped to [0, S - 1]
     scale: default D ** -0.5
 
-    out: (R, q, H * G, E), dtype of query; NaN where a score is NaN or +inf, or all of them are -inf
+    out: (R, q, H * G, E), dtype of query; NaN where a score is NaN or +inf, or all of them are -inf, and where a value
+    is NaN, or infinite and its weight 0
     """
     return torch.ops.mpg.attend_rows(query, key, value, positions, scale=scale)
 

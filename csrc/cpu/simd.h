@@ -2,7 +2,7 @@
 // `#pragma omp simd` where a sum or a maximum may be taken in lanes, and an exp and a log that such
 // loops can contain. `at_level<f>(arguments...)` calls f as compiled for AVX-512, for AVX2 or for
 // any machine, whichever this process uses; f and what it calls are MPG_INLINE, so that they are
-// compiled with it. float64 is left as it is: it is for tests, and adds in the order of its twins.
+// compiled with it. Logits in float64 are for tests, and added in the order of their twins.
 #pragma once
 
 #include "../numerics.h"

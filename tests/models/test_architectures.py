@@ -56,13 +56,14 @@ def with_adapters(tiny_model):
 
 def _rounds(session, roles, rows, draw, num_rounds):
     """Draft, feed, and commit fewer tokens than were fed; yields (roles, logits, the rows and what was fed behind)."""
-    for _ in range(num_rounds):
+    for number in range(num_rounds):
         fed = draw.sample(roles, len(roles))
-        drafts = [[draw.randrange(61) for _ in range(3)] for _ in rows]
+        # Every other round feeds one token a row, which attends in another way.
+        drafts = [[draw.randrange(61) for _ in range(0 if number % 2 else 3)] for _ in rows]
         tokens = torch.tensor([[row[-1], *draft] for row, draft in zip(rows, drafts, strict=True)])
         start = torch.tensor([len(row) - 1 for row in rows])
         # A tight bucket in one round and a loose one in the next.
-        longest = max(map(len, rows)) + 3
+        longest = max(map(len, rows)) + len(drafts[0])
         logits = session.forward(fed, tokens, start, kv_length=draw.choice([longest, CAPACITY]))
         yield fed, logits, drafts
         for row, draft in zip(rows, drafts, strict=True):

@@ -20,7 +20,7 @@ import mpg.models.loading
 import mpg_ext
 from ensembles import load
 from mpg.model import Model
-from mpg.models.cache import NAMES, RaggedCache
+from mpg.models.cache import NAMES
 from mpg.models.lora import read_adapter
 
 FIRST, SECOND = torch.device("cpu:1"), torch.device("cpu:2")
@@ -46,9 +46,8 @@ def test_models_on_several_devices_answer_on_that_of_the_base(is_split, tiny_mod
     adapters = {folder: read_adapter(name, folder, whole) for name, folder in folders.items()}  # before values are gone
     monkeypatch.setattr(mpg.models.loading, "read_adapter", lambda name, folder, model, **_: adapters[folder])
     monkeypatch.setattr(mpg.models.loading, "Origin", lambda *given: None)  # nor any to change
-    no_cache = RaggedCache(0, 0, 0)  # there are no values
-    monkeypatch.setattr(mpg.models.loading, "verify_ragged_attention", lambda model, argument: no_cache)
-    monkeypatch.setattr(mpg.models.loading, "choose_rows", lambda model, cache: 0)
+    for check in ("verify_ragged_attention", "attends_by_rows"):  # there are no values
+        monkeypatch.setattr(mpg.models.loading, check, lambda *given: 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with FIRST:
             base = tiny_model()

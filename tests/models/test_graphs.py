@@ -53,14 +53,16 @@ def _name(way):
 
 @pytest.fixture(scope="module")
 def model():
-    """The demo models in float32, in which texts depend on rounding too seldom to be seen."""
-    return mpg.load(MODELS, device=DEVICE, dtype="float32")
+    """The demo models in float32, in which texts depend on rounding too seldom to be seen, attending as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "attends_by_rows", lambda model: False)
+        return mpg.load(MODELS, device=DEVICE, dtype="float32")
 
 
 @pytest.fixture
 def graphed(monkeypatch):
     monkeypatch.setitem(graphs.CAPTURES, "cpu", Tape)
-    monkeypatch.setattr(loading, "choose_rows", lambda model, cache: 0)  # as on a GPU
+    monkeypatch.setattr(loading, "attends_by_rows", lambda model: False)
     return mpg.load(MODELS, device=DEVICE, dtype="float32", graphs=True)
 
 

@@ -15,7 +15,7 @@ START = [3, 0, 6]  # of three rows, of which the second begins
 
 def _chosen(model):
     attention.use_ragged_attention(model, "base")
-    return attention.choose_rows(model, attention.verify_ragged_attention(model, "base"))
+    return attention.attends_by_rows(model)
 
 
 @pytest.fixture
@@ -32,15 +32,23 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("architecture", "by_rows"), [("llama", 1), ("gpt2", 1), ("gemma2", 0), ("gpt_oss", 0)])
-def test_models_attend_by_rows_unless_scores_are_capped_or_there_are_sinks(architecture, by_rows, dtype, tiny_model):
-    assert _chosen(tiny_model(architecture).to(dtype)) == by_rows
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gpt_oss"])
+def test_models_attend_by_rows_unless_scores_are_capped_or_there_are_sinks(architecture, dtype, tiny_model):
+    assert _chosen(tiny_model(architecture).to(dtype)) == (architecture in ("llama", "gpt2"))
 
 
 def test_a_model_whose_logits_deviate_keeps_the_mask(tiny_model, monkeypatch):
     attend = mpg_ext.attend_rows
-    monkeypatch.setattr(mpg_ext, "attend_rows", lambda *args, **kwargs: -attend(*args, **kwargs))
-    assert _chosen(tiny_model()) == 0
+
+    def chosen(factor, offset):
+        def wrong(query, key, value, positions, scale):
+            return attend(query, key, value, positions + offset, scale=scale) * factor
+
+        monkeypatch.setattr(mpg_ext, "attend_rows", wrong)
+        return _chosen(tiny_model())
+
+    assert chosen(1, 0)
+    assert not any(chosen(factor, offset) for factor, offset in [(-1, 0), (1, 1), (1, -1)])
 
 
 @torch.no_grad()
@@ -49,7 +57,7 @@ def test_a_model_whose_logits_deviate_keeps_the_mask(tiny_model, monkeypatch):
 def test_logits_are_those_by_a_mask(architecture, rows, tiny_model, calls):
     model, logits = tiny_model(architecture), []
     attention.use_ragged_attention(model, "base")
-    for by_rows in (0, 1):
+    for by_rows in (False, True):
         cache = RaggedCache(model.config.num_hidden_layers, 4, 12, by_rows=by_rows)
         for start, tokens in ([0, 0, 0], torch.arange(3, 24).view(3, 7)), (START, torch.arange(30, 33).view(3, 1)):
             positions = cache.place(rows, torch.tensor(start), tokens.shape[1], 9)
@@ -63,8 +71,8 @@ def test_logits_are_those_by_a_mask(architecture, rows, tiny_model, calls):
 @pytest.mark.parametrize("sampler", ["direct", "exact"])
 def test_texts_are_those_by_a_mask(sampler, tiny_model, calls, monkeypatch):
     base, attribute, texts = tiny_model(), tiny_model(), []
-    for by_rows in (0, 1):
-        monkeypatch.setattr(loading, "choose_rows", lambda model, cache, by_rows=by_rows: by_rows)
+    for by_rows in (False, True):
+        monkeypatch.setattr(loading, "attends_by_rows", lambda model, by_rows=by_rows: by_rows)
         model = mpg.load(base, {"E": attribute})
         calls.clear()
         prompts = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]

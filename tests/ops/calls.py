@@ -126,10 +126,10 @@ def calls(
             "groups": integers(3, B).sort()[0],
         },
         "attend_rows": {
-            "query": normal(B, 2 * N, K, V),
-            "key": normal(B, N, 5, V),
-            "value": normal(B, N, 5, W),
-            "positions": integers(5, B, K),
+            "query": normal(B, 4, 3, 7),
+            "key": normal(B, 2, 5, 7),
+            "value": normal(B, 2, 5, 6),
+            "positions": integers(5, B, 3),
         },
     }
 

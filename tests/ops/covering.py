@@ -65,6 +65,7 @@ FACTORS: dict[str, dict[str, Sequence[Any]]] = {
         "keys": (1, 5, 64, 512, 513, 1100),
         "K": (1, 2, 5),
         "groups": (1, 3),
+        "scale": ("default", "given"),
         "B": (0, 1, 3, 19),
         **STORED,
     },

@@ -29,7 +29,9 @@ def positions_of(num_rows: int, num_queries: int, num_keys: int) -> Tensor:
     return last - torch.arange(num_queries).flip(0)
 
 
-def error_of(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, exact: Tensor) -> Tensor:
+def error_of(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float | None, exact: Tensor
+) -> Tensor:
     """How far rounding may take `exact` (R, q, heads, E).
 
     A score is off by the rounding of its products and of the scale. Its exp turns that into a relative error of a
@@ -39,7 +41,7 @@ def error_of(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, exact
     dtype, groups, (num_keys, size) = query.dtype, query.shape[1] // key.shape[1], key.shape[2:]
     query, key, value = (x.double() for x in (query, *(x.repeat_interleave(groups, 1) for x in (key, value))))
     is_read = (torch.arange(num_keys) <= positions.clamp(0, num_keys - 1)[..., None])[:, None]  # (R, 1, q, S)
-    scale = size**-0.5
+    scale = size**-0.5 if scale is None else scale
     scores = ((query @ key.mT) * scale).where(is_read, -math.inf)
     errors = (sum_error(2 * size) * (query.abs() @ key.abs().mT) * scale).where(is_read, 0) + U * scores.abs()
     below = (scores - scores.amax(-1, keepdim=True)).abs()
@@ -51,17 +53,18 @@ def error_of(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, exact
 
 
 @cases_of("attend_rows")
-def test_rows_are_exact_to_rounding_and_nothing_behind_them_is_read(features, keys, K, groups, B, dtype, layout):
+def test_rows_are_exact_to_rounding_and_nothing_behind_them_is_read(features, keys, K, groups, scale, B, dtype, layout):
     query = laid_out(normal(B, HEADS * groups, K, features, dtype=dtype), layout)
     key = laid_out(normal(B, HEADS, keys, features, dtype=dtype), layout)
     value = laid_out(normal(B, HEADS, keys, features + 3, dtype=dtype), layout)
     positions = positions_of(B, K, keys)
-    exact = reference.attend_rows(*(x.double() for x in (query, key, value)), positions)
-    error = error_of(query, key, value, positions, exact)
+    scale = 0.3 if scale == "given" else None
+    exact = reference.attend_rows(*(x.double() for x in (query, key, value)), positions, scale=scale)
+    error = error_of(query, key, value, positions, scale, exact)
     for row, last in enumerate(positions.amax(1).clamp(min=0).tolist()):
         key[row, :, last + 1 :] = value[row, :, last + 1 :] = math.nan
     with nothing_else_written([query, key, value, positions]):
-        out = mpg_ext.attend_rows(query, key, value, positions)
+        out = mpg_ext.attend_rows(query, key, value, positions, scale=scale)
     assert out.dtype == dtype
     assert_within(out, around(exact, error))
 
@@ -95,9 +98,20 @@ def test_scores_as_large_as_numbers_are_do_not_overflow():
     assert mpg_ext.attend_rows(query, key, value, torch.tensor([[2]]), scale=0.0).item() == 3
 
 
-def test_other_devices_are_refused():
-    query, held, positions = (torch.zeros(*shape, device="meta") for shape in [(1, 1, 1, 4), (1, 1, 3, 4), (1, 1)])
-    assert mpg_ext.attend_rows(query, held, held, positions.long()).device.type == "meta"  # a shape alone
-    if torch.cuda.is_available() and mpg_ext.build_info()["cuda"]:
-        with pytest.raises(ValueError, match="query must be on the CPU, where this op alone is, got cuda"):
-            mpg_ext.attend_rows(*(torch.zeros_like(x, device="cuda") for x in (query, held, held, positions.long())))
+def test_threads_do_not_change_the_result():
+    query, key, value = normal(37, 6, 1, 64), normal(37, 3, 300, 64), normal(37, 3, 300, 64)
+    positions, threads = positions_of(37, 1, 300), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = mpg_ext.attend_rows(query, key, value, positions)
+        torch.set_num_threads(3)
+        assert torch.equal(mpg_ext.attend_rows(query, key, value, positions), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and mpg_ext.build_info()["cuda"]), reason="no CUDA build or no GPU")
+def test_tensors_on_a_gpu_are_refused():
+    query, held, positions = (torch.zeros(*shape, device="cuda") for shape in [(1, 1, 1, 4), (1, 1, 3, 4), (1, 1)])
+    with pytest.raises(ValueError, match="query must be on the CPU, where this op alone is, got cuda"):
+        mpg_ext.attend_rows(query, held, held, positions.long())

@@ -20,9 +20,6 @@ from mpg.models.cache import RaggedCache, Reach, as_argument
 from mpg.models.lengths import Lengths, attend_by_lengths, most_queries
 
 DEVICE_OF_LENGTHS = "cuda"
-# Queries of a row that mpg's op attends for on a CPU. Of one, nothing is left of a product that a library could be
-# faster at; it reads each row's own keys and needs no mask.
-QUERIES_BY_ROWS = 1
 ATTENTION = "mpg"  # the name under which transformers finds the two functions at the end of this file
 CACHED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 ALIBI_MODEL_TYPES = {"bloom", "mpt"}
@@ -53,7 +50,7 @@ def use_ragged_attention(model: PreTrainedModel, argument: str) -> None:
 
 
 @torch.no_grad()
-def verify_ragged_attention(model: PreTrainedModel, argument: str) -> RaggedCache:
+def verify_ragged_attention(model: PreTrainedModel, argument: str) -> int:
     """Refuse a model whose logits on ragged rows are not those of its own uncached forward.
 
     `use_ragged_attention` refuses what is known to go wrong; this is for all the others. Two rows of 4 and 3 tokens,
@@ -63,7 +60,7 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> RaggedCach
 
     argument: what the caller named the model, for the message
 
-    out: the cache of the two rows
+    out: bytes that the cache takes for one position of one row
 
     Raises ValueError if a forward fails, or if a position deviates by more than MAX_DEVIATION; in 16 bits both
     positions of a row must, as a router may send one token elsewhere. Logits that are not finite are not judged.
@@ -93,28 +90,30 @@ def verify_ragged_attention(model: PreTrainedModel, argument: str) -> RaggedCach
             f"on short ragged rows its logits deviate from an uncached forward's by {deviation:.0%} of their spread"
         )
         raise _refusal(argument, config, reason)
-    return cache
+    return cache.bytes_per_position()
 
 
 @torch.no_grad()
-def choose_rows(model: PreTrainedModel, cache: RaggedCache) -> int:
-    """Up to how many queries of a row `model` attends by mpg's own op: 0 for none, off the CPU, or where its logits
-    then deviate from those by a mask.
+def attends_by_rows(model: PreTrainedModel) -> bool:
+    """Whether single queries of `model` attend by mpg's own op: on the CPU, unless its logits then deviate from those
+    by a mask.
 
-    cache: of `verify_ragged_attention`
+    Not timed: of one query nothing is left of a product that a library could be faster at, and the op reads each row's
+    own keys and needs no mask.
     """
     if model.device.type != "cpu":
-        return 0
-    last, logits = _two_rows(model)[:1, 3:], []
+        return False
+    rows, logits = _two_rows(model), []
+    cache = RaggedCache(model.config.get_text_config().num_hidden_layers, 2, capacity=4)
+    last, start = torch.stack([rows[0, 3:], rows[1, 2:3]]), rows.new_tensor([3, 2])
     try:
         with own_precision(model.device):
-            for cache.by_rows in (0, QUERIES_BY_ROWS):
-                positions = cache.place(slice(0, 1), last.new_tensor([3]), num_tokens=1, kv_length=4, start_at=3)
-                logits.append(_forward(model, last, positions, cache))
+            _forward(model, rows[:, :3], cache.place(slice(0, 2), torch.zeros_like(start), 3, kv_length=4), cache)
+            for cache.by_rows in (False, True):
+                logits.append(_forward(model, last, cache.place(slice(0, 2), start, 1, kv_length=4), cache))
     except Exception:  # whatever a model raises whose attention takes nothing but a mask
-        return 0
-    is_right = _deviation(logits[1], logits[0].float()) <= MAX_DEVIATION[torch.finfo(model.dtype).bits]
-    return QUERIES_BY_ROWS if is_right else 0
+        return False
+    return _deviation(logits[1], logits[0].float()) <= MAX_DEVIATION[torch.finfo(model.dtype).bits]
 
 
 @torch.no_grad()
@@ -214,7 +213,8 @@ def ragged_attention(
     out: (R, q, H * G, D)
     """
     if isinstance(attention_mask, Lengths | Reach):
-        assert softcap is None and s_aux is None, "attention without a mask has no caps and no sinks"
+        if softcap is not None or s_aux is not None:
+            raise ValueError("attention without a mask: expected no softcap and no s_aux")
         if isinstance(attention_mask, Reach):
             return mpg_ext.attend_rows(query, key, value, attention_mask.positions, scale=scaling), None
         return attend_by_lengths(query, key, value, attention_mask, scaling), None

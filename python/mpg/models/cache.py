@@ -48,17 +48,21 @@ class RaggedCache(Cache):
     """Keys and values of R rows with room for `capacity` positions each.
 
     `place` says which rows the next forward runs and where each of them starts. Entries beyond a row's end may be
-    stale: the mask hides what lies behind a query, and a position is written again before a query can see it.
+    stale: the mask, or a query's reach, hides what lies behind it, and a position is written again before a query can
+    see it.
 
     by_lengths: up to how many queries of a row attend by lengths, not by a mask
-    by_rows:    up to how many do by mpg's own op
+    by_rows:    whether single queries do by mpg's own op
     """
 
-    def __init__(self, num_layers: int, num_rows: int, capacity: int, by_lengths: int = 0, by_rows: int = 0) -> None:
+    def __init__(
+        self, num_layers: int, num_rows: int, capacity: int, by_lengths: int = 0, *, by_rows: bool = False
+    ) -> None:
         super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
         self.num_rows = num_rows
         self.capacity = capacity
         self.by_lengths, self.by_rows = by_lengths, by_rows
+        self.query_offset: int | Tensor | Lengths | Reach = 0
         self.current: _RaggedLayer | None = None  # the layer that a compiled forward is in, whichever it says it is
 
     def place(
@@ -82,16 +86,16 @@ class RaggedCache(Cache):
         self.first_row: int = rows.start if isinstance(rows, slice) else 0
         self.rows: Tensor | None = None if isinstance(rows, slice) else rows
         self.start_at = start_at
-        offset = start if start_at is None else start_at
-        self.query_offset: int | Tensor | Lengths | Reach = offset
         self.kv_length = kv_length
+        offset: int | Tensor
         if start_at is None:
-            positions = start[:, None] + torch.arange(num_tokens, device=start.device)
+            offset, positions = start, start[:, None] + torch.arange(num_tokens, device=start.device)
             positions = positions.clamp_max(kv_length - 1)
         else:
-            positions = torch.arange(start_at, start_at + num_tokens, device=start.device).expand(len(start), -1)
-        if num_tokens <= self.by_rows:
-            self.query_offset = Reach(positions.contiguous(), offset)
+            offset, positions = start_at, torch.arange(start_at, start_at + num_tokens, device=start.device)
+            positions = positions.expand(len(start), -1)
+        is_by_rows = self.by_rows and num_tokens == 1
+        self.query_offset = Reach(positions.contiguous(), offset) if is_by_rows else offset
         if start_at is not None:
             return positions
         numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from mpg.context import Context
 from mpg.models import gguf, sources
 from mpg.models.agreement import check_agreement, check_tokenizers, check_trained_on
-from mpg.models.attention import choose_lengths, choose_rows, use_ragged_attention, verify_ragged_attention
+from mpg.models.attention import attends_by_rows, choose_lengths, use_ragged_attention, verify_ragged_attention
 from mpg.models.compiled import compile_layers
 from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Slot
 from mpg.models.graphs import CAPTURES
@@ -336,14 +336,13 @@ class _Loader:
         model.config.pad_token_id = None
         model.requires_grad_(False).eval()
         self._move(argument, model, place)
-        cache = verify_ragged_attention(model, argument) if model.device.type != "meta" else None
-        bytes_per_position = cache.bytes_per_position() if cache is not None else 0
+        bytes_per_position = verify_ragged_attention(model, argument) if model.device.type != "meta" else 0
         name = str(source) if isinstance(source, str | Path) else model.name_or_path or type(model).__name__
         devices = tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
         size = model.num_parameters()
         loaded = LoadedModel(argument, name, model, tokenizer, size, bytes_per_position, devices)
         loaded.by_lengths = choose_lengths(model)
-        loaded.by_rows = choose_rows(model, cache) if cache is not None else 0
+        loaded.by_rows = attends_by_rows(model)
         self.models.append(loaded)
         return Slot(self.models[-1])
 

@@ -75,7 +75,7 @@ class LoadedModel:
     idle: Idle[ModelRunner] = field(default_factory=Idle)
     graphs: WeakSet[Graphs] = field(default_factory=WeakSet)  # of every runner there is
     by_lengths: int = 0  # up to how many queries of a row attend by lengths, not by a mask
-    by_rows: int = 0  # up to how many do by mpg's own op
+    by_rows: bool = False  # whether single queries do by mpg's own op
     version: int = 0  # grows where the weights change
 
     @property
@@ -189,7 +189,9 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, key: RunnerKey) -> None:
         self.loaded, self.key, self.num_rows = loaded, key, key.num_rows
-        self.cache = RaggedCache(loaded.num_layers, key.num_rows, key.capacity, loaded.by_lengths, loaded.by_rows)
+        self.cache = RaggedCache(
+            loaded.num_layers, key.num_rows, key.capacity, loaded.by_lengths, by_rows=loaded.by_rows
+        )
         self.merge_weights: Tensor | None = None  # (num_rows, N) in the model's dtype
         self._factors: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # of groups from one to another
         self._groups: dict[tuple[tuple[int, int], ...], Tensor] = {}  # of rows by their runs
