@@ -8,6 +8,7 @@ import gc
 import importlib
 import os
 import signal
+import ssl
 
 import pytest
 import typer.testing
@@ -20,6 +21,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # where a shell has put t
     signal.signal(signal.SIGINT, signal.default_int_handler)  # so that it reaches the processes that they start
 # a CliRunner makes the tree of all commands anew for every call, which takes longer than most of the calls
 typer.testing._get_command = functools.cache(typer.testing._get_command)
+# every client of HTTP reads a file of certificates anew, which takes 20 ms
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 gc.disable()  # while modules are imported and tests collected: a fifth of that time
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import ssl
 import threading
 import time
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -101,7 +99,6 @@ def endpoint(monkeypatch):
     """Starts endpoints, and lets OpenAI's client wait for next to nothing between its tries."""
     base_client = pytest.importorskip("openai._base_client", reason="needs mpg[evaluate]")
     monkeypatch.setattr(base_client, "INITIAL_RETRY_DELAY", 0.001)
-    monkeypatch.setattr("ssl.create_default_context", cache(ssl.create_default_context))  # reads a file every time
     started = []
 
     def start(*replies):
