@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import platform
@@ -19,10 +20,15 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="simt.h s
 
 @pytest.fixture(scope="module", params=[[], SANITIZERS], ids=["plain", "sanitized"])
 def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("harness") / "harness"
+    """Compiled once, by whichever worker needs it first."""
+    folder = tmp_path_factory.getbasetemp()
+    program = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"harness-{len(request.param)}"
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-Wall", "-Wextra", "-fdata-sections"]
     command += [*request.param, str(HERE / "harness.cpp"), "-o", str(program), f"-Wl,-T,{HERE / 'shared.ld'}"]
-    subprocess.run(command, check=True)
+    with open(f"{program}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            subprocess.run(command, check=True)
     return program
 
 
