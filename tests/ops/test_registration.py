@@ -16,21 +16,31 @@ from torch import Tensor
 import mpg_ext
 import reference
 from calls import ON_CPU_ALONE, OPS, calls, outputs_of
-from longer import thinned
+from longer import IS_LONG, thinned
 
 B, K, N, V, W = 2, 3, 2, 7, 4  # as calls() has them
 
 
-def opcheck(name: str, inputs: dict) -> None:
-    is_positional = {key: value is None or isinstance(value, Tensor | list) for key, value in inputs.items()}
-    is_positional["constants"] = False
-    positional = [value for key, value in inputs.items() if is_positional[key]]
-    keywords = {key: value for key, value in inputs.items() if not is_positional[key]}
-    torch.library.opcheck(getattr(torch.ops.mpg, name).default, positional, keywords)
+@pytest.fixture
+def opcheck(device, request):
+    """opcheck(name, inputs). What traces an op is the same Python where simulated kernels run in place of the CPU's
+    code: there, in the short form, only what the kernels return is checked."""
+    checks = ["test_schema", "test_faketensor"]
+    if IS_LONG or request.node.callspec.params["device"] != "simt":
+        checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+
+    def check(name: str, inputs: dict) -> None:
+        is_positional = {key: value is None or isinstance(value, Tensor | list) for key, value in inputs.items()}
+        is_positional["constants"] = False
+        positional = [value for key, value in inputs.items() if is_positional[key]]
+        keywords = {key: value for key, value in inputs.items() if not is_positional[key]}
+        torch.library.opcheck(getattr(torch.ops.mpg, name).default, positional, keywords, test_utils=checks)
+
+    return check
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck(device, name):
+def test_opcheck(device, opcheck, name):
     if device.type == "cuda" and name in ON_CPU_ALONE:
         pytest.skip("on the CPU alone")
     opcheck(name, calls(device)[name])
@@ -46,7 +56,7 @@ def test_opcheck(device, name):
         ("commit_block_", {"token": None, "log_totals": None}),
     ],
 )
-def test_opcheck_without_optional_tensors(device, name, left_out):
+def test_opcheck_without_optional_tensors(device, opcheck, name, left_out):
     opcheck(name, calls(device)[name] | left_out)
 
 
