@@ -96,7 +96,7 @@ sys.exit(main())
 
 def test_ctrl_c_leaves_the_answers_that_were_done(start):
     prompts = [word for index in range(60) for word in ("--prompt", f"Question {index}?")]
-    arguments = [*prompts, "--weights", "E=1", "--seed", "0", "--batch-size", "1", "--max-new-tokens", "200", "--json"]
+    arguments = [*prompts, "--weights", "E=1", "--seed", "0", "--batch-size", "1", "--max-new-tokens", "60", "--json"]
     process = start("generate", *arguments)
     first = process.stdout.readline()  # the others are not done yet, or the test says nothing
     process.send_signal(signal.SIGINT)
