@@ -11,9 +11,9 @@ from mpg.demo.judge import score_traits
 
 
 def test_geometric_combination_raises_both_traits_above_the_base(model):
-    """60 held-out questions (100 in the long form), one fixed seed: the 95 % interval of the mean paired difference
+    """40 held-out questions (100 in the long form), one fixed seed: the 95 % interval of the mean paired difference
     excludes 0."""
-    prompts = [question.text for question in random.Random(0).sample(HELD_OUT_QUESTIONS, 100 if IS_LONG else 60)]
+    prompts = [question.text for question in random.Random(0).sample(HELD_OUT_QUESTIONS, 100 if IS_LONG else 40)]
     base = model.generate(prompts, sampler="direct", target="base", seed=0)
     both = model.generate(prompts, weights={"E": 1, "T": 1}, sampler="direct", target="geometric", seed=1000)
     for trait in ("E", "T"):
