@@ -38,7 +38,7 @@ from report import RESULTS
 QUESTIONS = [*DEMO_QUESTIONS, *(question.text for question in HELD_OUT_QUESTIONS)]
 WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
 SHORTEST = 20  # new tokens that a request has at least, where it does not end before
-REQUESTS = {"demo": (200, 400), "smollm2": (16, 32)}  # how many, and new tokens of the longest
+REQUESTS = {"demo": (200, 400), "smollm2": (16, 64)}  # how many, and new tokens of the longest
 TURNS = {"demo": 3, "smollm2": 1}  # of both sides one after the other, whose medians count
 LONGEST_PROMPT = 64
 LONG_PROMPT, AFTER_IT = 1000, 60  # tokens, where there are positions for both
@@ -201,7 +201,7 @@ def measure(models: str, model: Model, clients: Sequence[int], sampler: str, of_
     rows = []
     with started(models, "--max-rows", str(max(clients))) as (url, pid):
         asyncio.run(load(url, few, 4))  # warm
-        alone, *_ = generate(model, few, 1)
+        alone, *_ = generate(model, bodies, 1)
         for num_clients in clients:
             turns = []
             for _ in range(TURNS[models]):
