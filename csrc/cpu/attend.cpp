@@ -2,7 +2,6 @@
 // for all queries that share them, as far as a row goes and no farther; the softmax is put together
 // from its parts. What comes out of a query depends on nothing but its own row.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "simd.h"
@@ -11,9 +10,6 @@ namespace mpg::cpu {
 namespace {
 
 constexpr int64_t kKeys = 512;  // of a part: with their values 256 KiB of floats at 64 features
-
-MPG_INLINE float exp_of(float x) { return exp_nonpositive(x); }
-MPG_INLINE double exp_of(double x) { return std::exp(x); }
 
 template <class T>
 MPG_INLINE const T* head_data(const HeadRows& rows, int64_t row, int64_t head) {
@@ -50,17 +46,6 @@ MPG_INLINE void score_keys(const T* query, const T* keys, int64_t stride, int64_
   }
 }
 
-// Adds kValues neighbouring values, each times its weight.
-template <int kValues, class A, class T>
-MPG_INLINE void add_values(const T* values, int64_t stride, const A* weights, int64_t E, A* sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < E; ++i) {
-    A sum = sums[i];
-    for (int j = 0; j < kValues; ++j) sum += weights[j] * to_float(values[j * stride + i]);
-    sums[i] = sum;
-  }
-}
-
 // One query with the first `count` keys of a part. sums (E), max and total are of the parts so far.
 template <class A, class T>
 MPG_INLINE void attend_part(const AttendRows<A>& args, const T* query, const T* keys,
@@ -84,8 +69,8 @@ MPG_INLINE void attend_part(const AttendRows<A>& args, const T* query, const T* 
   const int64_t stride = args.value.stride_position;
   int64_t s = 0;
   for (; s + 8 <= count; s += 8)
-    add_values<8>(values + s * stride, stride, scores + s, args.E, sums);
-  for (; s < count; ++s) add_values<1>(values + s * stride, stride, scores + s, args.E, sums);
+    add_weighted<8>(scores + s, values + s * stride, stride, args.E, sums);
+  for (; s < count; ++s) add_weighted<1>(scores + s, values + s * stride, stride, args.E, sums);
 }
 
 // All queries of a row that share the keys of one head. states: for each of them E + 2 numbers

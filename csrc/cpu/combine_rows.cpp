@@ -46,9 +46,6 @@ void combine_tokens(const CombineRows<float>& args, int64_t b, int64_t p, int64_
   }
 }
 
-MPG_INLINE float exp_of(float x) { return exp_nonpositive(x); }
-MPG_INLINE double exp_of(double x) { return std::exp(x); }
-
 template <class A>
 MPG_INLINE void normalize(A* log_masses, int64_t size, Normalizer<A> normalizer, A inv_temperature,
                           bool has_probs) {

@@ -91,12 +91,7 @@ template <int kRanks, class A, class T>
 MPG_INLINE void add(const T* hidden, const T* up, int64_t stride, int64_t size, A* sums) {
   A h[kRanks];
   for (int j = 0; j < kRanks; ++j) h[j] = to_float(hidden[j]);
-#pragma omp simd
-  for (int64_t c = 0; c < size; ++c) {
-    A sum = sums[c];
-    for (int j = 0; j < kRanks; ++j) sum += h[j] * to_float(up[j * stride + c]);
-    sums[c] = sum;
-  }
+  add_weighted<kRanks>(h, up, stride, size, sums);
 }
 
 // One part of the outputs.

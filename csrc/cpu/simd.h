@@ -55,6 +55,9 @@ MPG_INLINE float exp_nonpositive(float x) {
   return x < -87.3f ? 0 : p * power;
 }
 
+MPG_INLINE float exp_of(float x) { return exp_nonpositive(x); }
+MPG_INLINE double exp_of(double x) { return std::exp(x); }
+
 // log(x) of positive, finite, normal numbers, relative error below 2e-7; NaN stays NaN.
 MPG_INLINE float log_positive(float x) {
   // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)): n is the exponent of x / sqrt(1/2).
@@ -71,6 +74,18 @@ MPG_INLINE float log_positive(float x) {
   p = p * f + 3.3333331174e-1f;
   p = (p * f * f * f - n * 2.12194440e-4f) - f * f * 0.5f;
   return x == x ? (p + f) + n * 0.693359375f : x;  // log 2 in two parts
+}
+
+// Adds kRows rows of `size` numbers, `stride` apart, each times its weight.
+template <int kRows, class A, class T>
+MPG_INLINE void add_weighted(const A* weights, const T* rows, int64_t stride, int64_t size,
+                             A* sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    A sum = sums[i];
+    for (int j = 0; j < kRows; ++j) sum += weights[j] * to_float(rows[j * stride + i]);
+    sums[i] = sum;
+  }
 }
 
 }  // namespace mpg::cpu

@@ -17,11 +17,8 @@ from typing import Any
 from mpg.files import parse_json, refuse_unreadable_text
 
 NOT_COMPARED = ("versions", "chosen_by")  # of a header: they may differ between a start and its end
-ITEMS = (
-    "items",
-    "tuned_on",
-    "held_out",
-)  # hashes: where one differs, so do the items, and what of `chosen_by` differs is told too
+# Hashes of a header: where one differs, so do the items, and what of `chosen_by` differs is told too.
+ITEMS = ("items", "tuned_on", "held_out")
 
 
 class RecordsError(ValueError):
