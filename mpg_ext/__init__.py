@@ -28,6 +28,7 @@ except ImportError as error:  # from the linker: a module for another torch seld
 if torch.__version__.split(".")[:2] != build_info()["torch"].split(".")[:2]:
     raise ImportError(f"mpg was built for torch {build_info()['torch']}, this is torch {torch.__version__}; {_REBUILD}")
 
+from . import fakes  # noqa: E402, F401 - registers them
 from .ops import (  # noqa: E402
     accept_prefixes,
     attend_rows,

@@ -1,7 +1,6 @@
-"""The compiled ops as typed functions, with what they promise, and their fake kernels for tracing.
+"""The compiled ops as typed functions, with what they promise.
 
-Arguments are checked in csrc/bindings.cpp, the mathematics is in csrc/numerics.h and csrc/block.h, that of attend_rows
-in csrc/cpu/attend.cpp.
+Arguments are checked in csrc/bindings.cpp; the mathematics is in csrc/numerics.h, csrc/block.h and csrc/cpu/attend.cpp.
 
 Throughout: B sequences, K draft tokens (1 to 32), N attribute models (at least 1), V vocabulary, W window. Logits are
 float32, float16 or bfloat16, on the CPU also float64, and may have any strides but unit stride in V. `acc` is the
@@ -12,7 +11,7 @@ arXiv 2511.01891.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -223,12 +222,8 @@ def warp_rows(
     out: (R, V) acc, every row sums to 1; 0 where a row is -inf throughout, NaN where it has NaN or +inf
     """
     # Not by a loop over all of them, which would take longer than the call
-    if not (
-        isinstance(temperature, Tensor)
-        or isinstance(top_k, Tensor)
-        or isinstance(top_p, Tensor)
-        or isinstance(min_p, Tensor)
-    ):
+    has_tensor = isinstance(temperature, Tensor) or isinstance(top_k, Tensor)
+    if not (has_tensor or isinstance(top_p, Tensor) or isinstance(min_p, Tensor)):
         return torch.ops.mpg.warp_rows(log_rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     return torch.ops.mpg.warp_rows(
@@ -394,8 +389,8 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *,
     values (grouped-query attention).
 
     query: (R, H * G, q, D), float32, float16, bfloat16 or float64, D at least 1
-    key: (R, H, S, D), dtype of query, S at least 1
-    value: (R, H, S, E), dtype of query. Any strides; where the last of one of the three is not 1, it is copied
+    key, value: (R, H, S, D) and (R, H, S, E), dtype of query, S at least 1. Any strides; where the last of one of the
+        three is not 1, it is copied
     positions: (R, q) int64, of every query: it attends to the keys 0 to its position; read as if clipped to [0, S - 1]
     scale: default D ** -0.5
 
@@ -403,56 +398,3 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *,
     is NaN, or infinite and its weight 0
     """
     return torch.ops.mpg.attend_rows(query, key, value, positions, scale=scale)
-
-
-# Fake kernels: shapes, dtypes and devices for FakeTensor and device="meta".
-
-
-def _empty_acc(logits: Tensor, *shape: int) -> Tensor:
-    return logits.new_empty(shape, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
-
-
-_FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, ...] | None]] = {
-    "gather_logprobs": lambda logits, tokens, **_options: _empty_acc(logits, *tokens.shape),
-    "score_prefixes": lambda attribute_logprobs, anchor_logprobs, weights, **_options: (
-        attribute_logprobs.new_empty(attribute_logprobs.shape),
-        anchor_logprobs.new_empty(anchor_logprobs.shape),
-    ),
-    "accept_prefixes": lambda scores, log_bound, uniforms, lengths: lengths.new_empty(lengths.shape),
-    "update_bound_": lambda *_state, **_options: None,
-    "verify_chunks": lambda anchor_logits, attribute_logits, tokens, lengths, *_state, **_options: (
-        _empty_acc(anchor_logits, *attribute_logits.shape[:3]),
-        _empty_acc(anchor_logits, *tokens.shape),
-        lengths.new_empty(lengths.shape),
-    ),
-    "draw_fallback": lambda anchor_logits, *_inputs, **_options: (
-        anchor_logits.new_empty(anchor_logits.shape[0], dtype=torch.int64),
-        _empty_acc(anchor_logits, anchor_logits.shape[0]),
-        _empty_acc(anchor_logits, anchor_logits.shape[0]),
-    ),
-    "draw_uniforms": lambda seeds, rounds, *, count, **_options: seeds.new_empty(
-        (seeds.shape[0], count), dtype=torch.float64
-    ),
-    "combine_rows": lambda attribute_logits, *_inputs, **_options: (
-        _empty_acc(attribute_logits, *attribute_logits.shape[1:]),
-        _empty_acc(attribute_logits, *attribute_logits.shape[1:3]),
-    ),
-    "warp_rows": lambda log_rows, **_options: log_rows.new_empty(log_rows.shape),
-    "draw_tokens": lambda probs, uniforms: uniforms.new_empty(uniforms.shape, dtype=torch.int64),
-    "verify_block": lambda target_probs, draft_probs, tokens, lengths, uniforms: (
-        lengths.new_empty(lengths.shape),
-        target_probs.new_empty(lengths.shape),
-    ),
-    "draw_residual": lambda target_probs, draft_probs, tokens, lengths, *_state: lengths.new_empty(lengths.shape),
-    "count_usable_": lambda rows, lengths, *_state: lengths.new_empty(lengths.shape),
-    "commit_block_": lambda rows, limits, eos_token_ids, chunk, *_state: chunk.new_empty(
-        (chunk.shape[0], 4 + chunk.shape[1] + 1)
-    ),
-    "lora_shrink": lambda x, down, groups: x.new_empty((*x.shape[:2], down.shape[1])),
-    "lora_expand_": lambda *_inputs: None,
-    "attend_rows": lambda query, key, value, positions, **_options: query.new_empty(
-        (*positions.shape, query.shape[1], value.shape[3])
-    ),
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"mpg::{_name}", _fake)
