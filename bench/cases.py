@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import mpg_ext
 import plain
 import reference
+from mpg.models.linear import pack
 
 N, K, WINDOW = 4, 4, 20
 RANK = 16
@@ -263,6 +264,16 @@ class Cases:
         ends = torch.linspace(longest / num_rows, longest, num_rows, device=self.device).long()
         read = [held[row, :, :end] for held in (key, value) for row, end in enumerate(ends.tolist())]
         return self.case("attend_rows", (query, key, value, ends[:, None] - 1), read=(query, ends, *read))
+
+    def linear_panels(self) -> Case:
+        """B rows of V features and as many outputs, beside torch's product of a plain weight."""
+        x, weight = self.normal(self.B, self.V), self.normal(self.V, self.V)
+
+        def product(x: Tensor, panels: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, weight)
+
+        functions = mpg_ext.linear_panels, product, reference.linear_panels
+        return Case(*functions, (x, pack(weight)), read=(x, weight))
 
     def case(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any] | None = None, **more: Any) -> Case:
         functions = (getattr(library, name) for library in (mpg_ext, plain, reference))

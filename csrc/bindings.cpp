@@ -782,6 +782,38 @@ Tensor attend_rows(const Tensor& query, const Tensor& key, const Tensor& value,
   return out;
 }
 
+Tensor linear_panels(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias,
+                     std::optional<int64_t> out_features) {
+  const auto [num_panels, in, width] = check_dims<3>("panels", panels, "T, in, 16");
+  const int64_t size = out_features.value_or(num_panels * mpg::kPanel);
+  TORCH_CHECK_VALUE(x.is_cpu(), "x must be on the CPU, where this op alone is, got ", x.device());
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must be (..., in), got ", shape_string(x.sizes()));
+  TORCH_CHECK_VALUE(size >= 0 && (size + mpg::kPanel - 1) / mpg::kPanel == num_panels,
+                    "out_features must be a number that fills ", num_panels, " panels of ",
+                    mpg::kPanel, ", the last one perhaps in part, got ", size);
+
+  Tensor out;
+  with_accumulation_type(x, [&]<class A>(Memory& memory) {
+    at::DimVector sizes(x.sizes());
+    sizes.back() = in;
+    const float* features = memory.input<float>("x", x, "..., in", sizes);
+    sizes.back() = size;
+    const mpg::LinearPanels args{
+        features,
+        memory.input<float>("panels", panels, "T, in, 16", {num_panels, in, mpg::kPanel}),
+        bias ? memory.input<float>("bias", *bias, "out", {size}) : nullptr,
+        x.numel() / in,
+        in,
+        size,
+        num_panels,
+        memory.output<float>(out, sizes)};
+    // eight products take what an element of other ops does
+    run(memory, num_panels, in * args.R * (mpg::kPanel / 8), args, mpg::cpu::linear_panels,
+        nullptr);
+  });
+  return out;
+}
+
 // Calls f with every op: its name, what does it, and its schema.
 template <class F>
 void for_each_op(F f) {
@@ -828,6 +860,8 @@ void for_each_op(F f) {
     "(Tensor(a!) out, Tensor hidden, Tensor up, Tensor groups) -> ()");
   f("attend_rows", attend_rows,
     "(Tensor query, Tensor key, Tensor value, Tensor positions, *, float? scale=None) -> Tensor");
+  f("linear_panels", linear_panels,
+    "(Tensor x, Tensor panels, Tensor? bias=None, *, int? out_features=None) -> Tensor");
 }
 
 void register_ops(torch::Library& library) {

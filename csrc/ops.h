@@ -1,6 +1,6 @@
 // What the ops compute, on raw pointers: the interface that the CPU and the CUDA side both
-// implement, attend_rows the CPU alone. Knows no torch and no CUDA type; shapes and dtypes have
-// been checked by bindings.cpp.
+// implement, attend_rows and linear_panels the CPU alone. Knows no torch and no CUDA type; shapes
+// and dtypes have been checked by bindings.cpp.
 //
 // Sizes: B sequences, K draft tokens, P positions, N attribute models, V vocabulary, W window of
 // the bound; R rows of q tokens, H heads of S keys, D and E features. A is the accumulation type:
@@ -334,6 +334,17 @@ struct AttendRows {
   }
 };
 
+// A linear layer, whose weight lies in panels of kPanel outputs: those of one feature are
+// neighbours, and then come those of the next one.
+struct LinearPanels {
+  const float* x;       // (R, in)
+  const float* panels;  // (num_panels, in, kPanel)
+  const float* bias;    // (size,) or null
+  int64_t R, in, size, num_panels;
+  float* out;  // (R, size)
+};
+constexpr int64_t kPanel = 16;
+
 // The two sides of an op. CPU: does the items [begin, end), so that the caller can split them over
 // threads. CUDA: launches on `stream`, a cudaStream_t.
 #define MPG_OP(op, Args)                                    \
@@ -375,7 +386,8 @@ template <class A>
 void combine_slices(const CombineRows<A>& args, int64_t begin, int64_t end);  // slices, normalized
 void draw_uniforms(const DrawUniforms& args, int64_t begin, int64_t end);     // sequences
 template <class A>
-void attend_rows(const AttendRows<A>& args, int64_t begin, int64_t end);  // heads; CPU alone
+void attend_rows(const AttendRows<A>& args, int64_t begin, int64_t end);   // heads; CPU alone
+void linear_panels(const LinearPanels& args, int64_t begin, int64_t end);  // panels; CPU alone
 }  // namespace cpu
 
 namespace cuda {

@@ -29,9 +29,9 @@ if torch.__version__.split(".")[:2] != build_info()["torch"].split(".")[:2]:
     raise ImportError(f"mpg was built for torch {build_info()['torch']}, this is torch {torch.__version__}; {_REBUILD}")
 
 from . import fakes  # noqa: E402, F401 - registers them
+from .cpu_ops import attend_rows, linear_panels  # noqa: E402
 from .ops import (  # noqa: E402
     accept_prefixes,
-    attend_rows,
     combine_rows,
     commit_block_,
     count_usable_,
@@ -61,6 +61,7 @@ __all__ = [
     "draw_tokens",
     "draw_uniforms",
     "gather_logprobs",
+    "linear_panels",
     "lora_expand_",
     "lora_shrink",
     "score_prefixes",

@@ -53,6 +53,9 @@ FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, ...] | None]] = {
     "attend_rows": lambda query, key, value, positions, **_options: query.new_empty(
         (*positions.shape, query.shape[1], value.shape[3])
     ),
+    "linear_panels": lambda x, panels, bias=None, *, out_features=None: x.new_empty(
+        (*x.shape[:-1], panels.shape[0] * panels.shape[2] if out_features is None else out_features)
+    ),
 }
 for _name, _fake in FAKES.items():
     torch.library.register_fake(f"mpg::{_name}", _fake)

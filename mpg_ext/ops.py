@@ -1,6 +1,7 @@
 """The compiled ops as typed functions, with what they promise.
 
-Arguments are checked in csrc/bindings.cpp; the mathematics is in csrc/numerics.h, csrc/block.h and csrc/cpu/attend.cpp.
+Arguments are checked in csrc/bindings.cpp; the mathematics is in csrc/numerics.h and csrc/block.h. Ops of the CPU alone
+are in cpu_ops.py.
 
 Throughout: B sequences, K draft tokens (1 to 32), N attribute models (at least 1), V vocabulary, W window. Logits are
 float32, float16 or bfloat16, on the CPU also float64, and may have any strides but unit stride in V. `acc` is the
@@ -379,22 +380,3 @@ def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> Non
     groups: (R,) int64, as in lora_shrink
     """
     torch.ops.mpg.lora_expand_(out, hidden, up, groups)
-
-
-def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *, scale: float | None = None) -> Tensor:
-    """Attention of R rows that have their own lengths: softmax(scale query key^T) value over the keys up to a position.
-
-    On the CPU alone. A row's keys are read as far as its queries reach; what lies behind them may be anything. Sums are
-    in acc, and do not depend on the other rows. G neighbouring heads of queries share each of H heads of keys and
-    values (grouped-query attention).
-
-    query: (R, H * G, q, D), float32, float16, bfloat16 or float64, D at least 1
-    key, value: (R, H, S, D) and (R, H, S, E), dtype of query, S at least 1. Any strides; where the last of one of the
-        three is not 1, it is copied
-    positions: (R, q) int64, of every query: it attends to the keys 0 to its position; read as if clipped to [0, S - 1]
-    scale: default D ** -0.5
-
-    out: (R, q, H * G, E), dtype of query; NaN where a score is NaN or +inf, or all of them are -inf, and where a value
-    is NaN, or infinite and its weight 0
-    """
-    return torch.ops.mpg.attend_rows(query, key, value, positions, scale=scale)

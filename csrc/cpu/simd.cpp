@@ -14,7 +14,7 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512"};  // as the leve
 Level best_level() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f")) return Level::kAvx512;
-  if (__builtin_cpu_supports("avx2")) return Level::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::kAvx2;
 #endif
   return Level::kPortable;
 }

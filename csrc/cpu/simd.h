@@ -18,7 +18,7 @@ Level level();
 
 #if defined(__x86_64__)
 template <auto f, class... Args>
-__attribute__((target("avx2"))) auto at_avx2(Args... args) {
+__attribute__((target("avx2,fma"))) auto at_avx2(Args... args) {
   return f(args...);
 }
 template <auto f, class... Args>

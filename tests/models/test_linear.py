@@ -12,41 +12,47 @@ from torch import nn
 
 from ensembles import load
 from mpg.models import linear
-from mpg.models.linear import PackedLinear, choose, pack_linears
+from mpg.models.linear import EVERY, PackedLinear, choose, pack_linears
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
 def _packed(model):
     return [name for name, layer in model.named_modules() if isinstance(layer, PackedLinear)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("first_rows", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_onednn)])
+@pytest.mark.parametrize("rows", [EVERY, range(6, EVERY.stop), range(1, 6)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 7)])
-def test_a_packed_layer_equals_torchs_own(shape, bias, first_rows, dtype):
+def test_a_packed_layer_equals_torchs_own(shape, bias, rows, dtype):
     layer = nn.Linear(300, 1000, bias=bias, dtype=dtype)
     x = torch.randn(*shape, 300, dtype=dtype)
-    got, own = PackedLinear(layer, first_rows)(x), layer(x)
+    got, own = PackedLinear(layer, rows)(x), layer(x)
     expected = copy.deepcopy(layer).double()(x.double())
     size = copy.deepcopy(layer).double().weight.abs() @ x.double().abs().flatten(0, -2).T  # of the terms that are added
     eps = torch.finfo(torch.float32).eps * 300 * size.T.reshape(got.shape) + torch.finfo(dtype).eps * expected.abs()
     assert ((got - expected).abs() <= eps + 1e-6).all()
-    if x[..., 0].numel() < first_rows:
+    if x[..., 0].numel() not in rows:
         assert torch.equal(got, own)
 
 
-TIMES = {  # seconds plain and packed at 1, 2, 3, 8 and 40 rows, and from how many rows on it is packed
-    "packed is faster": ([(2, 1), (2, 1), (2, 1), (2, 1), (2, 1)], 1, 1),
+def from_on(first):
+    return range(first, EVERY.stop)
+
+
+TIMES = {  # seconds plain and packed at 1, 2, 3, 8 and 40 rows, and at how many rows it is packed
+    "packed is faster": ([(2, 1), (2, 1), (2, 1), (2, 1), (2, 1)], EVERY, EVERY),
     "plain is faster": ([(1, 2), (1, 2), (1, 2), (1, 2), (1, 2)], None, None),
-    "plain is faster for one row": ([(1, 1.5), (3, 2), (4, 2), (8, 3), (9, 5)], 2, 1),
-    "they are alike for one row": ([(1, 0.99), (3, 2), (4, 2), (8, 3), (9, 5)], 2, 1),
-    "plain is faster for two rows": ([(1, 2), (1, 1.5), (4, 2), (8, 3), (9, 5)], 3, None),
-    "plain is faster for few rows": ([(1, 4), (1, 4), (1, 4), (4, 2), (6, 3)], 8, None),
-    "only prompts are faster": ([(1, 2), (1, 2), (1, 2), (1, 2), (4, 1)], 40, None),
+    "plain is faster for one row": ([(1, 1.5), (3, 2), (4, 2), (8, 3), (9, 5)], from_on(2), EVERY),
+    "they are alike for one row": ([(1, 0.99), (3, 2), (4, 2), (8, 3), (9, 5)], from_on(2), EVERY),
+    "plain is faster for two rows": ([(1, 2), (1, 1.5), (4, 2), (8, 3), (9, 5)], from_on(3), None),
+    "plain is faster for few rows": ([(1, 4), (1, 4), (1, 4), (4, 2), (6, 3)], from_on(8), None),
+    "only prompts are faster": ([(1, 2), (1, 2), (1, 2), (1, 2), (4, 1)], from_on(40), None),
     "they are alike": ([(1, 0.99), (1, 1), (1, 1), (1, 0.95), (1, 1.01)], None, None),
-    "plain is faster for prompts": ([(2, 1), (2, 1), (2, 1), (2, 1), (1, 2)], None, 1),
+    "they are alike for prompts": ([(2, 1), (2, 1), (2, 1), (2, 1), (1, 1.05)], EVERY, EVERY),
+    "plain is faster for prompts": ([(2, 1), (2, 1), (2, 1), (2, 1), (1, 2)], range(1, 40), EVERY),
+    "plain is faster for one row and for many": ([(1, 2), (2, 1), (2, 1), (1, 2), (1, 2)], range(2, 8), None),
 }
 
 
@@ -71,24 +77,24 @@ def test_plain_and_packed_are_timed_once_a_process_for_each_kind_of_layer_that_c
     assert all(linear._times[kind] is times for kind, times in kept.items())
 
 
-@pytest.mark.parametrize(("share", "first_rows"), [(0.25, 2), (0.0, 1)])
-def test_second_weights_are_kept_only_where_the_machine_has_room(share, first_rows, monkeypatch):
+@pytest.mark.parametrize(("share", "rows"), [(0.25, from_on(2)), (0.0, EVERY)])
+def test_second_weights_are_kept_only_where_the_machine_has_room(share, rows, monkeypatch):
     kind = 512, 256, torch.float32, torch.get_num_threads(), "plain"
     monkeypatch.setattr(linear, "_times", {kind: TIMES["plain is faster for one row"][0]})
     monkeypatch.setattr(linear, "MAX_SHARE", share)
     model = nn.Sequential(nn.Linear(256, 512))
     weight = model[0].weight
     pack_linears(model)
-    assert model[0].first_rows == first_rows
-    assert model[0].plain is (weight if first_rows == 2 else None)
+    assert model[0].rows == rows
+    assert model[0].plain is (None if rows == EVERY else weight)
 
 
-@pytest.mark.parametrize("first_rows", [1, 2])
+@pytest.mark.parametrize("rows", [EVERY, from_on(2)])
 def test_a_model_with_packed_layers_equals_the_callers_which_stays_as_it_was(
-    first_rows, tiny_model, full_logits, monkeypatch
+    rows, tiny_model, full_logits, monkeypatch
 ):
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(linear, "choose", lambda *given: first_rows)
+    monkeypatch.setattr(linear, "choose", lambda *given: rows)
     config = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model(tie_word_embeddings=True), config, adapter_name="E")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -12,6 +12,7 @@ import mpg
 from ensembles import load
 from longer import thinned
 from mpg.models import linear
+from mpg.models.linear import EVERY
 
 ROLES = ["base", "E"]
 TOKENS = [3, 4, 5, 6]
@@ -65,12 +66,21 @@ def rescale(model):
 
 @pytest.mark.parametrize("change", [train, through_data, by_other_tensors, merge_for_a_while, rescale])
 @pytest.mark.parametrize(
-    ("first_rows", "dtype"),
-    thinned([(None, "float64"), (None, None), (3, None), (3, "float64"), (1, "float64"), (1, None)]),
+    ("rows", "dtype"),
+    thinned(
+        [
+            (None, "float64"),
+            (None, None),
+            (range(3, 8), None),
+            (range(3, 8), "float64"),
+            (EVERY, "float64"),
+            (EVERY, None),
+        ]
+    ),
 )
-def test_what_is_changed_after_loading_is_followed(change, first_rows, dtype, adapted, full_logits, monkeypatch):
+def test_what_is_changed_after_loading_is_followed(change, rows, dtype, adapted, full_logits, monkeypatch):
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(linear, "choose", lambda *given: first_rows)
+    monkeypatch.setattr(linear, "choose", lambda *given: rows)
     ensemble = load(adapted, dtype=dtype, device="cpu")
     before = run(ensemble)
     change(adapted)
@@ -91,7 +101,7 @@ def test_a_second_change_is_followed_too(first, adapted, full_logits):
 
 def test_a_change_of_one_value_through_data_is_followed_on_refresh(adapted, full_logits, monkeypatch):
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(linear, "choose", lambda *given: 1)
+    monkeypatch.setattr(linear, "choose", lambda *given: EVERY)
     ensemble = load(adapted, device="cpu")
     adapted.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight.data[0, 1] += 50
     ensemble.refresh()
@@ -190,10 +200,10 @@ def test_other_layers_than_those_that_were_loaded_are_refused(tiny_model, lora_f
         run(ensemble)
 
 
-@pytest.mark.parametrize("first_rows", [None, 1])
-def test_autocast_of_the_caller_changes_nothing(first_rows, adapted, monkeypatch):
+@pytest.mark.parametrize("rows", [None, EVERY])
+def test_autocast_of_the_caller_changes_nothing(rows, adapted, monkeypatch):
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(linear, "choose", lambda *given: first_rows)
+    monkeypatch.setattr(linear, "choose", lambda *given: rows)
     expected = run(load(adapted, device="cpu"))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run(load(adapted, device="cpu")), expected)

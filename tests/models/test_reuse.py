@@ -12,6 +12,7 @@ from peft import PeftModel
 from longer import IS_LONG
 from mpg.model import Model
 from mpg.models import linear, loading, sources
+from mpg.models.linear import EVERY
 from mpg.recipe import Recipe
 
 HOWS = ["packed", "merged", "int4-draft"] + ["plain", "a model", "int4"] * IS_LONG
@@ -36,7 +37,7 @@ def test_an_adapter_comes_and_goes_beside_the_weights_that_are_there(
 ):
     if how == "packed":
         monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
-        monkeypatch.setattr(linear, "choose", lambda times, may_keep_both=True: 1)
+        monkeypatch.setattr(linear, "choose", lambda times, may_keep_both=True: EVERY)
     base = tiny_model()
     base.save_pretrained(tmp_path / "base")
     folders = {
@@ -74,11 +75,11 @@ def test_an_adapter_comes_and_goes_beside_the_weights_that_are_there(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("first_rows", [None, 1])
-def test_an_adapter_beside_is_checked_as_any_other(first_rows, tiny_model, lora_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", [None, EVERY])
+def test_an_adapter_beside_is_checked_as_any_other(rows, tiny_model, lora_folder, tmp_path, monkeypatch):
     """By the modules that the base has, joined and packed or not, and by weights that were saved with it."""
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(linear, "choose", lambda times, may_keep_both=True: first_rows)
+    monkeypatch.setattr(linear, "choose", lambda times, may_keep_both=True: rows)
     base = tiny_model()
     base.save_pretrained(tmp_path / "base")
     folder = lora_folder("E", base=copy.deepcopy(base), target_modules=["q_proj"])

@@ -131,11 +131,12 @@ def calls(
             "value": normal(B, 2, 5, 6),
             "positions": integers(5, B, 3),
         },
+        "linear_panels": {"x": normal(B, K, V), "panels": normal(2, V, 16), "bias": normal(21), "out_features": 21},
     }
 
 
 OPS = list(calls("meta"))
-ON_CPU_ALONE = ("attend_rows",)
+ON_CPU_ALONE = ("attend_rows", "linear_panels")
 
 
 def clone(call: dict[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,13 @@ FACTORS: dict[str, dict[str, Sequence[Any]]] = {
         "B": (0, 1, 3, 19),
         **STORED,
     },
+    "linear_panels": {
+        "features": (1, 7, 192, 1024, 1025, 3000),
+        "outputs": (1, 15, 16, 33, 100, 576),
+        "B": (0, 1, 2, 3, 4, 5, 8, 9, 19),
+        "has_bias": (False, True),
+        "layout": STORED["layout"],
+    },
 }
 
 

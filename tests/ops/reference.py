@@ -399,6 +399,12 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *,
     return out
 
 
+def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
+    """Twin of `mpg_ext.linear_panels`."""
+    weight = panels.mT.flatten(0, 1)[:out_features]
+    return x @ weight.T + (0 if bias is None else bias)
+
+
 def _factors_of_rows(factors: Tensor, groups: Tensor) -> Tensor:
     """One factor a row, of zeros where the row runs no adapter."""
     has_adapter = (groups >= 1) & (groups < len(factors))

@@ -218,6 +218,17 @@ ERRORS = [
     ("attend_rows", {"value": torch.ones(B, 2, 9, 6)}, r"value must be \(R, H, S, E\) = \(2, 2, 5, 6\), got"),
     ("attend_rows", {"positions": torch.ones(B, 3)}, "positions must be int64, got float32"),
     ("attend_rows", {"positions": torch.ones(B, 7).long()}, r"positions must be \(R, q\) = \(2, 3\), got \(2, 7\)"),
+    ("linear_panels", {"x": torch.ones(B, 5)}, r"x must be \(..., in\) = \(2, 7\), got \(2, 5\)"),
+    ("linear_panels", {"x": torch.tensor(1.0)}, r"x must be \(..., in\), got \(\)"),
+    ("linear_panels", {"x": torch.ones(B, V).double()}, "x must be float32, got float64"),
+    ("linear_panels", {"panels": torch.ones(2, V)}, r"panels must be \(T, in, 16\), got \(2, 7\)"),
+    ("linear_panels", {"panels": torch.ones(2, V, 8)}, r"panels must be \(T, in, 16\) = \(2, 7, 16\), got \(2, 7, 8\)"),
+    ("linear_panels", {"panels": torch.ones(2, V, 16).half()}, "panels must be float32, got float16"),
+    ("linear_panels", {"panels": torch.ones(2, 0, 16)}, "panels must have at least 1 feature, got"),
+    ("linear_panels", {"bias": torch.ones(5)}, r"bias must be \(out,\) = \(21,\), got \(5,\)"),
+    ("linear_panels", {"out_features": 33}, "out_features must be a number that fills 2 panels of 16, .*, got 33"),
+    ("linear_panels", {"out_features": 16}, "out_features must be a number that fills 2 panels of 16, .*, got 16"),
+    ("linear_panels", {"out_features": -1}, "out_features must be a number that fills 2 panels of 16, .*, got -1"),
 ]
 
 

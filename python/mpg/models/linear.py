@@ -1,4 +1,4 @@
-"""Linear layers on the CPU: torch's own product, or oneDNN's on weights that lie in its blocks, whichever is faster.
+"""Linear layers on the CPU: torch's own product, or one of packed weights, whichever is faster.
 
 Knows how long any way takes on this machine; nothing of adapters or of what the layers are for.
 """
@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 
+import mpg_ext
+
+PANEL = 16  # outputs whose weights lie together, see mpg_ext.linear_panels
 MIN_WEIGHTS = 2**16  # of a layer that is worth a look: a smaller one is read in the time that a call takes of its own
 TIMED_ROWS = (1, 2, 3, 8, 40)  # a base's step, one with an adapter, with two, a small batch, a chunk for many models
 TIMED_WEIGHTS = 2**20  # of a layer at once: parts of a large one stand for it
@@ -25,6 +30,7 @@ BETWEEN = 2**18  # numbers that are read before each call: in a forward weights 
 TIMED_SECONDS, MAX_TURNS = 0.4, 10  # for a model
 GAIN = 0.9  # of plain's time, that packed must stay below to be worth its weight
 MAX_SHARE = 0.25  # of the machine's memory, for second weights
+EVERY = range(1, sys.maxsize)  # numbers of rows
 
 # Sizes out and in, type and threads, which the time of a layer depends on, and what packed is compared with.
 Kind = tuple[int, int, torch.dtype, int, str]
@@ -33,24 +39,33 @@ _times: dict[Kind, list[list[float]]] = {}
 
 # A weight in oneDNN's blocks has no strides. Inside an operator, torch.compile does not ask for them.
 _library = torch.library.Library("mpg_linear", "DEF")
-_library.define("packed(Tensor x, Tensor weight, Tensor? plain, Tensor? bias, int first_rows, int size) -> Tensor")
+_library.define(
+    "packed(Tensor x, Tensor weight, Tensor? plain, Tensor? bias, int first_rows, int end_rows, int size) -> Tensor"
+)
 
 
 @torch.library.impl(_library, "packed", "CompositeExplicitAutograd")
-def _packed(x: Tensor, weight: Tensor, plain: Tensor | None, bias: Tensor | None, first_rows: int, size: int) -> Tensor:
-    if plain is not None and x.numel() < first_rows * x.shape[-1]:
+def _packed(
+    x: Tensor, weight: Tensor, plain: Tensor | None, bias: Tensor | None, first_rows: int, end_rows: int, size: int
+) -> Tensor:
+    if plain is not None and not first_rows <= x.numel() // x.shape[-1] < end_rows:
         return linear(x, plain, bias)
-    return multiply_packed(x, weight, bias)
+    return multiply_packed(x, weight, bias, size)
 
 
-def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times a weight of `reorder`. out: (..., out)"""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def pack(weight: Tensor) -> Tensor:
+    """A plain weight (out, in) as `multiply_packed` takes it: in float32 in panels of 16 outputs, of which our own
+    product takes few rows faster than any library's; of other types in oneDNN's blocks."""
+    if weight.dtype != torch.float32:
+        return torch.ops.mkldnn._reorder_linear_weight(weight)
+    return pad(weight, (0, 0, 0, -len(weight) % PANEL)).view(-1, PANEL, weight.shape[1]).mT.contiguous()
 
 
-def reorder(weight: Tensor) -> Tensor:
-    """A plain weight (out, in) in oneDNN's blocks."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
+def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: int | None = None) -> Tensor:
+    """x (..., in) times a weight of `pack`. out: (..., size), by default all that the weight has"""
+    if weight.dtype != torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return mpg_ext.linear_panels(x, weight, bias, out_features=size)
 
 
 class Way(NamedTuple):
@@ -62,68 +77,77 @@ class Way(NamedTuple):
 
 
 PLAIN = Way("plain", lambda weight: weight, linear)
-PACKED = Way("packed", reorder, multiply_packed)
+PACKED = Way("packed", pack, multiply_packed)
 
 
 @torch.library.register_fake("mpg_linear::packed", lib=_library)
 def _packed_shape(
-    x: Tensor, weight: Tensor, plain: Tensor | None, bias: Tensor | None, first_rows: int, size: int
+    x: Tensor, weight: Tensor, plain: Tensor | None, bias: Tensor | None, first_rows: int, end_rows: int, size: int
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], size)
 
 
 class PackedLinear(nn.Module):
-    """What a linear layer computes, by the two operators that torch.compile has for frozen weights.
+    """What a linear layer computes, of a packed weight.
 
-    first_rows: inputs of fewer rows are multiplied by the plain weight, which is then kept beside the packed one
+    rows: numbers of an input's rows at which it is; others are multiplied by the plain weight, which is then kept
+        beside the packed one
     """
 
-    def __init__(self, layer: nn.Linear, first_rows: int = 1) -> None:
+    def __init__(self, layer: nn.Linear, rows: range = EVERY) -> None:
         super().__init__()
-        self.plain = layer.weight if first_rows > 1 else None
+        self.plain = layer.weight if rows != EVERY else None
         self.pack(layer.weight.detach())
         self.bias = layer.bias
-        self.first_rows, self.out_features = first_rows, layer.out_features
+        self.rows, self.out_features = rows, layer.out_features
 
     def pack(self, weight: Tensor) -> None:
         """Take a plain weight (out, in)."""
-        self.weight = nn.Parameter(reorder(weight), requires_grad=False)
+        self.weight = nn.Parameter(pack(weight), requires_grad=False)
         if self.plain is not None:
             self.plain.data = weight
 
+    def unpacked(self) -> Tensor:
+        """The plain weight."""
+        weight = self.weight.detach()
+        return weight.to_dense() if weight.is_mkldnn else weight.mT.flatten(0, 1)[: self.out_features]
+
     def forward(self, x: Tensor) -> Tensor:
         packed = torch.ops.mpg_linear.packed if torch.compiler.is_compiling() else _packed
-        return packed(x, self.weight, self.plain, self.bias, self.first_rows, self.out_features)
+        return packed(x, self.weight, self.plain, self.bias, self.rows.start, self.rows.stop, self.out_features)
 
 
 def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers of `model` on the CPU that are faster packed; the layers themselves stay as they are.
 
     Plain and packed are timed when a process first meets a size of layer, for all of a model in half a second. A weight
-    that is in use elsewhere (tied to the embedding, or of a model that the caller keeps, or plain for few rows and
-    packed for more) is then there twice; the last only while that takes a quarter of the machine's memory. The two
-    differ by rounding, and so may texts of two processes where tokens are all but equally likely.
+    that is in use elsewhere (tied to the embedding, or of a model that the caller keeps, or plain for some numbers of
+    rows and packed for others) is then there twice; the last only while that takes a quarter of the machine's memory.
+    The two differ by rounding, and so may texts of two processes where tokens are all but equally likely.
     """
     layers = {name: layer for name, layer in model.named_modules() if can_be_packed(layer)}
     may_keep_both = has_room(layers.values())
     for (name, layer), times in zip(layers.items(), time_layers(list(layers.values()), PLAIN), strict=True):
-        first_rows = choose(times, may_keep_both)
-        if first_rows is not None:
-            model.set_submodule(name, PackedLinear(layer, first_rows))
+        rows = choose(times, may_keep_both)
+        if rows is not None:
+            model.set_submodule(name, PackedLinear(layer, rows))
 
 
-def choose(times: Sequence[Sequence[float]], may_keep_both: bool = True) -> int | None:
-    """The number of rows from which a layer is packed: 1 is always, None never.
+def choose(times: Sequence[Sequence[float]], may_keep_both: bool = True) -> range | None:
+    """The numbers of rows at which a layer is packed; None for none.
 
     times: at each of TIMED_ROWS the seconds in another way and packed
     """
     shares = [packed / other for other, packed in times]
     if not may_keep_both:
-        return 1 if sum(shares) < GAIN * len(shares) else None
-    for index, rows in enumerate(TIMED_ROWS):
-        if shares[index] < GAIN and max(shares[index:]) < 1 / GAIN:  # it gains here, and loses nowhere from here on
-            return rows
-    return None
+        return EVERY if sum(shares) < GAIN * len(shares) else None
+    ends = (*TIMED_ROWS, EVERY.stop)
+    gaining = [  # from where it gains on, as long as it loses nowhere
+        (end - first, range(ends[first], ends[end]))
+        for first, end in combinations(range(len(ends)), 2)
+        if shares[first] < GAIN and max(shares[first:end]) < 1 / GAIN
+    ]
+    return max(gaining, key=itemgetter(0), default=(0, None))[1]
 
 
 def has_room(layers: Collection[nn.Linear]) -> bool:
@@ -133,13 +157,12 @@ def has_room(layers: Collection[nn.Linear]) -> bool:
 
 
 def can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is plain and on the CPU, large enough to gain, and of a type that oneDNN here multiplies fast."""
+    """Whether a layer is plain and on the CPU, large enough to gain, and of a type that is multiplied fast packed."""
     if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or layer.weight.numel() < MIN_WEIGHTS:
         return False
-    if not torch.backends.mkldnn.is_available():
-        return False
-    dtype = layer.weight.dtype
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if (dtype := layer.weight.dtype) == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 def time_layers(layers: Sequence[nn.Linear], other: Way) -> list[list[list[float]]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mpg.models.linear import PackedLinear
 from mpg.models.sources import is_equal
 
 PREFIX = "base_model.model."  # of every key that PEFT saves
@@ -118,17 +119,22 @@ def read_adapter(
         factors[module] = (down.float().T, up.float().T * scaling)
         _check_fit(model, name, module, *factors[module])
     _check_targets(name, config, model, list(factors))
-    own = dict((weights_of or model).named_parameters(remove_duplicate=False))
     for key, weight in weights.items():
         saved = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if saved not in own or not is_equal(_dense(own[saved]), weight):
+        own = _find_weight(weights_of or model, saved)
+        if own is None or not is_equal(own, weight):
             raise UnstackableError(f"{name}: expected the model's weights for {saved}, got some of its own")
     return Adapter(name, str(folder), factors, config.base_model_name_or_path or "")
 
 
-def _dense(weight: Tensor) -> Tensor:
-    """A weight on the CPU, in no other order than it was read in."""
-    return weight.to_dense() if weight.is_mkldnn else weight.cpu()
+def _find_weight(model: nn.Module, name: str) -> Tensor | None:
+    """A model's parameter of this name on the CPU, in no other order than it was read in."""
+    module, _, attribute = name.rpartition(".")
+    layer = dict(model.named_modules()).get(module)
+    if isinstance(layer, PackedLinear) and attribute == "weight":
+        return layer.unpacked()
+    weight = None if layer is None else layer._parameters.get(attribute)
+    return None if weight is None else weight.cpu()
 
 
 def _check_fit(model: nn.Module, name: str, module: str, down: Tensor, up: Tensor) -> None:

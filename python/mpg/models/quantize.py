@@ -20,7 +20,7 @@ from mpg.models.linear import (
     can_be_packed,
     has_room,
     multiply_packed,
-    reorder,
+    pack,
     time_layers,
 )
 
@@ -115,7 +115,7 @@ class Int4Linear(nn.Module):
         packed, scales = int4.pack()
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
-        second = None if self.first_rows is None else reorder(int4.dequantize())
+        second = None if self.first_rows is None else pack(int4.dequantize())
         self.packed = None if second is None else nn.Parameter(second, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

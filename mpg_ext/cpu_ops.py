@@ -1,0 +1,45 @@
+"""The ops that are on the CPU alone, where small models spend their time otherwise than on a GPU.
+
+What ops.py says of all ops holds here too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention of R rows that have their own lengths: softmax(scale query key^T) value over the keys up to a position.
+
+    On the CPU alone. A row's keys are read as far as its queries reach; what lies behind them may be anything. Sums are
+    in acc, and do not depend on the other rows. G neighbouring heads of queries share each of H heads of keys and
+    values (grouped-query attention).
+
+    query: (R, H * G, q, D), float32, float16, bfloat16 or float64, D at least 1
+    key, value: (R, H, S, D) and (R, H, S, E), dtype of query, S at least 1. Any strides; where the last of one of the
+        three is not 1, it is copied
+    positions: (R, q) int64, of every query: it attends to the keys 0 to its position; read as if clipped to [0, S - 1]
+    scale: default D ** -0.5
+
+    out: (R, q, H * G, E), dtype of query; NaN where a score is NaN or +inf, or all of them are -inf, and where a value
+    is NaN, or infinite and its weight 0
+    """
+    return torch.ops.mpg.attend_rows(query, key, value, positions, scale=scale)
+
+
+def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
+    """A linear layer x weight^T + bias whose weight lies in panels of 16 outputs, as BLAS libraries pack theirs.
+
+    On the CPU alone, for few rows: each weight is read once for all of them, and up to 16 of a processor's sums are
+    on their way at once. Sums are in float32, in an order that depends on `in` alone: not on the other rows, nor on
+    the number of threads.
+
+    x: (..., in), float32; any strides, copied where it is not contiguous
+    panels: (T, in, 16), float32: panels[t, i, j] is weight[16 t + j, i], and zero behind the last output
+    bias: (out,), float32
+    out_features: out, more than 16 (T - 1) and at most 16 T; default 16 T
+
+    out: (..., out), float32
+    """
+    return torch.ops.mpg.linear_panels(x, panels, bias, out_features=out_features)
