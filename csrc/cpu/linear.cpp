@@ -85,7 +85,9 @@ MPG_INLINE void multiply(const LinearPanels& args, int64_t begin, int64_t end) {
 
 void linear_panels(const LinearPanels& args, int64_t begin, int64_t end) {
   // A tile's sums stay in registers: 32 of 16 numbers, or 16 of 8.
-  if (level() == Level::kAvx512) return at_level<multiply<8, 8>>(args, begin, end);
+#if defined(__x86_64__)
+  if (level() == Level::kAvx512) return at_avx512<multiply<8, 8>>(args, begin, end);
+#endif
   at_level<multiply<3, 4>>(args, begin, end);
 }
 
