@@ -12,6 +12,7 @@ from architectures import EVERY_LINEAR
 from ensembles import load
 from longer import thinned
 from mpg.models import graphs, runner
+from mpg.models.cache import RaggedCache
 from mpg.models.runner import ModelRunner
 from tape import Tape
 
@@ -94,6 +95,28 @@ def test_rows_run_their_own_attributes_and_no_others_wherever_they_move(models, 
     session.keep([])
     session.replace([0], [[5, 6]], [["P"]])
     _check(models, session, [[5, 6]], [["P"]])
+
+
+def test_a_row_that_others_attributes_come_to_moves_one_row_of_an_adapter_at_most(models, monkeypatch):
+    session = models.open([], ["base", 0], CAPACITY, num_rows=8)
+    rows = [[*range(10 + row, 13 + row)] for row in range(8)]
+    attributes = [["E"], ["T"], ["J"], ["P"]] * 2
+    session.replace(range(8), rows, attributes)
+    _check(models, session, rows, attributes)
+    moved, copy = [], RaggedCache.copy
+
+    def record(own, moves, *args, **kwargs):
+        moved.append(moves.shape.numel() // 2)
+        copy(own, moves, *args, **kwargs)
+
+    rows[0], attributes[0] = [40, 41], ["P"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RaggedCache, "copy", record)
+        session.replace([0], [rows[0]], [attributes[0]])
+    assert (
+        sum(moved) == 3
+    )  # the first of T, of J and of P go behind their last; in the order of rows 7 of 16 would move
+    _check(models, session, rows, attributes)
 
 
 def test_caches_have_room_for_the_largest_of_the_texts_that_are_expected_and_grow_for_others(models):

@@ -40,7 +40,7 @@ class Pair:
 
 @dataclass(eq=False)
 class Pool:
-    """A runner with what its cache rows are for, in order: by adapter, and then by row.
+    """A runner with what its cache rows are for, by adapter: in the order of their rows, where all have the same slots.
 
     spare  cache rows beyond these that forwards have filled up their number with, and which may hold anything
     """

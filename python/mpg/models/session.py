@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -299,11 +300,13 @@ class Session:
             pool.spare -= ending
         rows = {view: len(of) for view, of in pairs.items()}
         self.room.grow(rows, max(self._ends, default=0), self._longest)
-        found = []
+        found, are_unlike = [], any(slots != self._rows[0] for slots in self._rows)
         for view, of_view in pairs.items():
             pool = self._pools[view]
             of_view.sort(key=lambda pair: (pair.slot.group, pair.slot.context, pair.row))
             old = {pair: place for place, pair in enumerate(pool.pairs)}
+            if are_unlike and not pool.is_merged:
+                of_view = _stay(of_view, old)
             moves = [(old[pair], place) for place, pair in enumerate(of_view) if old.get(pair, place) != place]
             found.append((pool, upload.add(columns(moves))))
             pool.pairs = of_view
@@ -361,6 +364,19 @@ class Session:
             for pair in [pair for pool in self._pools.values() for pair in pool.pairs]:
                 if len(pair.prompt) - pair.own.shift > kv_length:
                     pair.prompt = ()
+
+
+def _stay(pairs: Sequence[Pair], old: Mapping[Pair, int]) -> list[Pair]:
+    """Pairs by slot, each where it was if that is still its slot's: of requests that are not alike one that begins or
+    ends would else move most rows. Their logits are put in order of the rows in any case."""
+    settled = list[Pair]()
+    for _, of_slot in groupby(pairs, key=lambda pair: pair.slot):
+        own = list(of_slot)
+        places = range(len(settled), len(settled) + len(own))
+        staying = {old[pair]: pair for pair in own if old.get(pair) in places}
+        moving = iter([pair for pair in own if old.get(pair) not in places])
+        settled += [staying.get(place) or next(moving) for place in places]
+    return settled
 
 
 def _view(slot: Slot) -> View:
