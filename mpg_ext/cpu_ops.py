@@ -31,9 +31,8 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *,
 def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
     """A linear layer x weight^T + bias whose weight lies in panels of 16 outputs, as BLAS libraries pack theirs.
 
-    On the CPU alone, for few rows: each weight is read once for all of them, and up to 16 of a processor's sums are
-    on their way at once. Sums are in float32, in an order that depends on `in` alone: not on the other rows, nor on
-    the number of threads.
+    On the CPU alone, and made for few rows: memory is read once for all of them. Sums are in float32, in an order that
+    depends on `in` alone: not on the other rows, nor on the number of threads.
 
     x: (..., in), float32; any strides, copied where it is not contiguous
     panels: (T, in, 16), float32: panels[t, i, j] is weight[16 t + j, i], and zero behind the last output

@@ -54,8 +54,7 @@ def _packed(
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A plain weight (out, in) as `multiply_packed` takes it: in float32 in panels of 16 outputs, of which our own
-    product takes few rows faster than any library's; of other types in oneDNN's blocks."""
+    """A plain weight (out, in) as `multiply_packed` takes it: in float32 in panels, else in oneDNN's blocks."""
     if weight.dtype != torch.float32:
         return torch.ops.mkldnn._reorder_linear_weight(weight)
     return pad(weight, (0, 0, 0, -len(weight) % PANEL)).view(-1, PANEL, weight.shape[1]).mT.contiguous()

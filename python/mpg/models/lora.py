@@ -130,7 +130,7 @@ def read_adapter(
 def _find_weight(model: nn.Module, name: str) -> Tensor | None:
     """A model's parameter of this name on the CPU, in no other order than it was read in."""
     module, _, attribute = name.rpartition(".")
-    layer = dict(model.named_modules()).get(module)
+    layer = dict(model.named_modules(remove_duplicate=False)).get(module)
     if isinstance(layer, PackedLinear) and attribute == "weight":
         return layer.unpacked()
     weight = None if layer is None else layer._parameters.get(attribute)
