@@ -160,7 +160,7 @@ def _measure_acceptance(
     batch = Batch(prompts, [width] * len(texts), weights, seeds, ())
     target = TargetRows(models, attributes, direct)
     contexts = [request.contexts for request in requests]
-    longest = max(request.num_positions - request.max_new_tokens for request in requests) + width
+    longest = max(request.longest_prompt for request in requests) + width
     session = models.open(prompts, (*target.roles, *drafts.values()), longest, contexts=contexts)
     target.start(batch)
     fed, start = torch.cat([batch.last_tokens[:, None], chunk], 1), batch.lengths - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mpg.decode.batch import Processor, Round
@@ -39,10 +40,15 @@ class Request:
     options: Options | None = None
     num_top: int | None = None
 
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest text that a model reads before new ones."""
+        return max(map(len, [self.token_ids, *self.contexts.values()]))
+
     @property
     def num_positions(self) -> int:
         """That its longest text takes."""
-        return max(map(len, [self.token_ids, *self.contexts.values()])) + self.max_new_tokens
+        return self.longest_prompt + self.max_new_tokens
 
     def alpha_of(self, wanted: Sequence[str], names: Sequence[str]) -> list[float]:
         """Its weights of some of the models' attributes, all of whose names are `names`."""

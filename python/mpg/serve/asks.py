@@ -157,7 +157,7 @@ class Jobs:
             raise ApiError(400, f"logprobs: expected {wanted}, got {call.options.sampler!r}", "logprobs")
         jobs = []
         for index, request in enumerate(call.requests):
-            room = self.engine.max_length - (request.num_positions - request.max_new_tokens)
+            room = self.engine.max_length - request.longest_prompt
             if room < 1 or (is_limited and request.max_new_tokens > room):
                 message = (
                     f"max_tokens: this server takes {self.engine.max_length} tokens of prompt and answer, expected at "

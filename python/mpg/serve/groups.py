@@ -6,7 +6,7 @@ Knows one group; which of them runs, and who may join, is the engine's business.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -141,28 +141,28 @@ class DecodeGroup:
         self.scheduler.close()
 
     def _bytes_of(self, jobs: Sequence[Job], is_fitted: bool) -> int:
-        rows, every = Counter[View](), list(map(self._rows_of, jobs))
-        for of_job in every:
-            rows.update(of_job)
+        rows, kinds = Counter[View](), Counter(map(self._rows_of, jobs))
+        for of_job, count in kinds.items():  # few, however many jobs there are
+            rows.update({view: count * own for view, own in of_job})
         if spare := self.scheduler.models.rows_to_run(len(jobs), self.scheduler.num_rows) - len(jobs):
-            rows.update({view: spare * max(of_job[view] for of_job in every) for view in rows})
+            rows.update({view: spare * max(dict(of_job).get(view, 0) for of_job in kinds) for view in rows})
         longest = max((job.request.num_positions for job in jobs), default=0)
         # a long prompt is read ahead in rows of its own
-        long = [job for job in jobs if job.request.num_positions - job.request.max_new_tokens > self.part]
+        long = [job for job in jobs if job.request.longest_prompt > self.part]
         ahead = max((_bytes_of(self._rows_of(job), job.request.num_positions) for job in long), default=0)
         return self.scheduler.session.room.num_bytes(rows, longest, is_fitted) + ahead
 
-    def _rows_of(self, job: Job) -> Counter[View]:
+    def _rows_of(self, job: Job) -> tuple[tuple[View, int], ...]:
         """The cache rows that a job takes, by what runs them."""
         if job.rows is None:
             models = self.scheduler.models.with_contexts([job.call.contexts[0]])
             names = job.request.weighed(models.attribute_names)
-            job.rows = self.scheduler.session.count_rows(names, models)
+            job.rows = tuple(self.scheduler.session.count_rows(names, models).items())
         return job.rows
 
 
-def _bytes_of(rows: Counter[View], num_positions: int) -> int:
-    return sum(view[0].cache_bytes(count, num_positions) for view, count in rows.items())
+def _bytes_of(rows: Iterable[tuple[View, int]], num_positions: int) -> int:
+    return sum(view[0].cache_bytes(count, num_positions) for view, count in rows)
 
 
 class ScoreGroup:

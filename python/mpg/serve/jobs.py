@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
@@ -53,7 +52,7 @@ class Job:
     scores_prompt: bool = False
     added_at: float = field(default_factory=monotonic)
     entry: Entry | None = None
-    rows: Counter[View] | None = None
+    rows: tuple[tuple[View, int], ...] | None = None
     num_sent: int = 0
     num_seen: int = 0
     is_over: bool = False
