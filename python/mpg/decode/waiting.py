@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 from mpg.decode.request import Entry
 from mpg.models.session import Session
@@ -43,8 +44,9 @@ class Waiting:
         more than a part of it is unread."""
         taken: list[Entry] = []
         left = math.inf if self.part is None else self.part
+        is_little = sum(entry.request.longest_prompt for entry in islice(self._entries, most)) <= left
         while self._entries and len(taken) < most:
-            unread = 0 if self.part is None else self._num_unread(self._entries[0])
+            unread = 0 if is_little else self._num_unread(self._entries[0])
             if unread > left:
                 if not taken:
                     self._read_part(self._entries[0])
