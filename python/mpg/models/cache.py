@@ -124,6 +124,17 @@ class RaggedCache(Cache):
         for buffer, of_other in self._beside(other):
             buffer[: len(rows), :, :num_positions] = of_other[rows.start : rows.stop, :, :num_positions]
 
+    def excerpt(self, row: int, num_positions: int) -> RaggedCache:
+        """A cache of one row, which holds the first positions of a row of this one."""
+        own = RaggedCache(len(self.layers), 1, num_positions)
+        for layer, source in zip(own.layers, self.layers, strict=True):
+            if source.is_initialized:
+                layer.keys, layer.values = (
+                    buffer[row : row + 1, :, :num_positions].clone() for buffer in (source.keys, source.values)
+                )
+                layer.is_initialized = True
+        return own
+
     def _beside(self, other: RaggedCache) -> Iterator[tuple[Tensor, Tensor]]:
         """Every buffer, with that of another cache, whose layers have been written to."""
         for own, its in zip(self.layers, other.layers, strict=True):

@@ -56,8 +56,7 @@ class Kept:
             return
         if (found := self.find(reader, text)) is not None and found[1] == num_positions:
             return
-        own = RaggedCache(len(cache.layers), 1, num_positions)
-        own.take(range(row, row + 1), num_positions, cache)
+        own = cache.excerpt(row, num_positions)
         with self._lock:
             for other in [other for other in self._alike(reader, text) if len(other[1]) <= len(text)]:
                 if count_common(other[1], text) == len(other[1]) - 1:  # what goes on from it has all of it
