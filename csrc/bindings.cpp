@@ -719,9 +719,30 @@ Tensor lora_shrink(const Tensor& x, const Tensor& down, const Tensor& groups) {
   return hidden;
 }
 
-void lora_expand_(const Tensor& out, const Tensor& hidden, const Tensor& up, const Tensor& groups) {
+// The ranks and outputs of an up factor's blocks; `given`: three numbers of each, none for a single
+// block.
+std::vector<mpg::RankBlock> rank_blocks(at::IntArrayRef given, int64_t rank, int64_t size) {
+  if (given.empty()) return {{rank, 0, size}};
+  std::vector<mpg::RankBlock> blocks;
+  bool is_valid = given.size() % 3 == 0;
+  int64_t num_ranks = 0;
+  for (size_t i = 0; is_valid && i < given.size(); i += 3) {
+    blocks.push_back({given[i], given[i + 1], given[i + 2]});
+    const auto& [count, begin, end] = blocks.back();
+    num_ranks += count;
+    is_valid = count >= 0 && 0 <= begin && begin <= end && end <= size;
+  }
+  TORCH_CHECK_VALUE(is_valid && num_ranks == rank,
+                    "blocks must be ranks, first and end of the outputs of each block of all ",
+                    rank, " ranks and ", size, " outputs, got ", shape_string(given));
+  return blocks;
+}
+
+void lora_expand_(const Tensor& out, const Tensor& hidden, const Tensor& up, const Tensor& groups,
+                  at::IntArrayRef blocks) {
   const auto [R, q, size] = check_stored<3>("out", out, "R, q, out");
   const auto [G, r, columns] = check_dims<3>("up", up, "G, r, out");
+  const auto parts = rank_blocks(blocks, r, size);
   const auto dtype = out.scalar_type();
   TORCH_CHECK_VALUE(out.stride(2) == 1 || size == 1,
                     "out is written in place and must have unit stride in its last dimension, got ",
@@ -736,7 +757,8 @@ void lora_expand_(const Tensor& out, const Tensor& hidden, const Tensor& up, con
         {storage_of(out), memory.input<int64_t>("groups", groups, "R", {R}), R, q, G, r},
         memory.tokens("hidden", hidden, "R, q, r", {R, q, is_of_all ? G * r : r}, dtype),
         memory.stored("up", up, "G, r, out", {G, r, size}, dtype), size,
-        {out.mutable_data_ptr(), out.stride(0), out.stride(1)}, step);
+        {out.mutable_data_ptr(), out.stride(0), out.stride(1)}, step, parts.data(),
+        int64_t(parts.size()));
     const bool has_tokens_in_line = out.stride(0) == q * out.stride(1);
     const bool is_done =
         has_tokens_in_line &&
@@ -783,11 +805,15 @@ Tensor attend_rows(const Tensor& query, const Tensor& key, const Tensor& value,
 }
 
 Tensor linear_panels(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias,
-                     std::optional<int64_t> out_features) {
+                     const std::optional<Tensor>& down, const std::optional<Tensor>& up,
+                     const std::optional<Tensor>& groups, std::optional<int64_t> out_features,
+                     at::IntArrayRef blocks) {
   const auto [num_panels, in, width] = check_dims<3>("panels", panels, "T, in, 16");
   const int64_t size = out_features.value_or(num_panels * mpg::kPanel);
   TORCH_CHECK_VALUE(x.is_cpu(), "x must be on the CPU, where this op alone is, got ", x.device());
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must be (..., in), got ", shape_string(x.sizes()));
+  TORCH_CHECK_VALUE(down.has_value() == groups.has_value() && up.has_value() == groups.has_value(),
+                    "down, up and groups must all be there, or none of them");
   TORCH_CHECK_VALUE(size >= 0 && (size + mpg::kPanel - 1) / mpg::kPanel == num_panels,
                     "out_features must be a number that fills ", num_panels, " panels of ",
                     mpg::kPanel, ", the last one perhaps in part, got ", size);
@@ -811,6 +837,16 @@ Tensor linear_panels(const Tensor& x, const Tensor& panels, const std::optional<
     run(memory, num_panels, in * args.R * (mpg::kPanel / 8), args, mpg::cpu::linear_panels,
         nullptr);
   });
+  if (groups) {
+    const auto [R] = check_dims<1>("groups", *groups, "R");
+    const int64_t num_tokens = x.numel() / in, q = R > 0 ? num_tokens / R : 0;
+    TORCH_CHECK_VALUE(R * q == num_tokens,
+                      "x must be (..., in) of as many tokens for each of R = ", R, " rows, got ",
+                      shape_string(x.sizes()));
+    const at::AutoDispatchBelowADInplaceOrView no_graph;
+    const Tensor hidden = lora_shrink(x.reshape({R, q, in}), *down, *groups);
+    lora_expand_(out.view({R, q, size}), hidden, *up, *groups, blocks);
+  }
   return out;
 }
 
@@ -857,11 +893,12 @@ void for_each_op(F f) {
     "Tensor? token=None, Tensor? log_totals=None) -> Tensor");
   f("lora_shrink", lora_shrink, "(Tensor x, Tensor down, Tensor groups) -> Tensor");
   f("lora_expand_", lora_expand_,
-    "(Tensor(a!) out, Tensor hidden, Tensor up, Tensor groups) -> ()");
+    "(Tensor(a!) out, Tensor hidden, Tensor up, Tensor groups, *, int[] blocks=[]) -> ()");
   f("attend_rows", attend_rows,
     "(Tensor query, Tensor key, Tensor value, Tensor positions, *, float? scale=None) -> Tensor");
   f("linear_panels", linear_panels,
-    "(Tensor x, Tensor panels, Tensor? bias=None, *, int? out_features=None) -> Tensor");
+    "(Tensor x, Tensor panels, Tensor? bias=None, Tensor? down=None, Tensor? up=None, "
+    "Tensor? groups=None, *, int? out_features=None, int[] blocks=[]) -> Tensor");
 }
 
 void register_ops(torch::Library& library) {

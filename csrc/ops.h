@@ -301,6 +301,11 @@ struct LoraShrink {
   TokenRows<void*> hidden;  // (R, q, rank)
 };
 
+// The outputs [begin, end) that some ranks lead to.
+struct RankBlock {
+  int64_t num_ranks, begin, end;
+};
+
 template <class A>
 struct LoraExpand {
   AdapterRows rows;
@@ -309,6 +314,9 @@ struct LoraExpand {
   int64_t size;
   TokenRows<void*> out;  // (R, q, size), added to
   int64_t step;          // in hidden from one group's ranks to the next one's: 0 or rank
+  // CPU: one after another, of all ranks; elsewhere `up` is zero, and not read.
+  const RankBlock* blocks;
+  int64_t num_blocks;
 };
 
 // Feature c of position s of a head of row r lies at data[r * stride_row + head * stride_head + s *

@@ -5,6 +5,8 @@ What ops.py says of all ops holds here too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,19 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *,
     return torch.ops.mpg.attend_rows(query, key, value, positions, scale=scale)
 
 
-def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
-    """A linear layer x weight^T + bias whose weight lies in panels of 16 outputs, as BLAS libraries pack theirs.
+def linear_panels(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    groups: Tensor | None = None,
+    *,
+    out_features: int | None = None,
+    blocks: Sequence[int] = (),
+) -> Tensor:
+    """A linear layer x weight^T + bias whose weight lies in panels of 16 outputs, as BLAS libraries pack theirs; with
+    down, up and groups, of which there are all or none, also what `lora_shrink` and `lora_expand_` add to it.
 
     On the CPU alone, and made for few rows: memory is read once for all of them. Sums are in float32, in an order that
     depends on `in` alone: not on the other rows, nor on the number of threads.
@@ -37,8 +50,10 @@ def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None = None, *, out_
     x: (..., in), float32; any strides, copied where it is not contiguous
     panels: (T, in, 16), float32: panels[t, i, j] is weight[16 t + j, i], and zero behind the last output
     bias: (out,), float32
+    down, up, groups: (G, r, in), (G, r, out) and (R,), as those ops take them; x then has the tokens of R rows in order
     out_features: out, more than 16 (T - 1) and at most 16 T; default 16 T
+    blocks: of up, as `lora_expand_` takes them
 
     out: (..., out), float32
     """
-    return torch.ops.mpg.linear_panels(x, panels, bias, out_features=out_features)
+    return torch.ops.mpg.linear_panels(x, panels, bias, down, up, groups, out_features=out_features, blocks=blocks)

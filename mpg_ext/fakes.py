@@ -49,11 +49,11 @@ FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, ...] | None]] = {
         (chunk.shape[0], 4 + chunk.shape[1] + 1)
     ),
     "lora_shrink": lambda x, down, groups: x.new_empty((*x.shape[:2], down.shape[1])),
-    "lora_expand_": lambda *_inputs: None,
+    "lora_expand_": lambda *_inputs, **_options: None,
     "attend_rows": lambda query, key, value, positions, **_options: query.new_empty(
         (*positions.shape, query.shape[1], value.shape[3])
     ),
-    "linear_panels": lambda x, panels, bias=None, *, out_features=None: x.new_empty(
+    "linear_panels": lambda x, panels, *_inputs, out_features=None, **_options: x.new_empty(
         (*x.shape[:-1], panels.shape[0] * panels.shape[2] if out_features is None else out_features)
     ),
 }

@@ -367,7 +367,7 @@ def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
     return torch.ops.mpg.lora_shrink(x, down, groups)
 
 
-def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> None:
+def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor, *, blocks: Sequence[int] = ()) -> None:
     """Add hidden[i] up[groups[i]] to out[i], in place: the second half of y + x A B, see lora_shrink.
 
     Sums are in acc, and rounded once with what lies in `out`. Rows without an adapter keep every byte.
@@ -378,5 +378,8 @@ def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> Non
         of x one after another, of which each row uses its own group's
     up: (G, r, out), dtype of out
     groups: (R,) int64, as in lora_shrink
+    blocks: where up is block diagonal, as of layers that are joined: of each block how many of the r ranks it has,
+        which follow those of the one before, and its first output and the one behind its last. Elsewhere up must be
+        zero, and may not be read
     """
-    torch.ops.mpg.lora_expand_(out, hidden, up, groups)
+    torch.ops.mpg.lora_expand_(out, hidden, up, groups, blocks=blocks)

@@ -97,7 +97,7 @@ MPG_INLINE void add(const T* hidden, const T* up, int64_t stride, int64_t size, 
 // One part of the outputs.
 template <class A, class T>
 MPG_INLINE void expand_run(const LoraExpand<A>& args, int64_t row, int64_t count, int64_t begin) {
-  const int64_t q = args.rows.q, rank = args.rows.rank, stride = args.size;
+  const int64_t q = args.rows.q, stride = args.size;
   const int64_t size = std::min(kOutputPart, stride - begin);
   const T* up = factor<T>(args.up, args.rows, row, stride) + begin;
   for (int64_t t = 0; t < count; ++t) {
@@ -105,8 +105,18 @@ MPG_INLINE void expand_run(const LoraExpand<A>& args, int64_t row, int64_t count
     T* out = token<T>(args.out, q, row, t) + begin;
     A sums[kOutputPart] = {};
     int64_t j = 0;
-    for (; j + 4 <= rank; j += 4) add<4>(hidden + j, up + j * stride, stride, size, sums);
-    for (; j < rank; ++j) add<1>(hidden + j, up + j * stride, stride, size, sums);
+    for (const RankBlock* block = args.blocks; block < args.blocks + args.num_blocks; ++block) {
+      const int64_t first = std::max(block->begin - begin, int64_t(0));
+      const int64_t num_outputs = std::min(block->end - begin, size) - first;
+      const int64_t end = j + block->num_ranks;
+      if (num_outputs > 0) {
+        for (; j + 4 <= end; j += 4)
+          add<4>(hidden + j, up + j * stride + first, stride, num_outputs, sums + first);
+        for (; j < end; ++j)
+          add<1>(hidden + j, up + j * stride + first, stride, num_outputs, sums + first);
+      }
+      j = end;
+    }
     for (int64_t c = 0; c < size; ++c) out[c] = to_stored<T>(A(to_float(out[c])) + sums[c]);
   }
 }

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import mpg_ext
 from ensembles import load
 from mpg.models import linear
 from mpg.models.linear import EVERY, PackedLinear, choose, pack_linears
@@ -89,9 +90,9 @@ def test_second_weights_are_kept_only_where_the_machine_has_room(share, rows, mo
     assert model[0].plain is (None if rows == EVERY else weight)
 
 
-@pytest.mark.parametrize("rows", [EVERY, from_on(2)])
+@pytest.mark.parametrize(("rows", "num_adapted"), [(EVERY, 2 * 4), (from_on(2), 2 * 4), (from_on(5), 0)])
 def test_a_model_with_packed_layers_equals_the_callers_which_stays_as_it_was(
-    rows, tiny_model, full_logits, monkeypatch
+    rows, num_adapted, tiny_model, full_logits, monkeypatch
 ):
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
     monkeypatch.setattr(linear, "choose", lambda *given: rows)
@@ -100,9 +101,13 @@ def test_a_model_with_packed_layers_equals_the_callers_which_stays_as_it_was(
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     ensemble = load(model, device="cpu")
     assert len(_packed(ensemble._models[0].model)) == 2 * 4 + 1  # q, k, v joined, and gate, up
-    logits = ensemble.open([[3, 4, 5]], ["base", "E"], 8).forward(
-        ["base", "E"], torch.tensor([[5, 6]]), torch.tensor([2]), kv_length=4
+    session, in_one_op = ensemble.open([[3, 4, 5]], ["base", "E"], 8), []
+    multiply = mpg_ext.linear_panels
+    monkeypatch.setattr(
+        mpg_ext, "linear_panels", lambda *given, **more: in_one_op.append(len(given) > 3) or multiply(*given, **more)
     )
+    logits = session.forward(["base", "E"], torch.tensor([[5, 6]]), torch.tensor([2]), kv_length=4)
+    assert sum(in_one_op) == num_adapted  # with the adapters
     for role, of_role in zip((None, "E"), logits, strict=True):
         torch.testing.assert_close(of_role[0], full_logits(model, [3, 4, 5, 6], role)[2:], atol=1e-4, rtol=1e-5)
     assert not _packed(model)

@@ -131,7 +131,15 @@ def calls(
             "value": normal(B, 2, 5, 6),
             "positions": integers(5, B, 3),
         },
-        "linear_panels": {"x": normal(B, K, V), "panels": normal(2, V, 16), "bias": normal(21), "out_features": 21},
+        "linear_panels": {
+            "x": normal(B, K, V),
+            "panels": normal(2, V, 16),
+            "bias": normal(21),
+            "down": normal(3, N, V),
+            "up": normal(3, N, 21),
+            "groups": integers(3, B).sort()[0],
+            "out_features": 21,
+        },
     }
 
 

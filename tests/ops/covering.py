@@ -59,7 +59,7 @@ FACTORS: dict[str, dict[str, Sequence[Any]]] = {
     "count_usable_": {"K": K, "V": (1, 33, 1000), "B": B, "is_drawn": (True, False), "has_most": (True, False)},
     "commit_block_": {"K": (0, 1, 4, 32, 70), "B": B, "has_token": (True, False), "has_totals": (True, False)},
     "lora_shrink": LORA,
-    "lora_expand_": {**LORA, "is_of_all": (False, True)},
+    "lora_expand_": {**LORA, "is_of_all": (False, True), "num_blocks": (1, 3)},
     "attend_rows": {
         "features": (1, 7, 48, 64, 100),
         "keys": (1, 5, 64, 512, 513, 1100),

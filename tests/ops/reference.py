@@ -375,8 +375,8 @@ def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
     return (_accumulate(x) @ _factors_of_rows(down, groups).mT).to(x.dtype)
 
 
-def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor) -> None:
-    """Twin of `mpg_ext.lora_expand_`."""
+def lora_expand_(out: Tensor, hidden: Tensor, up: Tensor, groups: Tensor, *, blocks: Sequence[int] = ()) -> None:
+    """Twin of `mpg_ext.lora_expand_`, which reads the zeros between the blocks too."""
     if hidden.shape[2] == len(up) * up.shape[1]:
         index = groups.where((groups >= 0) & (groups < len(up)), 0)[:, None, None, None]
         of_groups = hidden.unflatten(2, up.shape[:2])  # (R, q, G, r)
@@ -399,10 +399,24 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *,
     return out
 
 
-def linear_panels(x: Tensor, panels: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
+def linear_panels(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    groups: Tensor | None = None,
+    *,
+    out_features: int | None = None,
+    blocks: Sequence[int] = (),
+) -> Tensor:
     """Twin of `mpg_ext.linear_panels`."""
     weight = panels.mT.flatten(0, 1)[:out_features]
-    return x @ weight.T + (0 if bias is None else bias)
+    out = x @ weight.T + (0 if bias is None else bias)
+    if down is not None and up is not None and groups is not None:
+        rows = out.view(len(groups), -1, out.shape[-1])
+        lora_expand_(rows, lora_shrink(x.reshape(*rows.shape[:2], -1), down, groups), up, groups)
+    return out
 
 
 def _factors_of_rows(factors: Tensor, groups: Tensor) -> Tensor:

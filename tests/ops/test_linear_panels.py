@@ -56,6 +56,19 @@ def test_leading_dimensions_are_those_of_the_input_and_outputs_are_all_that_pane
     assert torch.equal(mpg_ext.linear_panels(x[1, 2], panels, out_features=20), out[1, 2, :20])
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (3, 5), (15,)], ids=str)
+def test_adapters_of_rows_add_what_their_own_ops_do(shape):
+    x, panels, bias = normal(*shape, 40), pack(normal(50, 40)), normal(50)
+    down, up, groups = normal(4, 6, 40), normal(4, 6, 50), torch.tensor([0, 3, 1])
+    up[:, :2, 20:] = up[:, 2:, :20] = 0
+    hidden = mpg_ext.lora_shrink(x.view(3, -1, 40), down, groups)
+    for blocks in ((), (2, 0, 20, 4, 20, 50)):
+        wanted = mpg_ext.linear_panels(x, panels, bias, out_features=50)
+        mpg_ext.lora_expand_(wanted.view(3, -1, 50), hidden, up, groups, blocks=blocks)
+        out = mpg_ext.linear_panels(x, panels, bias, down, up, groups, out_features=50, blocks=blocks)
+        assert torch.equal(out, wanted)
+
+
 def test_infinities_and_nan_reach_their_own_row_and_output_alone():
     x, weight = normal(9, 40), normal(50, 40)
     x[2, 5], x[7, 0], weight[33, 1] = math.nan, math.inf, math.nan

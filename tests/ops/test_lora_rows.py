@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +28,16 @@ def groups_of(num_rows: int, device: torch.device) -> Tensor:
     return pattern[-num_rows:].to(device) if num_rows else pattern[:0].to(device)
 
 
+def block_diagonal(up: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """An up factor with so many blocks, about alike, and what they are to the op."""
+    ranks, outputs = ([size * i // count for i in range(count + 1)] for size in up.shape[1:])
+    diagonal, blocks = torch.zeros_like(up), []
+    for (rank, next_rank), (first, end) in zip(pairwise(ranks), pairwise(outputs), strict=True):
+        diagonal[:, rank:next_rank, first:end] = up[:, rank:next_rank, first:end]
+        blocks += [next_rank - rank, first, end]
+    return diagonal, blocks
+
+
 @cases_of("lora_shrink")
 def test_shrink_is_exact_to_rounding(device, features, rank, K, B, dtype, layout):
     options = {"dtype": dtype, "device": device}
@@ -40,17 +52,18 @@ def test_shrink_is_exact_to_rounding(device, features, rank, K, B, dtype, layout
 
 @cases_of("lora_expand_")
 def test_expand_adds_to_rows_exactly_to_rounding_and_touches_nothing_else(
-    device, features, rank, K, B, dtype, layout, is_of_all
+    device, features, rank, K, B, dtype, layout, is_of_all, num_blocks
 ):
     options = {"dtype": dtype, "device": device}
     out = laid_out(normal(B, K, features, **options), layout)
     hidden = laid_out(normal(B, K, rank * (GROUPS if is_of_all else 1), **options), layout)
-    up, groups = normal(GROUPS, rank, features, **options), groups_of(B, device)
+    up, blocks = block_diagonal(normal(GROUPS, rank, features, **options), num_blocks)
+    groups = groups_of(B, device)
     exact, magnitudes = out.double(), out.double().abs()
     reference.lora_expand_(exact, hidden.double(), up.double(), groups)
     reference.lora_expand_(magnitudes, hidden.double().abs(), up.double().abs(), groups)
     with nothing_else_written([hidden, up, groups], [out]):
-        mpg_ext.lora_expand_(out, hidden, up, groups)
+        mpg_ext.lora_expand_(out, hidden, up, groups, blocks=blocks)
     assert_within(out, around(exact, product_error(magnitudes, rank + 1, exact, dtype)))
 
 
@@ -116,6 +129,15 @@ def test_expand_adds_to_the_columns_of_a_joined_product_from_the_ranks_of_a_join
     with nothing_else_written([hidden, up], [out]):
         mpg_ext.lora_expand_(out, hidden[..., 4:], up, groups)
     torch.testing.assert_close(product, wanted, rtol=2**-7, atol=2**-7)
+
+
+def test_the_cpu_reads_nothing_between_blocks():
+    options = {"dtype": torch.float32, "device": torch.device("cpu")}
+    up, blocks = block_diagonal(normal(GROUPS, 16, 1100, **options), 3)
+    up[up == 0] = torch.nan
+    out = torch.zeros(4, 3, 1100)
+    mpg_ext.lora_expand_(out, normal(4, 3, 16, **options), up, groups_of(4, options["device"]), blocks=blocks)
+    assert out.isfinite().all()
 
 
 def test_float64_is_computed_in_float64():

@@ -21,7 +21,7 @@ from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 import mpg_ext
 
 PANEL = 16  # outputs whose weights lie together, see mpg_ext.linear_panels
-MIN_WEIGHTS = 2**16  # of a layer that is worth a look: a smaller one is read in the time that a call takes of its own
+MIN_WEIGHTS = 2**15  # of a layer that is worth a look: a smaller one is read in the time that a call takes of its own
 TIMED_ROWS = (1, 2, 3, 8, 40)  # a base's step, one with an adapter, with two, a small batch, a chunk for many models
 TIMED_WEIGHTS = 2**20  # of a layer at once: parts of a large one stand for it
 ROWS_TOGETHER = 16  # of a weight, that a product takes at once
@@ -110,6 +110,15 @@ class PackedLinear(nn.Module):
         """The plain weight."""
         weight = self.weight.detach()
         return weight.to_dense() if weight.is_mkldnn else weight.mT.flatten(0, 1)[: self.out_features]
+
+    def adapted(self, x: Tensor, down: Tensor, up: Tensor, groups: Tensor, blocks: Sequence[int]) -> Tensor | None:
+        """What the layer and the adapters of rows make of x in one op, see `mpg_ext.linear_panels`; None where it is
+        not packed for that."""
+        weight, num_tokens = self.weight, x.numel() // x.shape[-1]
+        if weight.dtype != torch.float32 or num_tokens not in self.rows:
+            return None
+        own = weight, self.bias, down, up, groups
+        return mpg_ext.linear_panels(x, *own, out_features=self.out_features, blocks=blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = torch.ops.mpg_linear.packed if torch.compiler.is_compiling() else _packed

@@ -6,7 +6,7 @@ Knows how a stacked layer computes; not how adapters are stored, nor when they a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import mpg_ext
 from mpg.models.joined import JoinedLinear, JoinedPart
+from mpg.models.linear import PackedLinear
 from mpg.models.lora import Adapter
 
 
@@ -79,6 +80,8 @@ class LoraStack:
     def fill(self, adapters: Sequence[Adapter]) -> None:
         """Take the factors of adapters, as many as at first and of the same layers and ranks."""
         self.factors = [_stack(adapters, layer, self.dtype) for layer in self.layers]
+        for layer in self.layers:
+            layer.blocks = _blocks(adapters, layer)
         self._merged = list[int](), list[tuple[Tensor, Tensor]]()
 
     def widen(self) -> None:
@@ -124,6 +127,7 @@ class LoraLinear(nn.Module):
     where the layout names groups, and else batched.
 
     sizes:   of the outputs, by the name in the model: of one layer, or of those that are joined
+    blocks:  of the up factors of layers that are joined, as `mpg_ext.lora_expand_` takes them
     factors: that the next forward uses, if any; the stack sets them
     wide:    the base's weight (out, in) and behind it the down factors of all groups (G * r, in), where one product
              makes both; the base's own is then a part of it
@@ -137,6 +141,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.stack = stack
         self.sizes = sizes
+        self.blocks: list[int] = []
         self.factors = self.wide = None
 
     def widen(self, down: Tensor) -> None:
@@ -161,9 +166,14 @@ class LoraLinear(nn.Module):
             wanted = num_rows, num_tokens
             names = ", ".join(self.sizes)
             raise ValueError(f"adapted layer {names}: expected tokens {wanted}, got {tuple(shape[:-1])}")
-        if self.wide is not None and stack.merge_weights is None:
+        base, is_plain_sum = self.base, stack.merge_weights is None
+        if self.wide is not None and is_plain_sum:
             return self._multiply_wide(x, num_rows, up)
-        out = self.base(x)
+        if stack.groups is not None and is_plain_sum and isinstance(base, PackedLinear):
+            out = base.adapted(x, down, up, stack.groups, self.blocks)
+            if out is not None:
+                return out
+        out = base(x)
         if stack.groups is not None:
             groups = stack.groups.to(x.device)
             hidden = self._weigh(mpg_ext.lora_shrink(x.reshape(num_rows, -1, shape[-1]), down, groups))
@@ -199,6 +209,18 @@ class LoraLinear(nn.Module):
         return out
 
 
+def _ranks(adapters: Sequence[Adapter], layer: LoraLinear) -> list[int]:
+    """The largest rank that the adapters have at each of the layers that are joined, 0 for none."""
+    factors = [[adapter.factors.get(module) for adapter in adapters] for module in layer.sizes]
+    return [max((pair[0].shape[1] for pair in of_module if pair is not None), default=0) for of_module in factors]
+
+
+def _blocks(adapters: Sequence[Adapter], layer: LoraLinear) -> list[int]:
+    """Where the up factors of `_stack` are not zero, as `mpg_ext.lora_expand_` takes it."""
+    bounds = pairwise(accumulate(layer.sizes.values(), initial=0))
+    return [n for rank, (first, end) in zip(_ranks(adapters, layer), bounds, strict=True) for n in (rank, first, end)]
+
+
 def _behind_zeros(factors: Tensor) -> Tensor:
     """Factors (N, r, ...) side by side behind as many zeros. out: (2, N r, ...)"""
     joined = factors.flatten(0, 1)
@@ -212,7 +234,7 @@ def _stack(adapters: Sequence[Adapter], layer: LoraLinear, dtype: torch.dtype) -
     linear layer of Llama-3-8B in bfloat16 they are 42 MB a group, .3 % of what a token reads of the base.
     """
     pairs = [[adapter.factors.get(module) for adapter in adapters] for module in layer.sizes]
-    ranks = [max((pair[0].shape[1] for pair in of_module if pair is not None), default=0) for of_module in pairs]
+    ranks = _ranks(adapters, layer)
     size_in = next(pair[0].shape[0] for of_module in pairs for pair in of_module if pair is not None)
     device = layer.base.get_parameter("weight").device
     downs = torch.zeros(len(adapters) + 1, sum(ranks), size_in, dtype=dtype, device=device)
