@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-import anyio
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -17,7 +16,7 @@ from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError
 from mpg.serve.jobs import Job
 from mpg.serve.protocol import ChatRequest
-from mpg.serve.streams import Events, as_json, as_stream
+from mpg.serve.streams import Events, as_json, as_stream, beside
 
 
 async def answer_chat(engine: Engine, asked: ChatRequest, request: Request, request_id: str) -> Response:
@@ -27,7 +26,7 @@ async def answer_chat(engine: Engine, asked: ChatRequest, request: Request, requ
         raise ApiError(400, "max_tokens: expected 1 at least, got 0", "max_tokens")
     model, [seed] = engine.model, seeds(asked, 1)
     how = {"continue_final_message": asked.continue_final_message}
-    call = await anyio.to_thread.run_sync(lambda: read(asked, model, messages_of(asked), engine.settings, seed, **how))
+    call = await beside(request, lambda: read(asked, model, messages_of(asked), engine.settings, seed, **how))
     events = Events(engine, request)
     num_top = (asked.top_logprobs or 0) if asked.logprobs else None
     is_limited = asked.max_tokens is not None or asked.max_completion_tokens is not None

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import anyio
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -18,7 +17,7 @@ from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError
 from mpg.serve.jobs import Job
 from mpg.serve.protocol import CompletionRequest
-from mpg.serve.streams import Events, as_json, as_stream
+from mpg.serve.streams import Events, as_json, as_stream, beside
 
 
 async def answer_completion(engine: Engine, asked: CompletionRequest, request: Request, request_id: str) -> Response:
@@ -28,11 +27,12 @@ async def answer_completion(engine: Engine, asked: CompletionRequest, request: R
         raise ApiError(400, "stream: expected false where the prompt is echoed with logprobs, got true", "stream")
     model, prompts = engine.model, prompts_of(asked, engine.settings.max_prompts)
     every_seed = seeds(asked, len(prompts))
-    calls = await anyio.to_thread.run_sync(
+    calls = await beside(
+        request,
         lambda: [
             read(asked, model, prompt, engine.settings, seed, raw=True)
             for prompt, seed in zip(prompts, every_seed, strict=True)
-        ]
+        ],
     )
     events = Events(engine, request)
     makes = Jobs(engine, model, request_id, events.take, is_streamed=bool(asked.stream))
