@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -87,22 +87,45 @@ def most_memory(pid: int) -> float:
     return int(line.split()[1]) / 2**20
 
 
-async def stream(http: httpx.AsyncClient, url: str, body: Row) -> tuple[list[float], str, int]:
-    """Ask for one answer: seconds from before each of its events to it, its text, and its tokens."""
-    at, seconds, text, num_tokens = time.perf_counter(), list[float](), "", 0
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    async with http.stream("POST", f"{url}/v1/chat/completions", json={**body, **options}) as answer:
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk, now = json.loads(line.removeprefix("data: ")), time.perf_counter()
+class Client:
+    """One connection to a server. Takes a quarter of httpx's time, on processors that the server runs on as well."""
+
+    def __init__(self, url: str) -> None:
+        self.host, _, self.port = url.removeprefix("http://").partition(":")
+
+    async def __aenter__(self) -> Client:
+        self._reader, self._writer = await asyncio.open_connection(self.host, int(self.port))
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._writer.close()
+
+    async def stream(self, body: Row) -> tuple[list[float], str, int]:
+        """Ask for one answer: seconds from before each of its events to it, its text, and its tokens."""
+        at, seconds, text, num_tokens = time.perf_counter(), list[float](), "", 0
+        async for event in self._events({**body, "stream": True, "stream_options": {"include_usage": True}}):
+            chunk, now = json.loads(event), time.perf_counter()
             if chunk["choices"]:
                 text += chunk["choices"][0]["delta"].get("content", "")
                 seconds.append(now - at)
                 at = now
             else:
                 num_tokens = chunk["usage"]["completion_tokens"]
-    return seconds, text, num_tokens
+        return seconds, text, num_tokens
+
+    async def _events(self, body: Row) -> AsyncIterator[bytes]:
+        """What the events of an answer hold, each as soon as it comes."""
+        sent = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {self.host}\r\ncontent-type: application/json\r\n"
+        self._writer.write(f"{head}content-length: {len(sent)}\r\n\r\n".encode() + sent)
+        status, _, _ = (await self._reader.readuntil(b"\r\n\r\n")).partition(b"\r\n")
+        assert status.endswith(b" 200 OK"), status
+        while num_bytes := int(await self._reader.readline(), 16):
+            part = await self._reader.readexactly(num_bytes + len(b"\r\n"))  # whole events, as the server writes them
+            for event in part.split(b"\n\n"):
+                if event.startswith(b"data: {"):
+                    yield event.removeprefix(b"data: ")
+        await self._reader.readline()
 
 
 async def load(url: str, bodies: Sequence[Row], num_clients: int) -> Row:
@@ -113,19 +136,19 @@ async def load(url: str, bodies: Sequence[Row], num_clients: int) -> Row:
     texts: dict[int, str] = {}
     num_tokens = 0
 
-    async def client(http: httpx.AsyncClient) -> None:
+    async def work() -> None:
         nonlocal num_tokens
-        while waiting:
-            body = waiting.pop()
-            (first, *others), texts[body["seed"]], count = await stream(http, url, body)
-            firsts.append(first)
-            gaps.extend(others)
-            num_tokens += count
+        async with Client(url) as client:
+            while waiting:
+                body = waiting.pop()
+                (first, *others), texts[body["seed"]], count = await client.stream(body)
+                firsts.append(first)
+                gaps.extend(others)
+                num_tokens += count
 
-    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as http:
-        begun_at = time.perf_counter()
-        await asyncio.gather(*(client(http) for _ in range(num_clients)))
-        seconds = time.perf_counter() - begun_at
+    begun_at = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(num_clients)))
+    seconds = time.perf_counter() - begun_at
     return {
         "clients": num_clients, "tokens_per_second": num_tokens / seconds, "seconds": seconds, "tokens": num_tokens,
         "first_token_p50": statistics.median(firsts), "first_token_p99": sorted(firsts)[int(len(firsts) * 0.99) - 1],
@@ -146,13 +169,13 @@ async def read_long(url: str, model: Model) -> Row:
             text += f" {next(words)}"
         return [{"role": "system", "content": text}, {"role": "user", "content": question}]
 
-    async with httpx.AsyncClient(timeout=None) as http:
+    async with Client(url) as client, Client(url) as other:
         repeated = [messages("Be brief.", size, question) for question in QUESTIONS[: REPEATS + 1]]
-        firsts = [(await stream(http, url, {**ask, "messages": one, "max_tokens": 2}))[0][0] for one in repeated]
+        firsts = [(await client.stream({**ask, "messages": one, "max_tokens": 2}))[0][0] for one in repeated]
         short = [{"role": "user", "content": QUESTIONS[0]}]
-        running = asyncio.create_task(stream(http, url, {**ask, "messages": short, "max_tokens": AFTER_IT, "seed": 1}))
+        running = asyncio.create_task(client.stream({**ask, "messages": short, "max_tokens": AFTER_IT, "seed": 1}))
         await asyncio.sleep(0.3)
-        await stream(http, url, {**ask, "messages": messages("Be kind.", size, QUESTIONS[1]), "max_tokens": 2})
+        await other.stream({**ask, "messages": messages("Be kind.", size, QUESTIONS[1]), "max_tokens": 2})
         gaps = (await running)[0][1:]
     return {
         "prompt": size, "first_of_all": firsts[0], "first_token": statistics.median(firsts[1:]),
