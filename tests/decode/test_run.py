@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from math import inf
 
 import pytest
 import torch
@@ -463,9 +464,9 @@ def test_processor_that_raises_behind_the_end_of_its_text_fails_nobody(precise_m
 
 
 @pytest.mark.parametrize("is_patient", [False, True])
-def test_a_free_row_waits_a_round_for_a_request_where_the_scheduler_is_patient(precise_model, is_patient):
+def test_a_free_row_waits_a_round_for_a_request_where_the_scheduler_gathers(precise_model, is_patient):
     way = {"sampler": "direct", "target": "geometric"}
-    scheduler = open_scheduler(precise_model, way, num_rows=3, is_patient=is_patient)
+    scheduler = open_scheduler(precise_model, way, num_rows=3, gather=0.0 if is_patient else None)
     short, *others = requests = [request_for(precise_model, i, way) for i in range(3)]
     entries = [scheduler.add(short), *(scheduler.add(replace(other, max_new_tokens=30)) for other in others)]
     while not entries[0].is_over:
@@ -483,6 +484,27 @@ def test_a_free_row_waits_a_round_for_a_request_where_the_scheduler_is_patient(p
         assert len(scheduler.rows) == size
     scheduler.close()
     assert late.result.tokens == entries[0].result.tokens == generated_alone(precise_model, 0, way).tokens
+
+
+@pytest.mark.parametrize("gather", [0.0, inf])
+def test_requests_that_come_while_another_runs_begin_together(precise_model, gather):
+    """After an interval, or where it is endless once nothing runs any more."""
+    way = {"sampler": "direct", "target": "geometric"}
+    scheduler = open_scheduler(precise_model, way, num_rows=3, gather=gather)
+    requests = [request_for(precise_model, i, way) for i in range(3)]
+    entries = []
+    for request in requests:
+        entries.append(scheduler.add(request))
+        scheduler.step()
+        assert len(scheduler.rows) == (1 if gather else len(entries))
+    while not entries[0].is_over:
+        scheduler.step()
+    scheduler.step()
+    assert not scheduler.waiting and len(scheduler.rows) == (2 if gather else 3)
+    while scheduler.has_work:
+        scheduler.step()
+    for i, entry in enumerate(entries):
+        assert entry.result.tokens == generated_alone(precise_model, i, way).tokens
 
 
 def test_scheduler_refuses_what_it_was_not_opened_for(precise_model):

@@ -48,7 +48,8 @@ class Scheduler:
                   `num_rows` largest of them need; else they grow with what comes, in rows and positions
     part          tokens of prompts that each model reads between two rounds, at most; default all that wait
     most          attributes that one request may weigh, default all; contexts that requests bring are such too
-    is_patient    whether a free row waits a round for a request before another row moves there
+    gather        where it is not None: while some run, requests begin together and rows move together, so many seconds
+                  after others did, and a free row waits a round for a request before another row moves there
     plan          as in `Result`
     """
 
@@ -65,7 +66,7 @@ class Scheduler:
         expected: Sequence[tuple[str, ...]] = (),
         most: int | None = None,
         part: int | None = None,
-        is_patient: bool = False,
+        gather: float | None = None,
         plan: str | None = None,
     ):
         self.options, self.eos_token_ids, self.attributes, self.plan = options, eos_token_ids, attributes, plan
@@ -74,7 +75,8 @@ class Scheduler:
         self.rounds_ahead = 0 if options.adaptive else rounds_ahead
         self.rows: list[Entry] = []  # of those in use
         self.num_rows, self.num_added, self.read_at = num_rows, 0, 0.0
-        self.is_patient, self.num_wanted = is_patient, 0  # rows that requests took in the last round
+        self.gather, self.changed_at = gather, 0.0
+        self.num_wanted = 0  # rows that requests took when some last could begin
         self._ahead: deque[tuple[Snapshot, list[Entry]]] = deque()
         self._addresses = Addresses()
 
@@ -184,15 +186,19 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let requests that wait begin in rows that are free, once those are given up for which there is none."""
-        num_live = sum(not entry.is_over for entry in self.rows)
-        entries = self.waiting.take(self.num_rows - num_live)
+        num_live, now = sum(not entry.is_over for entry in self.rows), perf_counter()
+        is_early = self.gather is not None and num_live > 0 and now < self.changed_at + self.gather
+        entries = self.waiting.take(self.num_rows - num_live, gathers=is_early)
+        if is_early and not entries:
+            return
         before, self.num_wanted = self.num_wanted, num_live + len(entries)
-        waits = self.is_patient and num_live and not entries
+        waits = self.gather is not None and num_live and not entries
         upload = Upload()  # all that the device is told, at once
         kept = self._close_ranks(max(before, self.num_wanted) if waits else self.num_wanted, upload)
         rows = self._place(entries)
         if kept is None and not rows:
             return
+        self.changed_at = now
         self._use(upload)
         if rows:
             self._begin(rows, kept, upload)

@@ -39,12 +39,14 @@ class Waiting:
         if self._reading is not None and self._reading[0] is entry:
             self._reading = None
 
-    def take(self, most: int) -> list[Entry]:
+    def take(self, most: int, gathers: bool = False) -> list[Entry]:
         """Those that may begin now, `most` at most: none of them, and one model has read a part of the first, while
-        more than a part of it is unread."""
+        more than a part of it is unread. gathers: none either where all can be read at once"""
         taken: list[Entry] = []
         left = math.inf if self.part is None else self.part
         is_little = sum(entry.request.longest_prompt for entry in islice(self._entries, most)) <= left
+        if gathers and is_little:
+            return []
         while self._entries and len(taken) < most:
             unread = 0 if is_little else self._num_unread(self._entries[0])
             if unread > left:

@@ -171,10 +171,9 @@ class Engine:
 
     def _open(self, jobs: Sequence[Job], key: Hashable | None) -> Group:
         """A new group. key: what jobs have that may join it, None where none may"""
-        first, sizes = jobs[0], (self.settings.max_rows, self.max_length)
-        group: Group = (
-            ScoreGroup(first) if first.scores_prompt else DecodeGroup(first, *sizes, self.settings.prefill_tokens)
-        )
+        first, limits = jobs[0], self.settings
+        how = limits.max_rows, self.max_length, limits.prefill_tokens, limits.stream_interval
+        group: Group = ScoreGroup(first) if first.scores_prompt else DecodeGroup(first, *how)
         # no turn before those that have waited for theirs
         group.spent = min((other.spent for other in self.groups), default=0.0)
         self.groups.append(group)

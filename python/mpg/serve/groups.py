@@ -81,7 +81,7 @@ def shared_options(options: Options) -> Options:
 class DecodeGroup:
     """Jobs in one scheduler. See `Group` for the interface."""
 
-    def __init__(self, first: Job, num_rows: int, capacity: int, part: int):
+    def __init__(self, first: Job, num_rows: int, capacity: int, part: int, gather: float):
         models, names = first.model.models, first.model.models.attribute_names
         if first.call.options.draft == "merged":
             weighed = first.request.weighed(first.call.models.attribute_names)
@@ -92,7 +92,7 @@ class DecodeGroup:
         self._open = partial(
             Scheduler, models, shared_options(first.call.options), first.call.eos_token_ids, num_rows=num_rows,
             capacity=capacity, attributes=names, most=MOST_ATTRIBUTES, part=part,
-            rounds_ahead=ROUNDS_AHEAD[models.device.type], is_patient=True,
+            rounds_ahead=ROUNDS_AHEAD[models.device.type], gather=gather,
         )  # fmt: skip
         self.scheduler = self._open()
 
