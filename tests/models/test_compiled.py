@@ -102,6 +102,21 @@ def test_one_code_for_all_layers_and_rounds_gives_the_same_logits(quick, load_bo
     assert not counters["graph_break"]
 
 
+def test_unlike_texts_of_any_number_run_their_packed_layers_and_adapters_compiled(quick, load_both, monkeypatch):
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(linear, "choose", lambda *given: linear.EVERY)
+    ensembles = load_both()
+    for names in (["E", "T", "E"], ["T", "E"], ["E", "E", "T", "E", "T"]):
+        sessions = [ensemble.open([], ["base", 0], 20, num_rows=len(names)) for ensemble in ensembles]
+        for session in sessions:
+            texts = [[3 + row, 4] for row in range(len(names))]
+            session.replace(range(len(names)), texts, [{0: name} for name in names])
+        eager, compiled = _forward(sessions, ["base", 0], [1] * len(names), 1, 4)
+        torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 @long
 def test_widened_products_give_the_same_texts_compiled_captured_and_both(tape_of_compiled):
     """As on a GPU, with requests that weigh the same and with such as do not."""

@@ -115,7 +115,7 @@ class PackedLinear(nn.Module):
         """What the layer and the adapters of rows make of x in one op, see `mpg_ext.linear_panels`; None where it is
         not packed for that."""
         weight, num_tokens = self.weight, x.numel() // x.shape[-1]
-        if weight.dtype != torch.float32 or num_tokens not in self.rows:
+        if weight.dtype != torch.float32 or not self.rows.start <= num_tokens < self.rows.stop:
             return None
         own = weight, self.bias, down, up, groups
         return mpg_ext.linear_panels(x, *own, out_features=self.out_features, blocks=blocks)
