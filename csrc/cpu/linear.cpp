@@ -27,6 +27,12 @@ MPG_INLINE void add_tile(const LinearPanels& args, int64_t row, int64_t panel, i
   const float* weights = args.panels + panel * in * kPanel;
   float sums[kRows][kPanels][kPanel] = {};
   for (int64_t i = first; i < end; ++i) {
+    // With two panels few weights are on their way at a time: so early are the next tile's.
+    if (kPanels <= 2 && row == 0) {
+      for (int p = 0; p < kPanels; ++p) {
+        __builtin_prefetch(weights + ((kPanels + p) * in + i) * kPanel, 0, 2);
+      }
+    }
     for (int r = 0; r < kRows; ++r) {
       const float feature = x[r * in + i];
       for (int p = 0; p < kPanels; ++p) {
@@ -72,11 +78,12 @@ MPG_INLINE void multiply_panels(const LinearPanels& args, int64_t panel, int64_t
   if constexpr (kPanels > 1) multiply_panels<kRows, kPanels / 2>(args, panel, end);
 }
 
-// kRows: of a tile with two panels; kPanels: of one with a single row. Tiles of few rows have more
-// panels, so that there are sums to add to while others are on their way.
-template <int kRows, int kPanels>
+// kRows: of a tile with two panels; kPanels: of one with kFew rows at most. Tiles of few rows have
+// more panels, so that there are sums to add to, and weights to wait for, while others are on their
+// way.
+template <int kRows, int kPanels, int kFew>
 MPG_INLINE void multiply(const LinearPanels& args, int64_t begin, int64_t end) {
-  if (args.R == 1) return multiply_panels<1, kPanels>(args, begin, end);
+  if (args.R <= kFew) return multiply_panels<kFew, kPanels>(args, begin, end);
   if (args.R <= kRows / 2) return multiply_panels<kRows / 2, kPanels / 2>(args, begin, end);
   multiply_panels<kRows, 2>(args, begin, end);
 }
@@ -86,9 +93,9 @@ MPG_INLINE void multiply(const LinearPanels& args, int64_t begin, int64_t end) {
 void linear_panels(const LinearPanels& args, int64_t begin, int64_t end) {
   // A tile's sums stay in registers: 32 of 16 numbers, or 16 of 8.
 #if defined(__x86_64__)
-  if (level() == Level::kAvx512) return at_avx512<multiply<8, 8>>(args, begin, end);
+  if (level() == Level::kAvx512) return at_avx512<multiply<8, 8, 2>>(args, begin, end);
 #endif
-  at_level<multiply<3, 4>>(args, begin, end);
+  at_level<multiply<3, 4, 1>>(args, begin, end);
 }
 
 }  // namespace mpg::cpu
