@@ -81,6 +81,24 @@ def test_request_returns_the_same_alone_and_in_a_batch(model, way):
         assert alone.seed == result.seed == 5 + i
 
 
+@pytest.mark.parametrize(
+    ("weights", "num_models"),
+    [({"E": 1}, 1), ({"E": 0.5, "T": 0.5}, 2), ({"E": 1.5, "T": -0.5}, 2), (BOTH, 3)],
+    ids=str,
+)
+def test_the_base_is_not_run_where_it_cancels_but_for_a_trace(model, weights, num_models):
+    own, traced = (
+        model.generate(DEMO_QUESTIONS[0], weights=weights, seed=3, max_new_tokens=12, sampler="direct", trace=trace)
+        for trace in (False, True)
+    )
+    assert own.stats["model_calls_per_token"] == num_models
+    assert traced.stats["model_calls_per_token"] == 1 + len(weights)
+    assert traced.tokens == own.tokens  # which rounding alone could change
+    drafted = model.generate(DEMO_QUESTIONS[0], weights=weights, seed=3, max_new_tokens=12, draft="reference")
+    calls = drafted.stats["rounds"] * (4 + 1 + len(weights)) / len(drafted.tokens)  # drafts, the base and the others
+    assert drafted.stats["model_calls_per_token"] == pytest.approx(calls)
+
+
 def test_numbers_of_numpy_give_a_result_of_plain_ones(model):
     result = model.generate(DEMO_QUESTIONS[0], weights={"E": np.float32(1)}, seed=np.int64(3), max_new_tokens=4)
     assert json.loads(json.dumps(dataclasses.asdict(result)))["weights"] == {"E": 1.0}

@@ -120,7 +120,7 @@ class FakeSession:
     ):
         self.models = models
         self.passes: list[Pass] = []
-        self.attributes: list[Sequence[str]] = []  # of every row
+        self.attributes: list[Mapping[Role, str]] = []  # of every row
         self.fixed = [role for role in roles if isinstance(role, str)]
         names = {*self.fixed} or {*models.attribute_names}
         names |= {*models.attribute_names} if any(isinstance(role, int) for role in roles) else set()
@@ -136,7 +136,7 @@ class FakeSession:
         self,
         rows: Sequence[int],
         prompts: Sequence[Sequence[int]],
-        attributes: Sequence[Sequence[str]] | None = None,
+        attributes: Sequence[Mapping[Role, str]] | None = None,
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         ensembles: Any = None,
         ends: Any = None,
@@ -145,7 +145,7 @@ class FakeSession:
     ) -> None:
         if kept is not None:
             self.keep(kept)
-        for row, own in zip(rows, attributes or [()] * len(rows), strict=True):
+        for row, own in zip(rows, attributes or [{}] * len(rows), strict=True):
             self.attributes[row : row + 1] = [own]
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in zip(rows, prompts, strict=True):
@@ -171,7 +171,8 @@ class FakeSession:
 
     def retire(self, row: int, tokens: Sequence[int]) -> None:
         """What later texts may begin with, which every role of the row must have read but for the last token."""
-        for name in (*self.fixed, *self.attributes[row]):
+        own = self.attributes[row]
+        for name in (*(own.get(role, role) for role in self.fixed), *own.values()):
             first = int(self.prompt_lengths[row] + (self.shifts[name][row] if name in self.shifts else 0))
             read = self.read[id(self.models.logits[name])][row, first : first + len(tokens)]
             assert name == "merged" or read.tolist()[: len(tokens) - 1] == list(tokens[:-1])
@@ -180,7 +181,7 @@ class FakeSession:
         self.passes.append((tuple(roles), tokens.shape[1]))
         positions = start[:, None] + torch.arange(tokens.shape[1])
         positions = positions.clamp_max(next(iter(self.read.values())).shape[1] - 1)
-        most = max(map(len, self.attributes))
+        most = max(sum(isinstance(role, int) for role in own) for own in self.attributes)
         return torch.stack([
             self._rows_of(role, tokens, positions, kv_length) for role in roles if isinstance(role, str) or role < most
         ])  # fmt: skip
@@ -190,9 +191,7 @@ class FakeSession:
 
     def _rows_of(self, role: Role, tokens: Tensor, positions: Tensor, kv_length: int) -> Tensor:
         """The logits of one role. Where a row has no such attribute they are another's, and nothing is read."""
-        names = (
-            [role] * len(tokens) if isinstance(role, str) else [dict(enumerate(of)).get(role) for of in self.attributes]
-        )
+        names = [own.get(role, role) for own in self.attributes]
         logits = torch.zeros(*tokens.shape, self.models.vocab_size, dtype=torch.float64)
         for name in {name for name in names if isinstance(name, str)}:
             own = torch.tensor([place for place, other in enumerate(names) if other == name])

@@ -5,6 +5,8 @@ The production loop is enumerated over all branches of both requests, beside com
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from fakes import FakeModels, enumerate_in_company, enumerate_sampler, total_variation
@@ -97,5 +99,25 @@ def test_rejection_with_contexts_does_not_depend_on_company(name, record_propert
         for company in (COMPANY_WITH_CONTEXTS, [([1], 1, weights)])
     ]
     defect = total_variation(*laws)
+    record_property("defect", defect)
+    assert defect < 1e-12
+
+
+@pytest.mark.parametrize("weights", [{"E": 0.25, "T": 0.75}, {"E": 1.5, "T": -0.5}, {"T": 1.0}], ids=str)
+@pytest.mark.parametrize("name", ["direct", "anchored", "lookup, by block", "model, by token", "merged, by token"])
+def test_request_whose_weights_sum_to_one_has_its_law_without_the_base(name, weights, record_property):
+    models, options = FakeModels(3, others={"draft": 1.0, "merged": 1.0}, eos_token_ids=[2], seed=5), DRAFTS[name]
+    wanted = target_law(models, PROMPT, NUM_TOKENS, weights, **options)
+    assert len(wanted) > 3
+    models.logits["base"].fill_(math.nan)
+    law = enumerate_in_company(
+        models,
+        PROMPT,
+        NUM_TOKENS,
+        weights,
+        company=[([2, 1], 1, {"E": 1.0}), ([0], 4, {"E": 0.5, "T": 0.5})],
+        **options,
+    )
+    defect = total_variation(law, wanted)
     record_property("defect", defect)
     assert defect < 1e-12

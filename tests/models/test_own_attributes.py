@@ -48,6 +48,11 @@ def fed(monkeypatch):
     return found
 
 
+def numbered(attributes):
+    """The attributes of every text by their numbers, as a session takes them."""
+    return [dict(enumerate(names)) for names in attributes]
+
+
 def _last(session, roles, rows):
     tokens, start = torch.tensor([[row[-1]] for row in rows]), torch.tensor([len(row) - 1 for row in rows])
     return session.forward(roles, tokens, start, kv_length=max(map(len, rows)))
@@ -72,7 +77,7 @@ def _check(models, session, rows, attributes):
 def test_rows_run_their_own_attributes_and_no_others_wherever_they_move(models, fed):
     session = models.open([], ["base", *range(5)], CAPACITY, num_rows=3)
     rows, attributes = [list(prompt) for prompt in PROMPTS], [["J"], ["E", "full"], ["E", "J", "T"]]
-    session.replace(range(3), rows, attributes)
+    session.replace(range(3), rows, numbered(attributes))
     for _ in range(2):
         _check(models, session, rows, attributes)
     fed.clear()
@@ -84,24 +89,41 @@ def test_rows_run_their_own_attributes_and_no_others_wherever_they_move(models, 
     _check(models, session, rows, attributes)
 
     rows[1], attributes[1] = [30, 31], ["T"]  # another begins in the place of one, with others
-    session.replace([1], [rows[1]], [attributes[1]])
+    session.replace([1], [rows[1]], numbered([attributes[1]]))
     _check(models, session, rows, attributes)
 
     added = [[40, 41, 42], [43]]  # more than there was room for
-    session.replace([2, 3], added, [["E", "T", "J", "P", "full"], ["full"]])
+    session.replace([2, 3], added, numbered([["E", "T", "J", "P", "full"], ["full"]]))
     rows, attributes = rows + added, [*attributes, ["E", "T", "J", "P", "full"], ["full"]]
     for _ in range(2):
         _check(models, session, rows, attributes)
     session.keep([])
-    session.replace([0], [[5, 6]], [["P"]])
+    session.replace([0], [[5, 6]], numbered([["P"]]))
     _check(models, session, [[5, 6]], [["P"]])
+
+
+def test_an_attribute_that_takes_the_place_of_the_base_is_run_once_and_the_base_where_another_text_needs_it(
+    models, fed
+):
+    session = models.open([], ["base", 0, 1], CAPACITY, num_rows=3)
+    attributes = numbered([["J"], ["E", "T"], ["E", "full"]])
+    attributes[0]["base"], attributes[2]["base"] = "J", "full"
+    rows = [list(prompt) for prompt in PROMPTS]
+    session.replace(range(3), rows, attributes)
+    fed.clear()
+    logits = _last(session, ["base", 0, 1], rows)
+    assert sorted(fed) == [((0, 1),), ((0, 1), (1, 2), (2, 1), (3, 1))]  # full; base, E, T, J
+    for row, names in enumerate([["J", "J"], ["base", "E", "T"], ["full", "E", "full"]]):
+        for place, name in enumerate(names):
+            alone = _last(models.open([rows[row]], [name], CAPACITY), [name], [rows[row]])[0, 0]
+            torch.testing.assert_close(logits[place, row], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_that_others_attributes_come_to_moves_one_row_of_an_adapter_at_most(models, monkeypatch):
     session = models.open([], ["base", 0], CAPACITY, num_rows=8)
     rows = [[*range(10 + row, 13 + row)] for row in range(8)]
     attributes = [["E"], ["T"], ["J"], ["P"]] * 2
-    session.replace(range(8), rows, attributes)
+    session.replace(range(8), rows, numbered(attributes))
     _check(models, session, rows, attributes)
     moved, copy = [], RaggedCache.copy
 
@@ -112,7 +134,7 @@ def test_a_row_that_others_attributes_come_to_moves_one_row_of_an_adapter_at_mos
     rows[0], attributes[0] = [40, 41], ["P"]
     with monkeypatch.context() as patch:
         patch.setattr(RaggedCache, "copy", record)
-        session.replace([0], [rows[0]], [attributes[0]])
+        session.replace([0], [rows[0]], numbered([attributes[0]]))
     assert (
         sum(moved) == 3
     )  # the first of T, of J and of P go behind their last; in the order of rows 7 of 16 would move
@@ -120,13 +142,13 @@ def test_a_row_that_others_attributes_come_to_moves_one_row_of_an_adapter_at_mos
 
 
 def test_caches_have_room_for_the_largest_of_the_texts_that_are_expected_and_grow_for_others(models):
-    expected = [["E"], ["T", "J"], ["full", "E"], ["P"]]
+    expected = numbered([["E"], ["T", "J"], ["full", "E"], ["P"]])
     session = models.open([], ["base", 0, 1], CAPACITY, num_rows=2, expected=expected)
     of_base, of_full = (pool.runner for pool in session._pools.values())
     assert (of_base.num_rows, of_full.num_rows) == (5, 1)  # two bases and three adapters
     session.replace([0, 1], PROMPTS[:2], expected[1:3])
     assert [pool.runner for pool in session._pools.values()] == [of_base, of_full]
-    session.replace([0], [[1]], [["T", "J", "P"]])
+    session.replace([0], [[1]], numbered([["T", "J", "P"]]))
     assert [pool.runner.num_rows for pool in session._pools.values()] == [6, 1]
 
 
@@ -141,8 +163,8 @@ def test_equal_prompts_of_texts_with_other_attributes_are_read_once_by_each_mode
     session = models.open([], ["base", 0, 1], CAPACITY, num_rows=4)
     with monkeypatch.context() as patch:
         patch.setattr(ModelRunner, "forward", record)
-        session.replace(range(3), [prompt] * 3, [["E"], ["T", "E"], ["E"]])
-        session.replace([3], [prompt], [["T"]])
+        session.replace(range(3), [prompt] * 3, numbered([["E"], ["T", "E"], ["E"]]))
+        session.replace([3], [prompt], numbered([["T"]]))
     assert shapes == [(((0, 1), (1, 1), (2, 1)), len(prompt) - 1)]
     _check(models, session, [list(prompt) for _ in range(4)], [["E"], ["T", "E"], ["E"], ["T"]])
 
@@ -150,7 +172,7 @@ def test_equal_prompts_of_texts_with_other_attributes_are_read_once_by_each_mode
 def test_what_is_not_finite_stays_with_the_row_that_it_came_from(models):
     session = models.open([], ["base", 0], CAPACITY, num_rows=3)
     rows, attributes = [list(range(20, 28)), [*range(40, 46), 10], [11, 12, 13]], [["E"], ["T"], ["E"]]
-    session.replace(range(3), rows, attributes)
+    session.replace(range(3), rows, numbered(attributes))
     hook = (
         models._models[0]
         .model.get_input_embeddings()
@@ -162,7 +184,7 @@ def test_what_is_not_finite_stays_with_the_row_that_it_came_from(models):
     session.keep([0, 2])
     # behind its end, and seen by the longest
     rows, attributes = [rows[0], rows[2], [14, 15]], [["E"], ["E"], ["T"]]
-    session.replace([2], [rows[2]], [["T"]])
+    session.replace([2], [rows[2]], numbered([["T"]]))
     _check(models, session, rows, attributes)
 
 
@@ -183,7 +205,7 @@ def test_captured_forwards_of_unlike_texts_have_few_sizes(captured):
         [["E", "T", "J"], ["J", "E"], ["T", "P", "J"]],
         [["T", "P"], ["J"], ["P", "E", "J"]],
     ):
-        session.replace(range(3), rows, attributes)
+        session.replace(range(3), rows, numbered(attributes))
         runs = [forward.places for forward in session.routes.of(("base", 0, 1, 2), frozenset()).forwards]
         assert [len(places) for places in runs] == [10 if sum(map(len, attributes)) < 8 else 12]
         together = _last(session, ["base", 0, 1, 2], rows)
@@ -200,7 +222,7 @@ def test_nan_in_a_spare_row_does_not_reach_the_text_that_gets_it(is_known, captu
     """Whether or not the host knows by then that the last text has failed."""
     session = captured.open([], ["base", 0, 1], CAPACITY, num_rows=4)
     rows, attributes = [[*range(40, 46)], [11, 12, 13], [*range(20, 30), 10]], [["E", "T"], ["J", "E"], ["T", "P"]]
-    session.replace(range(3), rows, attributes)
+    session.replace(range(3), rows, numbered(attributes))
     hook = (
         captured._models[0]
         .model.get_input_embeddings()
@@ -214,8 +236,8 @@ def test_nan_in_a_spare_row_does_not_reach_the_text_that_gets_it(is_known, captu
     if is_known:
         session.keep([0, 1])
         assert all(buffer.isfinite().all() for buffer in pool.runner.cache._buffers())  # another session may get them
-        session.replace([2], [[20, 21]], [["T", "P"]])
-    session.replace([1, 3], [[11], [14, 15]], [["E"], ["P"]])
+        session.replace([2], [[20, 21]], numbered([["T", "P"]]))
+    session.replace([1, 3], [[11], [14, 15]], numbered([["E"], ["P"]]))
     assert [(pair.row, pair.slot.group) for pair in pool.pairs].index((3, 4)) == 9
     sound = [place for place, pair in enumerate(pool.pairs) if is_known or pair.row != 2]
     assert all(buffer[sound].isfinite().all() for buffer in pool.runner.cache._buffers())
@@ -244,7 +266,7 @@ def test_a_llama_layer_with_adapters_everywhere_is_four_products_and_four_update
     adapters = {name: lora_folder(name, target_modules=list(EVERY_LINEAR)) for name in ("E", "T")}
     models = load(tmp_path / "base", adapters, device="meta")
     session = models.open([], ["base", 0], CAPACITY, num_rows=3)
-    session.replace(range(3), PROMPTS, [[name] for name in attributes])
+    session.replace(range(3), PROMPTS, numbered([[name] for name in attributes]))
     tokens, start = (torch.zeros(3, *shape, dtype=torch.int64, device="meta") for shape in [(1,), ()])
     with _Products() as products:
         session.forward(["base", 0], tokens, start, kv_length=20)

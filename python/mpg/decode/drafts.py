@@ -183,6 +183,14 @@ def merged_shares(weights: Tensor, target: str) -> Tensor:
     return torch.where(total == 0, 0, weights / total)  # of contexts alone none is left to merge
 
 
+def needs_base(models: Ensemble, options: Options) -> bool:
+    """Whether a sampler runs the base whatever the target makes of it: to draft, or to judge as those of SCR's kind."""
+    if options.sampler != "exact":
+        return options.sampler != "direct"
+    role = ROLES.get(options.draft)
+    return role in ("base", "draft") and models.is_same(role, "base")
+
+
 def make_draft(models: Ensemble, verified: tuple[str, ...], options: Options) -> Draft:
     """The draft that the options name. `verified`: the roles that every verification feeds."""
     if options.draft == "lookup":

@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mpg.decode.batch import Processor, Round
-from mpg.models.session import Role
+from mpg.decode.targets import base_cancels
+from mpg.models.session import Attributes, Role
 from mpg.options import Options
 from mpg.results import Result, Transcript
 
@@ -58,12 +59,27 @@ class Request:
         """Those of the models' attributes that it weighs."""
         return tuple(name for name, alpha in zip(names, self.alpha, strict=True) if alpha)
 
+    def attributes(self, models: Ensemble, options: Options, *, needs_base: bool = False) -> Attributes:
+        """Those that it weighs, by number. Where the base cancels out of the target, and neither a draft nor a trace
+        asks for it, the heaviest of them stands in its place, so that the base is not run.
+
+        options: where it has none of its own
+        """
+        names = self.weighed(models.attribute_names)
+        attributes: dict[Role, str] = dict(enumerate(names))
+        needs_base = needs_base or (self.options or options).trace or not models.is_same("base", "anchor")
+        if not needs_base and base_cancels(options.target, self.alpha):
+            # of weight > 0: a token that it excludes has no probability either way
+            attributes["base"] = models.attribute_names[self.alpha.index(max(self.alpha))]
+        return attributes
+
 
 @dataclass(eq=False)
 class Entry:
     """A request that a scheduler has taken, and what becomes of it: in the end a result or an error.
 
     models      those that it is decoded with: the scheduler's, with the contexts that it brings
+    attributes  of these, by role: see `Request.attributes`
     added_at    by `perf_counter`, as are all times
     entered_at  when it got its row, or when it was added to a row that was free
     row         where it is decoded
@@ -77,6 +93,7 @@ class Entry:
     added_at: float
     num_drafts: int
     models: Ensemble
+    attributes: Attributes
     entered_at: float = 0.0
     row: int = 0
     num_read: int = 0
@@ -89,11 +106,9 @@ class Entry:
         return self.result is not None or self.error is not None
 
     def names(self, roles: Sequence[Role]) -> tuple[str, ...]:
-        """The roles that it has of these, its own attributes by their names."""
-        own = dict(enumerate(self.transcript.attributes))
-        return tuple(
-            own[role] if isinstance(role, int) else role for role in roles if isinstance(role, str) or role in own
-        )
+        """The roles that it has of these, and the names of attributes for those that these are."""
+        own = self.attributes
+        return tuple(own.get(role, str(role)) for role in roles if isinstance(role, str) or role in own)
 
     def told(self, done: Round, row: int, options: Options) -> tuple[Any, Any, Any]:
         """What a round says of the tokens that it committed to its row, as `Transcript.extend` takes it: log-ratios,
@@ -113,7 +128,7 @@ class Entry:
     @property
     def text(self) -> tuple[Any, ...]:
         """What models have to read, as `Session.asked` takes it."""
-        return self.request.token_ids, self.transcript.attributes, self.request.contexts, self.models
+        return self.request.token_ids, self.attributes, self.request.contexts, self.models
 
     def idle(self) -> Entry:
         """One that asks for nothing and is over."""

@@ -16,13 +16,14 @@ import torch
 from mpg.context import Context
 from mpg.decode import SAMPLERS
 from mpg.decode.batch import Batch, Round, Snapshot
-from mpg.decode.drafts import merged_shares
+from mpg.decode.drafts import merged_shares, needs_base
 from mpg.decode.request import Entry, Request
 from mpg.decode.rng import Decisions
 from mpg.decode.rounds import Rounds
 from mpg.decode.waiting import Waiting
 from mpg.decode.warps import Warps
 from mpg.models.ensemble import Cost, Ensemble
+from mpg.models.session import Attributes
 from mpg.models.upload import Addresses, Upload
 from mpg.options import Options
 from mpg.results import Result, Token, Transcript
@@ -63,7 +64,7 @@ class Scheduler:
         capacity: int,
         attributes: tuple[str, ...],
         rounds_ahead: int,
-        expected: Sequence[tuple[str, ...]] = (),
+        expected: Sequence[Attributes] = (),
         most: int | None = None,
         part: int | None = None,
         gather: float | None = None,
@@ -80,7 +81,7 @@ class Scheduler:
         self._ahead: deque[tuple[Snapshot, list[Entry]]] = deque()
         self._addresses = Addresses()
 
-        self.most = most = most or max(map(len, expected), default=len(attributes))
+        self.most = most = most or len(attributes)
         room = models.rows_to_run(num_rows, num_rows)
         dtype = torch.promote_types(models.dtype, torch.float32)
         self.shares = torch.zeros(room, len(self.merged), dtype=dtype, device=models.device)
@@ -103,17 +104,18 @@ class Scheduler:
     @staticmethod
     def sizes(models: Ensemble, requests: Sequence[Request], options: Options) -> dict[str, Any]:
         """What makes one just large enough for these requests."""
-        expected = [request.weighed(models.attribute_names) for request in requests]
+        weighed = [request.weighed(models.attribute_names) for request in requests]
+        needs = needs_base(models, options)
         return {
             "num_rows": min(options.batch_size, len(requests)),
             "capacity": max(request.num_positions for request in requests),
-            "attributes": tuple(name for name in models.attribute_names if any(name in names for names in expected)),
+            "attributes": tuple(name for name in models.attribute_names if any(name in names for names in weighed)),
             "rounds_ahead": ROUNDS_AHEAD[models.device.type],
-            "expected": expected,
-            "most": max(map(len, expected)),
+            "expected": [request.attributes(models, options, needs_base=needs) for request in requests],
+            "most": max(map(len, weighed)),
         }
 
-    def begin_call(self, num_rows: int, expected: Sequence[tuple[str, ...]], plan: str | None) -> None:
+    def begin_call(self, num_rows: int, expected: Sequence[Attributes], plan: str | None) -> None:
         """Begin anew, after `close`, with as many rows at most."""
         self.rows, self.num_rows, self.num_added, self.plan = [], num_rows, 0, plan
         self._ahead.clear()
@@ -145,6 +147,7 @@ class Scheduler:
             added_at=perf_counter() if added_at is None else added_at,
             num_drafts=self.options.chunk_size or 0,
             models=models,
+            attributes=request.attributes(models, self.options, needs_base=needs_base(models, self.options)),
         )
         self.waiting.add(entry)
         self.num_added += 1
@@ -231,7 +234,7 @@ class Scheduler:
         seeds = [request.seed for request in requests]
         begin = self.batch.lay_out(rows, prompts, limits, weights, seeds, upload)
         upload.then(lambda: self.sampler.reset(begin()))
-        attributes, contexts = [entry.transcript.attributes for entry in entries], [r.contexts for r in requests]
+        attributes, contexts = [entry.attributes for entry in entries], [request.contexts for request in requests]
         ensembles, ends = [entry.models for entry in entries], [r.num_positions for r in requests]
         self.session.replace(rows, prompts, attributes, contexts, ensembles, ends, kept, upload)
 

@@ -43,20 +43,20 @@ def score_texts(
     if not all(texts):
         raise ValueError("texts: expected at least one token each, got a text without any")
     knowing = ensembles or [models] * len(requests)
-    names = [request.weighed(own.attribute_names) for request, own in zip(requests, knowing, strict=True)]
+    attributes = [request.attributes(own, options) for request, own in zip(requests, knowing, strict=True)]
     prompts, contexts = [request.token_ids for request in requests], [request.contexts for request in requests]
-    most, device = max(map(len, names)), models.device
-    dtype = torch.promote_types(models.dtype, torch.float32)
     alphas = [[alpha for alpha in request.alpha if alpha] for request in requests]
+    most, device = max(map(len, alphas)), models.device
+    dtype = torch.promote_types(models.dtype, torch.float32)
     weights = torch.tensor([[*own, *[0.0] * (most - len(own))] for own in alphas], dtype=dtype, device=device)
     longest, longest_prompt = max(map(len, texts)), max(map(len, prompts))
     read = [max(map(len, [request.token_ids, *request.contexts.values()])) for request in requests]
     capacity = max(length + len(text) for length, text in zip(read, texts, strict=True))
 
     target = TargetRows(models, tuple(range(most)), options)
-    session = models.open([], target.roles, capacity, num_rows=len(texts), expected=names)
+    session = models.open([], target.roles, capacity, num_rows=len(texts), expected=attributes)
     try:
-        session.replace(range(len(texts)), prompts, names, contexts, knowing)
+        session.replace(range(len(texts)), prompts, attributes, contexts, knowing)
         padded = [
             [prompt[-1], *text, *[0] * (longest - len(text))] for prompt, text in zip(prompts, texts, strict=True)
         ]

@@ -6,7 +6,8 @@ target is a function; a new f-divergence is one more, with a line in `TARGETS`. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -71,6 +72,12 @@ def references(target: str, anchor_is_base: bool) -> tuple[str, ...]:
     if target == "base" or (anchor_is_base and target != "arithmetic"):
         return ("base",)
     return () if anchor_is_base else ("base", "anchor")
+
+
+def base_cancels(target: str, alpha: Sequence[float]) -> bool:
+    """Whether a target whose anchor is its base does not depend on it: base^(1 - sum_i w_i) prod_i pi_i^w_i, or
+    (1 - sum_i w_i) base + sum_i w_i pi_i, where sum_i w_i = 1. Any row may then stand in the base's place."""
+    return target in ("geometric", "anchored") and math.isclose(math.fsum(alpha), 1, rel_tol=1e-12)
 
 
 def is_one_model(weights: Tensor, target: str) -> Tensor:

@@ -198,7 +198,7 @@ class Ensemble:
         *,
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         num_rows: int | None = None,
-        expected: Sequence[Sequence[str]] = (),
+        expected: Sequence[Mapping[Role, str]] = (),
         together: Sequence[tuple[Role, ...]] = (),
     ) -> Session:
         """Start a session: caches for these roles, holding every prompt but its last token, which is yet to be fed.
@@ -208,7 +208,7 @@ class Ensemble:
                   are none yet, prompts come later, with `replace`
         capacity: positions per sequence, those of drafted tokens included
         contexts: of every prompt, what roles of these names read in its place
-        num_rows, expected: sequences that there will be at once, and the attributes of any of them that are known:
+        num_rows, expected: sequences that there will be at once, and the attributes by role of any that are known:
                   caches have room for as many, and grow where others need more; default the prompts. Without either,
                   caches grow from nothing to what the sequences need that are there
         together: of the roles those that forwards will feed, as far as is known: they are prepared with the prompts
@@ -232,10 +232,12 @@ class Ensemble:
             wanted = f"{longest} (the longest prompt) to {self.max_positions or 'any number of'} positions"
             raise ValueError(f"capacity: expected {wanted}, got {capacity}")
         # without a list of them, any attribute may be asked for
-        attributes = {name for names in expected for name in names} or set(self.attribute_names if num_rows else ())
+        attributes = {name for of_text in expected for name in of_text.values()} or set(
+            self.attribute_names if num_rows else ()
+        )
         named = [role for role in roles if isinstance(role, str)]
         self._follow({self._slots[name].model for name in (*named, *attributes)})
-        expected = expected or [()] * bool(prompts)
+        expected = expected or [{}] * bool(prompts)
         session = Session(self, roles, capacity, num_rows or len(prompts), expected, together)
         if prompts:
             session.replace(range(len(prompts)), prompts, contexts=contexts)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
 
 Role: TypeAlias = str | int  # a number: of each text, its own attribute of this number
+Attributes: TypeAlias = Mapping[Role, str]  # of a text by role: by number its own, and those that stand in for others
 
 
 class Session:
@@ -46,7 +47,7 @@ class Session:
         roles: Sequence[Role],
         capacity: int,
         num_rows: int,
-        expected: Sequence[Sequence[str]],
+        expected: Sequence[Attributes],
         together: Sequence[tuple[Role, ...]] = (),
     ) -> None:
         """expected: attributes of texts, any `num_rows` of which caches are to have room for; for others they grow, and
@@ -60,13 +61,13 @@ class Session:
         self.recorded: int | None = None  # positions that every forward has of a round that is captured
         self.open(num_rows, expected)
 
-    def open(self, num_rows: int, expected: Sequence[Sequence[str]]) -> None:
+    def open(self, num_rows: int, expected: Sequence[Attributes]) -> None:
         """Begin without a text, as when it was made; after `close` too."""
         self._rows: list[dict[Role, Slot]] = []  # the slots of every row
         self._ends: list[int] = []  # positions that the text of every row needs
         self._first: dict[Slot, Tensor] = {}  # logits (R, 1, V) behind the prompts, until a slot's first forward
         self._longest_prompt = self._longest = 0  # of prompts that are held; of positions that have been fed
-        counts = [self.count_rows(names, self._ensemble) for names in expected]
+        counts = [self.count_rows(attributes, self._ensemble) for attributes in expected]
         sizes = {}
         for view in dict.fromkeys(view for count in counts for view in count):
             of_view = sorted((count[view] for count in counts), reverse=True)
@@ -78,7 +79,7 @@ class Session:
         self,
         rows: Sequence[int],
         prompts: Sequence[Sequence[int]],
-        attributes: Sequence[Sequence[str]] | None = None,
+        attributes: Sequence[Attributes] | None = None,
         contexts: Sequence[Mapping[str, Sequence[int]]] | None = None,
         ensembles: Sequence[Ensemble] | None = None,
         ends: Sequence[int] | None = None,
@@ -87,7 +88,7 @@ class Session:
     ) -> None:
         """Let some rows hold these prompts but for their last tokens, whatever was there; new ones follow the last row.
 
-        attributes: of every prompt, what the roles 0, 1, ... are; default none
+        attributes: of every prompt, what the roles 0, 1, ... are, and roles whose place one of them takes; default none
         contexts:   of every prompt, what roles of these names read in its place; default none
         ensembles:  of every prompt, what knows its attributes: the session's, or that with contexts of its own
         ends:       positions that the text of every prompt will need, contexts among them; default the capacity
@@ -102,8 +103,8 @@ class Session:
         self._renumber(kept)
         knowing = ensembles or [self._ensemble] * len(prompts)
         ends = ends or [self.room.capacity] * len(prompts)
-        for row, names, ensemble, end in zip(rows, attributes or [()] * len(prompts), knowing, ends, strict=True):
-            self._rows[row : row + 1] = [self._slots_of(names, ensemble)]
+        for row, own, ensemble, end in zip(rows, attributes or [{}] * len(prompts), knowing, ends, strict=True):
+            self._rows[row : row + 1] = [self._slots_of(own, ensemble)]
             self._ends[row : row + 1] = [end]
         upload = upload or Upload()
         moves = self._arrange(upload)
@@ -135,7 +136,7 @@ class Session:
     def asked(
         self,
         prompt: Sequence[int],
-        attributes: Sequence[str],
+        attributes: Attributes,
         contexts: Mapping[str, Sequence[int]],
         ensemble: Ensemble,
     ) -> Asked:
@@ -206,9 +207,9 @@ class Session:
         self._longest = max(self._longest, kv_length)
         self._forget_beyond(kv_length)
 
-    def count_rows(self, names: Sequence[str], ensemble: Ensemble) -> Counter[View]:
+    def count_rows(self, attributes: Attributes, ensemble: Ensemble) -> Counter[View]:
         """The cache rows that a text with these attributes takes, by what runs them."""
-        return Counter(map(_view, set(self._slots_of(names, ensemble).values())))
+        return Counter(map(_view, set(self._slots_of(attributes, ensemble).values())))
 
     def stale(self) -> str | None:
         """The argument of a model that the caller has changed since rows began to be fed to it, if there is one.
@@ -270,9 +271,9 @@ class Session:
                         return f"the {role!r} model returned {cause}"
         return None
 
-    def _slots_of(self, names: Sequence[str], ensemble: Ensemble) -> dict[Role, Slot]:
+    def _slots_of(self, attributes: Attributes, ensemble: Ensemble) -> dict[Role, Slot]:
         """The slots of a row with these attributes, by role."""
-        return self._fixed | {number: ensemble._slots[name] for number, name in enumerate(names)}
+        return self._fixed | {role: ensemble._slots[name] for role, name in attributes.items()}
 
     def _renumber(self, kept: Sequence[int] | None) -> None:
         """Let these rows be 0, 1, ..., and no others be there; None changes nothing."""

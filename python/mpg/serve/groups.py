@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from mpg.decode.batch import Logprobs
+from mpg.decode.drafts import needs_base
 from mpg.decode.run import ROUNDS_AHEAD, Scheduler
 from mpg.decode.scoring import score_texts
 from mpg.model import Model
@@ -156,8 +157,9 @@ class DecodeGroup:
         """The cache rows that a job takes, by what runs them."""
         if job.rows is None:
             models = self.scheduler.models.with_contexts([job.call.contexts[0]])
-            names = job.request.weighed(models.attribute_names)
-            job.rows = tuple(self.scheduler.session.count_rows(names, models).items())
+            options = self.scheduler.options
+            attributes = job.request.attributes(models, options, needs_base=needs_base(models, options))
+            job.rows = tuple(self.scheduler.session.count_rows(attributes, models).items())
         return job.rows
 
 
