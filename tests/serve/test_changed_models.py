@@ -49,7 +49,7 @@ def finish(group):
 def test_a_request_does_not_join_others_that_began_with_other_weights(adapted):
     model = mpg.load(adapted, tokenizer=MODELS, device="cpu")
     first, second = job(model), job(model)
-    group = DecodeGroup(first, 4, 64, 64)
+    group = DecodeGroup(first, 4, 64, 64, gather=0.0)
     group.begin(first)
     group.step()
     change(adapted)
