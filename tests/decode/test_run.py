@@ -486,21 +486,22 @@ def test_a_free_row_waits_a_round_for_a_request_where_the_scheduler_gathers(prec
     assert late.result.tokens == entries[0].result.tokens == generated_alone(precise_model, 0, way).tokens
 
 
-@pytest.mark.parametrize("gather", [0.0, inf])
-def test_requests_that_come_while_another_runs_begin_together(precise_model, gather):
-    """After an interval, or where it is endless once nothing runs any more."""
-    way = {"sampler": "direct", "target": "geometric"}
+@pytest.mark.parametrize(("gather", "share"), [(0.0, 9), (inf, 9), (inf, run.GATHERED)])
+def test_requests_that_come_while_others_run_begin_together(precise_model, monkeypatch, gather, share):
+    """After an interval, or once they are a share of those that run, and where there are none of these."""
+    monkeypatch.setattr(run, "GATHERED", share)
+    way, waits = {"sampler": "direct", "target": "geometric"}, gather > 0 and share > 1
     scheduler = open_scheduler(precise_model, way, num_rows=3, gather=gather)
     requests = [request_for(precise_model, i, way) for i in range(3)]
     entries = []
     for request in requests:
         entries.append(scheduler.add(request))
         scheduler.step()
-        assert len(scheduler.rows) == (1 if gather else len(entries))
+        assert len(scheduler.rows) == (1 if waits else len(entries))
     while not entries[0].is_over:
         scheduler.step()
     scheduler.step()
-    assert not scheduler.waiting and len(scheduler.rows) == (2 if gather else 3)
+    assert not scheduler.waiting and len(scheduler.rows) == (2 if waits else 3)
     while scheduler.has_work:
         scheduler.step()
     for i, entry in enumerate(entries):

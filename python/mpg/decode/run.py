@@ -31,6 +31,9 @@ from mpg.results import Result, Token, Transcript
 # Rounds that the device is ahead of what the host has read. A GPU runs the next round meanwhile; a row that has ended
 # idles through it, for which a CPU, where nothing runs meanwhile, would only pay.
 ROUNDS_AHEAD = {"cuda": 1, "cpu": 0}
+# Of the requests that run, for so many to come others wait: what is spared by beginning together, and lost by rows that
+# idle meanwhile, are then alike on the tiny set.
+GATHERED = 1 / 8
 
 
 class Scheduler:
@@ -49,8 +52,8 @@ class Scheduler:
                   `num_rows` largest of them need; else they grow with what comes, in rows and positions
     part          tokens of prompts that each model reads between two rounds, at most; default all that wait
     most          attributes that one request may weigh, default all; contexts that requests bring are such too
-    gather        where it is not None: while some run, requests begin together and rows move together, so many seconds
-                  after others did, and a free row waits a round for a request before another row moves there
+    gather        where it is not None: while more run, requests begin together and rows move together, so many seconds
+                  after others did at the latest, and a free row waits a round for a request before another moves there
     plan          as in `Result`
     """
 
@@ -190,7 +193,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Let requests that wait begin in rows that are free, once those are given up for which there is none."""
         num_live, now = sum(not entry.is_over for entry in self.rows), perf_counter()
-        is_early = self.gather is not None and num_live > 0 and now < self.changed_at + self.gather
+        is_early = self.gather is not None and now < self.changed_at + self.gather
+        is_early = is_early and len(self.waiting) < num_live * GATHERED
         entries = self.waiting.take(self.num_rows - num_live, gathers=is_early)
         if is_early and not entries:
             return
