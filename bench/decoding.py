@@ -237,8 +237,9 @@ def measure_base(shape: Shape, plan: Plan, device: str, say: Say = lambda stage:
     """Whole calls of own base beside `generate`, and of `direct` with N = 2 beside own base, of a random Llama with
     adapters on all linear layers and of mbti-tiny.
 
-    The base is run with two adapters loaded, and without any ("base_alone"). The goals, which are the CPU's, are for
-    the processor's time; rows by the clock on the wall end "_wall".
+    The base is run with two adapters loaded, and without any ("base_alone"); on the CPU also with compile=True
+    ("compiled"). The goals, which are the CPU's, are for the processor's time; rows by the clock on the wall end
+    "_wall".
     """
     random = peers.add_adapters(peers.random_llama(shape, device, torch.float32), 2, None, ALL_LINEARS)
     sources: dict[str, tuple[Any, Any, list[str]]] = {shape.name: (random, peers.plain(random), ["a0", "a1"])}
@@ -247,8 +248,12 @@ def measure_base(shape: Shape, plan: Plan, device: str, say: Say = lambda stage:
         sources["mbti-tiny"] = folder, AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), ["E", "T"]
     rows = []
     for name, (source, base, attributes) in sources.items():
-        model, alone = load(source, device=device), load(base, {"same": base})
-        base.generation_config.eos_token_id, model.models.eos_token_ids, alone.models.eos_token_ids = None, (), ()
+        models = {"base": load(source, device=device), "base_alone": load(base, {"same": base})}
+        if device == "cpu":
+            models["base_compiled"] = load(source, device=device, compile=True)
+        base.generation_config.eos_token_id, model = None, models["base"]
+        for each in models.values():
+            each.models.eos_token_ids = ()
         weights = dict.fromkeys(attributes, 0.5)
         options: dict[str, Any] = {"sampler": "direct", "seed": 0, "max_new_tokens": plan.peer_tokens}
         for batch in (1, 8):
@@ -256,16 +261,17 @@ def measure_base(shape: Shape, plan: Plan, device: str, say: Say = lambda stage:
             prompts = random_prompts(batch, PROMPT_TOKENS, model.models.vocab_size).to(device)
             contestants: dict[str, Callable[[], Any]] = {
                 "eager": partial(peers.generate_eagerly, base, prompts, plan.peer_tokens),
-                "base": partial(model.generate, prompts.tolist(), target="base", **options),
-                "base_alone": partial(alone.generate, prompts.tolist(), target="base", **options),
             }
-            if batch == 1:
-                contestants["direct_n2"] = partial(model.generate, prompts.tolist(), weights=weights, **options)
+            for own, each in models.items():
+                contestants[own] = partial(each.generate, prompts.tolist(), target="base", **options)
+                if batch == 1 and own != "base_alone":
+                    direct = own.replace("base", "direct_n2")
+                    contestants[direct] = partial(each.generate, prompts.tolist(), weights=weights, **options)
             seconds = take_turns(contestants, plan.runs, device)
             for own in list(contestants)[1:]:
-                other = "base" if own == "direct_n2" else "eager"
+                other = own.replace("direct_n2", "base") if own.startswith("direct") else "eager"
                 found, row = shares(seconds[other], seconds[own]), f"{own}_vs_{other}_b{batch}"
-                goal = BASE_GOALS.get(row.replace("_alone", "")) if device == "cpu" else None
+                goal = BASE_GOALS.get(row.replace("_alone", "").replace("_compiled", "")) if device == "cpu" else None
                 rows += [Row(f"{name}/{row}", found.processor, goal), Row(f"{name}/{row}_wall", found.wall)]
     return rows
 

@@ -25,6 +25,13 @@ PLAN = bench.Plan(
 )  # fmt: skip
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """Code is traced and not made, which takes seconds."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, *, dynamic, options: compile(f, dynamic=dynamic, backend="eager"))
+
+
 @pytest.fixture(scope="module")
 def adapted():
     torch.manual_seed(0)
@@ -109,10 +116,12 @@ def test_a_watch_sees_every_round_but_the_first(options, adapted):
     assert sum(seconds for seconds, _ in watch.gaps) > sum(forward for _, forward in watch.gaps) > 0
 
 
-def test_own_base_is_measured_beside_generate():
+def test_own_base_is_measured_beside_generate(traced):
     rows = bench.measure_base(TINY, PLAN, "cpu")
     assert {row.name.removeprefix("tiny/"): row.goal for row in rows if row.name.startswith("tiny/") and row.goal} == {
-        **bench.BASE_GOALS, "base_alone_vs_eager_b1": 1.0, "base_alone_vs_eager_b8": 1.5
+        **bench.BASE_GOALS, "base_alone_vs_eager_b1": 1.0, "base_alone_vs_eager_b8": 1.5,
+        "base_compiled_vs_eager_b1": 1.0, "base_compiled_vs_eager_b8": 1.5,
+        "direct_n2_compiled_vs_base_compiled_b1": 0.85,
     }  # fmt: skip
     assert all(row.value > 0 for row in rows)
 
@@ -125,7 +134,7 @@ def test_rows_are_measured_beside_the_fewer_attributes_and_the_request_alone():
     assert rows["own_attributes_cache"].value == 1
 
 
-def test_one_part_is_run_by_itself(monkeypatch, capsys):
+def test_one_part_is_run_by_itself(traced, monkeypatch, capsys):
     monkeypatch.setattr(peers, "SMOLLM2_135M", TINY)
     monkeypatch.setattr(bench, "Plan", lambda: PLAN)
     bench.main(only=[bench.Part.BASE])
@@ -136,12 +145,10 @@ def test_one_part_is_run_by_itself(monkeypatch, capsys):
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(traced, monkeypatch):
     """A GPU's bandwidth, its graphs as tapes, and code that is traced and not made."""
-    compile = torch.compile
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setitem(CAPTURES, "cpu", Tape)
-    monkeypatch.setattr(torch, "compile", lambda f, *, dynamic, options: compile(f, dynamic=dynamic, backend="eager"))
 
 
 def _measure_gpu():
