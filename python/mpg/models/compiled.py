@@ -64,5 +64,5 @@ def _forward(
 
 def _run(forward: Callable[..., Any], layer: nn.Module, stack: LoraStack | None, args: Any, kwargs: Any) -> Any:
     if stack is not None:  # read from an argument they are inputs of the code, from a layer they would be constants
-        _ = stack.rows_of_group, stack.num_tokens, stack.groups
+        _ = stack.rows_of_group, stack.num_rows, stack.num_tokens, stack.groups
     return forward(layer, *args, **kwargs)

@@ -61,7 +61,7 @@ class LoraStack:
         self.merge_weights: Tensor | None = None
         self.groups: Tensor | None = None
         self.dtype = model.dtype
-        self.first_group = self.rows_of_group = self.num_tokens = 0
+        self.first_group = self.rows_of_group = self.num_rows = self.num_tokens = 0
         sizes = {module: up.shape[1] for adapter in adapters for module, (_, up) in adapter.factors.items()}
         for module, part in list(model.named_modules()):
             if isinstance(part, JoinedLinear) and not sizes.keys().isdisjoint(part.names):
@@ -119,7 +119,8 @@ class LoraStack:
                 vars(layer)["factors"] = own  # past nn.Module, which would look for a parameter in it
                 parent._modules[attribute] = layer.base if own is None else layer  # a small one takes less than a call
         self.active, self.first_group, self.merge_weights, self.groups = factors, first_group, merge_weights, groups
-        self.rows_of_group, self.num_tokens = num_rows // (factors[0][0].shape[0] if factors else 1), num_tokens
+        self.rows_of_group = num_rows // (factors[0][0].shape[0] if factors else 1)
+        self.num_rows, self.num_tokens = num_rows, num_tokens
 
 
 class LoraLinear(nn.Module):
@@ -159,9 +160,8 @@ class LoraLinear(nn.Module):
         # with all tokens flattened. Not e.g. an expert that sees some of the tokens: groups would mix.
         # Their number as a product: torch.compile then sees at once that the groups divide it.
         stack, shape = self.stack, x.shape
-        num_rows, num_tokens = down.shape[0] * stack.rows_of_group, stack.num_tokens
-        if stack.groups is not None:
-            num_rows = len(stack.groups)
+        num_rows = down.shape[0] * stack.rows_of_group if stack.groups is None else stack.num_rows
+        num_tokens = stack.num_tokens
         if not (len(shape) > 2 and shape[0] == num_rows) and shape[:-1] != (num_rows * num_tokens,):
             wanted = num_rows, num_tokens
             names = ", ".join(self.sizes)
