@@ -1,9 +1,11 @@
-"""One connection's bytes: the head of a request has to come within a time and a size. Knows nothing of what it asks."""
+"""One connection's bytes: the head of a request has to come within a time and a size, and what is written together goes
+together. Knows nothing of what is asked."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -14,6 +16,32 @@ MAX_HEAD = 32 * 2**10  # bytes of it
 REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 
 
+class Corked:
+    """A transport that sends at once what is written in one turn of the loop: a head with the first event, an answer's
+    last events with its end. Each call to send lets go of the interpreter, which the engine then takes."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._written: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._written:
+            self._loop.call_soon(self._send)
+        self._written.append(data)
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        written, self._written = self._written, []
+        if written:
+            self._transport.write(b"".join(written))
+
+
 class Connection(HttpToolsProtocol):
     """A connection whose heads are bounded: one that is late or too long is told so, and the connection ends."""
 
@@ -22,7 +50,7 @@ class Connection(HttpToolsProtocol):
     late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Corked(transport, self.loop))  # type: ignore[arg-type]
         self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

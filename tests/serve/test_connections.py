@@ -1,0 +1,37 @@
+"""What a connection writes in one turn of the loop goes out at once."""
+
+from __future__ import annotations
+
+import asyncio
+
+from mpg.serve.connections import Corked
+
+
+class Transport:
+    def __init__(self):
+        self.calls = []
+
+    def write(self, data):
+        self.calls.append(data)
+
+    def close(self):
+        self.calls.append(None)
+
+
+def test_what_is_written_in_one_turn_is_sent_at_once_and_before_the_end():
+    async def write():
+        corked.write(b"a")
+        corked.write(b"b")
+        await asyncio.sleep(0)
+        corked.write(b"c")
+        await asyncio.sleep(0)
+        corked.write(b"d")
+        corked.write(b"e")
+        corked.close()
+        await asyncio.sleep(0)
+
+    transport, loop = Transport(), asyncio.new_event_loop()
+    corked = Corked(transport, loop)
+    loop.run_until_complete(write())
+    loop.close()
+    assert transport.calls == [b"ab", b"c", b"de", None]
