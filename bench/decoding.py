@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -238,8 +239,8 @@ def measure_base(shape: Shape, plan: Plan, device: str, say: Say = lambda stage:
     adapters on all linear layers and of mbti-tiny.
 
     The base is run with two adapters loaded, and without any ("base_alone"); on the CPU also with compile=True
-    ("compiled"). The goals, which are the CPU's, are for the processor's time; rows by the clock on the wall end
-    "_wall".
+    ("compiled"); `direct` also with weights that sum to one ("of_one"), for which the base is not run. The goals, which
+    are the CPU's, are for the processor's time; rows by the clock on the wall end "_wall".
     """
     random = peers.add_adapters(peers.random_llama(shape, device, torch.float32), 2, None, ALL_LINEARS)
     sources: dict[str, tuple[Any, Any, list[str]]] = {shape.name: (random, peers.plain(random), ["a0", "a1"])}
@@ -254,7 +255,7 @@ def measure_base(shape: Shape, plan: Plan, device: str, say: Say = lambda stage:
         base.generation_config.eos_token_id, model = None, models["base"]
         for each in models.values():
             each.models.eos_token_ids = ()
-        weights = dict.fromkeys(attributes, 0.5)
+        weights = {"direct_n2": peers.equal_weights(attributes), "direct_n2_of_one": dict.fromkeys(attributes, 0.5)}
         options: dict[str, Any] = {"sampler": "direct", "seed": 0, "max_new_tokens": plan.peer_tokens}
         for batch in (1, 8):
             say(f"base, {name}, batch {batch}")
@@ -264,14 +265,14 @@ def measure_base(shape: Shape, plan: Plan, device: str, say: Say = lambda stage:
             }
             for own, each in models.items():
                 contestants[own] = partial(each.generate, prompts.tolist(), target="base", **options)
-                if batch == 1 and own != "base_alone":
-                    direct = own.replace("base", "direct_n2")
-                    contestants[direct] = partial(each.generate, prompts.tolist(), weights=weights, **options)
+                for direct in weights if batch == 1 and own != "base_alone" else ():
+                    how = {"weights": weights[direct], **options}
+                    contestants[own.replace("base", direct)] = partial(each.generate, prompts.tolist(), **how)
             seconds = take_turns(contestants, plan.runs, device)
             for own in list(contestants)[1:]:
-                other = own.replace("direct_n2", "base") if own.startswith("direct") else "eager"
+                other = own.replace("direct_n2", "base").replace("_of_one", "") if own.startswith("direct") else "eager"
                 found, row = shares(seconds[other], seconds[own]), f"{own}_vs_{other}_b{batch}"
-                goal = BASE_GOALS.get(row.replace("_alone", "").replace("_compiled", "")) if device == "cpu" else None
+                goal = BASE_GOALS.get(re.sub("_alone|_compiled|_of_one", "", row)) if device == "cpu" else None
                 rows += [Row(f"{name}/{row}", found.processor, goal), Row(f"{name}/{row}_wall", found.wall)]
     return rows
 
@@ -295,9 +296,9 @@ def measure_rows(shape: Shape, plan: Plan, device: str, say: Say = lambda stage:
     names = list(adapted.peft_config)
     many, few = (load(adapted, {name: name for name in some}, graphs=plan.graphs) for some in (names, names[:2]))
     prompts = random_prompts(16, PROMPT_TOKENS, shape.vocab).tolist()
-    own = [dict.fromkeys((names[i % 8], names[(i + 1 + i // 8) % 8]), 0.5) for i in range(16)]
+    own = [peers.equal_weights((names[i % 8], names[(i + 1 + i // 8) % 8])) for i in range(16)]
     options: dict[str, Any] = {"sampler": "direct", "seed": 0, "max_new_tokens": plan.peer_tokens}
-    weights = {"many": own, "few": [dict.fromkeys(names[:2], 0.5)] * 16}
+    weights = {"many": own, "few": [peers.equal_weights(names[:2])] * 16}
     calls = {name: partial(model.generate, prompts, weights=weights[name], **options) for name, model in
              (("many", many), ("few", few))}  # fmt: skip
     seconds = take_turns(calls, plan.runs, device)
@@ -359,8 +360,8 @@ def compare_peers(adapted: Any, batch: int, plan: Plan) -> dict[str, Any]:
     base, device = peers.plain(adapted), str(adapted.device)
     model = load(adapted, {name: name for name in names}, graphs=plan.graphs)
     prompts = random_prompts(batch, PROMPT_TOKENS, model.models.vocab_size).to(device)
-    each = [1 / len(names)] * len(names)
-    weights = dict(zip(names, each, strict=True))
+    weights = peers.equal_weights(names)
+    each = list(weights.values())
     check_peers(model, adapted, prompts, weights)
     count = plan.peer_tokens
 
@@ -465,7 +466,7 @@ def time_methods(
     name: str, model: Model, prompts: Sequence[Any], methods: Sequence[str], plan: Plan
 ) -> list[dict[str, Any]]:
     """One entry a method, medians over the runs; `why` says what a method lacks that was not run."""
-    weights = dict.fromkeys(model.models.attribute_names, 1 / len(model.models.attribute_names))
+    weights = peers.equal_weights(model.models.attribute_names)
     runs: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     missing: dict[str, str] = {}
     for seed in range(plan.runs):
@@ -559,7 +560,7 @@ def decode_speed(
     """Tokens a second of all rounds but the first of each request. Nothing watches, as no round would be captured."""
     prompts = random_prompts(batch, context, model.models.vocab_size).tolist()
     if options.get("target") != "base":
-        options["weights"] = dict.fromkeys(model.models.attribute_names[:num_models], 1 / num_models)
+        options["weights"] = peers.equal_weights(model.models.attribute_names[:num_models])
     results = model.generate(prompts, **{"seed": 0, "batch_size": batch, **options})
     num_tokens = sum(len(result.tokens) * (1 - 1 / result.stats["rounds"]) for result in results)
     return num_tokens / max(map(seconds_of_rounds, results))
@@ -669,7 +670,7 @@ def measure_gpu(
         return Row(name, value, GPU_GOALS[name])
 
     prompts = random_prompts(1, PROMPT_TOKENS, large.vocab)
-    weights = dict.fromkeys((f"a{index}" for index in range(4)), 0.25)
+    weights = peers.equal_weights([f"a{index}" for index in range(4)])
     own_base: dict[str, Any] = {"sampler": "direct", "target": "base"}
     settings: dict[str, Any] = {"max_new_tokens": plan.peer_tokens, "seed": 0}
 

@@ -32,10 +32,15 @@ class Shape:
     tied: bool = False  # the head is the input embedding
 
 
+SUM_OF_WEIGHTS = 0.9  # not 1, where the base would cancel out of `direct` and not be run
 SMALL = Shape("llama-512x8", 512, 1376, 8, 8, 8, 32_000)
 SMOLLM2_135M = Shape("smollm2-135m", 576, 1536, 30, 9, 3, 49_152, 8192, tied=True)
 LLAMA_8B = Shape("llama-3-8b", 4096, 14_336, 32, 32, 8, 128_256)
 LLAMA_1B = Shape("llama-3.2-1b", 2048, 8192, 16, 32, 8, 128_256)
+
+
+def equal_weights(names: Sequence[str]) -> dict[str, float]:
+    return dict.fromkeys(names, SUM_OF_WEIGHTS / len(names))
 
 
 def random_llama(shape: Shape, device: str, dtype: torch.dtype) -> LlamaForCausalLM:

@@ -199,7 +199,7 @@ def _llama_cpp(base: Path, prompt: list[int], new_tokens: int) -> Callable[[], A
 def _weights(model: Model, count: int) -> dict[str, float]:
     """Of the first poles of so many dimensions, and then of the others."""
     names = [pole for pole in "ESTJINFP" if pole in model.models.attribute_names]
-    return dict.fromkeys(names[:count], 1 / count)
+    return peers.equal_weights(names[:count])
 
 
 def _prompts(model: Model, models: str, count: int) -> list[list[int]]:

@@ -729,8 +729,8 @@ std::vector<mpg::RankBlock> rank_blocks(at::IntArrayRef given, int64_t rank, int
   for (size_t i = 0; is_valid && i < given.size(); i += 3) {
     blocks.push_back({given[i], given[i + 1], given[i + 2]});
     const auto& [count, begin, end] = blocks.back();
+    is_valid = 0 <= count && count <= rank - num_ranks && 0 <= begin && begin <= end && end <= size;
     num_ranks += count;
-    is_valid = count >= 0 && 0 <= begin && begin <= end && end <= size;
   }
   TORCH_CHECK_VALUE(is_valid && num_ranks == rank,
                     "blocks must be ranks, first and end of the outputs of each block of all ",

@@ -83,7 +83,7 @@ def test_request_returns_the_same_alone_and_in_a_batch(model, way):
 
 @pytest.mark.parametrize(
     ("weights", "num_models"),
-    [({"E": 1}, 1), ({"E": 0.5, "T": 0.5}, 2), ({"E": 1.5, "T": -0.5}, 2), (BOTH, 3)],
+    [({"E": 1}, 1), ({"E": 0.5, "T": 0.5}, 2), ({"E": 1.5, "T": -0.5}, 3), (BOTH, 3)],
     ids=str,
 )
 def test_the_base_is_not_run_where_it_cancels_but_for_a_trace(model, weights, num_models):

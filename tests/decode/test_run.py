@@ -463,23 +463,23 @@ def test_processor_that_raises_behind_the_end_of_its_text_fails_nobody(precise_m
     assert_same(generated_alone(precise_model, 1, WAYS[0]), second.result, 1e-9)
 
 
-@pytest.mark.parametrize("is_patient", [False, True])
-def test_a_free_row_waits_a_round_for_a_request_where_the_scheduler_gathers(precise_model, is_patient):
+@pytest.mark.parametrize("gathers", [False, True])
+def test_a_free_row_waits_a_round_for_a_request_where_the_scheduler_gathers(precise_model, gathers):
     way = {"sampler": "direct", "target": "geometric"}
-    scheduler = open_scheduler(precise_model, way, num_rows=3, gather=0.0 if is_patient else None)
+    scheduler = open_scheduler(precise_model, way, num_rows=3, gather=0.0 if gathers else None)
     short, *others = requests = [request_for(precise_model, i, way) for i in range(3)]
     entries = [scheduler.add(short), *(scheduler.add(replace(other, max_new_tokens=30)) for other in others)]
     while not entries[0].is_over:
         scheduler.step()
     scheduler.step()
-    assert len(scheduler.rows) == (3 if is_patient else 2)
+    assert len(scheduler.rows) == (3 if gathers else 2)
     rows = [entry.row for entry in entries[1:]]
     late = scheduler.add(requests[0])
     scheduler.step()
-    assert [entry.row for entry in entries[1:]] == rows and late.row == (0 if is_patient else 2)
+    assert [entry.row for entry in entries[1:]] == rows and late.row == (0 if gathers else 2)
     while not late.is_over:
         scheduler.step()
-    for size in (3, 2) if is_patient else (2, 2):  # it waits for one round alone
+    for size in (3, 2) if gathers else (2, 2):  # it waits for one round alone
         scheduler.step()
         assert len(scheduler.rows) == size
     scheduler.close()

@@ -212,6 +212,7 @@ ERRORS = [
     ("lora_expand_", {"groups": torch.ones(B)}, "groups must be int64, got float32"),
     ("lora_expand_", {"blocks": [1, 0, 7]}, r"blocks must be .* of all 2 ranks and 7 outputs, got \(1, 0, 7\)"),
     ("lora_expand_", {"blocks": [1, 0, 3, 1]}, r"blocks must be .*, got \(1, 0, 3, 1\)"),
+    ("lora_expand_", {"blocks": [2**63 - 1, 0, 7, 2**63 - 1, 0, 7, 4, 0, 7]}, "blocks must be .* of all 2 ranks"),
     ("lora_expand_", {"blocks": [2, 4, 3]}, r"blocks must be .*, got \(2, 4, 3\)"),
     ("lora_expand_", {"blocks": [2, 0, 8]}, r"blocks must be .*, got \(2, 0, 8\)"),
     ("attend_rows", {"query": torch.ones(B, 3, 7)}, r"query must be \(R, heads, q, D\), got \(2, 3, 7\)"),

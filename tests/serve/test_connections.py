@@ -14,6 +14,9 @@ class Transport:
     def write(self, data):
         self.calls.append(data)
 
+    def is_closing(self):
+        return None in self.calls
+
     def close(self):
         self.calls.append(None)
 
@@ -35,3 +38,16 @@ def test_what_is_written_in_one_turn_is_sent_at_once_and_before_the_end():
     loop.run_until_complete(write())
     loop.close()
     assert transport.calls == [b"ab", b"c", b"de", None]
+
+
+def test_nothing_is_sent_to_a_client_that_has_gone_in_the_same_turn():
+    async def write():
+        corked.write(b"a")
+        transport.close()
+        await asyncio.sleep(0)
+
+    transport, loop = Transport(), asyncio.new_event_loop()
+    corked = Corked(transport, loop)
+    loop.run_until_complete(write())
+    loop.close()
+    assert transport.calls == [None]

@@ -48,7 +48,7 @@ class Scheduler:
     attributes    those that requests may weigh. Only those that a request does weigh run for it, and a row that none
                   takes is not run
     rounds_ahead  how many rounds the device may be ahead of what `step` has read
-    expected      the attributes that each request will weigh, where they are known: caches are then as large as the
+    expected      the attributes of each request by role, where they are known: caches are then as large as the
                   `num_rows` largest of them need; else they grow with what comes, in rows and positions
     part          tokens of prompts that each model reads between two rounds, at most; default all that wait
     most          attributes that one request may weigh, default all; contexts that requests bring are such too

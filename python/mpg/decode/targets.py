@@ -76,8 +76,10 @@ def references(target: str, anchor_is_base: bool) -> tuple[str, ...]:
 
 def base_cancels(target: str, alpha: Sequence[float]) -> bool:
     """Whether a target whose anchor is its base does not depend on it: base^(1 - sum_i w_i) prod_i pi_i^w_i, or
-    (1 - sum_i w_i) base + sum_i w_i pi_i, where sum_i w_i = 1. Any row may then stand in the base's place."""
-    return target in ("geometric", "anchored") and math.isclose(math.fsum(alpha), 1, rel_tol=1e-12)
+    (1 - sum_i w_i) base + sum_i w_i pi_i, where sum_i w_i = 1. The row of the largest weight may then stand in the
+    base's place; under geometric if none is negative, else a token without any probability would be another matter."""
+    is_whole = math.isclose(math.fsum(alpha), 1, rel_tol=1e-12)
+    return is_whole and (target == "anchored" or (target == "geometric" and min(alpha) >= 0))
 
 
 def is_one_model(weights: Tensor, target: str) -> Tensor:

@@ -125,7 +125,7 @@ class LoraStack:
 
 class LoraLinear(nn.Module):
     """A linear layer with one low-rank update per group: a base product for all rows and two small ones, by mpg's ops
-    where the layout names groups, and else batched.
+    where the layout names groups, in one with the product where that is packed, and else batched.
 
     sizes:   of the outputs, by the name in the model: of one layer, or of those that are joined
     blocks:  of the up factors of layers that are joined, as `mpg_ext.lora_expand_` takes them
@@ -177,7 +177,8 @@ class LoraLinear(nn.Module):
         if stack.groups is not None:
             groups = stack.groups.to(x.device)
             hidden = self._weigh(mpg_ext.lora_shrink(x.reshape(num_rows, -1, shape[-1]), down, groups))
-            mpg_ext.lora_expand_(out.view(num_rows, -1, out.shape[-1]), hidden, up, groups)
+            blocks = self.blocks if is_plain_sum else ()
+            mpg_ext.lora_expand_(out.view(num_rows, -1, out.shape[-1]), hidden, up, groups, blocks=blocks)
             return out
         hidden = torch.bmm(x.reshape(down.shape[0], -1, shape[-1]), down.transpose(1, 2))  # (G, tokens, r)
         out.view(up.shape[0], -1, out.shape[-1]).baddbmm_(self._weigh(hidden), up)
@@ -230,8 +231,9 @@ def _behind_zeros(factors: Tensor) -> Tensor:
 def _stack(adapters: Sequence[Adapter], layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The factors of one layer, (G, r, in) and (G, r, out); those of joined layers in rows and columns of their own.
 
-    The other columns of such a row are zeros, read with the rest so that one launch does for all: with rank 16 on every
-    linear layer of Llama-3-8B in bfloat16 they are 42 MB a group, .3 % of what a token reads of the base.
+    The other columns of such a row are zeros. The CPU's op passes over them; a GPU's reads them with the rest, so that
+    one launch does for all: with rank 16 on every linear layer of Llama-3-8B in bfloat16 they are 42 MB a group, .3 %
+    of what a token reads of the base.
     """
     pairs = [[adapter.factors.get(module) for adapter in adapters] for module in layer.sizes]
     ranks = _ranks(adapters, layer)

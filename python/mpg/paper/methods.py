@@ -129,10 +129,8 @@ def answer(
         shares = _average(method, alpha)
         merged = models.merge(list(shares), torch.tensor(list(shares.values()), device=models.device))
         return {"": run(merged.with_roles(base="merged"), **direct, target="base")}
-    if method == "mod":  # weights add up to 1: what is base and anchor cancels, so let it be one that runs anyway
-        first = next(iter(alpha))
-        pool = models.with_roles(base=first, anchor=first)
-        return {"": run(pool, _average(method, alpha), **direct, target="geometric")}
+    if method == "mod":  # weights add up to 1, so the base cancels
+        return {"": run(models, _average(method, alpha), **direct, target="geometric")}
     if sampler != "direct":  # seq-rs, token-rs, scr, scr-specialized
         return {"": run(models, alpha, **own)}
     return {"": run(models, **direct, target="base")}  # base, pp and their specialised forms

@@ -38,7 +38,7 @@ class Corked:
 
     def _send(self) -> None:
         written, self._written = self._written, []
-        if written:
+        if written and not self._transport.is_closing():  # as when a client goes meanwhile
             self._transport.write(b"".join(written))
 
 

@@ -23,6 +23,7 @@ from mpg.serve.settings import Settings
 
 DEFAULT_LENGTH = 2048
 DEFAULT_SHARE = 0.25  # of a device's memory for caches: models, forwards and what is kept of texts take some too
+MOST_GATHERED = 0.05  # seconds that a request may wait for others to begin with, see `Scheduler`
 EXPIRY_CHECK = 0.1  # seconds between looks for jobs that have run out of time
 
 logger = logging.getLogger("mpg.serve")
@@ -172,7 +173,8 @@ class Engine:
     def _open(self, jobs: Sequence[Job], key: Hashable | None) -> Group:
         """A new group. key: what jobs have that may join it, None where none may"""
         first, limits = jobs[0], self.settings
-        how = limits.max_rows, self.max_length, limits.prefill_tokens, limits.stream_interval
+        gather = min(limits.stream_interval, MOST_GATHERED)
+        how = limits.max_rows, self.max_length, limits.prefill_tokens, gather
         group: Group = ScoreGroup(first) if first.scores_prompt else DecodeGroup(first, *how)
         # no turn before those that have waited for theirs
         group.spent = min((other.spent for other in self.groups), default=0.0)

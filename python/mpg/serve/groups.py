@@ -157,7 +157,7 @@ class DecodeGroup:
         """The cache rows that a job takes, by what runs them."""
         if job.rows is None:
             models = self.scheduler.models.with_contexts([job.call.contexts[0]])
-            options = self.scheduler.options
+            options = job.call.options  # its own: a trace runs the base
             attributes = job.request.attributes(models, options, needs_base=needs_base(models, options))
             job.rows = tuple(self.scheduler.session.count_rows(attributes, models).items())
         return job.rows

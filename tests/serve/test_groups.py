@@ -1,0 +1,40 @@
+"""What a group counts for a request is what it then holds for it."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+import pytest
+import torch
+
+import mpg
+from mpg.demo import MODELS
+from mpg.serve.groups import DecodeGroup
+from mpg.serve.jobs import Job
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("weights", "options", "num_rows"),
+    [
+        ({"E": 0.5, "T": 0.5}, {"sampler": "direct"}, 2),
+        ({"E": 0.5, "T": 0.5}, {"sampler": "direct", "trace": True}, 3),
+        ({"E": 0.5, "T": 0.5}, {"sampler": "exact"}, 3),
+        ({"E": 0.5, "T": 0.4}, {"sampler": "direct"}, 3),
+    ],
+    ids=str,
+)
+def test_the_base_is_counted_where_it_is_run(weights, options, num_rows):
+    model = mpg.load(MODELS, device="cpu")
+    call = model.read([5, 6, 7], weights=weights, seed=3, max_new_tokens=8, **options)
+    loop = asyncio.new_event_loop()
+    loop.close()
+    job = Job("id", model, call, call.requests[0], loop, lambda event: None, monotonic() + 60)
+    group = DecodeGroup(job, 4, 64, 64, gather=0.0)
+    counted = group.num_bytes(job)
+    group.begin(job)
+    group.step()
+    assert sum(count for _, count in job.rows) == num_rows
+    assert sum(len(pool.pairs) for pool in group.scheduler.session._pools.values()) == num_rows
+    assert group.num_bytes() == counted
