@@ -78,24 +78,28 @@ MPG_INLINE void multiply_panels(const LinearPanels& args, int64_t panel, int64_t
   if constexpr (kPanels > 1) multiply_panels<kRows, kPanels / 2>(args, panel, end);
 }
 
-// kRows: of a tile with two panels; kPanels: of one with kFew rows at most. Tiles of few rows have
-// more panels, so that there are sums to add to, and weights to wait for, while others are on their
-// way.
-template <int kRows, int kPanels, int kFew>
-MPG_INLINE void multiply(const LinearPanels& args, int64_t begin, int64_t end) {
-  if (args.R <= kFew) return multiply_panels<kFew, kPanels>(args, begin, end);
-  if (args.R <= kRows / 2) return multiply_panels<kRows / 2, kPanels / 2>(args, begin, end);
-  multiply_panels<kRows, 2>(args, begin, end);
+// Tiles of few rows have more panels, so that there are sums to add to, and weights to wait for,
+// while others are on their way. A tile's sums stay in registers, here 32 of 16 numbers.
+MPG_INLINE void multiply_wide(const LinearPanels& args, int64_t begin, int64_t end) {
+  if (args.R <= 2) return multiply_panels<2, 8>(args, begin, end);
+  if (args.R == 3) return multiply_panels<3, 6>(args, begin, end);
+  if (args.R == 4) return multiply_panels<4, 4>(args, begin, end);
+  multiply_panels<8, 2>(args, begin, end);
+}
+
+// The same with 16 registers of 8.
+MPG_INLINE void multiply_narrow(const LinearPanels& args, int64_t begin, int64_t end) {
+  if (args.R == 1) return multiply_panels<1, 4>(args, begin, end);
+  multiply_panels<3, 2>(args, begin, end);
 }
 
 }  // namespace
 
 void linear_panels(const LinearPanels& args, int64_t begin, int64_t end) {
-  // A tile's sums stay in registers: 32 of 16 numbers, or 16 of 8.
 #if defined(__x86_64__)
-  if (level() == Level::kAvx512) return at_avx512<multiply<8, 8, 2>>(args, begin, end);
+  if (level() == Level::kAvx512) return at_avx512<multiply_wide>(args, begin, end);
 #endif
-  at_level<multiply<3, 4, 1>>(args, begin, end);
+  at_level<multiply_narrow>(args, begin, end);
 }
 
 }  // namespace mpg::cpu
