@@ -69,7 +69,7 @@ class Request:
         attributes: dict[Role, str] = dict(enumerate(names))
         needs_base = needs_base or (self.options or options).trace or not models.is_same("base", "anchor")
         if not needs_base and base_cancels(options.target, self.alpha):
-            # of weight > 0: a token that it excludes has no probability either way
+            # of weight > 0: under geometric a token that it excludes has no probability either way
             attributes["base"] = models.attribute_names[self.alpha.index(max(self.alpha))]
         return attributes
 
@@ -106,7 +106,7 @@ class Entry:
         return self.result is not None or self.error is not None
 
     def names(self, roles: Sequence[Role]) -> tuple[str, ...]:
-        """The roles that it has of these, and the names of attributes for those that these are."""
+        """These roles but for numbers that it has no attribute of; an attribute's name for each that one is of."""
         own = self.attributes
         return tuple(own.get(role, str(role)) for role in roles if isinstance(role, str) or role in own)
 
