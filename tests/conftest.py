@@ -23,6 +23,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # where a shell has put t
 typer.testing._get_command = functools.cache(typer.testing._get_command)
 # every client of HTTP reads a file of certificates anew, which takes 20 ms
 ssl.create_default_context = functools.cache(ssl.create_default_context)
+# of BLAS and OpenMP beside torch, here and in the processes of tests: theirs would spin while the other worker computes
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 gc.disable()  # while modules are imported and tests collected: a fifth of that time
 
 
