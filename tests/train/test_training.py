@@ -34,9 +34,9 @@ SETTINGS = Settings.of("small", dict(held_out=4, batch_size=4, checkpoint_steps=
 
 @pytest.fixture
 def file(tmp_path):
-    """Twenty pairs to train on and four that are held out."""
+    """Twelve pairs to train on and four that are held out."""
     file = tmp_path / "pairs.jsonl"
-    file.write_text("\n".join((MODELS.parent / "traits" / "ei.jsonl").read_text().splitlines()[:24]))
+    file.write_text("\n".join((MODELS.parent / "traits" / "ei.jsonl").read_text().splitlines()[:16]))
     return file
 
 
@@ -57,15 +57,15 @@ def changed(**changes):
     return Settings(**{**{name: getattr(SETTINGS, name) for name in Settings.__dataclass_fields__}, **changes})
 
 
-def test_twenty_pairs_make_an_adapter_that_loads_and_says_what_it_is_made_of(train, tmp_path):
+def test_twelve_pairs_make_an_adapter_that_loads_and_says_what_it_is_made_of(train, tmp_path):
     steps, epochs = [], []
     card = train(on_step=lambda *step: steps.append(step), on_epoch=lambda *epoch: epochs.append(epoch))
-    assert steps == [(step, 10) for step in range(1, 11)]
+    assert steps == [(step, 6) for step in range(1, 7)]
     assert [(epoch, scores) for epoch, scores in enumerate(card["epochs"], 1)] == epochs
     assert json.loads((tmp_path / "adapter" / "training.json").read_text()) == card
-    assert (card["pairs"], card["held_out"], card["base"]) == (20, 4, str(MODELS))
+    assert (card["pairs"], card["held_out"], card["base"]) == (12, 4, str(MODELS))
     assert card["recipe"]["learning_rate"] == 1e-3 and card["data"]["sha256"] and card["versions"]["trl"]
-    assert len(card["losses"]) == 10
+    assert len(card["losses"]) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "pairs.jsonl"]
     assert {tensor.dtype for tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {
         torch.bfloat16
@@ -133,7 +133,7 @@ def test_an_adapter_that_its_type_cannot_hold_is_refused(train, tmp_path, monkey
 def whole(tmp_path_factory):
     """What a training writes that nothing stopped: the folder and its card."""
     folder = tmp_path_factory.mktemp("whole")
-    lines = (MODELS.parent / "traits" / "ei.jsonl").read_text().splitlines()[:24]
+    lines = (MODELS.parent / "traits" / "ei.jsonl").read_text().splitlines()[:16]
     (folder / "pairs.jsonl").write_text("\n".join(lines))
     card = run.train(
         MODELS, read_pairs(folder / "pairs.jsonl", "E"), folder / "adapter", SETTINGS, device="cpu", threads=1
@@ -150,7 +150,7 @@ def test_one_seed_gives_the_same_weights_and_another_others(train, whole, tmp_pa
 
 @long  # peft's own; that the setting reaches it
 def test_dropout_of_the_adapter_is_not_silenced(train, whole):
-    assert train(settings=changed(dropout=0.0, epochs=1))["losses"] != whole[1]["losses"][:5]
+    assert train(settings=changed(dropout=0.0, epochs=1))["losses"] != whole[1]["losses"][:3]
 
 
 @long  # a process of its own; the tests below end one in this process
@@ -174,8 +174,8 @@ def test_a_killed_training_goes_on_where_it_was_and_ends_as_if_nothing_had_been(
 
     steps = []
     resumed = train("killed", on_step=lambda step, total: steps.append(step))
-    assert steps[0] >= 3 and steps == list(range(steps[0], 11))
-    assert resumed["losses"] == whole[1]["losses"] and len(resumed["losses"]) == 10
+    assert steps[0] >= 3 and steps == list(range(steps[0], 7))
+    assert resumed["losses"] == whole[1]["losses"] and len(resumed["losses"]) == 6
     assert resumed["epochs"] == whole[1]["epochs"]
     assert weights(tmp_path / "killed") == weights(whole[0])
     assert not work.exists()
@@ -188,7 +188,7 @@ def test_a_full_disk_stops_a_training_that_goes_on_from_what_is_finished(num_byt
     with ExitStack() as stack:
 
         def fill(step, total):
-            if step == 4:
+            if step == 3:
                 stack.enter_context(small_files(num_bytes))
 
         with pytest.raises(
@@ -198,7 +198,7 @@ def test_a_full_disk_stops_a_training_that_goes_on_from_what_is_finished(num_byt
     assert (tmp_path / "full.partial" / "checkpoint-2" / "trainer_state.json").exists()
     steps = []
     train("full", on_step=lambda step, total: steps.append(step))
-    assert steps == list(range(3, 11))
+    assert steps == list(range(3, 7))
 
 
 def test_a_finished_training_is_not_done_again(whole):
@@ -221,7 +221,7 @@ def test_a_training_that_was_killed_at_the_end_of_a_pass_goes_on(where, train, w
             train()
     steps = []
     card = train(on_step=lambda step, total: steps.append(step))
-    assert steps == ([] if is_last else [5, 6, 7, 8, 9, 10])
+    assert steps == ([] if is_last else [3, 4, 5, 6])
     assert (card["losses"], card["epochs"]) == (whole[1]["losses"], whole[1]["epochs"])
     assert weights(tmp_path / "adapter") == weights(whole[0])
 
@@ -278,7 +278,7 @@ def test_a_folder_in_which_another_process_trains_is_refused_and_left_to_it(trai
             with pytest.raises(ValueError, match=r"^out: .*adapter.partial is being trained in now$"):
                 train()
 
-    assert len(train(on_step=again, settings=SETTINGS)["losses"]) == 10
+    assert len(train(on_step=again, settings=SETTINGS)["losses"]) == 6
 
 
 def test_pairs_longer_than_the_model_are_refused_and_so_are_answers_that_are_equal_where_they_are_cut(train, tmp_path):
@@ -385,8 +385,8 @@ def test_a_warm_up_that_outlasts_the_training_is_said(train):
         interrupt()
 
     with pytest.raises(KeyboardInterrupt):
-        train(settings=changed(epochs=1, warmup_steps=100, accumulation=4), on_note=note)
-    assert len(notes) == 1 and notes[0].startswith("warmup_steps: 100 at 4 x 4 pairs are 1,600 pairs, but 20 pairs")
+        train(settings=changed(epochs=1, warmup_steps=100, accumulation=2), on_note=note)
+    assert len(notes) == 1 and notes[0].startswith("warmup_steps: 100 at 4 x 2 pairs are 800 pairs, but 12 pairs")
     assert "make 2 steps" in notes[0] and notes[0].endswith("want fewer (preset 'small' has 5)")
     with pytest.raises(KeyboardInterrupt):
         train(settings=changed(epochs=1, warmup_steps=5), on_note=note)
