@@ -74,9 +74,9 @@ def test_result_holds_the_text_its_tokens_and_what_it_cost(model, way):
 def test_request_returns_the_same_alone_and_in_a_batch(model, way):
     questions = list(DEMO_QUESTIONS[:3])
     weights = [{"E": 1}, {"T": 0.5, "J": 1}, BOTH]  # every request its own
-    together = model.generate(questions, weights=weights, seed=5, max_new_tokens=24, **way)
+    together = model.generate(questions, weights=weights, seed=5, max_new_tokens=14, **way)
     for i, result in enumerate(together):
-        alone = model.generate(questions[i], weights=weights[i], seed=5 + i, max_new_tokens=24, **way)
+        alone = model.generate(questions[i], weights=weights[i], seed=5 + i, max_new_tokens=14, **way)
         assert alone.tokens == result.tokens
         assert alone.seed == result.seed == 5 + i
 
@@ -106,9 +106,10 @@ def test_numbers_of_numpy_give_a_result_of_plain_ones(model):
 
 
 def test_seed_decides_and_is_reported(model):
-    drawn = model.generate(DEMO_QUESTIONS[0], weights=BOTH)
-    assert model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=drawn.seed).tokens == drawn.tokens
-    texts = {model.generate(DEMO_QUESTIONS[0], weights=BOTH, seed=seed).text for seed in range(4)}
+    how = {"weights": BOTH, "max_new_tokens": 12}
+    drawn = model.generate(DEMO_QUESTIONS[0], **how)
+    assert model.generate(DEMO_QUESTIONS[0], seed=drawn.seed, **how).tokens == drawn.tokens
+    texts = {model.generate(DEMO_QUESTIONS[0], seed=seed, **how).text for seed in range(4)}
     assert len(texts) > 1
 
 

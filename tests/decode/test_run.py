@@ -98,7 +98,7 @@ def weights_for(way):
 
 def answers(model, **options):
     weights = WEIGHTS if options["target"] == "geometric" else POSITIVE
-    return model.generate(QUESTIONS[:4], weights=weights[:4], seed=11, max_new_tokens=32, **options)
+    return model.generate(QUESTIONS[:4], weights=weights[:4], seed=11, max_new_tokens=20, **options)
 
 
 def counts(result):
@@ -120,7 +120,8 @@ def test_text_and_statistics_are_those_of_the_request_alone(precise_model, way):
     end = {"eos_token_id": [*precise_model.models.eos_token_ids, ids(",")], "stop_strings": ["."], "max_new_tokens": 20}
     if way.get("adaptive"):  # what is accepted seldom lets lengths fall, as a newcomer must not notice
         end = {"stop_strings": ["my", "it"], "max_new_tokens": 24, "temperature": 2.0}
-    questions, weights = QUESTIONS[:5], weights_for(way)[:5]
+    number = 5 if IS_LONG else 4
+    questions, weights = QUESTIONS[:number], weights_for(way)[:number]
     alone = [
         precise_model.generate(question, weights=own, seed=11 + i, **end, **way)
         for i, (question, own) in enumerate(zip(questions, weights, strict=True))
@@ -175,7 +176,7 @@ def test_costs_are_those_of_the_forwards_that_a_request_alone_runs(precise_model
         for way in EVERY_WAY:
             seen.clear()
             weights = None if way["target"] == "base" else {"E": 1, "T": 1}
-            result = precise_model.generate(QUESTIONS[0], weights=weights, seed=3, max_new_tokens=12, **way)
+            result = precise_model.generate(QUESTIONS[0], weights=weights, seed=3, max_new_tokens=9, **way)
             stats, num_tokens = result.stats, len(result.tokens)
             assert stats["depth_per_token"] * num_tokens == pytest.approx(len(seen)), way
             assert stats["model_calls_per_token"] * num_tokens == pytest.approx(sum(rows for rows, _ in seen)), way
@@ -263,7 +264,7 @@ COMBINED = [
 @pytest.mark.parametrize(("way", "rounds_ahead"), with_rounds_ahead(COMBINED, 1))
 def test_temperatures_cuts_contexts_and_traces_of_each_requests_own_share_rounds(precise_model, way, rounds_ahead):
     """And log-probabilities of the combined row; a request that is given up leaves the others alone."""
-    options = {**way, "max_new_tokens": 12}
+    options = {**way, "max_new_tokens": 8}
     weights = [own | dict.fromkeys(asked.get("contexts", ()), 0.5) for own, asked in zip(WEIGHTS, MIXED, strict=True)]
     asked = [
         {**options, **own, "weights": of, "seed": i} for i, (own, of) in enumerate(zip(MIXED, weights, strict=True))

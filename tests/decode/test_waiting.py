@@ -49,9 +49,9 @@ def test_running_requests_go_on_while_a_long_prompt_is_read(sampler, model, monk
 
     monkeypatch.setattr(ModelRunner, "forward", watched)
     scheduler = open_scheduler(model, sampler, PART)
-    entries = [scheduler.add(request_of(model, 0, 80))]
+    entries = [scheduler.add(request_of(model, 0, 60))]
     scheduler.step()
-    entries += [scheduler.add(request_of(model, index, 20)) for index in range(1, len(PROMPTS))]
+    entries += [scheduler.add(request_of(model, index, 6)) for index in range(1, len(PROMPTS))]
     longest = []  # forward of a step while the first request ran
     while scheduler.has_work:
         fed.clear()
@@ -67,7 +67,7 @@ def test_running_requests_go_on_while_a_long_prompt_is_read(sampler, model, monk
     model.models.kept.clear()
     alone = open_scheduler(model, sampler, None)
     for index, result in enumerate(results):
-        entry = alone.add(request_of(model, index, 80 if index == 0 else 20))
+        entry = alone.add(request_of(model, index, 60 if index == 0 else 6))
         while scheduler_runs(alone):
             pass
         assert entry.result.tokens == result.tokens

@@ -179,7 +179,7 @@ class TestFields:
 class TestProcessors:
     @pytest.mark.parametrize("sampler", ["exact", "direct"])
     def test_processors_hold_in_what_is_generated(self, model, sampler):
-        how = SHORT | {"max_new_tokens": 40, "sampler": sampler}
+        how = SHORT | {"max_new_tokens": 24, "sampler": sampler}
         prompts = [LONG, QUICK]
         for result in model.generate(prompts, no_repeat_ngram_size=2, **how):
             pairs = list(pairwise(result.tokens))
@@ -187,19 +187,19 @@ class TestProcessors:
         banned = set(model.generate(LONG, **how).tokens[:3])
         assert not banned & set(model.generate(LONG, suppress_tokens=list(banned), **how).tokens)
         assert not banned & set(model.generate(LONG, bad_words_ids=[[token] for token in banned], **how).tokens)
-        for result in model.generate(prompts, min_new_tokens=39, **how):
-            assert len(result.tokens) >= 39
+        for result in model.generate(prompts, min_new_tokens=23, **how):
+            assert len(result.tokens) >= 23
         for result in model.generate(prompts, forced_eos_token_id=EOS, **how | {"max_new_tokens": 4}):
             assert result.tokens[-1] == EOS
 
     def test_processed_request_returns_the_same_alone_and_in_a_batch(self, model):
-        how = {"max_new_tokens": 24, "repetition_penalty": 1.3, "begin_suppress_tokens": [44], "min_length": 20}
+        how = {"max_new_tokens": 16, "repetition_penalty": 1.3, "begin_suppress_tokens": [44], "min_length": 16}
         together = model.generate([LONG, QUICK], weights=BOTH, seed=5, **how)
         for i, prompt in enumerate((LONG, QUICK)):
             assert model.generate(prompt, weights=BOTH, seed=5 + i, **how).tokens == together[i].tokens
         late = model.generate([LONG, QUICK], weights=BOTH, seed=5, batch_size=1, **how)
         assert tokens(late) == tokens(together)
-        plain = model.generate([LONG, QUICK], weights=BOTH, seed=5, max_new_tokens=24)
+        plain = model.generate([LONG, QUICK], weights=BOTH, seed=5, max_new_tokens=16)
         assert tokens(plain) != tokens(together)
 
     def test_request_that_begins_in_a_row_takes_its_own_processor_there(self, model):

@@ -87,7 +87,7 @@ def tokens(results):
 def test_texts_are_those_without_graphs(way, model, graphed, captures):
     """Nine rows are rounded up to ten, and those that are left to eight, four, two. Four requests in two rows follow
     one another, past two cache lengths."""
-    for questions, max_new_tokens in ((QUESTIONS, 24), (QUESTIONS[:4], 60)):
+    for questions, max_new_tokens in ((QUESTIONS, 16), (QUESTIONS[:4], 52)):
         options = {"weights": WEIGHTS[: len(questions)], "seed": 11, "max_new_tokens": max_new_tokens, **way}
         options["batch_size"] = 32 if questions is QUESTIONS else 2
         expected = model.generate(questions, **options)
@@ -109,7 +109,7 @@ def test_methods_answer_as_without_graphs(method, model, graphed):
 
 
 def test_later_calls_of_like_sizes_capture_nothing(model, graphed, captures):
-    options = {"weights": BOTH, "max_new_tokens": 32 if IS_LONG else 16, "draft": "merged"}
+    options = {"weights": BOTH, "max_new_tokens": 32 if IS_LONG else 12, "draft": "merged"}
     for seed in (1, 2, 1, 2):  # so that all rounds have been met, and are captured
         graphed.generate(QUESTIONS, seed=seed, **options)
         graphed.generate([*QUESTIONS, "Why?"], seed=seed, **options)
@@ -222,7 +222,7 @@ def test_a_request_that_failed_does_not_poison_the_next(graphed, captures):
 
 def test_threads_have_runners_of_their_own(model, graphed, captures):
     def ask(chosen, seed):
-        return chosen.generate(QUESTIONS[:2], weights=BOTH, seed=seed, max_new_tokens=32, draft="merged")
+        return chosen.generate(QUESTIONS[:2], weights=BOTH, seed=seed, max_new_tokens=20, draft="merged")
 
     seeds = range(6 if IS_LONG else 3)
     expected = [tokens(ask(model, seed)) for seed in seeds]
