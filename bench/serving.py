@@ -21,10 +21,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import cycle
-from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
+import psutil
 import torch
 import typer
 
@@ -76,15 +76,17 @@ def started(models: str, *options: str) -> Iterator[tuple[str, int]]:
 
 
 def processor_seconds(pid: int) -> float:
-    """Of a process, all its threads together."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Of a process and its children, all their threads together."""
+    return sum(sum(process.cpu_times()[:2]) for process in family(pid))
 
 
-def most_memory(pid: int) -> float:
-    """GiB that a process has had at once."""
-    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 2**20
+def memory(pid: int) -> float:
+    """GiB that a process and its children have."""
+    return sum(process.memory_info().rss for process in family(pid)) / 2**30
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return [process := psutil.Process(pid), *process.children()]
 
 
 class Client:
@@ -238,7 +240,7 @@ def measure(models: str, model: Model, clients: Sequence[int], sampler: str, of_
                     "batch_tokens_per_second": in_batch, "one_by_one_tokens_per_second": alone,
                     "of_batch": row["tokens_per_second"] / in_batch, "of_one_by_one": row["tokens_per_second"] / alone,
                     "processor_seconds": served, "batch_processor_seconds": worked,
-                    "of_batch_by_processor": worked / served, "memory_gib": most_memory(pid),
+                    "of_batch_by_processor": worked / served, "memory_gib": memory(pid),
                 }  # fmt: skip
                 turns.append(row)
             rows.append({name: round(statistics.median(turn[name] for turn in turns), 4) for name in turns[0]})

@@ -10,17 +10,18 @@ TYPE_CHECKING = False  # which type checkers take for True; the module typing is
 
 if TYPE_CHECKING:
     from mpg.context import Context
+    from mpg.decode import STATISTICS
     from mpg.frontend.custom_generate import custom_generate
     from mpg.model import Model, load
     from mpg.options import Options
     from mpg.paper.methods import METHODS, answer
-    from mpg.results import STATISTICS, Result, Token, Trace
+    from mpg.results import Result, Token, Trace
 else:
     # each is imported when it is first asked for, so that `mpg --help` need not wait for torch
     _HOMES = {
         "Context": "context", "custom_generate": "frontend.custom_generate", "Model": "model", "load": "model",
         "Options": "options",
-        "METHODS": "paper.methods", "answer": "paper.methods", "STATISTICS": "results", "Result": "results",
+        "METHODS": "paper.methods", "answer": "paper.methods", "STATISTICS": "decode", "Result": "results",
         "Token": "results", "Trace": "results",
     }  # fmt: skip
 

@@ -8,19 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from mpg import pages
-from mpg.decode import STATISTICS as SAMPLER_STATISTICS
-
-# Every entry of `Result.stats` with its unit or denominator; but for the times those of the request alone, whatever ran
-# beside it. The three costs are counted apart, never mixed; reading the prompt is in none of them.
-STATISTICS = {
-    "rounds": "propose, score, verify, commit (a count)",
-    "model_calls_per_token": "forwards, every model that takes part counted / tokens",
-    "depth_per_token": "forwards that wait for one another / tokens",
-    "positions_per_token": "positions that a model read / tokens",
-    "tokens_per_second": "tokens / seconds to the last one from the call, or from when a row was free",
-    "time_to_first_token": "seconds from the call to the request's first token",
-    **SAMPLER_STATISTICS,
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,7 @@ class Result:
     seed           reproduces the result; in another batch as far as the models' forwards do not depend on the batch
                    (in bfloat16 they do)
     weights        alpha by attribute, as asked for
-    stats          see `STATISTICS`; those of exact, scr and the rejection samplers only where it was one
+    stats          see `mpg.STATISTICS`; those of exact, scr and the rejection samplers only where it was one
     log_ratios     per token, by attribute, as in `Token`
     plan           under sampler "auto": what it picked, rather than what, at which expected cost
     trace          what `to_html` shows beside these, where the call traces

@@ -175,7 +175,7 @@ def test_the_scheduler_stays_full_across_chunks(model, tmp_path, monkeypatch):
         def count(self, seconds, at_once=at_once):
             rounds[at_once] += 1
 
-        monkeypatch.setattr(workers.Metrics, "round", count)
+        monkeypatch.setattr(workers.EngineMetrics, "round", count)
         run(model, name, tmp_path / str(at_once), max_rows=16)
     assert told(tmp_path / "1") == told(tmp_path / str(workers.AT_ONCE))
     assert rounds[workers.AT_ONCE] < 0.6 * rounds[1]

@@ -11,6 +11,7 @@ import uvicorn
 
 from mpg.model import Model
 from mpg.models import loading
+from mpg.serve.desk import LocalDesk
 from mpg.serve.server import make_app, make_config
 from mpg.serve.settings import Settings
 
@@ -19,7 +20,7 @@ class Served:
     """A running server: its address, its engine, and the model that it began with."""
 
     def __init__(self, url, app, model):
-        self.url, self.engine, self.model = url, app.state.engine, model
+        self.url, self.engine, self.model = url, app.state.desk.service.engine, model
 
     def post(self, path, body, **headers):
         return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=60)
@@ -46,12 +47,12 @@ def serving(model, **settings):
     def reload(recipe, beside):
         return Model(loading.load(recipe, dtype=beside.dtype, device=beside.device, beside=beside), recipe)
 
-    app = make_app(limits, lambda: model, reload)
+    app = make_app(limits, LocalDesk(limits, lambda: model, reload))
     server = uvicorn.Server(make_config(app, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        while not server.started or app.state.engine.state == "loading":
+        while not server.started or app.state.desk.service.engine.state == "loading":
             time.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield Served(f"http://127.0.0.1:{port}", app, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from time import monotonic
 
 import pytest
@@ -33,9 +32,7 @@ def change(adapted):
 
 def job(model):
     call = model.read([5, 6, 7], weights={"E": 1.0}, seed=3, max_new_tokens=8)
-    loop = asyncio.new_event_loop()
-    loop.close()
-    return Job("id", model, call, call.requests[0], loop, lambda event: None, monotonic() + 60)
+    return Job("id", model, call, call.requests[0], lambda events: None, monotonic() + 60)
 
 
 def finish(group):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 
 from mpg.results import Token
 from mpg.serve.choices import Choice, Text
+from mpg.serve.messages import New
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -38,14 +38,13 @@ def test_what_may_begin_a_stop_is_held_back_and_shown_when_it_does_not():
 
 def test_what_is_told_of_tokens_is_json():
     """Of a token that is no whole character, and of rows that exclude one."""
-    tokenizer = SimpleNamespace(decode=lambda ids: {1: "\u00e9", 2: "\ufffd"}[ids[0]])
-    choice, none = Choice(tokenizer, []), -math.inf
+    choice, none = Choice([]), -math.inf
     ratios = {"a": math.inf, "b": none, "c": math.nan, "d": 0.5}
     tokens = [
         Token(request=0, id=token_id, text="", log_ratios=ratios, logprob=none, top_logprobs=((1, -1.0),))
         for token_id in (1, 2)
     ]
-    choice.add(tokens)
+    choice.take(New("", 2, tokens, {1: "\u00e9", 2: "\ufffd"}))
     told = choice.chat_logprobs(tokens)["content"]
     assert [token["bytes"] for token in told] == [[0xC3, 0xA9], None]
     assert [token["logprob"] for token in told] == [-9999.0] * 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from time import monotonic
 
 import pytest
@@ -28,9 +27,7 @@ from mpg.serve.jobs import Job
 def test_the_base_is_counted_where_it_is_run(weights, options, num_rows):
     model = mpg.load(MODELS, device="cpu")
     call = model.read([5, 6, 7], weights=weights, seed=3, max_new_tokens=8, **options)
-    loop = asyncio.new_event_loop()
-    loop.close()
-    job = Job("id", model, call, call.requests[0], loop, lambda event: None, monotonic() + 60)
+    job = Job("id", model, call, call.requests[0], lambda events: None, monotonic() + 60)
     group = DecodeGroup(job, 4, 64, 64, gather=0.0)
     counted = group.num_bytes(job)
     group.begin(job)

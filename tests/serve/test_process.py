@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -23,7 +24,7 @@ from longer import IS_LONG, long
 from mpg.app.cli import arguments
 from mpg.app.cli.command import app
 from mpg.app.cli.serve import _name
-from mpg.serve import server
+from mpg.serve import process
 
 TEXT = "/v1/completions"
 BODY = {"model": "E", "prompt": [5, 6, 7], "max_tokens": 60, "seed": 3, "sampler": "direct", "n": 16}
@@ -33,7 +34,8 @@ BODY = {"model": "E", "prompt": [5, 6, 7], "max_tokens": 60, "seed": 3, "sampler
 def started(*arguments):
     """The command in a process of its own, and the address that it says it serves at."""
     command = [sys.executable, "-m", "mpg", "serve", "--models", "demo", "--port", "0", "--device", "cpu", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     try:
         found = next(filter(None, (re.search(r"serving at (http://\S+)/v1", line) for line in process.stderr)))
         logged = process.logged = []
@@ -50,6 +52,23 @@ def wait_for(is_so, seconds=60):
     while not is_so():
         assert time.monotonic() < ends_at, "it did not come to pass"
         time.sleep(0.02)
+
+
+def http_process(process):
+    """The one without models."""
+    children = psutil.Process(process.pid).children()
+    [found] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return found
+
+
+def is_gone(url):
+    """Whether nobody listens there any more; what lost its models to a signal takes a moment for that."""
+    try:
+        return not httpx.get(f"{url}/health")
+    except httpx.ConnectError:
+        return True
+    except httpx.TransportError:
+        return False
 
 
 def post(url, **fields):
@@ -79,6 +98,7 @@ def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
     """The latter in the long form."""
     with started("--grace", "50", "--max-rows", "4") as (process, url), ThreadPoolExecutor(4) as pool:
         wanted = texts_of(post(url))
+        assert not any("torch" in place.path for place in http_process(process).memory_maps())
         answers = [pool.submit(post, url, stream=index % 2 == 1) for index in range(4)]
         wait_for(lambda: all_are_in(url, answers))
         process.send_signal(signal.SIGTERM)
@@ -91,13 +111,16 @@ def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
             assert again == url and post(url, n=1).status_code == 200
             process.kill()
             process.wait()
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{url}/health")
+            wait_for(lambda: is_gone(url))
+        with started("--port", port) as (process, _):
+            http_process(process).kill()
+            assert process.wait(60) == 2
+            assert process.logged[-1] == "mpg: the process that serves HTTP has ended with status -9\n"
     with started("--port", port, "--grace", "0", "--max-rows", "1") as (process, again), ThreadPoolExecutor(4) as pool:
         assert texts_of(post(again)) == wanted
         answers = [pool.submit(post, url) for _ in range(4)]
         wait_for(lambda: all_are_in(url, answers))
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         statuses = [answer.result().status_code for answer in answers]
         assert set(statuses) <= {200, 503} and 503 in statuses  # what outlasts the grace is told so
         assert process.wait(60) == 0
@@ -105,8 +128,7 @@ def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
 
 def test_models_that_are_loaded_anew_are_loaded_as_the_first_ones(monkeypatch):
     loads = []
-    monkeypatch.setattr(server, "make_app", lambda limits, *both: loads.extend(both))
-    monkeypatch.setattr(server, "serve", lambda *arguments: None)
+    monkeypatch.setattr(process, "serve", lambda settings, host, port, *both: loads.extend(both))
     options = ["--merge-adapters", "--allow-other-base", "--dtype", "float64", "--device", "cpu", "--port", "0"]
     assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
     model = loads[0]()
@@ -143,7 +165,7 @@ def test_mistakes_on_the_command_line_are_told_before_anything_is_loaded(argumen
     ],
 )
 def test_where_nothing_can_listen_is_told_on_one_line_before_anything_is_loaded(host, message, monkeypatch):
-    monkeypatch.setattr(server, "make_app", None)
+    monkeypatch.setattr(process, "serve", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = CliRunner().invoke(app, ["serve", "--allow-open", "--host", host, "--port", port])

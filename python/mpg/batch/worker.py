@@ -18,8 +18,8 @@ from mpg.frontend.requests import Call
 from mpg.model import Model
 from mpg.results import Result
 from mpg.serve.engine import Engine
-from mpg.serve.jobs import Event, Job
-from mpg.serve.metrics import Metrics
+from mpg.serve.jobs import Event, Job, Tell
+from mpg.serve.metrics import EngineMetrics
 from mpg.serve.settings import Settings
 
 # Chunks that a worker has begun: while the longest texts of one end, the rows of the next ones fill the scheduler.
@@ -79,7 +79,7 @@ class Worker:
         settings = Settings(
             max_rows=task.max_rows, max_memory=task.max_memory, max_queue=MOST, max_length=MOST, prefill_tokens=PREFILL
         )
-        self.engine = Engine(settings, Metrics())
+        self.engine = Engine(settings, EngineMetrics())
 
         def begin() -> Model:
             torch.set_num_threads(threads)
@@ -144,12 +144,22 @@ class Worker:
         """The rows of the output that these make."""
         loop = asyncio.get_running_loop()
         answers: list[asyncio.Future[Event]] = [loop.create_future() for _ in rows]
+
+        def take(events: Sequence[tuple[Job, Event]]) -> None:
+            for job, event in events:
+                if not isinstance(event, list):
+                    answers[job.number].set_result(event)
+
+        def tell(events: Sequence[tuple[Job, Event]]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(take, events)
+
         jobs = []
-        for row, answer in zip(rows, answers, strict=True):
+        for number, row in enumerate(rows):
             try:
-                jobs.append(self._job(row, answer))
+                jobs.append(self._job(row, number, tell))
             except ValueError as error:
-                answer.set_result(error)
+                answers[number].set_result(error)
         # the longest first: those that share rounds are then alike, and none of them is left alone at the end
         self.engine.submit(sorted(jobs, key=lambda job: -job.request.num_positions))
         told = [_tell(row, result) for row, result in zip(rows, await asyncio.gather(*answers), strict=True)]
@@ -165,7 +175,7 @@ class Worker:
     def close(self) -> None:
         self.engine.stop()
 
-    def _job(self, row: Row, answer: asyncio.Future[Event]) -> Job:
+    def _job(self, row: Row, number: int, tell: Tell) -> Job:
         asked, _ = split(row)
         given = [name for name in PROMPTS if name in asked]
         if len(given) != 1:
@@ -176,13 +186,9 @@ class Worker:
         seed = asked.pop("seed", None)
         call = self._call(prompt, asked, seed_of(row["id"], self.task.seed) if seed is None else seed)
 
-        def take(event: Event) -> None:
-            if not isinstance(event, list):
-                answer.set_result(event)
-
         return Job(
-            id=str(row["id"]), model=self.model, call=call, request=call.requests[0], loop=answer.get_loop(), take=take,
-            deadline=math.inf,
+            id=row["id"], model=self.model, call=call, request=call.requests[0], tell=tell, deadline=math.inf,
+            number=number,
         )  # fmt: skip
 
     def _call(self, prompt: Any, asked: Row, seed: Any) -> Call:

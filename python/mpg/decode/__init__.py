@@ -61,8 +61,15 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "seq-rs": SeqRS,
 }
 
-# Every statistic of a sampler with its denominator.
+# Every entry of `Result.stats` with its unit or denominator; but for the times those of the request alone, whatever ran
+# beside it. The three costs are counted apart, never mixed; reading the prompt is in none of them.
 STATISTICS = {
+    "rounds": "propose, score, verify, commit (a count)",
+    "model_calls_per_token": "forwards, every model that takes part counted / tokens",
+    "depth_per_token": "forwards that wait for one another / tokens",
+    "positions_per_token": "positions that a model read / tokens",
+    "tokens_per_second": "tokens / seconds to the last one from the call, or from when a row was free",
+    "time_to_first_token": "seconds from the call to the request's first token",
     **exact.STATISTICS,
     **rejection.STATISTICS,
     **scr.STATISTICS,

@@ -5,9 +5,8 @@ Knows the names of models and the server's limits; no HTTP.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from time import monotonic
@@ -19,7 +18,8 @@ from mpg.frontend.requests import Call
 from mpg.model import Model
 from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError, of_library
-from mpg.serve.jobs import Event, Job
+from mpg.serve.jobs import Job, Tell
+from mpg.serve.messages import Begun
 from mpg.serve.protocol import Asked, ChatRequest, CompletionRequest
 
 BASE = "base"
@@ -134,18 +134,63 @@ def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int, **how:
     return replace(calls[0], requests=[request for call in calls for request in call.requests])
 
 
+def read_request(
+    asked: ChatRequest | CompletionRequest, engine: Engine, id: int, tell: Tell
+) -> tuple[Begun, list[Job]]:
+    """The jobs of a request, and what is to be known of it before they begin. Raises ApiError that names the field."""
+    makes = Jobs(engine, engine.model, id, tell, is_streamed=bool(asked.stream))
+    return _read_chat(asked, makes) if isinstance(asked, ChatRequest) else _read_completion(asked, makes)
+
+
+def _read_chat(asked: ChatRequest, makes: Jobs) -> tuple[Begun, list[Job]]:
+    [seed], how = seeds(asked, 1), {"continue_final_message": asked.continue_final_message}
+    call = read(asked, makes.model, messages_of(asked), makes.engine.settings, seed, **how)
+    num_top = (asked.top_logprobs or 0) if asked.logprobs else None
+    jobs = makes.of(call, 0, num_top, asked.max_tokens is not None or asked.max_completion_tokens is not None)
+    return Begun(len(jobs), len(jobs), len(call.requests[0].token_ids)), jobs
+
+
+def _read_completion(asked: CompletionRequest, makes: Jobs) -> tuple[Begun, list[Job]]:
+    settings, tokenizer = makes.engine.settings, makes.model.tokenizer
+    prompts = prompts_of(asked, settings.max_prompts)
+    calls = [
+        read(asked, makes.model, prompt, settings, seed, raw=True)
+        for prompt, seed in zip(prompts, seeds(asked, len(prompts)), strict=True)
+    ]
+    every_ids, n = [call.requests[0].token_ids for call in calls], asked.n or 1
+    jobs = [
+        job
+        for index, call in enumerate(calls)
+        for job in makes.of(call, index * n, asked.logprobs, asked.max_tokens is not None)
+    ]
+    echoes = [_echo(asked, tokenizer, prompt, ids) for prompt, ids in zip(prompts, every_ids, strict=True)]
+    begun = Begun(0, len(jobs), sum(map(len, every_ids)), echoes)
+    running = [] if asked.max_tokens == 0 else jobs
+    if asked.echo and asked.logprobs is not None:  # numbered behind the choices
+        spelled = spell(tokenizer, (id for ids in every_ids for id in ids))
+        begun = begun._replace(prompt_ids=every_ids, spelled=spelled)
+        long = [index for index, ids in enumerate(every_ids) if len(ids) > 1]
+        running = running + [makes.scoring(calls[index], len(jobs) + index, asked.logprobs) for index in long]
+    return begun._replace(num_jobs=len(running)), running
+
+
+def _echo(asked: CompletionRequest, tokenizer: Any, prompt: Any, token_ids: Sequence[int]) -> str:
+    """The prompt before the answer, where it is wanted: as it came, or what its token ids spell."""
+    if not asked.echo or isinstance(prompt, str):
+        return prompt if asked.echo else ""
+    return "" if tokenizer is None else str(tokenizer.decode(token_ids))
+
+
+def spell(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
+    """Each token id by itself as text."""
+    return {id: "" if tokenizer is None else tokenizer.decode([id]) for id in set(token_ids)}
+
+
 class Jobs:
-    """Makes the jobs of one request.
+    """Makes the jobs of one request, whose `id` and `tell` these are. Where it is streamed, tokens come as they do."""
 
-    take         called in the handler's loop with the number of a choice and every event of its
-    is_streamed  whether tokens are wanted as they come
-    """
-
-    def __init__(
-        self, engine: Engine, model: Model, request_id: str, take: Callable[[int, Event], None], *, is_streamed: bool
-    ):
-        self.engine, self.model, self.id, self.take = engine, model, request_id, take
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, engine: Engine, model: Model, id: int, tell: Tell, *, is_streamed: bool):
+        self.engine, self.model, self.id, self.tell = engine, model, id, tell
         self.deadline = monotonic() + engine.settings.max_seconds
         self.interval = engine.settings.stream_interval if is_streamed else inf
 
@@ -189,8 +234,8 @@ class Jobs:
             model=self.model,
             call=call,
             request=request,
-            loop=self.loop,
-            take=lambda event: self.take(number, event),
+            tell=self.tell,
+            number=number,
             deadline=self.deadline,
             interval=self.interval,
             scores_prompt=scores_prompt,

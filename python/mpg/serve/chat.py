@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from mpg import __version__
-from mpg.serve.asks import Jobs, messages_of, read, seeds
 from mpg.serve.choices import Choice
-from mpg.serve.engine import Engine
+from mpg.serve.desk import Desk
 from mpg.serve.errors import ApiError
-from mpg.serve.jobs import Job
+from mpg.serve.messages import Begun
 from mpg.serve.protocol import ChatRequest
-from mpg.serve.streams import Events, as_json, as_stream, beside
+from mpg.serve.streams import as_json, as_stream
 
 
-async def answer_chat(engine: Engine, asked: ChatRequest, request: Request, request_id: str) -> Response:
+async def answer_chat(desk: Desk, asked: ChatRequest, request: Request, request_id: str) -> Response:
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs: expected logprobs to be true beside it", "top_logprobs")
     if 0 in (asked.max_tokens, asked.max_completion_tokens):
         raise ApiError(400, "max_tokens: expected 1 at least, got 0", "max_tokens")
-    model, [seed] = engine.model, seeds(asked, 1)
-    how = {"continue_final_message": asked.continue_final_message}
-    call = await beside(request, lambda: read(asked, model, messages_of(asked), engine.settings, seed, **how))
-    events = Events(engine, request)
-    num_top = (asked.top_logprobs or 0) if asked.logprobs else None
-    is_limited = asked.max_tokens is not None or asked.max_completion_tokens is not None
-    makes = Jobs(engine, model, request_id, events.take, is_streamed=bool(asked.stream))
-    jobs = makes.of(call, 0, num_top, is_limited)
-    stops = asked.stops
-    choices = [Choice(model.tokenizer, stops) for _ in jobs]
+    events = desk.ask(asked, request)
+    begun: Begun = await anext(events)
+    choices = [Choice(asked.stops) for _ in range(begun.num_choices)]
     head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": asked.model}
     head["system_fingerprint"] = f"mpg-{__version__}"
     if asked.stream:
-        return await as_stream(_chunks(asked, events, jobs, choices, head), request_id)
-    async for number, event in events.of(jobs):
+        return await as_stream(_chunks(asked, events, begun, choices, head), request_id)
+    async for number, event in events:
         choices[number].take(event)
     told = []
     for number, choice in enumerate(choices):
@@ -50,24 +42,24 @@ async def answer_chat(engine: Engine, asked: ChatRequest, request: Request, requ
                 "index": number,
                 "message": message,
                 "logprobs": logprobs,
-                "finish_reason": choice.finish_reason,
+                "finish_reason": choice.end and choice.end.finish_reason,
                 "mpg": own,
             }
         )
-    return as_json({**head, "object": "chat.completion", "choices": told, "usage": usage(jobs, choices, 1)})
+    return as_json({**head, "object": "chat.completion", "choices": told, "usage": usage(begun, choices)})
 
 
 async def _chunks(
-    asked: ChatRequest, events: Events, jobs: list[Job], choices: list[Choice], head: dict[str, Any]
+    asked: ChatRequest, events: AsyncIterator[Any], begun: Begun, choices: list[Choice], head: dict[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
     """One chunk a round and choice at most, the role with the first."""
     head = {**head, "object": "chat.completion.chunk"}
     has_usage = asked.stream_options is not None and asked.stream_options.include_usage
-    begun: set[int] = set()
+    shown: set[int] = set()
 
-    def chunk(number: int, text: str, tokens: list[Any], finish_reason: str | None) -> dict[str, Any]:
-        delta: dict[str, Any] = {} if number in begun else {"role": "assistant"}
-        begun.add(number)
+    def chunk(number: int, text: str, tokens: Sequence[Any], finish_reason: str | None) -> dict[str, Any]:
+        delta: dict[str, Any] = {} if number in shown else {"role": "assistant"}
+        shown.add(number)
         choice = choices[number]
         if text or not finish_reason:
             delta["content"] = text
@@ -77,14 +69,14 @@ async def _chunks(
             told["mpg"] = own
         return {**head, "choices": [told], **({"usage": None} if has_usage else {})}
 
-    async for number, event in events.of(jobs):
+    async for number, event in events:
         yield chunk(number, *choices[number].take(event))
     if has_usage:
-        yield {**head, "choices": [], "usage": usage(jobs, choices, 1)}
+        yield {**head, "choices": [], "usage": usage(begun, choices)}
 
 
-def usage(jobs: list[Job], choices: list[Choice], num_prompts: int) -> dict[str, Any]:
+def usage(begun: Begun, choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens of the prompts, each once, and of all answers."""
-    read = [len(job.request.token_ids) for job in jobs[:: max(len(jobs) // num_prompts, 1)]]
-    new = sum(len(choice.tokens) for choice in choices)
-    return {"prompt_tokens": sum(read), "completion_tokens": new, "total_tokens": sum(read) + new}
+    new = sum(choice.num_tokens for choice in choices)
+    total = begun.prompt_tokens + new
+    return {"prompt_tokens": begun.prompt_tokens, "completion_tokens": new, "total_tokens": total}

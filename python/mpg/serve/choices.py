@@ -1,6 +1,6 @@
 """One choice of an answer: its text without what ended it, and its tokens as the API tells them.
 
-Knows tokens and a tokenizer; nothing of requests or of how answers are sent.
+Knows tokens and their text; nothing of requests or of how answers are sent.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpg.results import Result, Token
-from mpg.serve.jobs import Event
+from mpg.results import Token
+from mpg.serve.messages import End, New
 
 LARGEST = 9999.0  # of log-probabilities and log-ratios, as JSON has no infinity for a token that a row excludes
 PARTIAL = "\ufffd"  # in what a tokenizer makes of a token that is a part of a character
@@ -48,45 +48,37 @@ def _overlap(text: str, stop: str) -> int:
 class Choice:
     """What has come of one choice.
 
-    offset  characters of text before its next token, the echoed prompt among them
+    stops    before which it is cut
+    spelled  token ids as text, as far as log-probabilities are asked for
+    tokens   where more of them than their text is asked for
+    offset   characters of text before its next token, the echoed prompt among them
     """
 
-    tokenizer: Any
     stops: Sequence[str]
+    spelled: dict[int, str] = field(default_factory=dict)
+    num_tokens: int = 0
     tokens: list[Token] = field(default_factory=list)
-    result: Result | None = None
+    end: End | None = None
     shown: str = ""
     offset: int = 0
 
     def __post_init__(self) -> None:
         self._text = Text(self.stops)
 
-    def add(self, tokens: Sequence[Token]) -> str:
-        """Take a round's tokens. out: the text that they bring to be shown"""
-        self.tokens += tokens
-        return self._show("".join(token.text for token in tokens), is_last=False)
-
-    def end(self, result: Result) -> str:
-        """Take the result. out: the text that was held back"""
-        self.result = result
-        return self._show("", is_last=True)
-
-    def take(self, event: Event) -> tuple[str, list[Token], str | None]:
-        """What an event adds: text, its tokens, and why the answer has ended, if it has."""
-        if isinstance(event, Result):
-            return self.end(event), [], self.finish_reason
-        assert isinstance(event, list)
-        return self.add(event), event, None
+    def take(self, event: New | End) -> tuple[str, Sequence[Token], str | None]:
+        """What an event adds: text to be shown, its tokens, and why the answer has ended, if it has."""
+        if isinstance(event, End):
+            self.end = event
+            return self._show("", is_last=True), (), event.finish_reason
+        self.num_tokens += event.num_tokens
+        self.tokens += event.tokens
+        self.spelled |= event.spelled
+        return self._show(event.text, is_last=False), event.tokens, None
 
     def _show(self, text: str, *, is_last: bool) -> str:
         shown = self._text.add(text, is_last=is_last)
         self.shown += shown
         return shown
-
-    @property
-    def finish_reason(self) -> str:
-        assert self.result is not None
-        return self.result.finish_reason
 
     def own(self, tokens: Sequence[Token], is_traced: bool) -> dict[str, Any]:
         """What mpg says beside the API: log-ratios of tokens, and at the end seed and statistics."""
@@ -99,13 +91,13 @@ class Choice:
             said["texts"] = [token.text for token in tokens]
             said["marks"] = [token.mark for token in tokens]
             said["rejected"] = [token.rejected for token in tokens]
-        if self.result is not None:
-            said |= {"seed": self.result.seed, "weights": self.result.weights, "stats": self.result.stats}
+        if self.end is not None:
+            said |= {"seed": self.end.seed, "weights": self.end.weights, "stats": self.end.stats}
         return said
 
     def chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         def tell(token_id: int, logprob: float) -> dict[str, Any]:
-            text = self.spell(token_id)
+            text = self.spelled[token_id]
             return {
                 "token": text,
                 "logprob": finite(logprob),
@@ -122,7 +114,7 @@ class Choice:
         self, scored: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]]
     ) -> dict[str, Any]:
         """Of tokens by id, with their log-probabilities and the likeliest of their rows."""
-        texts = [self.spell(token_id) for token_id, _, _ in scored]
+        texts = [self.spelled[token_id] for token_id, _, _ in scored]
         offsets = []
         for text in texts:
             offsets.append(self.offset)
@@ -131,13 +123,10 @@ class Choice:
         for text, (_, logprob, top) in zip(texts, scored, strict=True):
             by_text: dict[str, float] = {}
             for token_id, value in top:  # of those that are spelled alike the likeliest
-                by_text.setdefault(self.spell(token_id), finite(value))
+                by_text.setdefault(self.spelled[token_id], finite(value))
             tops.append(None if logprob is None else by_text | ({} if text in by_text else {text: finite(logprob)}))
         logprobs = [None if logprob is None else finite(logprob) for _, logprob, _ in scored]
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
-
-    def spell(self, token_id: int) -> str:
-        return "" if self.tokenizer is None else self.tokenizer.decode([token_id])
 
 
 def scored(tokens: Sequence[Token]) -> list[tuple[int, float | None, Sequence[tuple[int, float]]]]:

@@ -1,11 +1,10 @@
-"""The thread that owns the models: it lets jobs in, gives every group its turn, and hands out what rounds bring.
+"""The thread that owns the models: it lets jobs in, gives every group its turn, and tells what rounds bring.
 
-Knows jobs and groups of them; nothing of HTTP. Handlers only queue jobs and listen.
+Knows jobs and groups of them; nothing of HTTP.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -17,8 +16,8 @@ import torch
 from mpg.model import Model
 from mpg.models.ensemble import available_bytes
 from mpg.serve.groups import DecodeGroup, Group, ScoreGroup, group_key
-from mpg.serve.jobs import Event, Job, Refused, TooLarge
-from mpg.serve.metrics import Metrics
+from mpg.serve.jobs import Event, Job, Refused, Tell, TooLarge
+from mpg.serve.metrics import EngineMetrics
 from mpg.serve.settings import Settings
 
 DEFAULT_LENGTH = 2048
@@ -35,7 +34,7 @@ class Engine:
     state  "loading", "ready", "failed" or "stopping"
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics):
+    def __init__(self, settings: Settings, metrics: EngineMetrics):
         self.settings, self.metrics = settings, metrics
         self.state, self.failure = "loading", ""
         self.groups: list[Group] = []
@@ -303,18 +302,12 @@ class Engine:
             self._num_waiting -= 1
 
     def _deliver(self, events: Sequence[tuple[Job, Event]]) -> None:
-        """Hand events to their handlers, of one round all at once."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Event]]] = {}
+        """Tell events to who asked, of one round all at once."""
+        by_teller: dict[Tell, list[tuple[Job, Event]]] = {}
         for job, event in events:
             if job.is_over:
                 continue
-            job.is_over = not isinstance(event, list) or job.scores_prompt
-            by_loop.setdefault(job.loop, []).append((job, event))
-        for loop, of_loop in by_loop.items():
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_hand_out, of_loop)
-
-
-def _hand_out(events: Sequence[tuple[Job, Event]]) -> None:
-    for job, event in events:
-        job.take(event)
+            job.is_over = job.is_last(event)
+            by_teller.setdefault(job.tell, []).append((job, event))
+        for tell, told in by_teller.items():
+            tell(told)

@@ -1,22 +1,24 @@
-"""One choice of one request, on its way between its handler and the engine. Knows neither."""
+"""One choice of one request, on its way to the engine and back. Knows neither who asked nor who runs it."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mpg.decode.request import Entry, Request
-from mpg.frontend.requests import Call
-from mpg.model import Model
-from mpg.models.pool import View
 from mpg.results import Result, Token
+
+if TYPE_CHECKING:
+    from mpg.decode.request import Entry, Request
+    from mpg.frontend.requests import Call
+    from mpg.model import Model
+    from mpg.models.pool import View
 
 # New tokens of one round; the result at the end; or why there is none
 Event: TypeAlias = list[Token] | Result | list[Any] | Exception
+Tell: TypeAlias = Callable[[Sequence[tuple["Job", Event]]], object]
 
 
 class Refused(Exception):
@@ -31,23 +33,24 @@ class TooLarge(ValueError):
 class Job:
     """A text that is to be generated, or, with `scores_prompt`, a prompt whose tokens are to be scored.
 
+    id        of what it is a part of, and `number` its place there, as who asks knows them
     call      that it belongs to, of one prompt
     model     that the call was read by
-    loop      of its handler, where `take` is called with every event
+    tell      called in the engine's thread with the events of one round, those of all jobs that have this function
     entry     while it is decoded
     rows      of caches that it takes, once that has been asked
     interval  seconds from one event with tokens to the next, at least; inf: all tokens come with the end
-    num_sent  tokens that its handler has got or `_held` has for it, and `num_seen` those that its entry has brought:
+    num_sent  tokens that it has been told or `_held` has for it, and `num_seen` those that its entry has brought:
               fewer where it had to begin again, as it does with the same uniforms
     """
 
-    id: str
+    id: Any
     model: Model
     call: Call
     request: Request
-    loop: asyncio.AbstractEventLoop
-    take: Callable[[Event], None]
+    tell: Tell
     deadline: float
+    number: int = 0
     interval: float = inf
     scores_prompt: bool = False
     added_at: float = field(default_factory=monotonic)
@@ -59,8 +62,12 @@ class Job:
     _held: list[Token] = field(default_factory=list)
     _told_at: float = 0.0
 
+    def is_last(self, event: Event) -> bool:
+        """Whether no other event follows."""
+        return self.scores_prompt or not isinstance(event, list)
+
     def unsent(self, tokens: list[Token], *, is_last: bool) -> list[Token]:
-        """What its handler is to get after a round that brought these tokens: nothing, or all that it has not got."""
+        """What is to be told of it after a round that brought these tokens: nothing, or all that has not been told."""
         skipped = min(max(self.num_sent - self.num_seen, 0), len(tokens))
         self.num_seen += len(tokens)
         self.num_sent = max(self.num_sent, self.num_seen)

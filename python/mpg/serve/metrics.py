@@ -1,4 +1,4 @@
-"""What a server counts, as Prometheus reads it. Knows numbers and no requests."""
+"""What the two sides of a server count, as Prometheus reads it. Knows numbers and no requests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,28 @@ STATES = ("loading", "ready", "failed", "stopping")
 
 
 class Metrics:
-    """The counters of one server."""
+    """What handlers count."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         add: Any = {"registry": self.registry}
         self._requests = Counter("mpg_requests", "requests answered, by route and status", ("route", "status"), **add)
         self._seconds = Histogram("mpg_request_seconds", "from a request to its last byte", buckets=SHORT, **add)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.observe(seconds)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class EngineMetrics:
+    """What an engine counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        add: Any = {"registry": self.registry}
         self._first = Histogram("mpg_first_token_seconds", "from a request to its first token", buckets=SHORT, **add)
         self._waited = Histogram("mpg_queue_seconds", "from a request to its row", buckets=SHORT, **add)
         self._round = Histogram("mpg_round_seconds", "of one round of one group", buckets=SHORT, **add)
@@ -45,10 +60,6 @@ class Metrics:
         state = Gauge("mpg_state", "1 for the state that the server is in", ("state",), registry=self.registry)
         for name in STATES:
             state.labels(name).set_function(partial(lambda name: float(engine.state == name), name))
-
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        self._requests.labels(route, str(status)).inc()
-        self._seconds.observe(seconds)
 
     def waited(self, seconds: float) -> None:
         self._waited.observe(seconds)

@@ -26,6 +26,7 @@ from mpg.model import load as load_models
 from mpg.models import loading
 from mpg.models.ensemble import Ensemble
 from mpg.recipe import Recipe
+from mpg.serve.desk import LocalDesk
 from mpg.serve.errors import ApiError, of_job
 from mpg.serve.guard import Guard
 from mpg.serve.jobs import Refused
@@ -54,9 +55,9 @@ class Replica:
             model = load_models(models, **load)
             return Model(model.models, replace(model.recipe, options={**model.recipe.options, **options}))
 
-        self.load, self.app = load, make_app(settings, first, self._reload)
-        self.engine = self.app.state.engine
-        self.engine.start(first)
+        desk = LocalDesk(settings, first, self._reload)
+        self.load, self.app, self.engine = load, make_app(settings, desk), desk.service.engine
+        desk.service.start()
         while self.engine.state == "loading":
             time.sleep(LOADING_CHECK)
         self.check_health()

@@ -11,104 +11,86 @@ from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
-import anyio
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from mpg import pages
-from mpg.model import Model
-from mpg.models.ensemble import Ensemble
-from mpg.options import SCORE_SAMPLERS, TARGETS
-from mpg.recipe import Recipe
-from mpg.serve.asks import ROW_SAMPLERS, describe_model, describe_models
-from mpg.serve.attributes import Attributes
+from mpg.options import SAMPLERS, TARGETS
 from mpg.serve.chat import answer_chat
 from mpg.serve.completions import answer_completion
 from mpg.serve.connections import Connection
-from mpg.serve.engine import Engine
+from mpg.serve.desk import ClientGone, Desk
 from mpg.serve.errors import ApiError
 from mpg.serve.guard import Guard
 from mpg.serve.metrics import Metrics
 from mpg.serve.protocol import AttributeRequest, ChatRequest, CompletionRequest, Kind, parse
 from mpg.serve.settings import Settings
-from mpg.serve.streams import CLIENT_CLOSED, ClientGone, as_json
+from mpg.serve.streams import CLIENT_CLOSED, as_json
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")  # names of it
 END_SECONDS = 5  # beyond the grace, for answers that are cut off to be told so
 
 
-def make_app(settings: Settings, load: Callable[[], Model], reload: Callable[[Recipe, Ensemble], Model]) -> FastAPI:
-    """The application, which loads its models when it starts.
-
-    reload: the models of a recipe with other attributes, beside those that are loaded
-    """
+def make_app(settings: Settings, desk: Desk) -> FastAPI:
+    """The application in front of the models that a desk knows the way to."""
     metrics = Metrics()
-    engine = Engine(settings, metrics)
-    attributes = Attributes(engine, reload)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start(load)
+        await desk.open()
         yield
-        await anyio.to_thread.run_sync(engine.stop)
+        await desk.close()
 
     app = FastAPI(title="mpg", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.engine, app.router.redirect_slashes = engine, False
+    app.state.desk, app.router.redirect_slashes = desk, False
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     _handle_errors(app)
-
-    def ready() -> Engine:
-        if engine.state != "ready":
-            raise ApiError(503, f"the server is {engine.state}", code=engine.state)
-        return engine
 
     get = partial(app.api_route, methods=["GET", "HEAD"])
 
     @get("/")
     async def playground() -> Response:
-        samplers = [*ROW_SAMPLERS, *SCORE_SAMPLERS]
+        samplers = [name for name in SAMPLERS if name != "auto"]
         page = pages.fill("playground.html", {"samplers": samplers, "targets": [t for t in TARGETS if t != "base"]})
         return Response(page, media_type="text/html")
 
     @get("/health")
     async def health() -> Response:
-        is_ready = engine.state == "ready"
-        return as_json({"status": engine.state, "reason": engine.failure or None}, 200 if is_ready else 503)
+        state, failure = await desk.call("health")
+        return as_json({"status": state, "reason": failure or None}, 200 if state == "ready" else 503)
 
     @get("/metrics")
     async def measure() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(metrics.text() + await desk.call("measure"), media_type="text/plain; version=0.0.4")
 
     @get("/v1/models")
     async def models() -> Response:
-        known = describe_models(ready().model, settings.name)
+        known = await desk.call("models")
         return as_json({"object": "list", "data": [_describe(name, mpg=own) for name, own in known.items()]})
 
     @get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        return as_json(_describe(name, mpg=describe_model(ready().model, settings.name, name)))
+        return as_json(_describe(name, mpg=await desk.call("model", name)))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await answer_chat(ready(), await _read(ChatRequest, request), request, request.state.id)
+        return await answer_chat(desk, await _read(ChatRequest, request), request, request.state.id)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await answer_completion(ready(), await _read(CompletionRequest, request), request, request.state.id)
+        return await answer_completion(desk, await _read(CompletionRequest, request), request, request.state.id)
 
     @app.post("/v1/attributes")
     async def add(request: Request) -> Response:
-        ready()
         asked = await _read(AttributeRequest, request)
-        await anyio.to_thread.run_sync(attributes.add, asked.name, asked.source)
+        await desk.call("add", asked.name, asked.source)
         return as_json(_describe(asked.name), 201)
 
     @app.delete("/v1/attributes/{name}")
     async def remove(name: str) -> Response:
-        ready()
-        await anyio.to_thread.run_sync(attributes.remove, name)
+        await desk.call("remove", name)
         return as_json({"id": name, "object": "model", "deleted": True})
 
     return app
@@ -187,9 +169,13 @@ def address(host: str, port: int) -> str:
 class _Server(uvicorn.Server):
     """Tells the engine when the process is to end, and cuts off after the grace what has not ended by itself."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[str], None]):
+    def __init__(self, config: uvicorn.Config, desk: Desk, grace: float, on_ready: Callable[[str], None]):
         super().__init__(config)
-        self.app, self.on_ready = app, on_ready
+        self.desk, self.grace, self.on_ready = desk, grace, on_ready
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if sig != signal.SIGINT:  # which every process of a terminal gets
+            super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -198,12 +184,11 @@ class _Server(uvicorn.Server):
             self.on_ready(address(host, port))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        engine: Engine = self.app.state.engine
-        engine.drain()
+        self.desk.send("drain")
 
         async def cut() -> None:
-            await asyncio.sleep(engine.settings.grace)
-            await anyio.to_thread.run_sync(engine.stop)
+            await asyncio.sleep(self.grace)
+            await self.desk.call("stop")
 
         cutting = asyncio.create_task(cut())
         await super().shutdown(sockets)
@@ -217,9 +202,8 @@ def make_config(app: FastAPI, **own: Any) -> uvicorn.Config:
     )
 
 
-def serve(app: FastAPI, settings: Settings, host: str, port: int, on_ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; what runs then is finished, or cut off after the grace."""
+def run(app: FastAPI, settings: Settings, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM; what runs then is finished, or cut off after the grace."""
     config = make_config(app, host=host, port=port, timeout_graceful_shutdown=int(settings.grace) + END_SECONDS)
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises what it was ended by again, when all is done
-        signal.signal(number, lambda *_: None)
-    _Server(config, app, on_ready).run()
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again, when all is done
+    _Server(config, app.state.desk, settings.grace, on_ready).run()

@@ -1,93 +1,18 @@
-"""The events of one request's jobs as its handler reads them, while somebody looks whether the client is still there.
-
-Knows the engine's events and the connection; nothing of answers.
-"""
+"""Answers as they are sent: JSON in one piece, or server-sent events. Knows nothing of what is in them."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
-import anyio
-from fastapi import Request
 from fastapi.responses import Response
 
-from mpg.results import Result
-from mpg.serve.engine import Engine
-from mpg.serve.errors import ApiError, of_job
-from mpg.serve.jobs import Event, Job, Refused
+from mpg.serve.desk import ClientGone
+from mpg.serve.errors import ApiError
 
 DONE = b"data: [DONE]\n\n"
-SHORT = 2048  # bytes of a request: a prompt is read in .7 ms, and a thread is another .4 of everybody's
 CLIENT_CLOSED = 499  # the status of an answer that nobody gets
-
-Read = TypeVar("Read")
-
-
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
-
-
-async def beside(request: Request, read: Callable[[], Read]) -> Read:
-    """Read a request: in a thread where that may take so long that others would wait."""
-    return read() if len(await request.body()) <= SHORT else await anyio.to_thread.run_sync(read)
-
-
-class Events:
-    """What comes of the jobs of one request, in the order in which it comes."""
-
-    def __init__(self, engine: Engine, request: Request):
-        self.engine, self.request = engine, request
-        self._new: deque[tuple[int, Event]] = deque()
-        self._has_new = asyncio.Event()
-
-    def take(self, number: int, event: Event) -> None:
-        self._new.append((number, event))
-        self._has_new.set()
-
-    async def of(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
-        """(number of the choice, event) until every job is over. Gives the jobs up when it is left, and at once when
-        the client goes.
-
-        Raises ApiError where one of them fails or is refused, ClientGone.
-        """
-        try:
-            self.engine.submit(jobs)
-        except Refused as error:
-            raise of_job(error) from None
-        watcher = asyncio.create_task(self._watch(jobs))
-        try:
-            left = len(jobs)
-            while left:
-                if not self._new:
-                    self._has_new.clear()
-                    await self._has_new.wait()
-                number, event = self._new.popleft()
-                if isinstance(event, ClientGone):
-                    raise event
-                if isinstance(event, Exception):
-                    raise of_job(event)
-                if isinstance(event, Result):
-                    self.engine.metrics.finished(event)
-                left -= isinstance(event, Result) or is_scored(event)
-                yield number, event
-        finally:
-            watcher.cancel()
-            self.engine.cancel(jobs)
-
-    async def _watch(self, jobs: Sequence[Job]) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
-        self.engine.cancel(jobs)
-        self.take(0, ClientGone())
-
-
-def is_scored(event: Event) -> bool:
-    """Whether an event is the score of a prompt."""
-    return isinstance(event, list) and (not event or isinstance(event[0], tuple))
 
 
 def as_json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -86,9 +86,9 @@ def serve(
 ) -> None:
     """Serve the models under OpenAI's API; needs the package's extra 'serve'."""
     try:
+        from mpg.serve import process
         from mpg.serve.logs import log_to
-        from mpg.serve.server import address, check_address, check_host, make_app
-        from mpg.serve.server import serve as run
+        from mpg.serve.server import address, check_address, check_host
         from mpg.serve.settings import Settings
     except ImportError as error:
         raise ValueError(f"{error.name}: expected it installed: pip install 'mpg[serve]'") from None
@@ -141,7 +141,7 @@ def serve(
             port = port or deploy.free_port(host)  # Ray's own choice is not told
             application = deploy.deployment(deploy.place(models), scale=scale, **given, api_keys=keys)
             with told_if_killed(KILLED):
-                deploy.run(application, scale, host, port, lambda: _say(address(host, port)))
+                deploy.run(application, scale, host, port, lambda: process.say(address(host, port)))
         return
 
     def reload(other: Recipe, beside: Ensemble) -> Model:
@@ -153,13 +153,8 @@ def serve(
             arguments.leave_a_core()
         return Model(model.models, replace(model.recipe, options={**model.recipe.options, **options}))
 
-    stderr = sys.stderr  # another while the engine's thread loads a set that ships
-    log_to(stderr)
-    run(make_app(limits, load, reload), limits, host, port, lambda at: _say(at, stderr))
-
-
-def _say(at: str, stream: TextIO | None = None) -> None:
-    print(f"mpg: serving at {at}/v1", file=stream or sys.stderr, flush=True)
+    log_to(sys.stderr)
+    process.serve(limits, host, port, load, reload)
 
 
 def _name(models: str) -> str:

@@ -1,0 +1,171 @@
+"""The models' side of a server: it reads what handlers ask, lets the engine run it, and tells them what comes of it.
+
+Knows no HTTP and no handler. Handlers are in this process or in another one: whatever goes either way can be pickled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any, TypeAlias, cast
+
+from mpg.model import Model
+from mpg.models.ensemble import Ensemble
+from mpg.recipe import Recipe
+from mpg.results import Result
+from mpg.serve.asks import describe_model, describe_models, read_request, spell
+from mpg.serve.attributes import Attributes
+from mpg.serve.engine import Engine
+from mpg.serve.errors import ApiError, of_job
+from mpg.serve.jobs import Event, Job, Refused
+from mpg.serve.messages import End, New, Scored
+from mpg.serve.metrics import EngineMetrics
+from mpg.serve.protocol import ChatRequest, CompletionRequest
+from mpg.serve.settings import Settings
+
+SHORT = 2048  # bytes of a request: a prompt is read in .7 ms, and a thread is another .4 of everybody's
+
+Message: TypeAlias = tuple[int, Any]  # what handlers know a question by, and what they are told of it
+logger = logging.getLogger("mpg.serve")
+
+
+class Service:
+    """What handlers may have done, by the names of methods.
+
+    load    the models to begin with
+    reload  the models of a recipe with other attributes, beside those that are loaded
+    tell    called in any thread
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[], Model],
+        reload: Callable[[Recipe, Ensemble], Model],
+        tell: Callable[[list[Message]], None],
+    ):
+        self.metrics = EngineMetrics()
+        self.engine = Engine(settings, self.metrics)
+        self.attributes = Attributes(self.engine, reload)
+        self._load, self._tell = load, tell
+        self._jobs: dict[int, set[Job]] = {}  # that have not ended, by question
+        self._lock = Lock()  # of these
+        self._threads = ThreadPoolExecutor(thread_name_prefix="mpg-service")
+
+    def start(self) -> None:
+        """Load the models, and serve from then on."""
+        self.engine.start(self._load)
+
+    def ask(self, key: int, asked: ChatRequest | CompletionRequest, num_bytes: int) -> None:
+        """Answer a request: with `Begun`, and then (number of the choice, event) until all have ended; or an ApiError.
+
+        num_bytes  of it: it is read in a thread where that may take so long that others would wait
+        """
+        self._jobs[key] = set()
+        if num_bytes <= SHORT:
+            self._begin(key, asked)
+        else:
+            self._threads.submit(self._begin, key, asked)
+
+    def cancel(self, key: int) -> None:
+        """Give up a request; nobody listens any more."""
+        with self._lock:
+            self.engine.cancel(list(self._jobs.pop(key, ())))
+
+    def drain(self) -> None:
+        """Take no new requests."""
+        self.engine.drain()
+
+    def call(self, key: int, name: str, args: Sequence[Any]) -> None:
+        """Answer with what another method returns or raises, as soon as it has."""
+        self._threads.submit(lambda: self._tell([(key, _outcome(getattr(self, name), *args))]))
+
+    def health(self) -> tuple[str, str]:
+        """The engine's state, and why it has failed."""
+        return self.engine.state, self.engine.failure
+
+    def measure(self) -> bytes:
+        return self.metrics.text()
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        return describe_models(self._ready().model, self.engine.settings.name)
+
+    def model(self, name: str) -> dict[str, Any]:
+        return describe_model(self._ready().model, self.engine.settings.name, name)
+
+    def add(self, name: str, source: str) -> None:
+        self._ready()
+        self.attributes.add(name, source)
+
+    def remove(self, name: str) -> None:
+        self._ready()
+        self.attributes.remove(name)
+
+    def stop(self) -> None:
+        """Give up what runs."""
+        self.engine.stop()
+
+    def _ready(self) -> Engine:
+        if self.engine.state != "ready":
+            raise of_job(Refused(self.engine.state))
+        return self.engine
+
+    def _begin(self, key: int, asked: ChatRequest | CompletionRequest) -> None:
+        found = _outcome(lambda: read_request(asked, self._ready(), key, self._hand_out))
+        if isinstance(found, ApiError):
+            self._jobs.pop(key, None)
+            self._tell([(key, found)])
+            return
+        begun, jobs = found
+        with self._lock:
+            if key not in self._jobs:  # given up meanwhile
+                return
+            self._jobs[key].update(jobs)
+            self._tell([(key, begun)])
+            try:
+                self.engine.submit(jobs)
+            except Refused as error:
+                self._tell([(key, of_job(error))])
+            if not jobs:
+                del self._jobs[key]
+
+    def _hand_out(self, events: Sequence[tuple[Job, Event]]) -> None:
+        told = []
+        for job, event in events:
+            with self._lock:
+                if (left := self._jobs.get(job.id)) is None:  # given up
+                    continue
+                if job.is_last(event):
+                    left.discard(job)
+                    if not left:
+                        del self._jobs[job.id]
+            told.append((job.id, self._message(job, event)))
+        self._tell(told)
+
+    def _message(self, job: Job, event: Event) -> Any:
+        if isinstance(event, Exception):
+            return of_job(event)
+        if isinstance(event, Result):
+            self.metrics.finished(event)
+            return job.number, End(event.finish_reason, event.seed, event.weights, event.stats)
+        tokenizer, of_prompt = job.model.tokenizer, cast(list[Any], event)
+        if job.scores_prompt:
+            return job.number, Scored(event, spell(tokenizer, (top for _, tops in of_prompt for top, _ in tops)))
+        text, has_logprobs = "".join(token.text for token in event), job.request.num_top is not None
+        if not has_logprobs and not job.call.options.trace:
+            return job.number, New(text, len(event))
+        ids = (id for token in event for id in (token.id, *(top for top, _ in token.top_logprobs)))
+        return job.number, New(text, len(event), event, spell(tokenizer, ids) if has_logprobs else {})
+
+
+def _outcome(do: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns, or what an answer says of what it raises."""
+    try:
+        return do(*args)
+    except ApiError as error:
+        return error
+    except Exception:
+        logger.exception("a request could not be read")
+        return ApiError(500, "internal error")
