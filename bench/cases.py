@@ -275,6 +275,11 @@ class Cases:
         functions = mpg_ext.linear_panels, product, reference.linear_panels
         return Case(*functions, (x, pack(weight)), read=(x, weight))
 
+    def rms_norm(self) -> Case:
+        """B rows of V features, with the roundings of Llama."""
+        x, weight = (self.normal(*shape).to(self.dtype) for shape in ((self.B, self.V), (self.V,)))
+        return self.case("rms_norm", (x, weight), {"eps": 1e-6, "rounds_first": True}, read=(x, weight))
+
     def case(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any] | None = None, **more: Any) -> Case:
         functions = (getattr(library, name) for library in (mpg_ext, plain, reference))
         return Case(*functions, arguments, options or {}, **more)

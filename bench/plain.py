@@ -241,3 +241,9 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) ->
     is_read = torch.arange(key.shape[2], device=key.device) <= positions[:, None, :, None]
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=is_read, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, rounds_first: bool) -> Tensor:
+    whole = x.float()
+    normed = whole * torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * (normed.to(x.dtype) if rounds_first else normed)).to(x.dtype)

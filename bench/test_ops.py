@@ -37,7 +37,7 @@ ON_LOGITS = ("gather_logprobs", "verify_chunks", "draw_fallback", "combine_geome
 ON_ROWS = ("warp_temperature", "warp_top_p", "draw_tokens", "draw_top_p", "verify_block", "draw_residual")
 ON_FEATURES = ("lora_shrink", "lora_expand_")
 ON_KEYS, NUM_KEYS = ("attend_rows",), (256, 2048)  # on the CPU alone
-ON_PANELS, PRODUCT_ROWS = ("linear_panels",), (1, 3, 8, 40)  # too; rows of a product
+ON_PANELS, ON_NORMS, FEW_ROWS = ("linear_panels",), ("rms_norm",), (1, 3, 8, 40)  # too; of tokens
 ON_SCORES = (
     "score_prefixes",
     "accept_prefixes",
@@ -91,8 +91,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     parameters += [(name, B, NUM_FEATURES, dtype) for name in ON_FEATURES for dtype in dtypes for B in (1, 4, 16)]
     for V in NUM_KEYS if device == "cpu" else ():
         parameters += [(name, B, V, dtype) for name in ON_KEYS for dtype in dtypes for B in (1, 4, 16)]
-    for B in PRODUCT_ROWS if device == "cpu" else ():
+    for B in FEW_ROWS if device == "cpu" else ():
         parameters += [(name, B, NUM_FEATURES, torch.float32) for name in ON_PANELS]
+        parameters += [(name, B, NUM_FEATURES, dtype) for name in ON_NORMS for dtype in dtypes]
     parameters += [(name, B, 1, torch.float32) for name in ON_SCORES for B in (1, 64)]
     metafunc.parametrize("timed", parameters, ids=label, indirect=True, scope="module")
 

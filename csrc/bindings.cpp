@@ -850,6 +850,25 @@ Tensor linear_panels(const Tensor& x, const Tensor& panels, const std::optional<
   return out;
 }
 
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset,
+                bool rounds_first) {
+  const auto [size] = check_stored<1>("weight", weight, "in");
+  TORCH_CHECK_VALUE(x.is_cpu(), "x must be on the CPU, where this op alone is, got ", x.device());
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must be (..., in), got ", shape_string(x.sizes()));
+  const auto dtype = weight.scalar_type();
+  at::DimVector sizes(x.sizes());
+  sizes.back() = size;
+  Tensor out = at::empty(sizes, weight.options());
+  with_accumulation_type(weight, [&]<class A>(Memory& memory) {
+    const mpg::RmsNorm<A> args(storage_of(weight), memory.stored("x", x, "..., in", sizes, dtype),
+                               memory.stored("weight", weight, "in", {size}, dtype),
+                               x.numel() / size, size, A(eps), A(offset), rounds_first,
+                               out.mutable_data_ptr());
+    run(memory, args.R, size, args, mpg::cpu::rms_norm<A>, nullptr);
+  });
+  return out;
+}
+
 // Calls f with every op: its name, what does it, and its schema.
 template <class F>
 void for_each_op(F f) {
@@ -899,6 +918,8 @@ void for_each_op(F f) {
   f("linear_panels", linear_panels,
     "(Tensor x, Tensor panels, Tensor? bias=None, Tensor? down=None, Tensor? up=None, "
     "Tensor? groups=None, *, int? out_features=None, int[] blocks=[]) -> Tensor");
+  f("rms_norm", rms_norm,
+    "(Tensor x, Tensor weight, float eps, float offset=0.0, bool rounds_first=False) -> Tensor");
 }
 
 void register_ops(torch::Library& library) {

@@ -1,6 +1,6 @@
 // What the ops compute, on raw pointers: the interface that the CPU and the CUDA side both
-// implement, attend_rows and linear_panels the CPU alone. Knows no torch and no CUDA type; shapes
-// and dtypes have been checked by bindings.cpp.
+// implement, attend_rows, linear_panels and rms_norm the CPU alone. Knows no torch and no CUDA
+// type; shapes and dtypes have been checked by bindings.cpp.
 //
 // Sizes: B sequences, K draft tokens, P positions, N attribute models, V vocabulary, W window of
 // the bound; R rows of q tokens, H heads of S keys, D and E features. A is the accumulation type:
@@ -353,6 +353,17 @@ struct LinearPanels {
 };
 constexpr int64_t kPanel = 16;
 
+// Rows over their root mean square, times offset + weight.
+template <class A>
+struct RmsNorm {
+  DType dtype;
+  const void *x, *weight;  // (R, size), (size,)
+  int64_t R, size;
+  A eps, offset;
+  bool rounds_first;  // to the dtype, before a row is multiplied
+  void* out;          // (R, size)
+};
+
 // The two sides of an op. CPU: does the items [begin, end), so that the caller can split them over
 // threads. CUDA: launches on `stream`, a cudaStream_t.
 #define MPG_OP(op, Args)                                    \
@@ -396,6 +407,8 @@ void draw_uniforms(const DrawUniforms& args, int64_t begin, int64_t end);     //
 template <class A>
 void attend_rows(const AttendRows<A>& args, int64_t begin, int64_t end);   // heads; CPU alone
 void linear_panels(const LinearPanels& args, int64_t begin, int64_t end);  // panels; CPU alone
+template <class A>
+void rms_norm(const RmsNorm<A>& args, int64_t begin, int64_t end);  // rows; CPU alone
 }  // namespace cpu
 
 namespace cuda {

@@ -29,7 +29,7 @@ if torch.__version__.split(".")[:2] != build_info()["torch"].split(".")[:2]:
     raise ImportError(f"mpg was built for torch {build_info()['torch']}, this is torch {torch.__version__}; {_REBUILD}")
 
 from . import fakes  # noqa: E402, F401 - registers them
-from .cpu_ops import attend_rows, linear_panels  # noqa: E402
+from .cpu_ops import attend_rows, linear_panels, rms_norm  # noqa: E402
 from .ops import (  # noqa: E402
     accept_prefixes,
     combine_rows,
@@ -64,6 +64,7 @@ __all__ = [
     "linear_panels",
     "lora_expand_",
     "lora_shrink",
+    "rms_norm",
     "score_prefixes",
     "update_bound_",
     "verify_block",

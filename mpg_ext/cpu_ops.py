@@ -57,3 +57,19 @@ def linear_panels(
     out: (..., out), float32
     """
     return torch.ops.mpg.linear_panels(x, panels, bias, down, up, groups, out_features=out_features, blocks=blocks)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, rounds_first: bool = False) -> Tensor:
+    """Rows over their root mean square, times offset + weight: x / sqrt(mean(x^2) + eps) * (offset + weight).
+
+    On the CPU alone. Sums are in acc, in an order that depends on `in` alone: not on the other rows, nor on the number
+    of threads.
+
+    x: (..., in), float32, float16, bfloat16 or float64, in at least 1; any strides, copied where it is not contiguous
+    weight: (in,), dtype of x
+    offset: of the weight: 1 where what is stored is its distance from 1, as in Gemma
+    rounds_first: whether what is multiplied has been rounded to the dtype of x, as in Llama
+
+    out: (..., in), dtype of x; a row with NaN is NaN throughout, one with infinite numbers NaN there and 0 elsewhere
+    """
+    return torch.ops.mpg.rms_norm(x, weight, eps, offset, rounds_first)

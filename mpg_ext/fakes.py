@@ -56,6 +56,7 @@ FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, ...] | None]] = {
     "linear_panels": lambda x, panels, *_inputs, out_features=None, **_options: x.new_empty(
         (*x.shape[:-1], panels.shape[0] * panels.shape[2] if out_features is None else out_features)
     ),
+    "rms_norm": lambda x, *_inputs, **_options: x.new_empty(x.shape),
 }
 for _name, _fake in FAKES.items():
     torch.library.register_fake(f"mpg::{_name}", _fake)

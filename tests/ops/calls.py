@@ -140,11 +140,12 @@ def calls(
             "groups": integers(3, B).sort()[0],
             "out_features": 21,
         },
+        "rms_norm": {"x": normal(B, K, V), "weight": normal(V), "eps": 1e-6, "offset": 1.0, "rounds_first": True},
     }
 
 
 OPS = list(calls("meta"))
-ON_CPU_ALONE = ("attend_rows", "linear_panels")
+ON_CPU_ALONE = ("attend_rows", "linear_panels", "rms_norm")
 
 
 def clone(call: dict[str, Any]) -> dict[str, Any]:

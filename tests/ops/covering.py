@@ -76,6 +76,13 @@ FACTORS: dict[str, dict[str, Sequence[Any]]] = {
         "has_bias": (False, True),
         "layout": STORED["layout"],
     },
+    "rms_norm": {
+        "features": (1, 7, 16, 192, 576, 1025),
+        "B": (0, 1, 2, 8, 19),
+        "offset": (0.0, 1.0),
+        "rounds_first": (False, True),
+        **STORED,
+    },
 }
 
 

@@ -419,6 +419,14 @@ def linear_panels(
     return out
 
 
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, rounds_first: bool = False) -> Tensor:
+    """Twin of `mpg_ext.rms_norm`."""
+    whole = _accumulate(x)
+    normed = whole / (whole.square().mean(-1, keepdim=True) + eps).sqrt()
+    normed = normed.to(x.dtype) if rounds_first else normed
+    return (_accumulate(normed) * (offset + _accumulate(weight))).to(x.dtype)
+
+
 def _factors_of_rows(factors: Tensor, groups: Tensor) -> Tensor:
     """One factor a row, of zeros where the row runs no adapter."""
     has_adapter = (groups >= 1) & (groups < len(factors))

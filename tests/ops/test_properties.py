@@ -295,7 +295,7 @@ def test_a_sequence_gets_in_a_batch_what_it_gets_alone(device, op, seed, b):
     call = calls(device, seed, B=3, V=40)[op]
 
     def alone(name: str, value: Any) -> Any:
-        if name in ("down", "up", "eos_token_ids", "panels", "bias"):  # of all sequences
+        if name in ("down", "up", "eos_token_ids", "panels", "bias", "weight"):  # of all sequences
             return value
         dimension = 1 if name.startswith(("attribute", "log_ratios")) else 0
         return tree_map_only(Tensor, lambda tensor: tensor.narrow(dimension, b, 1), value)

@@ -244,6 +244,12 @@ ERRORS = [
         r"x .* of as many tokens for each of R = 4 rows, got \(2, 3, 7\)",
     ),
     ("linear_panels", {"up": torch.ones(3, N, 5)}, r"up must be \(G, r, out\) = \(3, 2, 21\), got \(3, 2, 5\)"),
+    ("rms_norm", {"x": torch.ones(B, 5)}, r"x must be \(..., in\) = \(2, 7\), got \(2, 5\)"),
+    ("rms_norm", {"x": torch.tensor(1.0)}, r"x must be \(..., in\), got \(\)"),
+    ("rms_norm", {"x": torch.ones(B, V).bfloat16()}, "x must be float32, got bfloat16"),
+    ("rms_norm", {"weight": torch.ones(V).int()}, "weight must be float32, float16, bfloat16 or float64"),
+    ("rms_norm", {"weight": torch.ones(0)}, "weight must have at least 1 feature, got"),
+    ("rms_norm", {"weight": torch.ones(1, V)}, r"weight must be \(in,\), got \(1, 7\)"),
     ("linear_panels", {"out_features": -1}, "out_features must be a number that fills 2 panels of 16, .*, got -1"),
 ]
 

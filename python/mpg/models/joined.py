@@ -73,9 +73,13 @@ def join_linears(model: nn.Module) -> None:
                     setattr(parent, name, JoinedPart(joined, place))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to what a module computes, or moves it."""
+    return any(getattr(module, name, None) for name in ("_forward_hooks", "_forward_pre_hooks", "_hf_hook"))
+
+
 def _is_plain(layer: object) -> TypeGuard[nn.Linear]:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")
-    return type(layer) is nn.Linear and not any(getattr(layer, name, None) for name in hooks)
+    return type(layer) is nn.Linear and not has_hooks(layer)
 
 
 def _kind(layer: nn.Linear) -> tuple[object, ...]:

@@ -29,6 +29,7 @@ from mpg.models.joined import join_linears
 from mpg.models.linear import pack_linears
 from mpg.models.lora import Adapter, UnstackableError, adapter_in_memory, read_adapter
 from mpg.models.merging import merge_adapter
+from mpg.models.norms import fuse_norms
 from mpg.models.origin import Origin
 from mpg.models.places import resolve_device, resolve_dtype, resolve_places
 from mpg.models.quantize import INT4_DRAFT, QUANTIZERS, quantize_linears
@@ -133,9 +134,12 @@ def load(
         _adapt(others[0], slots[BASE].model.adapters, base)
     if graphs:
         _allow_captures(models)
-    for loaded in models if compile else ():
-        compile_layers(loaded.argument, loaded.model, loaded.stack)
-        loaded.is_compiled = True
+    for loaded in models:
+        if compile:
+            compile_layers(loaded.argument, loaded.model, loaded.stack)
+            loaded.is_compiled = True
+        else:  # a compiled layer has its norms fused with what is around them
+            fuse_norms(loaded.model)
     if ANCHOR in contexts:
         slots[ANCHOR] = slots[ANCHOR]._replace(context=ANCHOR)
     return Ensemble(models, slots, tuple(names), contexts)
