@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,12 @@ from mpg.demo.stages import stage
 from mpg.models import gguf
 
 
+@pytest.fixture
+def _short_answers(monkeypatch):
+    monkeypatch.setattr(stages, "stage", lambda models: replace(stage(models), max_new_tokens=16))
+
+
+@pytest.mark.usefixtures("_short_answers")
 def test_demo_prints_answers_side_by_side_and_differences_with_intervals_and_saves_them(run, tmp_path):
     """Beside the answers and the machine."""
     file = tmp_path / "demo.json"
@@ -52,6 +59,7 @@ def test_a_file_that_cannot_be_saved_is_refused_before_anything_is_loaded(run, t
     assert done.stderr.startswith("mpg: save: expected a file that can be written, got ")
 
 
+@pytest.mark.usefixtures("_short_answers")
 def test_demo_falls_back_to_the_tiny_set_and_says_why(run, monkeypatch):
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     monkeypatch.setattr(gguf, "has_file", lambda source, name: False)

@@ -23,6 +23,16 @@ LOUD = [40, 41, 42]
 NEGATIVE = {"longer": [21, 22, 23, 7], "a token": [30], "none": None}
 
 
+def of_models(names, values):
+    """Every second pair of a model and of the values of a test in the short form, all of them in the long one."""
+    pairs = [
+        pytest.param(model, *of_test, id=f"{model}-{name}")
+        for (i, model), (j, (name, of_test)) in product(enumerate(MODELS), enumerate(values.items()))
+        if IS_LONG or (i + j) % 2 == 0
+    ]
+    return pytest.mark.parametrize(("adapted", *names), pairs, indirect=["adapted"])
+
+
 @pytest.fixture(params=MODELS)
 def adapted(request, tiny_model):
     """A model with an adapter, and its own full forward: logprobs(adapter or None, tokens) of the last row."""
@@ -57,7 +67,7 @@ def greedy(logprobs, prompt, context):
     return text, ratios
 
 
-@pytest.mark.parametrize("context", CONTEXTS, ids=len)
+@of_models(["context"], {str(len(context)): [context] for context in CONTEXTS})
 def test_a_context_that_drafts_reads_its_own_text_to_the_end(context, adapted, monkeypatch):
     """Whatever its last tokens are, and be it one token: drafts are the context's own, and the target's where that
     is its model."""
@@ -73,11 +83,10 @@ def test_a_context_that_drafts_reads_its_own_text_to_the_end(context, adapted, m
         assert result.stats["accept_rate"] == 1
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"sampler": "direct"}, {"draft": "reference"}, {"draft": "lookup"}, {"draft": "model", "verify": "token"}],
-    ids=lambda options: "-".join(options.values()),
-)
+WAYS = [{"sampler": "direct"}, {"draft": "reference"}, {"draft": "lookup"}, {"draft": "model", "verify": "token"}]
+
+
+@of_models(["options"], {"-".join(options.values()): [options] for options in WAYS})
 def test_text_and_log_ratios_are_those_of_forwards_without_a_cache(options, adapted):
     """Three prompts of other lengths with contexts of other lengths, one without any, and a row less than texts."""
     model, logprobs = adapted
@@ -140,11 +149,15 @@ def test_the_same_text_is_read_once_whatever_it_is_called_and_by_however_many_re
 RAGGED, EQUAL = ([3], [4, 5, 6], [7, 8], [9, 10]), ([3, 4], [5, 6], [7, 8], [9, 10])
 
 
-@pytest.mark.parametrize(
-    ("sampler", "tails", "num_rows"),
-    [("direct", RAGGED, 2), ("exact", RAGGED, 2), ("direct", EQUAL, 4), ("direct", RAGGED, 1)],
-    ids=["direct", "exact", "of equal length in all rows", "one after another"],
-)
+SHARING = {
+    "direct": ("direct", RAGGED, 2),
+    "exact": ("exact", RAGGED, 2),
+    "of equal length in all rows": ("direct", EQUAL, 4),
+    "one after another": ("direct", RAGGED, 1),
+}
+
+
+@of_models(["sampler", "tails", "num_rows"], SHARING)
 def test_what_texts_begin_with_alike_is_read_once(sampler, tails, num_rows, adapted, monkeypatch):
     """By prompts that come together, by those that come while another goes on, and by those that come where another
     was; texts are those without it."""
