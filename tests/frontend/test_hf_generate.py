@@ -378,10 +378,10 @@ SAME_AS_THERE = {
     "suppressed": {"suppress_tokens": [44, 413, 312]},
     "suppressed at first": {"begin_suppress_tokens": [44]},
     "biased": {"sequence_bias": [[[44, 413], -5.0], [[263], 4.0]]},
-    "new tokens at least": {"min_new_tokens": 38},
-    "length at least": {"min_length": 45},
+    "new tokens at least": {"min_new_tokens": 20, "eos_token_id": [DOT, EOS]},
+    "length at least": {"min_length": 30, "eos_token_id": [DOT, EOS]},
     "forced end": {"forced_eos_token_id": 3},
-    "own processor": {"logits_processor": [transformers.MinLengthLogitsProcessor(45, 3)]},
+    "own processor": {"logits_processor": [transformers.MinLengthLogitsProcessor(30, DOT)], "eos_token_id": [DOT, EOS]},
     "allowed tokens": {"prefix_allowed_tokens_fn": lambda index, ids: list(range(40 + 10 * index, 500))},
     "own criterion": {"stopping_criteria": [lambda ids, scores: ids[:, -1] == DOT]},
     "total length": {"max_new_tokens": None, "max_length": 30},
@@ -401,7 +401,7 @@ class TestCustomGenerate:
         ],
     )
     def test_greedy_base_is_what_transformers_returns(self, plain, combined, inputs, name, sampler):
-        how = {"max_new_tokens": 40, **SAME_AS_THERE[name]}
+        how = {"max_new_tokens": 28, **SAME_AS_THERE[name]}
         if "logits_processor" in how:  # left padding counts in transformers' lengths: take prompts without
             batch = inputs(LONG, LONG)
             how["logits_processor"] = LogitsProcessorList(how["logits_processor"])
