@@ -141,7 +141,7 @@ def test_text_over_an_anchor_that_hosts_the_adapters_is_of_the_base_times_their_
     original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(set_folder), adapters["E"], "E")
     original.load_adapter(adapters["T"], "T")
     weights, tokens = {"E": 1.5, "T": 0.5}, [3, 4, 5]
-    for _ in range(12):
+    for _ in range(6):
         of_anchor, *of_attributes = (
             full_logits(original, tokens, name)[-1].log_softmax(-1) for name in (None, *weights)
         )
@@ -151,10 +151,10 @@ def test_text_over_an_anchor_that_hosts_the_adapters_is_of_the_base_times_their_
         else:
             score = sum(alpha * ratio.exp() for alpha, ratio in ratios).log()
         tokens.append(int((full_logits(specialised, tokens)[-1].log_softmax(-1) + score).argmax()))
-    alone = model.generate([3, 4, 5], target="base", temperature=0, max_new_tokens=12)
+    alone = model.generate([3, 4, 5], target="base", temperature=0, max_new_tokens=6)
     assert list(alone.tokens) != tokens[3:]
     for how in ({"sampler": "direct"}, {"draft": "reference"}, {"draft": "merged"}):
-        text = model.generate([3, 4, 5], weights=weights, target=target, temperature=0, max_new_tokens=12, **how)
+        text = model.generate([3, 4, 5], weights=weights, target=target, temperature=0, max_new_tokens=6, **how)
         assert list(text.tokens) == tokens[3:]
 
 

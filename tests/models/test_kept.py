@@ -147,7 +147,7 @@ def test_ctrl_c_at_any_line_leaves_a_count_that_is_right_and_what_is_kept_found(
 def test_texts_are_those_that_are_read_from_their_first_token(way, model, monkeypatch):
     """Calls after one another, of requests that wait for rows: conversations that go on, beginnings that are shared."""
     monkeypatch.setattr(beginnings, "MIN_SHARED", 2)
-    options = {"weights": {"E": 1, "T": 0.5}, "max_new_tokens": 12, "batch_size": 2, **way}
+    options = {"weights": {"E": 1, "T": 0.5}, "max_new_tokens": 8, "batch_size": 2, **way}
 
     def answers():
         talks, texts = [[*TALK], [*TALK], [{"role": "user", "content": "How do you like to work?"}]], []
