@@ -38,7 +38,8 @@ from report import RESULTS
 QUESTIONS = [*DEMO_QUESTIONS, *(question.text for question in HELD_OUT_QUESTIONS)]
 WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
 SHORTEST = 20  # new tokens that a request has at least, where it does not end before
-REQUESTS = {"demo": (200, 400), "smollm2": (16, 64)}  # how many, and new tokens of the longest
+COUNT, LONGEST = 200, 400  # requests, and new tokens of the longest
+ONE_BY_ONE = {"demo": 200, "smollm2": 40}  # the first of them, where there is one client
 TURNS = {"demo": 3, "smollm2": 1}  # of both sides one after the other, whose medians count
 LONGEST_PROMPT = 64
 LONG_PROMPT, AFTER_IT = 1000, 60  # tokens, where there are positions for both
@@ -216,23 +217,21 @@ def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[floa
     return sum(len(result.tokens) for result in results) / seconds, texts, worked
 
 
-def measure(models: str, model: Model, clients: Sequence[int], sampler: str, of_all: int | None) -> Row:
-    count, longest = REQUESTS[models]
-    count = of_all or count
-    longest = min(longest, (model.models.max_positions or longest) - LONGEST_PROMPT)
+def measure(models: str, model: Model, clients: Sequence[int], sampler: str, count: int) -> Row:
+    longest = min(LONGEST, (model.models.max_positions or LONGEST) - LONGEST_PROMPT)
     bodies = make_requests(count, longest, sampler)
+    one = bodies[: ONE_BY_ONE[models]]
     generate(model, bodies[:4], 4)
-    few = bodies[: max(count // 8, 4)]
     rows = []
     with started(models, "--max-rows", str(max(clients))) as (url, pid):
-        asyncio.run(load(url, few, 4))  # warm
-        alone, *_ = generate(model, bodies, 1)
+        asyncio.run(load(url, bodies[:8], 4))  # warm
+        alone, *_ = generate(model, one, 1)
         for num_clients in clients:
-            turns = []
+            turns, asked = [], one if num_clients == 1 else bodies
             for _ in range(TURNS[models]):
-                in_batch, wanted, worked = generate(model, bodies, num_clients)
+                in_batch, wanted, worked = generate(model, asked, num_clients)
                 before = processor_seconds(pid)
-                row = asyncio.run(load(url, bodies, num_clients))
+                row = asyncio.run(load(url, asked, num_clients))
                 served = processor_seconds(pid) - before
                 texts = row.pop("texts")
                 row |= {
@@ -293,7 +292,7 @@ def plot(found: Sequence[Row], path: Any) -> None:
 
 def main(
     models: Annotated[list[str] | None, typer.Option()] = None,
-    count: Annotated[int | None, typer.Option(help="Requests. Default: each set's own number.")] = None,
+    count: Annotated[int, typer.Option(help="Requests.")] = COUNT,
     clients: Annotated[str, typer.Option(help="At once; '' for long prompts alone.")] = "1,8,32,64",
     long: Annotated[bool, typer.Option(help="Measure long prompts.")] = True,
     sampler: str = "direct",
@@ -308,7 +307,7 @@ def main(
         return {of_set["models"]: of_set for of_set in json.loads(path.read_text())["sets"]} if path.exists() else {}
 
     report: Row = {}
-    for name in models or REQUESTS:
+    for name in models or ONE_BY_ONE:
         model, of_set = arguments.load(name), latest().get(name, {"models": name})
         parts = [lambda: measure_long(name, model)] if long else []  # noqa: B023
         parts += [lambda: measure(name, model, at_once, sampler, count)] if at_once else []  # noqa: B023
