@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from socket import socketpair
 
 import httpx
 import uvicorn
@@ -12,15 +13,17 @@ import uvicorn
 from mpg.model import Model
 from mpg.models import loading
 from mpg.serve.desk import LocalDesk
+from mpg.serve.process import Remote, Teller, attend
 from mpg.serve.server import make_app, make_config
+from mpg.serve.service import Service
 from mpg.serve.settings import Settings
 
 
 class Served:
     """A running server: its address, its engine, and the model that it began with."""
 
-    def __init__(self, url, app, model):
-        self.url, self.engine, self.model = url, app.state.desk.service.engine, model
+    def __init__(self, url, engine, model):
+        self.url, self.engine, self.model = url, engine, model
 
     def post(self, path, body, **headers):
         return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=60)
@@ -39,23 +42,41 @@ class Served:
         return True
 
 
+def start(do, *args):
+    thread = threading.Thread(target=do, args=args)
+    thread.start()
+    return thread
+
+
 @contextmanager
-def serving(model, **settings):
-    """A server of this model in a thread."""
+def serving(model, *, is_apart=False, **settings):
+    """A server of this model in a thread. is_apart: in front of a service that is reached as one in another process"""
     limits = Settings(**{"name": "demo", **settings})
 
     def reload(recipe, beside):
         return Model(loading.load(recipe, dtype=beside.dtype, device=beside.device, beside=beside), recipe)
 
-    app = make_app(limits, LocalDesk(limits, lambda: model, reload))
+    with ExitStack() as stack:
+        if is_apart:
+            here, there = map(stack.enter_context, socketpair())
+            service = Service(limits, lambda: model, reload, Teller(here).tell)
+            service.start()
+            desk = Remote(there, lambda: None)
+            stack.callback(start(attend, here, service).join)
+        else:
+            desk = LocalDesk(limits, lambda: model, reload)
+            service = desk.service
+        yield from _run(make_app(limits, desk), service.engine, model)
+
+
+def _run(app, engine, model):
     server = uvicorn.Server(make_config(app, port=0))
-    thread = threading.Thread(target=server.run)
-    thread.start()
+    thread = start(server.run)
     try:
-        while not server.started or app.state.desk.service.engine.state == "loading":
+        while not server.started or engine.state == "loading":
             time.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Served(f"http://127.0.0.1:{port}", app, model)
+        yield Served(f"http://127.0.0.1:{port}", engine, model)
     finally:
         server.should_exit = True
         thread.join()

@@ -45,6 +45,7 @@ def test_a_storm_leaves_every_text_as_it_is_alone_and_nothing_behind(precise_mod
         asked.append((fate, {**body, **(rng.choice(WRONG) if fate == "is wrong" else {})}))
 
     limits = {
+        "is_apart": True,
         "max_queue": COUNT * 2,
         "admin_key": "key",
         "attribute_folders": (tmp_path,),

@@ -18,7 +18,7 @@ REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fiel
 
 class Corked:
     """A transport that sends at once what is written in one turn of the loop: a head with the first event, an answer's
-    last events with its end. Each call to send lets go of the interpreter, which the engine then takes."""
+    last events with its end. Each call to send is a system call, and a client's turn to read."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop

@@ -30,7 +30,7 @@ class Desk(ABC):
 
     def __init__(self) -> None:
         self._keys = count()
-        self._told: dict[int, asyncio.Queue[Any]] = {}  # by question
+        self._told: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Any]]] = {}  # by question
 
     @abstractmethod
     def send(self, name: str, *args: Any) -> None:
@@ -66,7 +66,7 @@ class Desk(ABC):
         watcher = asyncio.create_task(_watch(request, told))
         left = 1
         try:
-            self.send("ask", key, asked, len(await request.body()))
+            self.send("ask", key, type(asked), await request.body())
             while left:
                 message = await told.get()
                 if isinstance(message, Exception):
@@ -85,12 +85,12 @@ class Desk(ABC):
     def take(self, messages: Sequence[tuple[int, Any]]) -> None:
         """Hand out what the service tells."""
         for key, message in messages:
-            if (told := self._told.get(key)) is not None:
-                told.put_nowait(message)
+            if (waiting := self._told.get(key)) is not None:
+                waiting[1].put_nowait(message)
 
     def _listen(self) -> tuple[int, asyncio.Queue[Any]]:
         key, told = next(self._keys), asyncio.Queue[Any]()
-        self._told[key] = told
+        self._told[key] = asyncio.get_running_loop(), told
         return key, told
 
 
@@ -101,7 +101,7 @@ async def _watch(request: Request, told: asyncio.Queue[Any]) -> None:
 
 
 class LocalDesk(Desk):
-    """Of a service in this process. The loop is the one in which something was asked last."""
+    """Of a service in this process."""
 
     def __init__(
         self, settings: Settings, load: Callable[[], Model], reload: Callable[[Recipe, Ensemble], Model]
@@ -112,7 +112,6 @@ class LocalDesk(Desk):
         self.service = Service(settings, load, reload, self._tell)
 
     def send(self, name: str, *args: Any) -> None:
-        self._loop = asyncio.get_running_loop()
         getattr(self.service, name)(*args)
 
     async def open(self) -> None:
@@ -122,5 +121,7 @@ class LocalDesk(Desk):
         await anyio.to_thread.run_sync(self.service.stop)
 
     def _tell(self, messages: list[tuple[int, Any]]) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.take, messages)
+        for message in messages:
+            loop, _ = self._told.get(message[0], (None, None))
+            if loop is not None and not loop.is_closed():
+                loop.call_soon_threadsafe(self.take, [message])

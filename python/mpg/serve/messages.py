@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from mpg.results import Token
 
@@ -55,6 +55,3 @@ class End(NamedTuple):
     seed: int
     weights: dict[str, float]
     stats: dict[str, float]
-
-
-Event: TypeAlias = New | Scored | End

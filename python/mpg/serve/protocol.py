@@ -173,6 +173,11 @@ def parse(kind: type[Kind], content_type: str, body: bytes) -> Kind:
     if content_type.partition(";")[0].strip().lower() != "application/json":  # which pages of other sites cannot send
         message = f"content-type: expected application/json, got {content_type[:100] or 'none'}"
         raise ApiError(415, message, "content-type")
+    return read_body(kind, body)
+
+
+def read_body(kind: type[Kind], body: bytes) -> Kind:
+    """`parse` of what is known to be JSON."""
     try:
         given = parse_json(body.decode(json.detect_encoding(body)))
     except ValueError as error:

@@ -167,7 +167,7 @@ def address(host: str, port: int) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Tells the engine when the process is to end, and cuts off after the grace what has not ended by itself."""
+    """Tells the models' side when the process is to end, and cuts off after the grace what has not ended by itself."""
 
     def __init__(self, config: uvicorn.Config, desk: Desk, grace: float, on_ready: Callable[[str], None]):
         super().__init__(config)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
-from typing import Any, TypeAlias, cast
+from threading import Lock, Thread
+from typing import Any, cast
 
 from mpg.model import Model
 from mpg.models.ensemble import Ensemble
@@ -22,12 +22,12 @@ from mpg.serve.errors import ApiError, of_job
 from mpg.serve.jobs import Event, Job, Refused
 from mpg.serve.messages import End, New, Scored
 from mpg.serve.metrics import EngineMetrics
-from mpg.serve.protocol import ChatRequest, CompletionRequest
+from mpg.serve.protocol import ChatRequest, CompletionRequest, read_body
 from mpg.serve.settings import Settings
 
 SHORT = 2048  # bytes of a request: a prompt is read in .7 ms, and a thread is another .4 of everybody's
+QUICK = ("health", "measure", "models", "model")  # which wait for nothing
 
-Message: TypeAlias = tuple[int, Any]  # what handlers know a question by, and what they are told of it
 logger = logging.getLogger("mpg.serve")
 
 
@@ -36,7 +36,7 @@ class Service:
 
     load    the models to begin with
     reload  the models of a recipe with other attributes, beside those that are loaded
-    tell    called in any thread
+    tell    called in any thread with (what handlers know a question by, what they are told of it); waits for nobody
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Service:
         settings: Settings,
         load: Callable[[], Model],
         reload: Callable[[Recipe, Ensemble], Model],
-        tell: Callable[[list[Message]], None],
+        tell: Callable[[list[tuple[int, Any]]], None],
     ):
         self.metrics = EngineMetrics()
         self.engine = Engine(settings, self.metrics)
@@ -52,22 +52,20 @@ class Service:
         self._load, self._tell = load, tell
         self._jobs: dict[int, set[Job]] = {}  # that have not ended, by question
         self._lock = Lock()  # of these
-        self._threads = ThreadPoolExecutor(thread_name_prefix="mpg-service")
+        self._readers = ThreadPoolExecutor(thread_name_prefix="mpg-reader")
 
     def start(self) -> None:
         """Load the models, and serve from then on."""
         self.engine.start(self._load)
 
-    def ask(self, key: int, asked: ChatRequest | CompletionRequest, num_bytes: int) -> None:
+    def ask(self, key: int, kind: type[ChatRequest | CompletionRequest], body: bytes) -> None:
         """Answer a request: with `Begun`, and then (number of the choice, event) until all have ended; or an ApiError.
-
-        num_bytes  of it: it is read in a thread where that may take so long that others would wait
-        """
+        It is read in a thread where that may take so long that others would wait."""
         self._jobs[key] = set()
-        if num_bytes <= SHORT:
-            self._begin(key, asked)
+        if len(body) <= SHORT:
+            self._begin(key, kind, body)
         else:
-            self._threads.submit(self._begin, key, asked)
+            self._readers.submit(self._begin, key, kind, body)
 
     def cancel(self, key: int) -> None:
         """Give up a request; nobody listens any more."""
@@ -80,7 +78,14 @@ class Service:
 
     def call(self, key: int, name: str, args: Sequence[Any]) -> None:
         """Answer with what another method returns or raises, as soon as it has."""
-        self._threads.submit(lambda: self._tell([(key, _outcome(getattr(self, name), *args))]))
+
+        def answer() -> None:
+            self._tell([(key, _outcome(getattr(self, name), *args))])
+
+        if name in QUICK:
+            answer()
+        else:
+            Thread(target=answer, daemon=True).start()
 
     def health(self) -> tuple[str, str]:
         """The engine's state, and why it has failed."""
@@ -105,6 +110,7 @@ class Service:
 
     def stop(self) -> None:
         """Give up what runs."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
 
     def _ready(self) -> Engine:
@@ -112,8 +118,8 @@ class Service:
             raise of_job(Refused(self.engine.state))
         return self.engine
 
-    def _begin(self, key: int, asked: ChatRequest | CompletionRequest) -> None:
-        found = _outcome(lambda: read_request(asked, self._ready(), key, self._hand_out))
+    def _begin(self, key: int, kind: type[ChatRequest | CompletionRequest], body: bytes) -> None:
+        found = _outcome(lambda: read_request(read_body(kind, body), self._ready(), key, self._hand_out))
         if isinstance(found, ApiError):
             self._jobs.pop(key, None)
             self._tell([(key, found)])
@@ -122,14 +128,16 @@ class Service:
         with self._lock:
             if key not in self._jobs:  # given up meanwhile
                 return
-            self._jobs[key].update(jobs)
             self._tell([(key, begun)])
+            if not jobs:
+                del self._jobs[key]
+                return
+            self._jobs[key].update(jobs)
             try:
                 self.engine.submit(jobs)
             except Refused as error:
-                self._tell([(key, of_job(error))])
-            if not jobs:
                 del self._jobs[key]
+                self._tell([(key, of_job(error))])
 
     def _hand_out(self, events: Sequence[tuple[Job, Event]]) -> None:
         told = []
@@ -141,7 +149,8 @@ class Service:
                     left.discard(job)
                     if not left:
                         del self._jobs[job.id]
-            told.append((job.id, self._message(job, event)))
+            found = _outcome(self._message, job, event)
+            told.append((job.id, found if isinstance(found, ApiError) else (job.number, found)))
         self._tell(told)
 
     def _message(self, job: Job, event: Event) -> Any:
@@ -149,15 +158,15 @@ class Service:
             return of_job(event)
         if isinstance(event, Result):
             self.metrics.finished(event)
-            return job.number, End(event.finish_reason, event.seed, event.weights, event.stats)
+            return End(event.finish_reason, event.seed, event.weights, event.stats)
         tokenizer, of_prompt = job.model.tokenizer, cast(list[Any], event)
         if job.scores_prompt:
-            return job.number, Scored(event, spell(tokenizer, (top for _, tops in of_prompt for top, _ in tops)))
+            return Scored(event, spell(tokenizer, (top for _, tops in of_prompt for top, _ in tops)))
         text, has_logprobs = "".join(token.text for token in event), job.request.num_top is not None
         if not has_logprobs and not job.call.options.trace:
-            return job.number, New(text, len(event))
+            return New(text, len(event))
         ids = (id for token in event for id in (token.id, *(top for top, _ in token.top_logprobs)))
-        return job.number, New(text, len(event), event, spell(tokenizer, ids) if has_logprobs else {})
+        return New(text, len(event), event, spell(tokenizer, ids) if has_logprobs else {})
 
 
 def _outcome(do: Callable[..., Any], *args: Any) -> Any:
@@ -167,5 +176,5 @@ def _outcome(do: Callable[..., Any], *args: Any) -> Any:
     except ApiError as error:
         return error
     except Exception:
-        logger.exception("a request could not be read")
+        logger.exception("the service has failed at a question")
         return ApiError(500, "internal error")
