@@ -40,7 +40,7 @@ WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
 SHORTEST = 20  # new tokens that a request has at least, where it does not end before
 COUNT, LONGEST = 200, 400  # requests, and new tokens of the longest
 ONE_BY_ONE = {"demo": 200, "smollm2": 40}  # the first of them, where there is one client
-TURNS = {"demo": 3, "smollm2": 1}  # of both sides one after the other, whose medians count
+TURNS = {"demo": 5, "smollm2": 1}  # of both sides one after the other, whose medians count
 LONGEST_PROMPT = 64
 LONG_PROMPT, AFTER_IT = 1000, 60  # tokens, where there are positions for both
 REPEATS = 3  # of a system prompt
@@ -225,8 +225,8 @@ def measure(models: str, model: Model, clients: Sequence[int], sampler: str, cou
     rows = []
     with started(models, "--max-rows", str(max(clients))) as (url, pid):
         asyncio.run(load(url, bodies[:8], 4))  # warm
-        alone, *_ = generate(model, one, 1)
-        for num_clients in clients:
+        alone = 0.0 if 1 in clients else generate(model, one, 1)[0]
+        for num_clients in sorted(clients):
             turns, asked = [], one if num_clients == 1 else bodies
             for _ in range(TURNS[models]):
                 in_batch, wanted, worked = generate(model, asked, num_clients)
@@ -236,13 +236,17 @@ def measure(models: str, model: Model, clients: Sequence[int], sampler: str, cou
                 texts = row.pop("texts")
                 row |= {
                     "equal_texts": sum(texts[seed] == text for seed, text in wanted.items()) / len(wanted),
-                    "batch_tokens_per_second": in_batch, "one_by_one_tokens_per_second": alone,
-                    "of_batch": row["tokens_per_second"] / in_batch, "of_one_by_one": row["tokens_per_second"] / alone,
+                    "batch_tokens_per_second": in_batch, "of_batch": row["tokens_per_second"] / in_batch,
                     "processor_seconds": served, "batch_processor_seconds": worked,
                     "of_batch_by_processor": worked / served, "memory_gib": memory(pid),
                 }  # fmt: skip
                 turns.append(row)
-            rows.append({name: round(statistics.median(turn[name] for turn in turns), 4) for name in turns[0]})
+            found = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+            alone = found["batch_tokens_per_second"] if num_clients == 1 else alone
+            found |= {
+                "one_by_one_tokens_per_second": alone, "of_one_by_one": found["tokens_per_second"] / alone
+            }  # fmt: skip
+            rows.append({name: round(value, 4) for name, value in found.items()})
             print(models, rows[-1], flush=True)
     return {"requests": count, "longest": longest, "sampler": sampler, "rows": rows}
 

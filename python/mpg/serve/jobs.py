@@ -39,7 +39,8 @@ class Job:
     tell      called in the engine's thread with the events of one round, those of all jobs that have this function
     entry     while it is decoded
     rows      of caches that it takes, once that has been asked
-    interval  seconds from one event with tokens to the next, at least; inf: all tokens come with the end
+    interval  seconds from one event with tokens to the next, the first of which comes at once; all jobs' are told at
+              the same times. inf: all tokens come with the end
     num_sent  tokens that it has been told or `_held` has for it, and `num_seen` those that its entry has brought:
               fewer where it had to begin again, as it does with the same uniforms
     """
@@ -60,7 +61,7 @@ class Job:
     num_seen: int = 0
     is_over: bool = False
     _held: list[Token] = field(default_factory=list)
-    _told_at: float = 0.0
+    _tick: float = -1.0  # of its last event
 
     def is_last(self, event: Event) -> bool:
         """Whether no other event follows."""
@@ -73,7 +74,8 @@ class Job:
         self.num_sent = max(self.num_sent, self.num_seen)
         self._held += tokens[skipped:]
         now = monotonic()
-        if not self._held or (now < self._told_at + self.interval and not is_last):
+        tick = now // self.interval if self.interval else now
+        if not self._held or not (is_last or (tick != self._tick and self.interval < inf)):
             return []
-        new, self._held, self._told_at = self._held, [], now
+        new, self._held, self._tick = self._held, [], tick
         return new

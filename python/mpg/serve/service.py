@@ -20,7 +20,7 @@ from mpg.serve.attributes import Attributes
 from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError, of_job
 from mpg.serve.jobs import Event, Job, Refused
-from mpg.serve.messages import End, New, Scored
+from mpg.serve.messages import Begun, End, New, Scored
 from mpg.serve.metrics import EngineMetrics
 from mpg.serve.protocol import ChatRequest, CompletionRequest, read_body
 from mpg.serve.settings import Settings
@@ -51,6 +51,7 @@ class Service:
         self.attributes = Attributes(self.engine, reload)
         self._load, self._tell = load, tell
         self._jobs: dict[int, set[Job]] = {}  # that have not ended, by question
+        self._begun: dict[int, Begun] = {}  # what is yet to be told, with the first event
         self._lock = Lock()  # of these
         self._readers = ThreadPoolExecutor(thread_name_prefix="mpg-reader")
 
@@ -70,6 +71,7 @@ class Service:
     def cancel(self, key: int) -> None:
         """Give up a request; nobody listens any more."""
         with self._lock:
+            self._begun.pop(key, None)
             self.engine.cancel(list(self._jobs.pop(key, ())))
 
     def drain(self) -> None:
@@ -128,23 +130,26 @@ class Service:
         with self._lock:
             if key not in self._jobs:  # given up meanwhile
                 return
-            self._tell([(key, begun)])
             if not jobs:
                 del self._jobs[key]
+                self._tell([(key, begun)])
                 return
             self._jobs[key].update(jobs)
+            self._begun[key] = begun
             try:
                 self.engine.submit(jobs)
             except Refused as error:
-                del self._jobs[key]
+                del self._jobs[key], self._begun[key]
                 self._tell([(key, of_job(error))])
 
     def _hand_out(self, events: Sequence[tuple[Job, Event]]) -> None:
-        told = []
+        told: list[tuple[int, Any]] = []
         for job, event in events:
             with self._lock:
                 if (left := self._jobs.get(job.id)) is None:  # given up
                     continue
+                if begun := self._begun.pop(job.id, None):
+                    told.append((job.id, begun))
                 if job.is_last(event):
                     left.discard(job)
                     if not left:

@@ -27,8 +27,8 @@ class Settings:
                       the device's
     max_queue         choices that may wait; more are refused with 429
     max_seconds       that a request may take, its wait among them
-    stream_interval   seconds from one event of a stream to its next, at least: tokens of faster rounds come together,
-                      and so do requests begin that come while many others run, .05 s apart at most
+    stream_interval   seconds from one event of a stream to its next, behind its first: tokens of faster rounds come
+                      together, and so do requests begin that come while many others run, .05 s apart at most
     grace             seconds that running requests are left when the server is told to end
     max_body          bytes of a request
     log_prompts       whether the log has what requests say

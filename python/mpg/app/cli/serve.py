@@ -58,7 +58,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused.")] = 256,
     max_seconds: Annotated[float, typer.Option(help="That a request may take.")] = 600.0,
     stream_interval: Annotated[
-        float, typer.Option(help="Seconds between two events of a stream, at least; 0: one a round.")
+        float, typer.Option(help="Seconds between two events of a stream; 0: one a round.")
     ] = 0.05,
     grace: Annotated[float, typer.Option(help="Seconds that running requests have when the server ends.")] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what requests say, too.")] = False,
