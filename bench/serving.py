@@ -198,7 +198,9 @@ def measure_long(models: str, model: Model) -> Row:
 
 
 def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[float, dict[int, str], float]:
-    """Tokens a second of the same requests without a server, so many at once; the texts by seed; processor time."""
+    """Tokens a second of the same requests without a server, so many at once; the texts by seed; processor time. That
+    they are read counts, as it does in `Model.generate`."""
+    begun_at, worked = time.perf_counter(), time.process_time()
     calls = [
         model.read(
             body["messages"],
@@ -210,7 +212,6 @@ def generate(model: Model, bodies: Sequence[Row], batch_size: int) -> tuple[floa
         for body in bodies
     ]
     options = replace(calls[0].options, batch_size=batch_size, seed=None, max_new_tokens=None)
-    begun_at, worked = time.perf_counter(), time.process_time()
     results = decode(model.models, [call.requests[0] for call in calls], options, calls[0].eos_token_ids)
     seconds, worked = time.perf_counter() - begun_at, time.process_time() - worked
     texts = {body["seed"]: result.text for body, result in zip(bodies, results, strict=True)}
