@@ -94,4 +94,13 @@ def test_what_takes_long_keeps_no_other_question_waiting(precise_model, monkeypa
         assert [one.result().status_code for one in read] == [500] * 8  # nothing was read of them
 
 
+def test_what_comes_when_the_server_ends_is_told_so_and_not_read(precise_model, monkeypatch):
+    with serving(precise_model, is_apart=True) as served:
+        monkeypatch.setattr(service, "read_body", lambda *_: pytest.fail("it was read"))
+        served.engine.drain()
+        for prompt in ("word ", "word " * 1000):
+            answer = served.post(TEXT, body(prompt=prompt))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
+
+
 BODY = body()

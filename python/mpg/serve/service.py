@@ -112,7 +112,6 @@ class Service:
 
     def stop(self) -> None:
         """Give up what runs."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
 
     def _ready(self) -> Engine:
@@ -121,7 +120,7 @@ class Service:
         return self.engine
 
     def _begin(self, key: int, kind: type[ChatRequest | CompletionRequest], body: bytes) -> None:
-        found = _outcome(lambda: read_request(read_body(kind, body), self._ready(), key, self._hand_out))
+        found = _outcome(self._read, key, kind, body)
         if isinstance(found, ApiError):
             self._jobs.pop(key, None)
             self._tell([(key, found)])
@@ -141,6 +140,10 @@ class Service:
             except Refused as error:
                 del self._jobs[key], self._begun[key]
                 self._tell([(key, of_job(error))])
+
+    def _read(self, key: int, kind: type[ChatRequest | CompletionRequest], body: bytes) -> tuple[Begun, list[Job]]:
+        engine = self._ready()  # before what may take long
+        return read_request(read_body(kind, body), engine, key, self._hand_out)
 
     def _hand_out(self, events: Sequence[tuple[Job, Event]]) -> None:
         told: list[tuple[int, Any]] = []
