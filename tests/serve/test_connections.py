@@ -21,8 +21,16 @@ class Transport:
         self.calls.append(None)
 
 
+def calls_of(write):
+    """What reaches a transport of what a coroutine writes."""
+    transport, loop = Transport(), asyncio.new_event_loop()
+    loop.run_until_complete(write(Corked(transport, loop), transport))
+    loop.close()
+    return transport.calls
+
+
 def test_what_is_written_in_one_turn_is_sent_at_once_and_before_the_end():
-    async def write():
+    async def write(corked, transport):
         corked.write(b"a")
         corked.write(b"b")
         await asyncio.sleep(0)
@@ -33,21 +41,13 @@ def test_what_is_written_in_one_turn_is_sent_at_once_and_before_the_end():
         corked.close()
         await asyncio.sleep(0)
 
-    transport, loop = Transport(), asyncio.new_event_loop()
-    corked = Corked(transport, loop)
-    loop.run_until_complete(write())
-    loop.close()
-    assert transport.calls == [b"ab", b"c", b"de", None]
+    assert calls_of(write) == [b"ab", b"c", b"de", None]
 
 
 def test_nothing_is_sent_to_a_client_that_has_gone_in_the_same_turn():
-    async def write():
+    async def write(corked, transport):
         corked.write(b"a")
         transport.close()
         await asyncio.sleep(0)
 
-    transport, loop = Transport(), asyncio.new_event_loop()
-    corked = Corked(transport, loop)
-    loop.run_until_complete(write())
-    loop.close()
-    assert transport.calls == [None]
+    assert calls_of(write) == [None]

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import anyio
 from fastapi import Request
 
 from mpg.serve.messages import Begun, New
@@ -116,9 +115,6 @@ class LocalDesk(Desk):
 
     async def open(self) -> None:
         self.service.start()
-
-    async def close(self) -> None:
-        await anyio.to_thread.run_sync(self.service.stop)
 
     def _tell(self, messages: list[tuple[int, Any]]) -> None:
         for message in messages:
