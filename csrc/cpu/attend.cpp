@@ -9,49 +9,48 @@
 namespace mpg::cpu {
 namespace {
 
-constexpr int64_t kKeys = 512;  // of a part: with their values 256 KiB of floats at 64 features
+constexpr int64_t kPart = 512;  // keys: with their values 256 KiB of floats at 64 features
+constexpr int kNeighbours = 4;  // keys whose products are summed side by side
 
 template <class T>
 MPG_INLINE const T* head_data(const HeadRows& rows, int64_t row, int64_t head) {
   return static_cast<const T*>(rows.data) + row * rows.stride_row + head * rows.stride_head;
 }
 
-// Scores of neighbouring keys.
-template <class A, class T>
-MPG_INLINE void score_keys(const T* query, const T* keys, int64_t stride, int64_t count, int64_t D,
-                           A scale, A* scores) {
-  int64_t s = 0;
-  for (; s + 4 <= count; s += 4) {
-    const T *k0 = keys + s * stride, *k1 = k0 + stride, *k2 = k1 + stride, *k3 = k2 + stride;
-    A a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t i = 0; i < D; ++i) {
-      const A feature = to_float(query[i]);
-      a += feature * to_float(k0[i]);
-      b += feature * to_float(k1[i]);
-      c += feature * to_float(k2[i]);
-      d += feature * to_float(k3[i]);
+// Scores of kKeys neighbouring keys for each of kQueries heads that share them, whose own scores
+// lie kPart apart.
+template <int kLanes, int kQueries, int kKeys, class A, class T>
+MPG_INLINE void score_keys(const AttendRows<A>& args, const T* queries, const T* keys, A* scores) {
+  const int64_t D = args.D, stride = args.key.stride_position;
+  A lanes[kQueries][kNeighbours][kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= D; i += kLanes) {
+    for (int g = 0; g < kQueries; ++g) {
+      const T* query = queries + g * args.query.stride_head + i;
+      for (int k = 0; k < kKeys; ++k) {
+        const T* key = keys + k * stride + i;
+#pragma omp simd
+        for (int j = 0; j < kLanes; ++j) lanes[g][k][j] += A(to_float(query[j])) * to_float(key[j]);
+      }
     }
-    scores[s] = a * scale;
-    scores[s + 1] = b * scale;
-    scores[s + 2] = c * scale;
-    scores[s + 3] = d * scale;
   }
-  for (; s < count; ++s) {
-    const T* key = keys + s * stride;
-    A a = 0;
-#pragma omp simd reduction(+ : a)
-    for (int64_t i = 0; i < D; ++i) a += A(to_float(query[i])) * to_float(key[i]);
-    scores[s] = a * scale;
+  for (int j = 0; i < D; ++i, ++j) {
+    for (int g = 0; g < kQueries; ++g) {
+      const A feature = to_float(queries[g * args.query.stride_head + i]);
+      for (int k = 0; k < kKeys; ++k) lanes[g][k][j] += feature * to_float(keys[k * stride + i]);
+    }
+  }
+  for (int g = 0; g < kQueries; ++g) {
+    A sums[kNeighbours];
+    sum_lanes(lanes[g], sums);
+    for (int k = 0; k < kKeys; ++k) scores[g * kPart + k] = sums[k] * args.scale;
   }
 }
 
-// One query with the first `count` keys of a part. sums (E), max and total are of the parts so far.
-template <class A, class T>
-MPG_INLINE void attend_part(const AttendRows<A>& args, const T* query, const T* keys,
-                            const T* values, int64_t count, A* sums, A& max, A& total) {
-  A scores[kKeys];
-  score_keys(query, keys, args.key.stride_position, count, args.D, args.scale, scores);
+// Makes of a query's scores of a part its weights, beside those of the parts so far in its state.
+template <class A>
+MPG_INLINE void weigh_scores(int64_t count, A* scores, int64_t E, A* state) {
+  A &max = state[E], &total = state[E + 1];
   A new_max = max;
 #pragma omp simd reduction(max : new_max)
   for (int64_t s = 0; s < count; ++s) new_max = scores[s] > new_max ? scores[s] : new_max;
@@ -65,16 +64,60 @@ MPG_INLINE void attend_part(const AttendRows<A>& args, const T* query, const T* 
   const A factor = exp_of(max - shift);  // of what was taken off a smaller maximum
   max = new_max;
   total = total * factor + sum;
-  for (int64_t i = 0; i < args.E; ++i) sums[i] *= factor;
-  const int64_t stride = args.value.stride_position;
-  int64_t s = 0;
-  for (; s + 8 <= count; s += 8)
-    add_weighted<8>(scores + s, values + s * stride, stride, args.E, sums);
-  for (; s < count; ++s) add_weighted<1>(scores + s, values + s * stride, stride, args.E, sums);
+  for (int64_t i = 0; i < E; ++i) state[i] *= factor;
 }
 
-// All queries of a row that share the keys of one head. states: for each of them E + 2 numbers
-template <class A, class T>
+// Adds kKeys neighbouring values to the sums of kQueries heads, each times its weight.
+template <int kQueries, int kKeys, class A, class T>
+MPG_INLINE void add_values(const AttendRows<A>& args, const A* weights, const T* values,
+                           A* states) {
+  for (int g = 0; g < kQueries; ++g) {
+    A* sums = states + g * args.q * (args.E + 2);
+    add_weighted<kKeys>(weights + g * kPart, values, args.value.stride_position, args.E, sums);
+  }
+}
+
+// The queries of kQueries heads with the first `count` keys of a part, which they share. states:
+// of each query what attend_head says, of the parts so far. next: keys that will be read after
+// these, null where others have read this part before.
+template <int kLanes, int kQueries, class A, class T>
+MPG_INLINE void attend_part(const AttendRows<A>& args, const T* queries, const T* keys,
+                            const T* values, int64_t count, const T* next, A* states) {
+  A scores[kQueries][kPart];
+  const int64_t key_stride = args.key.stride_position, stride = args.value.stride_position;
+  int64_t s = 0;
+  for (; s + kNeighbours <= count; s += kNeighbours) {
+    if (next != nullptr) prefetch(values + s * stride, kNeighbours, stride, args.E);
+    score_keys<kLanes, kQueries, kNeighbours>(args, queries, keys + s * key_stride, scores[0] + s);
+  }
+  for (; s < count; ++s)
+    score_keys<kLanes, kQueries, 1>(args, queries, keys + s * key_stride, scores[0] + s);
+  for (int g = 0; g < kQueries; ++g)
+    weigh_scores(count, scores[g], args.E, states + g * args.q * (args.E + 2));
+  for (s = 0; s + 8 <= count; s += 8) {
+    if (next != nullptr) prefetch(next + s * key_stride, 8, key_stride, args.D);
+    add_values<kQueries, 8>(args, scores[0] + s, values + s * stride, states);
+  }
+  for (; s < count; ++s) add_values<kQueries, 1>(args, scores[0] + s, values + s * stride, states);
+}
+
+// The same of all heads from g on, in tiles of kQueries and what is left.
+template <int kLanes, int kQueries, class A, class T>
+MPG_INLINE void attend_heads(const AttendRows<A>& args, int64_t g, const T* queries, const T* keys,
+                             const T* values, int64_t count, const T* next, A* states) {
+  for (; g + kQueries <= args.G; g += kQueries) {
+    attend_part<kLanes, kQueries>(args, queries + g * args.query.stride_head, keys, values, count,
+                                  g == 0 ? next : nullptr, states + g * args.q * (args.E + 2));
+  }
+  if constexpr (kQueries > 1) {
+    if (g < args.G)
+      attend_heads<kLanes, kQueries - 1>(args, g, queries, keys, values, count, next, states);
+  }
+}
+
+// All queries of a row that share the keys of one head. states: for each of them the sum of values
+// (E), the largest score and the sum of weights
+template <int kLanes, int kQueries, class A, class T>
 MPG_INLINE void attend_head(const AttendRows<A>& args, int64_t row, int64_t head, A* states) {
   const int64_t num_queries = args.G * args.q, size = args.E + 2;
   const int64_t* positions = args.positions + row * args.q;
@@ -84,16 +127,19 @@ MPG_INLINE void attend_head(const AttendRows<A>& args, int64_t row, int64_t head
     std::fill(states + i * size, states + (i + 1) * size, A(0));
     states[i * size + args.E] = -INFINITY;
   }
-  for (int64_t begin = 0; begin < longest; begin += kKeys) {
+  const T* queries = head_data<T>(args.query, row, head * args.G);
+  const T* following = head + 1 < args.H  ? head_data<T>(args.key, row, head + 1)
+                       : row + 1 < args.R ? head_data<T>(args.key, row + 1, 0)
+                                          : head_data<T>(args.key, row, head);
+  for (int64_t begin = 0; begin < longest; begin += kPart) {
     const T* keys = head_data<T>(args.key, row, head) + begin * args.key.stride_position;
     const T* values = head_data<T>(args.value, row, head) + begin * args.value.stride_position;
-    for (int64_t i = 0; i < num_queries; ++i) {
-      const int64_t t = i % args.q, count = std::min(kKeys, args.length(positions[t]) - begin);
+    const T* next = begin + kPart < longest ? keys + kPart * args.key.stride_position : following;
+    for (int64_t t = 0; t < args.q; ++t) {
+      const int64_t count = std::min(kPart, args.length(positions[t]) - begin);
       if (count <= 0) continue;
-      const T* query = head_data<T>(args.query, row, head * args.G + i / args.q) +
-                       t * args.query.stride_position;
-      A* state = states + i * size;
-      attend_part(args, query, keys, values, count, state, state[args.E], state[args.E + 1]);
+      attend_heads<kLanes, kQueries>(args, 0, queries + t * args.query.stride_position, keys,
+                                     values, count, t == 0 ? next : nullptr, states + t * size);
     }
   }
   for (int64_t i = 0; i < num_queries; ++i) {
@@ -105,6 +151,17 @@ MPG_INLINE void attend_head(const AttendRows<A>& args, int64_t row, int64_t head
   }
 }
 
+// In tiles whose sums stay in registers, of which there are 32 or 16.
+template <class A, class T>
+void attend_item(const AttendRows<A>& args, int64_t row, int64_t head, A* states) {
+#if defined(__x86_64__)
+  if (level() == Level::kAvx512)
+    return at_avx512<attend_head<16, 4, A, T>>(args, row, head, states);
+  if (level() == Level::kAvx2) return at_avx2<attend_head<8, 2, A, T>>(args, row, head, states);
+#endif
+  attend_head<4, 2, A, T>(args, row, head, states);
+}
+
 }  // namespace
 
 template <class A>
@@ -112,7 +169,7 @@ void attend_rows(const AttendRows<A>& args, int64_t begin, int64_t end) {
   std::vector<A> states(args.G * args.q * (args.E + 2));
   with_logit_type<A>(args.dtype, [&]<class T>(T) {
     for (int64_t item = begin; item < end; ++item) {
-      at_level<attend_head<A, T>>(args, item / args.H, item % args.H, states.data());
+      attend_item<A, T>(args, item / args.H, item % args.H, states.data());
     }
   });
 }

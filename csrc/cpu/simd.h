@@ -5,6 +5,9 @@
 // compiled with it. Logits in float64 are for tests, and added in the order of their twins.
 #pragma once
 
+#include <cstring>
+#include <utility>
+
 #include "../numerics.h"
 
 #define MPG_INLINE inline __attribute__((always_inline))
@@ -85,6 +88,44 @@ MPG_INLINE void add_weighted(const A* weights, const T* rows, int64_t stride, in
     A sum = sums[i];
     for (int j = 0; j < kRows; ++j) sum += weights[j] * to_float(rows[j * stride + i]);
     sums[i] = sum;
+  }
+}
+
+// out: in every four lanes the sums of a's two pairs there, then those of b's. `lane...` are all.
+template <int kLanes, class Vector, int... lane>
+MPG_INLINE void add_pairs(const Vector& a, const Vector& b, Vector& out,
+                          std::integer_sequence<int, lane...>) {
+  constexpr auto pair = [](int i) { return i / 4 * 4 + i % 2 * 2 + (i % 4 < 2 ? 0 : kLanes); };
+#if defined(__clang__)
+  out = __builtin_shufflevector(a, b, pair(lane)...) +
+        __builtin_shufflevector(a, b, pair(lane) + 1 ...);
+#else
+  typedef decltype(a < b) Places;  // integers of the same size
+  out = __builtin_shuffle(a, b, Places{pair(lane)...}) +
+        __builtin_shuffle(a, b, Places{pair(lane) + 1 ...});
+#endif
+}
+
+// The sums of four vectors, whose lanes are added together: in three steps, not in two for each.
+template <int kLanes, class A>
+MPG_INLINE void sum_lanes(const A (*vectors)[kLanes], A* sums) {
+  typedef A Vector __attribute__((vector_size(kLanes * sizeof(A))));
+  constexpr std::make_integer_sequence<int, kLanes> all;
+  Vector v[4];
+  std::memcpy(v, vectors, sizeof(v));
+  add_pairs<kLanes>(v[0], v[1], v[0], all);
+  add_pairs<kLanes>(v[2], v[3], v[2], all);
+  add_pairs<kLanes>(v[0], v[2], v[0], all);
+  for (int i = 0; i < 4; ++i) sums[i] = v[0][i];
+  for (int lane = 4; lane < kLanes; ++lane) sums[lane % 4] += v[0][lane];
+}
+
+// Asks for rows of `size` numbers, `stride` apart, that will be read soon.
+template <class T>
+MPG_INLINE void prefetch(const T* rows, int64_t count, int64_t stride, int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(rows + r * stride + i, 0, 2);
   }
 }
 
