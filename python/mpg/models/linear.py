@@ -97,7 +97,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.plain = layer.weight if rows != EVERY else None
         self.pack(layer.weight.detach())
-        self.bias = layer.bias
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", layer.bias)
         self.rows, self.out_features = rows, layer.out_features
 
     def pack(self, weight: Tensor) -> None:
@@ -114,11 +115,14 @@ class PackedLinear(nn.Module):
     def adapted(self, x: Tensor, down: Tensor, up: Tensor, groups: Tensor, blocks: Sequence[int]) -> Tensor | None:
         """What the layer and the adapters of rows make of x in one op, see `mpg_ext.linear_panels`; None where it is
         not packed for that."""
-        weight, num_tokens = self.weight, x.numel() // x.shape[-1]
-        if weight.dtype != torch.float32 or not self.rows.start <= num_tokens < self.rows.stop:
+        own = self._parameters  # past nn.Module, which takes as long to find one as x its product with a few ranks
+        weight, bias = own["weight"], own["bias"]
+        assert weight is not None
+        if weight.dtype != torch.float32:
             return None
-        own = weight, self.bias, down, up, groups
-        return mpg_ext.linear_panels(x, *own, out_features=self.out_features, blocks=blocks)
+        if self.plain is not None and not self.rows.start <= x.numel() // x.shape[-1] < self.rows.stop:
+            return None
+        return mpg_ext.linear_panels(x, weight, bias, down, up, groups, out_features=self.out_features, blocks=blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = torch.ops.mpg_linear.packed if torch.compiler.is_compiling() else _packed

@@ -166,7 +166,8 @@ class LoraLinear(nn.Module):
             wanted = num_rows, num_tokens
             names = ", ".join(self.sizes)
             raise ValueError(f"adapted layer {names}: expected tokens {wanted}, got {tuple(shape[:-1])}")
-        base, is_plain_sum = self.base, stack.merge_weights is None
+        base, is_plain_sum = self._modules["base"], stack.merge_weights is None  # past nn.Module, as in `adapted`
+        assert base is not None
         if self.wide is not None and is_plain_sum:
             return self._multiply_wide(x, num_rows, up)
         if stack.groups is not None and is_plain_sum and isinstance(base, PackedLinear):
