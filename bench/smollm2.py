@@ -24,6 +24,7 @@ import peers
 from mpg.demo.stages import stage
 from mpg.model import Model, load
 from mpg.models import gguf
+from mpg.models.sources import CONVERTED
 from mpg.paper.methods import answer
 from mpg.results import Result
 from turns import Row, Say, shares, take_turns
@@ -180,7 +181,7 @@ def _llama_cpp(base: Path, prompt: list[int], new_tokens: int) -> Callable[[], A
     """A call of llama.cpp on the file that the base was converted from, or why there is none."""
     if find_spec("xllamacpp") is None:
         return "the wheel xllamacpp is not installed"
-    facts = json.loads((base / gguf.COMPLETE).read_text()) if (base / gguf.COMPLETE).is_file() else {}
+    facts = json.loads((base / CONVERTED).read_text()) if (base / CONVERTED).is_file() else {}
     if not Path(facts.get("source", "")).is_file():
         return "the GGUF file that the base was converted from is not there"
     import xllamacpp

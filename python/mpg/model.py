@@ -374,10 +374,10 @@ def load(
     text than the base.
 
     An adapter of another base is refused where its shapes and modules do not fit, and where it surely was trained on
-    another model than the one it gets: where both are models' folders on this machine whose weights differ, whatever
-    they are called (a copy or a link is the same model), or both are repositories of the hub whose names differ in more
-    than owner and case. Where that cannot be told (a folder against a repository, or against one that is not here or
-    whose files cannot be compared), another name warns. allow_other_base=True turns off both.
+    another model than the one it gets: where both are on this machine, in folders or in the hub's cache, and their
+    weights differ, whatever they are called (a copy or a link is the same model). Where weights cannot be compared (of
+    what is not here, cannot be read, or was in four bits before), it warns, unless both are one repository of the hub.
+    allow_other_base=True turns off both.
 
     Raises ValueError, naming the argument, for what cannot be found or read, cannot be stacked or cannot run on a
     ragged cache, for members whose vocabularies or (but for the draft's) dtypes differ, for quantize="int4" elsewhere

@@ -8,7 +8,7 @@ import pytest
 
 import smollm2
 from longer import long
-from mpg.models import gguf
+from mpg.models.sources import CONVERTED
 
 EXACT = {name: [draft for draft in smollm2.DRAFTS if (name, draft) != ("int4", "model")] for name in smollm2.TYPES}
 CALLS = ["base", "direct_n1", "direct_n2", "direct_n4", "scr_n4"]
@@ -44,5 +44,5 @@ def test_every_type_is_measured_beside_the_others(monkeypatch):
 def test_without_the_file_that_was_converted_there_is_nothing_to_compare_with(facts, tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: name)
     if facts is not None:
-        (tmp_path / gguf.COMPLETE).write_text(json.dumps(facts))
+        (tmp_path / CONVERTED).write_text(json.dumps(facts))
     assert smollm2._llama_cpp(tmp_path, [1], 1) == "the GGUF file that the base was converted from is not there"

@@ -11,14 +11,14 @@ import torch
 import mpg
 from mpg.demo import MODELS
 from mpg.demo.precision import TOKENS, TURNS, quicker
-from mpg.models import gguf
+from mpg.models.sources import CONVERTED
 
 
 @pytest.fixture
 def converted(tmp_path):
     """The tiny models as if their base had been a GGUF file."""
     shutil.copytree(MODELS, tmp_path / "models")
-    (tmp_path / "models" / gguf.COMPLETE).write_text("{}")
+    (tmp_path / "models" / CONVERTED).write_text("{}")
     return tmp_path / "models"
 
 
@@ -64,7 +64,7 @@ def test_four_bits_are_tried_and_say_how_fast_they_were(converted, threads):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_where_four_bits_lose_or_are_not_to_be_had_they_are_not_tried(device, converted):
-    (converted / gguf.COMPLETE).unlink() if device == "cpu" else None
+    (converted / CONVERTED).unlink() if device == "cpu" else None
     model = mpg.load(converted, device=device)
     found, why = quicker(model, lambda: pytest.fail("it was loaded"), "Why?")
     assert (found, why) == (model, f"Computed in {model.precision}.")

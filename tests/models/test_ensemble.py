@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -357,51 +358,80 @@ def test_another_chat_template_or_end_of_text_warns(set_folder, tiny_model, tmp_
     assert not _warnings(set_folder, {"T": set_folder / "adapters/T"}, draft=other)  # changes the speed alone
 
 
-TRAINED_ON = [
-    ("somebody/Set", "set", "fine"),
-    ("/elsewhere/set/", "set", "fine"),
-    ("/cache/models--somebody--set/snapshots/0123", "set", "fine"),
+TRAINED_ON = [  # what it names, what it gets; `kept` are repositories in the hub's cache, others are not here
     ("../..", "set", "fine"),
     ("../..", "link", "fine"),
     ("{here}/set", "link", "fine"),
     (None, "set", "fine"),
+    ("{here}/copy", "set", "fine"),
+    ("../../../copy", "set", "fine"),
+    ("kept/set", "set", "fine"),
+    ("{here}/copy", "kept/set", "fine"),
+    ("kept/mirror", "kept/set", "fine"),
+    ("{here}/hub/models--kept--mirror/snapshots/0123", "kept/set", "fine"),
+    ("somebody/Set", "somebody/set", "fine"),
+    ("/cache/models--somebody--set/snapshots/0123", "somebody/set", "fine"),
+    ("somebody/Set", "set", "warned"),
+    ("mirror/Set", "somebody/set", "warned"),
+    ("/elsewhere/set/", "set", "warned"),
+    ("/cache/models--somebody--set/snapshots/0123", "set", "warned"),
     ("somebody/other", "set", "warned"),
     ("other", "set", "warned"),
     ("/elsewhere/other", "set", "warned"),
-    ("/cache/models--somebody--other/snapshots/0123", "set", "warned"),
     ("/elsewhere/other", "somebody/set", "warned"),
     ("{here}/other", "somebody/set", "warned"),
-    ("{here}/copy", "set", "fine"),
-    ("../../../copy", "set", "fine"),
+    ("{here}/set", "somebody/set", "warned"),
+    ("somebody/other", "somebody/set", "warned"),
+    ("somebody/other", "kept/set", "warned"),
+    ("somebody/set", "/cache/models--somebody--set-instruct/snapshots/0123", "warned"),
+    ("/cache/models--somebody--other/snapshots/0123", "somebody/set", "warned"),
+    ("kept/bare", "set", "warned"),
+    ("{here}/empty", "set", "warned"),
+    ("{here}/damaged", "set", "warned"),
+    ("{here}/converted", "set", "warned"),
     ("{here}/other", "set", "refused"),
     ("{here}/other/set", "set", "refused"),
     ("../../../other", "set", "refused"),
-    ("{here}/empty", "set", "warned"),
-    ("{here}/damaged", "set", "warned"),
-    ("mirror/Set", "somebody/set", "fine"),
-    ("somebody/other", "somebody/set", "refused"),
-    ("somebody/set", "/cache/models--somebody--set-instruct/snapshots/0123", "refused"),
-    ("/cache/models--somebody--other/snapshots/0123", "somebody/set", "refused"),
+    ("kept/other", "set", "refused"),
+    ("kept/other", "kept/set", "refused"),
+    ("{here}/other", "kept/set", "refused"),
+    ("kept/other", "{here}/hub/models--kept--set/snapshots/0123", "refused"),
 ]
+
+
+def _keep(hub: Path, name: str, folder: Path) -> Path:
+    """A repository in the hub's cache, with the files of a folder."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0123")
+    shutil.copytree(folder, repository / "snapshots/0123")
+    return repository / "snapshots/0123"
 
 
 @pytest.mark.parametrize(("trained_on", "base", "verdict"), thinned(TRAINED_ON))
 def test_an_adapter_of_another_base_is_refused_where_that_is_certain_and_warned_of_where_it_is_not(
-    trained_on, base, verdict, set_folder, tiny_model
+    trained_on, base, verdict, set_folder, tiny_model, monkeypatch
 ):
     here = set_folder.parent
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "hub"))
     shutil.copytree(set_folder, here / "copy")
     for other in ("other", "other/set"):
         tiny_model().save_pretrained(here / other)
     shutil.copytree(set_folder, here / "damaged")
     (here / "damaged/model.safetensors").write_bytes(b"no weights")
     (here / "empty").mkdir()
+    shutil.copytree(here / "other", here / "converted")  # whose weights may have been rounded to four bits before
+    (here / "converted/converted.json").write_text(json.dumps({"source": "other.gguf"}))
+    for name, folder in {"set": "set", "mirror": "copy", "other": "other", "bare": "set"}.items():
+        kept = _keep(here / "hub", f"kept/{name}", here / folder)
+        if name == "bare":
+            (kept / "model.safetensors").unlink()
     (here / "link").symlink_to(set_folder)
     trained_on = trained_on and trained_on.format(here=here)
     file = set_folder / "adapters/E/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": trained_on}))
     model = AutoModelForCausalLM.from_pretrained(set_folder)
-    model.name_or_path = source = str(here / base) if base in ("set", "link") else base
+    model.name_or_path = source = str(here / base) if base in ("set", "link") else base.format(here=here)
     if trained_on and trained_on.startswith("."):
         trained_on = (file.parent / trained_on).resolve()
     arguments = model, {"E": set_folder / "adapters/E"}

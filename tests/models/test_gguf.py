@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,6 +54,18 @@ def test_file_is_a_base_that_adapters_fit(written: Path) -> None:
     model = mpg.load(written, {"E": MODELS / "adapters" / "E"})
     assert model.generate("Tell me about the trip.", weights={"E": 1}, seed=0, max_new_tokens=8).text
     assert model.recipe.base == str(written.absolute())
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_adapter_of_the_same_file_is_taken_silently(
+    written: Path, tmp_path: Path, is_known: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    shutil.copytree(MODELS / "adapters" / "E", tmp_path / "E")
+    config = tmp_path / "E" / "adapter_config.json"
+    trained_on = str(written) if is_known else "somebody/small"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": trained_on}))
+    mpg.load(written, {"E": tmp_path / "E"})
+    assert ["it was trained on" in str(warning.message) for warning in recwarn].count(True) == (not is_known)
 
 
 def test_file_is_converted_once(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +148,7 @@ def test_real_model_is_the_one_in_the_wheel(written: Path, tmp_path: Path, monke
     monkeypatch.syspath_prepend(tmp_path)
     folder = gguf.resolve("base", "smollm2")
     assert folder.name == "SmolLM2-135M-Instruct"
+    assert gguf.converted_from(str(folder)) == gguf.SMOLLM2_ON_HUB
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
 
 

