@@ -8,24 +8,41 @@ import signal
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import cycle, product
 
 import pytest
+import typer
 
 import mpg
-from longer import IS_LONG, thinned
+from longer import IS_LONG
+from mpg.app.cli.command import app
 from mpg.demo import MODELS
 
 HEAVY = "{'torch', 'transformers', 'peft', 'numpy', 'mpg_ext', 'mpg.model'}"
 SHORT = ["--weights", "E=1", "--max-new-tokens", "2"]
-COMMANDS = [
-    ["--version"], ["--help"], ["generate", "--help"], ["--show-completion", "bash"], ["info"], ["info", "--json"],
-    ["info", "--methods"], ["generate", *SHORT, "--prompt", "a"], ["generate", *SHORT, "--prompt", "a", "--json"],
+QUICK = ["--data", "IN/DATA", "--methods", "base", "--max-new-tokens", "2", "--limit", "1"]
+COMMANDS = [  # of the tree of commands every one, and each way to print
+    ["info", "--json"],
     ["generate", *SHORT, "--prompt", "a", "--prompt", "b"],
+    ["serve", "--print-config", "kuberay", "--image", "mpg"],
+    ["evaluate", "overall", "Own=IN/TABLE"],
+    ["batch", "--local", *SHORT, "IN/ROWS.jsonl", "OUT/ANSWERS"],
+    ["tune", "--models", "demo", "--type", "EJ", "--data", "IN/DATA", "--out", "OUT/HISTORY", "--trials", "1"],
+    ["--help"],
+    ["check", *SHORT, "--seeds", "1", "--prompts", "IN/PROMPTS"],
     ["demo", "--models", "demo", "--questions", "1", "--held-out", "2"],
-    ["check", *SHORT, "--seeds", "1", "--prompts", "PROMPTS"],
-    ["check", *SHORT, "--seeds", "1", "--prompts", "PROMPTS", "--json"], ["chat"],
-    ["train", "--base", "demo", "--data", "PAIRS", "--out", "ADAPTER", "--epochs", "1", "--held-out", "2"],
+    ["evaluate", "mbti", *QUICK, "--type", "ESTJ", "--tasks", "mcqa", "--out", "OUT/MBTI"],
+    ["generate", *SHORT, "--prompt", "a", "--json"],
+    ["evaluate", "roleplay", *QUICK, "--weights", "E=1", "--out", "OUT/PLAYS"],
+    ["train", "--base", "demo", "--data", "IN/PAIRS", "--out", "OUT/ADAPTER", "--epochs", "1", "--held-out", "2"],
+    ["chat"],
+    ["--version"], ["generate", "--help"], ["evaluate", "--help"], ["--show-completion", "bash"], ["info"],
+    ["info", "--methods"], ["info", "--options"], ["generate", *SHORT, "--prompt", "a"],
+    ["check", *SHORT, "--seeds", "1", "--prompts", "IN/PROMPTS", "--json"], ["serve", "--print-config", "serve"],
+    ["evaluate", "overall", "Own=IN/TABLE", "--json"],
 ]  # fmt: skip
+NEEDS = {"train": "trl", "batch": "pyarrow", "serve": "uvicorn", "evaluate": "sacrebleu", "tune": "openai"}
+PLACES = {"full": "No space left on device", "closed": "Broken pipe"}
 # Ctrl-C comes in the middle of it
 MANY = [word for index in range(60) for word in ("--prompt", f"Question {index}?")]
 MANY = ["generate", *MANY, "--weights", "E=1", "--seed", "0", "--batch-size", "1", "--max-new-tokens", "60", "--json"]
@@ -33,9 +50,9 @@ IN_PROCESS = """
 import os, sys
 from mpg.__main__ import main
 out = os.dup(1)
-for arguments in {commands}:
+for arguments, descriptor in {jobs}:
     sys.__stdout__ = sys.stdout = None  # what the last one could not write goes where that went
-    os.dup2(out if arguments == {last} else {descriptor}, 1)
+    os.dup2(out if descriptor is None else descriptor, 1)
     sys.__stdout__ = sys.stdout = open(1, "w", closefd=False)
     sys.stdin, sys.argv = open(os.devnull), ["mpg", *arguments]
     try:
@@ -100,34 +117,68 @@ sys.exit(main())
     assert process.returncode == 130
 
 
+def test_every_command_is_among_those_whose_output_may_fail():
+    def leaves(command, path=()):
+        children = getattr(command, "commands", None)
+        return (
+            {path}
+            if children is None
+            else {leaf for name in children for leaf in leaves(children[name], (*path, name))}
+        )
+
+    tried = [[word for word in command if not word.startswith("-")] for command in COMMANDS]
+    found = leaves(typer.main.get_command(app))
+    assert {leaf for leaf in found if not any(tuple(words[: len(leaf)]) == leaf for words in tried)} == set()
+    assert {("info",), ("evaluate", "mbti")} <= found
+
+
+def _write_inputs(folder):
+    """What COMMANDS read from IN."""
+
+    def write(name, *rows):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+
+    write("PROMPTS", "One?", "Two?")
+    write("PAIRS", *({"chosen": "Yes.", "rejected": "No.", "prompt": f"{n}?"} for n in range(4)))
+    write("ROWS.jsonl", {"id": "a", "prompt": "One?"})
+    choices = {str(n): {"question": f"On day {n} you:\nA.plan it\nB.see", "A": "J", "B": "P"} for n in range(8)}
+    write("DATA/mbti/questions/mcqa.json", choices)
+    write("DATA/roleplay/test.jsonl", {"profile": "He bakes.", "personality": "Calm.", "reference_answer": "Hi."})
+    cells = {"Overall": {"value": 3.0, "low": 2.0, "high": 4.0}}
+    section = {"title": "By m", "judge": "m", "key": "Overall", "rows": [{"method": "base", "cells": cells}]}
+    write("TABLE/table.json", {"sections": [section]})
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("where", thinned(["full", "closed pipe"]))
-def test_output_that_cannot_be_written_is_one_line_and_ctrl_c_leaves_what_was_done(where, start, tmp_path):
-    """In one process, as it takes seconds to start."""
-    (tmp_path / "PROMPTS").write_text("One?\nTwo?\n")
-    pair = {"chosen": "Yes.", "rejected": "No."}
-    (tmp_path / "PAIRS").write_text("\n".join(json.dumps(pair | {"prompt": f"{n}?"}) for n in range(4)))
-    chosen = [command for command in COMMANDS if command[0] != "train" or find_spec("trl")]
-    if not IS_LONG:  # a command each that prints rows, texts and a table
-        chosen = chosen[:10:3] if where == "full" else chosen[1:8:3]
-    commands = [
-        [str(tmp_path / word) if word in ("PROMPTS", "PAIRS", "ADAPTER") else word for word in command]
-        for command in chosen
-    ]
+def test_output_that_cannot_be_written_is_one_line_and_ctrl_c_leaves_what_was_done(start, tmp_path):
+    """In one process, as it takes seconds to start: in the short form some, by turns."""
+    _write_inputs(tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
-    descriptor = os.open("/dev/full", os.O_WRONLY) if where == "full" else writer
-    code = IN_PROCESS.format(commands=[*commands, MANY], last=MANY, descriptor=descriptor)
+    descriptors = {"full": os.open("/dev/full", os.O_WRONLY), "closed": writer}
+    chosen = [command for command in COMMANDS if find_spec(NEEDS.get(command[0], "mpg"))]
+    tries = list(product(chosen, PLACES) if IS_LONG else zip(chosen[:6], cycle(PLACES)))
+    jobs = [
+        (
+            [word.replace("IN/", f"{tmp_path}/").replace("OUT/", f"{tmp_path}/{place}/") for word in command],
+            descriptors[place],
+        )
+        for command, place in tries
+    ]
+    for place in PLACES:
+        (tmp_path / place).mkdir()
+    code = IN_PROCESS.format(jobs=[*jobs, (MANY, None)])
     environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # no shell may have started it
-    process = start(code=f"exec({code!r})", pass_fds=[descriptor], env=environment)
+    process = start(code=f"exec({code!r})", pass_fds=list(descriptors.values()), env=environment)
     first = process.stdout.readline()  # of many answers, of which the others are not done yet
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     notes = [line for line in err.splitlines() if not line.startswith(("status", "mpg: "))]
     assert not any("Traceback" in note or "Exception" in note for note in notes), err
-    why = "No space left on device" if where == "full" else "Broken pipe"
     told = [line for line in err.splitlines() if line.startswith(("status", "mpg: "))]
-    assert told == [*[f"mpg: standard output: {why}", "status 1"] * len(commands), "status 130"], err
+    expected = [line for _, place in tries for line in (f"mpg: standard output: {PLACES[place]}", "status 1")]
+    assert told == [*expected, "status 130"], err
     assert process.returncode == 130
     indices = [json.loads(line)["index"] for line in (first + out).splitlines()]
     assert indices == list(range(len(indices)))
