@@ -53,7 +53,8 @@ def test_equal_prompts_give_the_logits_of_each_alone(models, prefill_tokens, mon
 
 def test_each_prompt_is_read_once_by_each_model(models, fed):
     models.open(PROMPTS, ROLES, 16)
-    assert fed == [(3, 3, len(LONG) - 1), (1, 3, len(LONG) - 1)]  # base, E and T in one forward; full
+    # base, E and T in one forward; full; of a prompt of one token nothing
+    assert fed == [(3, 2, len(LONG) - 1), (1, 2, len(LONG) - 1)]
 
 
 def test_a_prompt_that_a_row_has_still_is_not_read_again(models, fed):

@@ -50,7 +50,7 @@ class Scheduler:
     rounds_ahead  how many rounds the device may be ahead of what `step` has read
     expected      the attributes of each request by role, where they are known: caches are then as large as the
                   `num_rows` largest of them need; else they grow with what comes, in rows and positions
-    part          tokens of prompts that each model reads between two rounds, at most; default all that wait
+    part          tokens of prompts that are read between two rounds, over all rows and models; default all that wait
     most          attributes that one request may weigh, default all; contexts that requests bring are such too
     gather        where it is not None: while more run, requests begin together and rows move together, so many seconds
                   after others did at the latest, and a free row waits a round for a request before another moves there
@@ -192,10 +192,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let requests that wait begin in rows that are free, once those are given up for which there is none."""
-        num_live, now = sum(not entry.is_over for entry in self.rows), perf_counter()
+        live, now = {row for row, entry in enumerate(self.rows) if not entry.is_over}, perf_counter()
+        num_live = len(live)
         is_early = self.gather is not None and now < self.changed_at + self.gather
         is_early = is_early and len(self.waiting) < num_live * GATHERED
-        entries = self.waiting.take(self.num_rows - num_live, gathers=is_early)
+        entries = self.waiting.take(self.num_rows - num_live, live, gathers=is_early)
         if is_early and not entries:
             return
         before, self.num_wanted = self.num_wanted, num_live + len(entries)

@@ -5,9 +5,8 @@ Knows requests and how much of their prompts is unread; nothing of rounds.
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from itertools import islice
 
 from mpg.decode.request import Entry
@@ -17,7 +16,7 @@ from mpg.models.session import Session
 class Waiting:
     """Entries in the order in which they came.
 
-    part  tokens of prompts that every model may read between two rounds; None: all of them
+    part  tokens of prompts that may be read between two rounds, over all rows and models; None: all of them
     """
 
     def __init__(self, session: Session, part: int | None) -> None:
@@ -39,29 +38,37 @@ class Waiting:
         if self._reading is not None and self._reading[0] is entry:
             self._reading = None
 
-    def take(self, most: int, gathers: bool = False) -> list[Entry]:
-        """Those that may begin now, `most` at most: none of them, and one model has read a part of the first, while
-        more than a part of it is unread. gathers: none either where all can be read at once"""
-        taken: list[Entry] = []
-        left = math.inf if self.part is None else self.part
-        is_little = sum(entry.request.longest_prompt for entry in islice(self._entries, most)) <= left
+    def take(self, most: int, live: Container[int] = (), gathers: bool = False) -> list[Entry]:
+        """Those that may begin now, `most` at most, of whose prompts no more than a part is read then. None of them,
+        and a part of the first has been read, while more than that of it is unread.
+
+        live: rows of those that run; gathers: none either where all can be read at once
+        """
+        waiting, taken, unread = [*islice(self._entries, most)], list[Entry](), list[int]()
+        is_little = self.part is None or self._fits(
+            [len(text) - 1 for entry in waiting for _, text in self.session.asked(*entry.text)]
+        )
         if gathers and is_little:
             return []
-        while self._entries and len(taken) < most:
-            unread = 0 if is_little else self._num_unread(self._entries[0])
-            if unread > left:
-                if not taken:
-                    self._read_part(self._entries[0])
-                break
-            left -= unread
-            taken.append(self._entries.popleft())
+        for entry in waiting:
+            if not is_little:
+                unread += self.session.ahead.num_unread(self.session.asked(*entry.text), live)
+                is_begun = self._reading is not None and self._reading[0] is entry
+                if (is_begun or not self._fits(unread)) and (taken or self._read_part(entry)):
+                    break
+            taken.append(entry)
+        for _ in taken:
+            self._entries.popleft()
         return taken
 
-    def _read_part(self, entry: Entry) -> None:
+    def _fits(self, unread: Sequence[int]) -> bool:
+        """Whether so many tokens, of every row of a model, are no more than a part: rows are read to the end of the
+        longest."""
+        return self.part is None or len(unread) * max(unread, default=0) <= self.part
+
+    def _read_part(self, entry: Entry) -> bool:
+        """Read a part ahead; False where that has been done of all that can be."""
         assert self.part is not None
         if self._reading is None or self._reading[0] is not entry:
             self._reading = entry, self.session.ahead.read(self.session.asked(*entry.text), self.part)
-        next(self._reading[1], None)
-
-    def _num_unread(self, entry: Entry) -> int:
-        return self.session.ahead.num_unread(self.session.asked(*entry.text))
+        return next(self._reading[1], self) is None

@@ -38,8 +38,9 @@ def find_beginnings(
         places = alike[opening(*texts[place])]
         others = {place: held[place], **{other: texts[other][1] for other in places}}
         found: list[tuple[Any, int]] = [(at, count_common(own, other)) for at, other in others.items()]
-        source, shared = max((*found, find_kept(reader, own) or (None, 0)), key=itemgetter(1))
-        if shared >= MIN_SHARED:
+        kept = find_kept(reader, own) or (None, 0)
+        source, shared = max((*found, kept), key=itemgetter(1))
+        if shared >= MIN_SHARED or 0 < len(own) - 1 == kept[1]:  # a short text may have been read ahead too
             begun[place] = source, shared
         else:
             places.append(place)

@@ -5,7 +5,7 @@ Knows which row is whose; nothing of forwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -53,12 +53,15 @@ class Pool:
     def is_merged(self) -> bool:
         return bool(self.runner.key.merged)
 
-    def begins_as(self, group: int, text: tuple[int, ...]) -> list[tuple[RaggedCache | None, int, int]]:
-        """The places that an adapter has read much of what a text begins with in: cache, place, and how much."""
+    def begins_as(
+        self, group: int, text: tuple[int, ...], rows: Container[int] | None = None
+    ) -> list[tuple[RaggedCache | None, int, int]]:
+        """The places that an adapter has read much of what a text begins with in: cache, place, and how much. rows:
+        of which texts, default all"""
         shared = [
             (self.runner.cache, place, count_common(text, pair.prompt))
             for place, pair in enumerate(self.pairs)
-            if pair.slot.group == group and not pair.is_spoiled
+            if pair.slot.group == group and not pair.is_spoiled and (rows is None or pair.row in rows)
         ]
         return [found for found in shared if found[2] >= beginnings.MIN_SHARED]
 

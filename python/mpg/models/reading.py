@@ -73,6 +73,8 @@ class Reading:
         return logits
 
     def _lay_out(self, begins: Mapping[int, int], is_whole: bool, upload: Upload) -> _Part | None:
+        lengths = {place: len(self.pool.pairs[place].prompt) for place in begins}
+        begins = {place: begin for place, begin in begins.items() if is_whole or begin < lengths[place] - 1}
         if not begins:
             return None
         places = list(begins)

@@ -148,8 +148,8 @@ class DecodeGroup:
         if spare := self.scheduler.models.rows_to_run(len(jobs), self.scheduler.num_rows) - len(jobs):
             rows.update({view: spare * max(dict(of_job).get(view, 0) for of_job in kinds) for view in rows})
         longest = max((job.request.num_positions for job in jobs), default=0)
-        # a long prompt is read ahead in rows of its own
-        long = [job for job in jobs if job.request.longest_prompt > self.part]
+        # a prompt that is more than a part is read ahead in rows of its own
+        long = [job for job in jobs if job.request.longest_prompt * sum(dict(self._rows_of(job)).values()) > self.part]
         ahead = max((_bytes_of(self._rows_of(job), job.request.num_positions) for job in long), default=0)
         return self.scheduler.session.room.num_bytes(rows, longest, is_fitted) + ahead
 

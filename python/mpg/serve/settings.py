@@ -22,7 +22,7 @@ class Settings:
     max_rows          requests that are decoded at once
     max_length        tokens of a prompt and its answer; default the models' positions, 2048 at most
     max_memory        bytes that cache rows of running requests may take; default a quarter of the device's
-    prefill_tokens    of prompts that each model reads between two rounds of the requests that run
+    prefill_tokens    of prompts that are read between two rounds of the requests that run, over all prompts and models
     max_kept          bytes that earlier texts may take, kept for those that begin like them; default a sixteenth of
                       the device's
     max_queue         choices that may wait; more are refused with 429

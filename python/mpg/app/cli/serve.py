@@ -49,7 +49,7 @@ def serve(
         ),
     ] = None,
     prefill_tokens: Annotated[
-        int, typer.Option(help="Of prompts, that each model reads between two rounds of running requests.")
+        int, typer.Option(help="Of prompts, over all models, that are read between two rounds of running requests.")
     ] = 256,
     max_kept: Annotated[
         float | None,
