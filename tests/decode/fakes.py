@@ -161,6 +161,9 @@ class FakeSession:
                 read[row] = 7
                 read[row, : len(text) - 1] = torch.tensor(text[:-1], dtype=torch.int64)
 
+    def asked(self, prompt: Any, attributes: Mapping[Role, str], contexts: Any, ensemble: Any) -> list[Any]:
+        return [(role, tuple(prompt)) for role in (*self.fixed, *attributes)]
+
     def keep(self, rows: Sequence[int], upload: Any = None) -> None:
         self.attributes = [self.attributes[row] for row in rows]
         for read in self.read.values():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+import mpg
 from fakes import FakeModels
 from laws import target_row
 from mpg.decode.request import Request
-from mpg.decode.scoring import score_texts
+from mpg.decode.scoring import NOTHING, score_texts
+from mpg.demo import MODELS
+from mpg.models.runner import ModelRunner
 from mpg.options import Options
 
 WEIGHTS = [{"E": 1.0}, {"T": 0.5, "C": 1.0, "E": 0.25}, {"C": 2.0}]
@@ -50,3 +54,32 @@ def test_what_has_no_such_log_probabilities_is_refused():
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             next(score_texts(models, [request], texts, options))
+
+
+@pytest.mark.parametrize("part", [256, 40, 7])
+def test_no_more_than_a_part_is_read_between_two_logprobs(part, monkeypatch):
+    """Of three texts under two models each, behind a context of 90 tokens that two of them share with another model."""
+    model, read, forward = mpg.load(MODELS, device="cpu", dtype="float64"), [], ModelRunner.forward
+
+    def watched(self, rows, layout, tokens, *args, **kwargs):
+        read.append(sum(count for _, count in layout.runs) * tokens.shape[1])
+        return forward(self, rows, layout, tokens, *args, **kwargs)
+
+    calm = mpg.Context(prefix=" ".join(["Stay calm, and say so at length."] * 9))
+    call = model.read([[5, 6, 7], [8, 9], [10]], weights={"E": 0.5, "calm": 0.5}, contexts={"calm": calm})
+    length = len(call.requests[0].contexts["calm"]) - 3
+    assert length > 64
+    texts = [list(range(20, 60)), list(range(60, 80)), [3] * 7]
+    score = partial(score_texts, call.models, call.requests, texts, call.options, 2)
+    whole = [torch.cat(parts, 1) for parts in zip(*score(), strict=True)]
+    monkeypatch.setattr(ModelRunner, "forward", watched)
+    model.models.kept.clear()
+    found, most = [], []
+    for logprobs in score(part=lambda: part):
+        found += [] if logprobs is NOTHING else [logprobs]
+        most.append(sum(read))
+        read.clear()
+    assert max(most) <= max(part, 6) and sum(most) >= 6 * 40 + length
+    assert sum(of_step > part // 2 for of_step in most) >= sum(most) // part - 2
+    for own, wanted in zip(zip(*found, strict=True), whole, strict=True):
+        torch.testing.assert_close(torch.cat(own, 1), wanted)

@@ -20,6 +20,7 @@ import torch
 from longer import thinned
 from mpg.demo import MODELS
 from mpg.models import sources
+from mpg.models.runner import ModelRunner
 from serving import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -371,3 +372,39 @@ def test_long_prompts_are_read_in_parts_and_what_they_begin_with_once(precise_mo
             assert max(width for _, width in fed) <= 32
             assert sum(rows * width for rows, width in fed if width > 9) <= most  # what no round of eight tokens fed
         assert counted(served, "mpg_kept_bytes") == kept.num_bytes > 0
+
+
+def test_a_turn_reads_no_more_than_a_part_of_prompts_and_of_what_is_scored(precise_model, monkeypatch):
+    """Over all rows and models, beside the one position of a row that a round feeds, while a text is streamed."""
+    fed, turns, forward, part = [], [], ModelRunner.forward, 32
+
+    def watched(self, rows, layout, tokens, *args, **kwargs):
+        fed.append(sum(count for _, count in layout.runs) * tokens.shape[1])
+        return forward(self, rows, layout, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(ModelRunner, "forward", watched)
+    precise_model.models.kept.clear()
+    both = {"model": "demo", "weights": {"E": 1, "T": 1}, "sampler": "direct", "seed": 0}
+    with serving(precise_model, prefill_tokens=part, max_rows=8) as served:
+        take_turn = served.engine._take_turn
+
+        def watch_turn():
+            fed.clear()
+            take_turn()
+            turns.append(sum(fed))
+
+        with monkeypatch.context() as patched, slowed(precise_model, 0.002), ThreadPoolExecutor(6) as pool:
+            streamed = pool.submit(served.post, TEXT, {**both, "prompt": CALM, "max_tokens": 200, "stream": True})
+            served.wait_until(lambda engine: engine.num_running == 1)
+            patched.setattr(served.engine, "_take_turn", watch_turn)
+            prompt = lambda index: [20 + index] * 30  # noqa: E731
+            bodies = [{**both, "prompt": prompt(index), "max_tokens": 1} for index in range(2)]
+            bodies += [
+                {**both, "prompt": prompt(index), "max_tokens": 0, "echo": True, "logprobs": 1} for index in range(3)
+            ]
+            answers = list(pool.map(lambda body: served.post(TEXT, body), bodies))
+            assert not streamed.done()
+        assert [answer.status_code for answer in answers] == [200] * 5 and streamed.result().status_code == 200
+        assert served.is_idle()
+    assert max(turns) <= part + 3 * 3
+    assert sum(of_turn >= part - 5 for of_turn in turns) >= 5 * 30 * 3 // part - 3

@@ -5,7 +5,7 @@ Knows targets, models and texts; draws nothing. A single model's are `mpg.paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -14,6 +14,8 @@ from mpg.decode.request import Request
 from mpg.decode.rows import TargetRows
 from mpg.models.ensemble import Ensemble
 from mpg.options import MAX_CHUNK, Options
+
+NOTHING = Logprobs(*[torch.zeros(0, 0)] * 3)  # of no position, while prompts are read
 
 
 @torch.no_grad()
@@ -24,6 +26,7 @@ def score_texts(
     options: Options,
     num_top: int = 0,
     ensembles: Sequence[Ensemble] | None = None,
+    part: Callable[[], int | None] = lambda: None,
 ) -> Iterator[Logprobs]:
     """Log-probabilities of B texts behind the prompts of as many requests, some positions of all texts at a time.
 
@@ -32,9 +35,11 @@ def score_texts(
     options    of which the target counts; a mixture spans one token
     num_top    tokens of each row beside the text's own, the likeliest first
     ensembles  of every request, the models with contexts that it brings
+    part       asked whenever something is to be read: tokens over all texts and models, at most, but one position of
+               all texts at least; None for MAX_CHUNK positions, and prompts at once
 
-    out: on the CPU, up to MAX_CHUNK positions each, in order; behind the end of a text nothing meaningful. NaN where a
-    model's logits are unusable, -inf where the target excludes the token
+    out: on the CPU, up to MAX_CHUNK positions each, in order, and NOTHING behind each part of the prompts; behind the
+    end of a text nothing meaningful. NaN where a model's logits are unusable, -inf where the target excludes the token
 
     Raises ValueError for an empty text and for a mixture that spans more than a token.
     """
@@ -56,18 +61,29 @@ def score_texts(
     target = TargetRows(models, tuple(range(most)), options)
     session = models.open([], target.roles, capacity, num_rows=len(texts), expected=attributes)
     try:
+        every = zip(prompts, attributes, contexts, knowing, strict=True)
+        asked = [one for text in every for one in session.asked(*text)]  # as many as cache rows
+        if (limit := part()) is not None:
+            for _ in session.ahead.read(asked, limit):
+                yield NOTHING
         session.replace(range(len(texts)), prompts, attributes, contexts, knowing)
+        if limit is not None:  # prompts of one length are read with their last tokens
+            yield NOTHING
         padded = [
             [prompt[-1], *text, *[0] * (longest - len(text))] for prompt, text in zip(prompts, texts, strict=True)
         ]
         tokens = torch.tensor(padded, device=device)
         start = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        for first in range(0, longest, MAX_CHUNK):
-            scored = tokens[:, first + 1 : first + 1 + MAX_CHUNK]
+        first = 0
+        while first < longest:
+            limit = part()
+            most_fed = MAX_CHUNK if limit is None else min(max(limit // len(asked), 1), MAX_CHUNK)
+            scored = tokens[:, first + 1 : first + 1 + most_fed]
             width = scored.shape[1]
             kv_length = min(longest_prompt - 1 + first + width, capacity)
             logits = session.forward(target.roles, tokens[:, first : first + width], start + first, kv_length=kv_length)
             target.chunk_weights = weights[:, None].expand(-1, width, -1)
-            yield Logprobs(*(part.cpu() for part in target.logprobs(logits, scored, num_top)))
+            yield Logprobs(*(of_rows.cpu() for of_rows in target.logprobs(logits, scored, num_top)))
+            first += width
     finally:
         session.close()

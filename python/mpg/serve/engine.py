@@ -174,7 +174,7 @@ class Engine:
         first, limits = jobs[0], self.settings
         gather = min(limits.stream_interval, MOST_GATHERED)
         how = limits.max_rows, self.max_length, limits.prefill_tokens, gather
-        group: Group = ScoreGroup(first) if first.scores_prompt else DecodeGroup(first, *how)
+        group: Group = ScoreGroup(first, limits.prefill_tokens) if first.scores_prompt else DecodeGroup(first, *how)
         # no turn before those that have waited for theirs
         group.spent = min((other.spent for other in self.groups), default=0.0)
         self.groups.append(group)
@@ -233,12 +233,13 @@ class Engine:
 
     def _take_turn(self) -> None:
         """A round of the group that has had the least time."""
-        group = min((group for group in self.groups if group.running), key=lambda group: group.spent, default=None)
-        if group is None:
+        running = [group for group in self.groups if group.running]
+        if not running:
             return
+        group = min(running, key=lambda group: group.spent)
         begun_at = perf_counter()
         try:
-            events = group.step()
+            events = group.step(is_alone=len(running) == 1)
         except Exception as error:  # whatever a forward raises
             logger.warning("a round of %d requests failed: %s", len(group.running), error)
             reason = f"{type(error).__name__}: {error}"

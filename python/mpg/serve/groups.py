@@ -16,7 +16,7 @@ import torch
 from mpg.decode.batch import Logprobs
 from mpg.decode.drafts import needs_base
 from mpg.decode.run import ROUNDS_AHEAD, Scheduler
-from mpg.decode.scoring import score_texts
+from mpg.decode.scoring import NOTHING, score_texts
 from mpg.model import Model
 from mpg.models.pool import View
 from mpg.options import ROW_SAMPLERS, Options
@@ -51,8 +51,9 @@ class Group(Protocol):
     def begin(self, job: Job) -> None:
         """Let a job run from the next round on. Raises ValueError where it cannot be run."""
 
-    def step(self) -> list[tuple[Job, Event]]:
-        """One round, and what it brought. Jobs whose last event it is are no longer running."""
+    def step(self, is_alone: bool = True) -> list[tuple[Job, Event]]:
+        """One round, and what it brought. Jobs whose last event it is are no longer running. is_alone: no other group
+        waits for its turn meanwhile"""
 
     def cancel(self, job: Job) -> None:
         """Give up a running job."""
@@ -118,7 +119,7 @@ class DecodeGroup:
         job.entry = self.scheduler.add(request, contexts=job.call.contexts[0])
         self.running.append(job)
 
-    def step(self) -> list[tuple[Job, Event]]:
+    def step(self, is_alone: bool = True) -> list[tuple[Job, Event]]:
         by_entry = {id(job.entry): job for job in self.running}
         events: list[tuple[Job, Event]] = []
         for entry, tokens in self.scheduler.step():
@@ -168,10 +169,15 @@ def _bytes_of(rows: Iterable[tuple[View, int]], num_positions: int) -> int:
 
 
 class ScoreGroup:
-    """Prompts whose tokens are scored, some at a time. See `Group` for the interface."""
+    """Prompts whose tokens are scored, some at a time. See `Group` for the interface.
 
-    def __init__(self, first: Job):
+    part  tokens that are read in a turn, over all prompts and models, where another group waits for its own
+    """
+
+    def __init__(self, first: Job, part: int):
         self.model: Model = first.model
+        self.part = part
+        self._limit: int | None = None
         self.waiting, self.running = deque[Job](), list[Job]()
         self.spent = 0.0
         self._scored: list[Job] = []  # by the pass that is under way
@@ -192,14 +198,15 @@ class ScoreGroup:
     def begin(self, job: Job) -> None:
         self.running.append(job)
 
-    def step(self) -> list[tuple[Job, Event]]:
+    def step(self, is_alone: bool = True) -> list[tuple[Job, Event]]:
+        self._limit = None if is_alone else self.part
         if self._pass is None:
             self._scored = self.running[:SCORED_AT_ONCE]
             self._parts = []
             self._pass = self._start(self._scored)
         part = next(self._pass, None)
         if part is not None:
-            self._parts.append(part)
+            self._parts += [] if part is NOTHING else [part]
             return []
         self._pass = None
         whole = Logprobs(*(torch.cat(parts, 1) for parts in zip(*self._parts, strict=True)))
@@ -219,7 +226,8 @@ class ScoreGroup:
     def _bytes_of(self, job: Job, num_positions: int) -> int:
         models = job.call.models
         names = {"base", "anchor", *job.request.weighed(models.attribute_names)}
-        return models.cache_bytes(sorted(names), 1, num_positions)
+        own = models.cache_bytes(sorted(names), 1, num_positions)
+        return 2 * own if job.request.contexts else own  # contexts may be read ahead, in rows of their own
 
     def _start(self, jobs: Sequence[Job]) -> Iterator[Logprobs]:
         """The pass over some prompts from their second token on."""
@@ -234,7 +242,8 @@ class ScoreGroup:
         ]
         num_top = max(job.request.num_top or 0 for job in jobs)
         texts, ensembles = [prompt[1:] for prompt in prompts], [job.call.models for job in jobs]
-        return score_texts(self.model.models, cut, texts, jobs[0].call.options, num_top, ensembles)
+        part = lambda: self._limit  # noqa: E731
+        return score_texts(self.model.models, cut, texts, jobs[0].call.options, num_top, ensembles, part)
 
 
 def _of_row(whole: Logprobs, row: int, job: Job) -> Event:
