@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mpg.demo.corpus import DEMO_QUESTIONS
-from mpg.models import ensemble
+from mpg.model import Model
+from mpg.models import ensemble, loading
 from mpg.models.runner import ModelRunner
 
 QUESTION = DEMO_QUESTIONS[0]
@@ -39,6 +40,21 @@ def test_caches_of_a_dropped_session_are_freed_without_the_garbage_collector(mod
         keys = weakref.ref(next(iter(session._pools.values())).runner.cache.layers[0].keys)
         del session
         assert keys() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_stacked_for_a_dropped_model_is_freed_without_the_garbage_collector(model):
+    """As a server stacks it anew whenever an attribute is added or removed."""
+    other = Model(loading.load(model.recipe, device=model.models.device, beside=model.models), model.recipe)
+    assert other.generate(QUESTION, **OPTIONS).text
+    stack = other.models._models[0].stack
+    factors = [weakref.ref(tensor) for of_layer in stack.factors for tensor in of_layer]
+    gc.collect()
+    gc.disable()
+    try:
+        del other, stack
+        assert [own() for own in factors] == [None] * len(factors)
     finally:
         gc.enable()
 

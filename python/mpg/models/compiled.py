@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpg.models.cache import RaggedCache
-from mpg.models.stack import LoraStack
+from mpg.models.stack import LoraStack, Rows
 
 # Of a row: a chunk and the token before it. Longer forwards read prompts.
 MAX_TOKENS = 33
@@ -42,12 +42,13 @@ def compile_layers(argument: str, model: PreTrainedModel, stack: LoraStack | Non
     # strides to assert.
     own_run = FunctionType(_run.__code__.replace(), _run.__globals__)
     run = torch.compile(own_run, dynamic=True, options={"size_asserts": False})
+    rows = None if stack is None else stack.rows
     for index, layer in enumerate(layers):
-        layer.forward = partial(_forward, run, stack, layer, index)
+        layer.forward = partial(_forward, run, rows, layer, index)
 
 
 def _forward(
-    run: Callable[..., Any], stack: LoraStack | None, layer: nn.Module, index: int, *args: Any, **kwargs: Any
+    run: Callable[..., Any], rows: Rows | None, layer: nn.Module, index: int, *args: Any, **kwargs: Any
 ) -> Any:
     cache: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, RaggedCache)), None)
     own: Any = None if cache is None else cache.layers[index]
@@ -57,12 +58,12 @@ def _forward(
         return type(layer).forward(layer, *args, **kwargs)
     cache.current = own
     try:
-        return run(type(layer).forward, layer, stack, args, kwargs)
+        return run(type(layer).forward, layer, rows, args, kwargs)
     finally:
         cache.current = None
 
 
-def _run(forward: Callable[..., Any], layer: nn.Module, stack: LoraStack | None, args: Any, kwargs: Any) -> Any:
-    if stack is not None:  # read from an argument they are inputs of the code, from a layer they would be constants
-        _ = stack.rows_of_group, stack.num_rows, stack.num_tokens, stack.groups
+def _run(forward: Callable[..., Any], layer: nn.Module, rows: Rows | None, args: Any, kwargs: Any) -> Any:
+    if rows is not None:  # read from an argument they are inputs of the code, from a layer they would be constants
+        _ = rows.rows_of_group, rows.num_rows, rows.num_tokens, rows.groups
     return forward(layer, *args, **kwargs)

@@ -6,6 +6,7 @@ Knows how a stacked layer computes; not how adapters are stored, nor when they a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
@@ -43,6 +44,19 @@ class Layout(NamedTuple):
         return cls(runs, None if is_even else torch.tensor(groups).to(device))
 
 
+@dataclass(eq=False)
+class Rows:
+    """What a stack's layers read of the next forward, as `LoraStack.set_active` has it. They hold this and not the
+    stack, which holds them: else a model that is given up would wait for the collector of cycles."""
+
+    num_rows: int = 0
+    num_tokens: int = 0
+    rows_of_group: int = 0
+    first_group: int = 0
+    merge_weights: Tensor | None = None
+    groups: Tensor | None = None
+
+
 class LoraStack:
     """The factors of all adapters of one model, layer by layer, in the model's dtype.
 
@@ -58,10 +72,8 @@ class LoraStack:
         self.layers: list[LoraLinear] = []
         self.active: list[tuple[Tensor, Tensor]] | None = []  # of every layer, which holds its own; [] at first
         self._parents: list[tuple[nn.Module, str]] = []  # of every layer, and what it is called there
-        self.merge_weights: Tensor | None = None
-        self.groups: Tensor | None = None
+        self.rows = Rows()
         self.dtype = model.dtype
-        self.first_group = self.rows_of_group = self.num_rows = self.num_tokens = 0
         sizes = {module: up.shape[1] for adapter in adapters for module, (_, up) in adapter.factors.items()}
         for module, part in list(model.named_modules()):
             if isinstance(part, JoinedLinear) and not sizes.keys().isdisjoint(part.names):
@@ -72,7 +84,7 @@ class LoraStack:
         self.fill(adapters)
 
     def _replace(self, parent: nn.Module, attribute: str, sizes: Mapping[str, int]) -> None:
-        layer = LoraLinear(parent.get_submodule(attribute), self, sizes)
+        layer = LoraLinear(parent.get_submodule(attribute), self.rows, sizes)
         setattr(parent, attribute, layer)
         self.layers.append(layer)
         self._parents.append((parent, attribute))
@@ -118,9 +130,10 @@ class LoraStack:
                 own = factors and factors[index]
                 vars(layer)["factors"] = own  # past nn.Module, which would look for a parameter in it
                 parent._modules[attribute] = layer.base if own is None else layer  # a small one takes less than a call
-        self.active, self.first_group, self.merge_weights, self.groups = factors, first_group, merge_weights, groups
-        self.rows_of_group = num_rows // (factors[0][0].shape[0] if factors else 1)
-        self.num_rows, self.num_tokens = num_rows, num_tokens
+        self.active, rows = factors, self.rows
+        rows.first_group, rows.merge_weights, rows.groups = first_group, merge_weights, groups
+        rows.rows_of_group = num_rows // (factors[0][0].shape[0] if factors else 1)
+        rows.num_rows, rows.num_tokens = num_rows, num_tokens
 
 
 class LoraLinear(nn.Module):
@@ -137,10 +150,10 @@ class LoraLinear(nn.Module):
     factors: tuple[Tensor, Tensor] | None
     wide: Tensor | None
 
-    def __init__(self, base: nn.Module, stack: LoraStack, sizes: Mapping[str, int]) -> None:
+    def __init__(self, base: nn.Module, rows: Rows, sizes: Mapping[str, int]) -> None:
         super().__init__()
         self.base = base
-        self.stack = stack
+        self.rows = rows
         self.sizes = sizes
         self.blocks: list[int] = []
         self.factors = self.wide = None
@@ -159,24 +172,24 @@ class LoraLinear(nn.Module):
         # All rows in order, by row (its last token under logits_to_keep, cached ones in DeepSeek's latent attention) or
         # with all tokens flattened. Not e.g. an expert that sees some of the tokens: groups would mix.
         # Their number as a product: torch.compile then sees at once that the groups divide it.
-        stack, shape = self.stack, x.shape
-        num_rows = down.shape[0] * stack.rows_of_group if stack.groups is None else stack.num_rows
-        num_tokens = stack.num_tokens
+        rows, shape = self.rows, x.shape
+        num_rows = down.shape[0] * rows.rows_of_group if rows.groups is None else rows.num_rows
+        num_tokens = rows.num_tokens
         if not (len(shape) > 2 and shape[0] == num_rows) and shape[:-1] != (num_rows * num_tokens,):
             wanted = num_rows, num_tokens
             names = ", ".join(self.sizes)
             raise ValueError(f"adapted layer {names}: expected tokens {wanted}, got {tuple(shape[:-1])}")
-        base, is_plain_sum = self._modules["base"], stack.merge_weights is None  # past nn.Module, as in `adapted`
+        base, is_plain_sum = self._modules["base"], rows.merge_weights is None  # past nn.Module, as in `adapted`
         assert base is not None
         if self.wide is not None and is_plain_sum:
             return self._multiply_wide(x, num_rows, up)
-        if stack.groups is not None and is_plain_sum and isinstance(base, PackedLinear):
-            out = base.adapted(x, down, up, stack.groups, self.blocks)
+        if rows.groups is not None and is_plain_sum and isinstance(base, PackedLinear):
+            out = base.adapted(x, down, up, rows.groups, self.blocks)
             if out is not None:
                 return out
         out = base(x)
-        if stack.groups is not None:
-            groups = stack.groups.to(x.device)
+        if rows.groups is not None:
+            groups = rows.groups.to(x.device)
             hidden = self._weigh(mpg_ext.lora_shrink(x.reshape(num_rows, -1, shape[-1]), down, groups))
             blocks = self.blocks if is_plain_sum else ()
             mpg_ext.lora_expand_(out.view(num_rows, -1, out.shape[-1]), hidden, up, groups, blocks=blocks)
@@ -187,7 +200,7 @@ class LoraLinear(nn.Module):
 
     def _weigh(self, hidden: Tensor) -> Tensor:
         """Features of tokens, the last dimension N r where rows run a sum of N adapters, times each row's weights."""
-        if (weights := self.stack.merge_weights) is None:
+        if (weights := self.rows.merge_weights) is None:
             return hidden
         num_rows, num_merged = weights.shape
         parts = hidden.reshape(num_rows, -1, num_merged, hidden.shape[-1] // num_merged)
@@ -196,7 +209,7 @@ class LoraLinear(nn.Module):
     def _multiply_wide(self, x: Tensor, num_rows: int, up: Tensor) -> Tensor:
         """`forward` in one product and one update."""
         assert self.wide is not None
-        (num_groups, rank, size), first, groups = up.shape, self.stack.first_group, self.stack.groups
+        (num_groups, rank, size), first, groups = up.shape, self.rows.first_group, self.rows.groups
         columns = size + (first + num_groups) * rank  # groups behind them are not read
         bias = None if self.wide_bias is None else self.wide_bias[:columns]
         product = linear(x, self.wide[:columns], bias)
