@@ -1,7 +1,11 @@
-"""A server in a thread of this process, on loopback, as clients see it."""
+"""A server on loopback, in a thread of this process or in processes of its own, as clients see it."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -80,3 +84,27 @@ def _run(app, engine, model):
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def started(*arguments):
+    """The command in a process of its own, and the address that it says it serves at."""
+    command = [sys.executable, "-m", "mpg", "serve", "--models", "demo", "--port", "0", "--device", "cpu", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        found = next(filter(None, (re.search(r"serving at (http://\S+)/v1", line) for line in process.stderr)))
+        logged = process.logged = []
+        threading.Thread(target=lambda: logged.extend(process.stderr), daemon=True).start()  # else a full pipe stops it
+        wait_for(lambda: httpx.get(f"{found[1]}/health").json()["status"] == "ready")
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(is_so, seconds=60):
+    ends_at = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < ends_at, "it did not come to pass"
+        time.sleep(0.02)

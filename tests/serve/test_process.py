@@ -7,12 +7,7 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import psutil
@@ -25,33 +20,10 @@ from mpg.app.cli import arguments
 from mpg.app.cli.command import app
 from mpg.app.cli.serve import _name
 from mpg.serve import process
+from serving import started, wait_for
 
 TEXT = "/v1/completions"
 BODY = {"model": "E", "prompt": [5, 6, 7], "max_tokens": 60, "seed": 3, "sampler": "direct", "n": 16}
-
-
-@contextmanager
-def started(*arguments):
-    """The command in a process of its own, and the address that it says it serves at."""
-    command = [sys.executable, "-m", "mpg", "serve", "--models", "demo", "--port", "0", "--device", "cpu", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-    try:
-        found = next(filter(None, (re.search(r"serving at (http://\S+)/v1", line) for line in process.stderr)))
-        logged = process.logged = []
-        threading.Thread(target=lambda: logged.extend(process.stderr), daemon=True).start()  # else a full pipe stops it
-        wait_for(lambda: httpx.get(f"{found[1]}/health").json()["status"] == "ready")
-        yield process, found[1]
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for(is_so, seconds=60):
-    ends_at = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < ends_at, "it did not come to pass"
-        time.sleep(0.02)
 
 
 def http_process(process):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import gc
+import asyncio
+import json
 import random
-import resource
+import re
 import shutil
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import pytest
+import openai
+import psutil
 
 from longer import IS_LONG
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
-from serving import serving
+from serving import started, wait_for
 
 COUNT, AT_ONCE = (1000, 200) if IS_LONG else (60, 30)
-WEIGHTS = ["E=1", "E=1,T=0.5", "J=-0.5,S=1", "ESTJ", "E=0.5,S=0.5,T=1"]
+CHAT = "/v1/chat/completions"
+ADMIN = {"authorization": "Bearer key"}
+FATES = {"ends": 0.57, "is cancelled": 0.17, "hangs up": 0.16, "is wrong": 0.07, "is no JSON": 0.03}
+MODEL_NAMES = ["E=1", "E=1,T=0.5", "J=-0.5,S=1", "ESTJ", "E=0.5,S=0.5,T=1", "mine"]  # the last comes and goes
 KINDS = [
     {},
     {"temperature": 0.7},
@@ -27,98 +31,155 @@ KINDS = [
     {"temperature": 0, "stop": "."},
 ]
 WRONG = [{"weights": {"Q": 1}}, {"tools": [1]}, {"n": -1}, {"temperature": "x"}, {"max_tokens": 10**7}]
+NOT_OPENAIS = ("sampler", "top_k", "draft", "weights")
+MAY_GROW = 64 * 2**20  # bytes, from one load to the next like it
 
-ALWAYS_NEW = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # threads of one client race for kept ones
 
-
-@pytest.mark.parametrize("seed", [0])
-def test_a_storm_leaves_every_text_as_it_is_alone_and_nothing_behind(precise_model, tmp_path, seed):
-    rng = random.Random(seed)
+def test_a_storm_leaves_every_text_as_it_is_alone_and_nothing_behind(precise_model, tmp_path):
     shutil.copytree(MODELS / "adapters" / "T", tmp_path / "mine")
-    asked = []
+    requests = make_requests(random.Random(0))
+    options = {
+        "dtype": "float64", "admin-key": "key", "attribute-folder": tmp_path, "max-rows": 16,
+        "max-queue": 2 * COUNT, "max-seconds": 900,  # on a machine that is busy
+    }  # fmt: skip
+    with started("--allow-other-base", *(f"--{name}={value}" for name, value in options.items())) as (process, url):
+        memory = []
+        for _ in range(2):  # the first warms up
+            answers = asyncio.run(storm(url, requests))
+            wait_for(lambda: held(url) == {"queue_size": 0, "rows": 0, "groups": 0, "cache_bytes": 0})
+            memory.append(resident_bytes(process.pid))
+            check(precise_model, requests, answers)
+    assert memory[1] < memory[0] + MAY_GROW
+
+
+def make_requests(rng):
+    """(what becomes of it, its body, when its client goes as a number from 0 to 1) of each."""
+    requests = []
     for index in range(COUNT):
-        fate = rng.choices(["ends", "goes", "is wrong"], [0.57, 0.33, 0.1])[0]
+        [fate] = rng.choices(list(FATES), list(FATES.values()))
         body = {
-            "model": rng.choice(WEIGHTS), "messages": [{"role": "user", "content": rng.choice(DEMO_QUESTIONS)}],
+            "model": rng.choice(MODEL_NAMES), "messages": [{"role": "user", "content": rng.choice(DEMO_QUESTIONS)}],
             "seed": index % 10, "max_tokens": rng.choice([2, 8, 20]), "stream": rng.random() < 0.5, **rng.choice(KINDS),
         }  # fmt: skip
-        asked.append((fate, {**body, **(rng.choice(WRONG) if fate == "is wrong" else {})}))
+        requests.append((fate, {**body, **(rng.choice(WRONG) if fate == "is wrong" else {})}, rng.random()))
+    return requests
 
-    limits = {
-        "is_apart": True,
-        "max_queue": COUNT * 2,
-        "admin_key": "key",
-        "attribute_folders": (tmp_path,),
-        "max_rows": 16,
-        "max_seconds": 900,  # on a machine that is busy
-    }
-    with serving(precise_model, **limits) as served, httpx.Client(timeout=900, limits=ALWAYS_NEW) as http:
-        url = f"{served.url}/v1/chat/completions"
 
-        def ask(fate, body):
-            if fate != "goes":
-                return http.post(url, json=body)
-            try:
-                http.post(url, json=body, timeout=httpx.Timeout(60, read=0.03))
-            except httpx.TimeoutException:
-                return None
+async def storm(url, requests):
+    """(status, text) of every request's answer, None where its client had gone before it; meanwhile an attribute comes
+    and goes."""
+    free, limits = asyncio.Semaphore(AT_ONCE), httpx.Limits(max_connections=None)
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=900, limits=limits) as http,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
+    ):
 
-        admin = {"authorization": "Bearer key"}
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = [pool.submit(ask, *one) for one in asked]
-            for _ in range(2):
-                added = http.post(f"{served.url}/v1/attributes", json={"name": "mine", "source": "mine"}, headers=admin)
-                assert added.status_code == 201
-                assert http.delete(f"{served.url}/v1/attributes/mine", headers=admin).status_code == 200
-            answers = [answer.result() for answer in answers]
-        assert served.is_idle()
-        statuses = Counter()
-        for (fate, body), answer in zip(asked, answers, strict=True):
-            if answer is None:
-                continue
-            statuses[answer.status_code] += 1
-            if fate == "is wrong":
-                assert answer.status_code == 400
-            elif fate == "ends":
-                assert answer.status_code == 200, answer.text
-                assert text_of(answer, body["stream"]) == wanted(served.model, body)
-        assert statuses[200] >= COUNT // 3 and statuses[400] >= COUNT // 20
-        assert set(statuses) == {200, 400}
-        if IS_LONG:  # memory is flat: the same again takes no more
-            before = resident_bytes()
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(lambda one: ask(*one), asked))
-            assert served.is_idle()
-            assert resident_bytes() < before + 64 * 2**20
+        async def answer(fate, body, patience):
+            async with free:
+                if fate == "hangs up":
+                    return await hang_up(url, body, patience)
+                if fate == "is no JSON":
+                    return await ask_raw(http, body, patience)
+                if fate != "is cancelled":
+                    return await ask(client, body)
+                try:
+                    return await asyncio.wait_for(ask(client, body), patience / 2)
+                except TimeoutError:
+                    return None
+
+        await change(http, is_there=True)
+        answers, is_there = asyncio.gather(*(answer(*request) for request in requests)), True
+        while is_there or not answers.done():
+            await asyncio.sleep(0.05)
+            is_there = not is_there
+            await change(http, is_there=is_there)
+        return await answers
+
+
+async def change(http, *, is_there):
+    """Let the attribute come or go."""
+    if is_there:
+        done = await http.post("/v1/attributes", json={"name": "mine", "source": "mine"}, headers=ADMIN)
+    else:
+        done = await http.delete("/v1/attributes/mine", headers=ADMIN)
+    assert done.status_code == (201 if is_there else 200)
+
+
+async def ask(client, body):
+    """What OpenAI's client makes of an answer."""
+    own = {name: body[name] for name in NOT_OPENAIS if name in body}
+    theirs = {name: value for name, value in body.items() if name not in own}
+    try:
+        answer = await client.chat.completions.create(**theirs, extra_body=own)
+        if not body["stream"]:
+            return 200, answer.choices[0].message.content
+        return 200, "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+    except openai.APIStatusError as error:
+        return error.status_code, error.message
+
+
+async def ask_raw(http, body, share):
+    """The answer to a part of a body."""
+    text = json.dumps(body)
+    answer = await http.post(CHAT, content=text[: int(share * len(text))], headers={"content-type": "application/json"})
+    return answer.status_code, answer.text
+
+
+async def hang_up(url, body, share):
+    """Go without a word: every second in the midst of the body, the others while they are answered."""
+    host, port = url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    text = json.dumps(body)
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(text)}\r\n\r\n"
+    writer.write((head + text[: int(2 * share * len(text))]).encode())
+    await writer.drain()
+    await asyncio.sleep(share / 4)
+    writer.transport.abort()
+
+
+def check(model, requests, answers):
+    """What is answered is what the model by itself would say, and what stays is answered."""
+    statuses = Counter()
+    for (fate, body, _), answer in zip(requests, answers, strict=True):
+        if answer is None:
+            assert fate in ("is cancelled", "hangs up")
+            continue
+        status, text = answer
+        statuses[status] += 1
+        if status == 200:
+            assert fate in ("ends", "is cancelled") and text == wanted(model, body)
+        elif status == 404:
+            assert body["model"] == "mine" and "'mine'" in text
+        else:
+            assert status == 400 and fate in ("is wrong", "is no JSON")
+    assert set(statuses) <= {200, 400, 404}
+    assert statuses[200] >= COUNT // 3 and statuses[400] >= COUNT // 20
 
 
 _WANTED = {}
 
 
 def wanted(model, body):
-    key = (
-        body["model"],
-        body["messages"][0]["content"],
-        *(body.get(name) for name in sorted(body) if name not in ("messages", "stream")),
-    )
+    key = json.dumps({name: value for name, value in body.items() if name != "stream"}, sort_keys=True)
     if key not in _WANTED:
         own = {name: body[name] for name in ("temperature", "sampler", "top_k", "draft", "seed") if name in body}
         result = model.generate(
-            body["messages"], weights=body["model"], max_new_tokens=body["max_tokens"],
-            stop_strings=body.get("stop"), **own,
+            body["messages"], weights={"mine": "T=1"}.get(body["model"], body["model"]),
+            max_new_tokens=body["max_tokens"], stop_strings=body.get("stop"), **own,
         )  # fmt: skip
         _WANTED[key] = result.text.split(body["stop"])[0] if "stop" in body else result.text
     return _WANTED[key]
 
 
-def text_of(answer, is_stream):
-    if not is_stream:
-        return answer.json()["choices"][0]["message"]["content"]
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
-    return "".join(httpx.Response(200, text=line).json()["choices"][0]["delta"].get("content", "") for line in lines)
+def held(url):
+    """What the server says that it holds for requests."""
+    text = httpx.get(f"{url}/metrics").text
+    found = re.findall(r"^mpg_(queue_size|rows|groups|cache_bytes) (\S+)", text, re.MULTILINE)
+    return {name: float(value) for name, value in found}
 
 
-def resident_bytes():
-    gc.collect()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident_bytes(pid):
+    """Of a process and those that it has started."""
+    process = psutil.Process(pid)
+    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
