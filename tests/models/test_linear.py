@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 
 import mpg_ext
 from ensembles import load
-from mpg.models import linear
+from mpg.models import linear, quantize
 from mpg.models.linear import EVERY, PackedLinear, choose, pack_linears
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -76,6 +79,72 @@ def test_plain_and_packed_are_timed_once_a_process_for_each_kind_of_layer_that_c
     pack_linears(nn.Sequential(nn.Linear(256, 512), nn.Linear(256, 768)))
     assert len(linear._times) == 3
     assert all(linear._times[kind] is times for kind, times in kept.items())
+
+
+class Clock:
+    """Time that passes while ways are timed alone, as long at each product."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds, self.products = 0.0, seconds, Counter()
+        clock = SimpleNamespace(perf_counter=lambda: self.now, thread_time=lambda: self.now)
+        monkeypatch.setattr(linear, "time", clock)
+        monkeypatch.setattr(linear, "_times", {})
+        for module, name in ((linear, "PLAIN"), (linear, "PACKED"), (quantize, "INT4")):
+            monkeypatch.setattr(module, name, self._slow(getattr(module, name)))
+
+    def _slow(self, way):
+        def multiply(x, weight):
+            self.now += self.seconds
+            self.products[way.name, x.shape[1], len(x)] += 1
+            return way.multiply(x, weight)
+
+        return way._replace(multiply=multiply)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("num_kinds", [1, 2, 7])
+def test_all_kinds_of_a_model_are_timed_together_in_half_a_second(num_kinds, num_layers, monkeypatch):
+    layers = [nn.Linear(512 + 16 * kind, 64) for kind in range(num_kinds) for _ in range(num_layers)]
+    products_of_turn = 2 * len(linear.TIMED_ROWS) * len(layers)
+    clock = Clock(monkeypatch, 0.09 / products_of_turn)
+    pack_linears(nn.Sequential(*layers))
+    assert linear.TIMED_SECONDS <= clock.now < 0.5
+    ways = product(("plain", "packed"), (layer.in_features for layer in layers), linear.TIMED_ROWS)
+    assert set(clock.products) == set(ways)
+    [count] = set(clock.products.values())  # a kind and number of rows takes part in every turn, first with one layer
+    assert (count - 1) % num_layers == 0
+    clock.now = 0.0
+    pack_linears(nn.Sequential(*layers))
+    assert clock.now == 0
+
+
+def test_a_machine_that_is_slow_has_two_turns_and_a_fast_one_ten(monkeypatch):
+    for seconds, turns in ((9.0, 2), (1e-6, linear.MAX_TURNS)):
+        clock = Clock(monkeypatch, seconds)
+        pack_linears(nn.Sequential(nn.Linear(512, 64)))
+        assert set(clock.products.values()) == {turns}
+
+
+@needs_onednn
+def test_both_ways_of_four_bits_are_timed_in_half_a_second_each(tiny_model, monkeypatch):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("nothing is timed without second weights")
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
+    clock, spent = Clock(monkeypatch, 0.001), {}
+    time_kinds = linear._time
+
+    def time_apart(weights, other):
+        begun = clock.now
+        found = time_kinds(weights, other)
+        spent[other.name] = clock.now - begun
+        return found
+
+    monkeypatch.setattr(linear, "_time", time_apart)
+    load(tiny_model(), {}, device="cpu", quantize="int4")
+    assert set(spent) == {"int4", "plain"}  # of the layers in four bits, and of the others
+    assert linear.TIMED_SECONDS <= spent["int4"] < 0.5
+    assert 0 < spent["plain"] < 0.5
+    assert sum(clock.products.values()) * clock.seconds == pytest.approx(sum(spent.values()))
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.25, from_on(2)), (0.0, EVERY)])
