@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import cycle
+from operator import itemgetter
 from typing import Annotated, Any
 
 import httpx
@@ -319,6 +320,10 @@ def main(
         for part in parts:
             found = part()
             when = datetime.now(timezone.utc).isoformat(timespec="minutes")
+            if "rows" in found:
+                kept = [row for row in of_set.get("rows", ()) if row["clients"] not in at_once]
+                of_now = [{**row, "time": when} for row in found["rows"]]
+                found["rows"] = sorted(kept + of_now, key=itemgetter("clients"))
             of_set |= found
             of_set[f"machine_of_{'rows' if 'rows' in found else 'long_prompts'}"] = {
                 **describe_hardware("cpu", torch.get_num_threads()), "load_average": os.getloadavg()[0], "time": when,
