@@ -398,7 +398,7 @@ namespace cpu {
   template void op(const Args<double>&, int64_t, int64_t)
 
 // Ranks and outputs of a part, see lora.cpp.
-constexpr int64_t kRankPart = 2, kOutputPart = 512;
+constexpr int64_t kRankPart = 4, kOutputPart = 512;
 
 const char* capability();  // the level that this process uses; throws std::invalid_argument
 template <class A>

@@ -9,42 +9,12 @@
 namespace mpg::cpu {
 namespace {
 
-constexpr int64_t kPart = 512;  // keys: with their values 256 KiB of floats at 64 features
-constexpr int kNeighbours = 4;  // keys whose products are summed side by side
+constexpr int64_t kPart = 512;   // keys: with their values 256 KiB of floats at 64 features
+constexpr int64_t kValues = 32;  // of a part, that are added while as many keys are asked for
 
 template <class T>
 MPG_INLINE const T* head_data(const HeadRows& rows, int64_t row, int64_t head) {
   return static_cast<const T*>(rows.data) + row * rows.stride_row + head * rows.stride_head;
-}
-
-// Scores of kKeys neighbouring keys for each of kQueries heads that share them, whose own scores
-// lie kPart apart.
-template <int kLanes, int kQueries, int kKeys, class A, class T>
-MPG_INLINE void score_keys(const AttendRows<A>& args, const T* queries, const T* keys, A* scores) {
-  const int64_t D = args.D, stride = args.key.stride_position;
-  A lanes[kQueries][kNeighbours][kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= D; i += kLanes) {
-    for (int g = 0; g < kQueries; ++g) {
-      const T* query = queries + g * args.query.stride_head + i;
-      for (int k = 0; k < kKeys; ++k) {
-        const T* key = keys + k * stride + i;
-#pragma omp simd
-        for (int j = 0; j < kLanes; ++j) lanes[g][k][j] += A(to_float(query[j])) * to_float(key[j]);
-      }
-    }
-  }
-  for (int j = 0; i < D; ++i, ++j) {
-    for (int g = 0; g < kQueries; ++g) {
-      const A feature = to_float(queries[g * args.query.stride_head + i]);
-      for (int k = 0; k < kKeys; ++k) lanes[g][k][j] += feature * to_float(keys[k * stride + i]);
-    }
-  }
-  for (int g = 0; g < kQueries; ++g) {
-    A sums[kNeighbours];
-    sum_lanes(lanes[g], sums);
-    for (int k = 0; k < kKeys; ++k) scores[g * kPart + k] = sums[k] * args.scale;
-  }
 }
 
 // Makes of a query's scores of a part its weights, beside those of the parts so far in its state.
@@ -67,38 +37,46 @@ MPG_INLINE void weigh_scores(int64_t count, A* scores, int64_t E, A* state) {
   for (int64_t i = 0; i < E; ++i) state[i] *= factor;
 }
 
-// Adds kKeys neighbouring values to the sums of kQueries heads, each times its weight.
-template <int kQueries, int kKeys, class A, class T>
-MPG_INLINE void add_values(const AttendRows<A>& args, const A* weights, const T* values,
-                           A* states) {
-  for (int g = 0; g < kQueries; ++g) {
-    A* sums = states + g * args.q * (args.E + 2);
-    add_weighted<kKeys>(weights + g * kPart, values, args.value.stride_position, args.E, sums);
-  }
-}
-
 // The queries of kQueries heads with the first `count` keys of a part, which they share. states:
 // of each query what attend_head says, of the parts so far. next: keys that will be read after
 // these, null where others have read this part before.
 template <int kLanes, int kQueries, class A, class T>
-MPG_INLINE void attend_part(const AttendRows<A>& args, const T* queries, const T* keys,
+MPG_INLINE void attend_part(const AttendRows<A>& args, const T* first_query, const T* keys,
                             const T* values, int64_t count, const T* next, A* states) {
-  A scores[kQueries][kPart];
   const int64_t key_stride = args.key.stride_position, stride = args.value.stride_position;
+  A scores[kQueries][kPart];
+  const T* queries[kQueries];
+  A* sums[kQueries];
+  for (int g = 0; g < kQueries; ++g) {
+    queries[g] = first_query + g * args.query.stride_head;
+    sums[g] = states + g * args.q * (args.E + 2);
+  }
+  const auto keep = [&](const A(&products)[kQueries][kOthers], int64_t s, int num_keys) {
+    for (int g = 0; g < kQueries; ++g) {
+      for (int i = 0; i < num_keys; ++i) scores[g][s + i] = products[g][i] * args.scale;
+    }
+  };
+  A products[kQueries][kOthers];
   int64_t s = 0;
-  for (; s + kNeighbours <= count; s += kNeighbours) {
-    if (next != nullptr) prefetch(values + s * stride, kNeighbours, stride, args.E);
-    score_keys<kLanes, kQueries, kNeighbours>(args, queries, keys + s * key_stride, scores[0] + s);
+  for (; s + kOthers <= count; s += kOthers) {
+    if (next != nullptr) prefetch(values + s * stride, kOthers, stride, args.E);
+    multiply_rows<kLanes, kQueries, kOthers>(queries, keys + s * key_stride, key_stride, args.D,
+                                             products);
+    keep(products, s, kOthers);
   }
-  for (; s < count; ++s)
-    score_keys<kLanes, kQueries, 1>(args, queries, keys + s * key_stride, scores[0] + s);
-  for (int g = 0; g < kQueries; ++g)
-    weigh_scores(count, scores[g], args.E, states + g * args.q * (args.E + 2));
-  for (s = 0; s + 8 <= count; s += 8) {
-    if (next != nullptr) prefetch(next + s * key_stride, 8, key_stride, args.D);
-    add_values<kQueries, 8>(args, scores[0] + s, values + s * stride, states);
+  for (; s < count; ++s) {
+    multiply_rows<kLanes, kQueries, 1>(queries, keys + s * key_stride, key_stride, args.D,
+                                       products);
+    keep(products, s, 1);
   }
-  for (; s < count; ++s) add_values<kQueries, 1>(args, scores[0] + s, values + s * stride, states);
+  for (int g = 0; g < kQueries; ++g) weigh_scores(count, scores[g], args.E, sums[g]);
+  for (s = 0; s < count; s += kValues) {
+    const int64_t num_values = std::min(kValues, count - s);
+    if (next != nullptr) prefetch(next + s * key_stride, num_values, key_stride, args.D);
+    const A* weights[kQueries];
+    for (int g = 0; g < kQueries; ++g) weights[g] = scores[g] + s;
+    add_products<kLanes>(weights, num_values, values + s * stride, stride, args.E, sums);
+  }
 }
 
 // The same of all heads from g on, in tiles of kQueries and what is left.
@@ -117,7 +95,7 @@ MPG_INLINE void attend_heads(const AttendRows<A>& args, int64_t g, const T* quer
 
 // All queries of a row that share the keys of one head. states: for each of them the sum of values
 // (E), the largest score and the sum of weights
-template <int kLanes, int kQueries, class A, class T>
+template <class Tile, class A, class T>
 MPG_INLINE void attend_head(const AttendRows<A>& args, int64_t row, int64_t head, A* states) {
   const int64_t num_queries = args.G * args.q, size = args.E + 2;
   const int64_t* positions = args.positions + row * args.q;
@@ -138,8 +116,9 @@ MPG_INLINE void attend_head(const AttendRows<A>& args, int64_t row, int64_t head
     for (int64_t t = 0; t < args.q; ++t) {
       const int64_t count = std::min(kPart, args.length(positions[t]) - begin);
       if (count <= 0) continue;
-      attend_heads<kLanes, kQueries>(args, 0, queries + t * args.query.stride_position, keys,
-                                     values, count, t == 0 ? next : nullptr, states + t * size);
+      attend_heads<Tile::kLanes, Tile::kRows>(args, 0, queries + t * args.query.stride_position,
+                                              keys, values, count, t == 0 ? next : nullptr,
+                                              states + t * size);
     }
   }
   for (int64_t i = 0; i < num_queries; ++i) {
@@ -151,17 +130,6 @@ MPG_INLINE void attend_head(const AttendRows<A>& args, int64_t row, int64_t head
   }
 }
 
-// In tiles whose sums stay in registers, of which there are 32 or 16.
-template <class A, class T>
-void attend_item(const AttendRows<A>& args, int64_t row, int64_t head, A* states) {
-#if defined(__x86_64__)
-  if (level() == Level::kAvx512)
-    return at_avx512<attend_head<16, 4, A, T>>(args, row, head, states);
-  if (level() == Level::kAvx2) return at_avx2<attend_head<8, 2, A, T>>(args, row, head, states);
-#endif
-  attend_head<4, 2, A, T>(args, row, head, states);
-}
-
 }  // namespace
 
 template <class A>
@@ -169,7 +137,8 @@ void attend_rows(const AttendRows<A>& args, int64_t begin, int64_t end) {
   std::vector<A> states(args.G * args.q * (args.E + 2));
   with_logit_type<A>(args.dtype, [&]<class T>(T) {
     for (int64_t item = begin; item < end; ++item) {
-      attend_item<A, T>(args, item / args.H, item % args.H, states.data());
+      at_levels<attend_head<WideTile, A, T>, attend_head<NarrowTile, A, T>,
+                attend_head<SmallTile, A, T>>(args, item / args.H, item % args.H, states.data());
     }
   });
 }

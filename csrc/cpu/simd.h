@@ -30,13 +30,18 @@ __attribute__((target("avx512f"))) auto at_avx512(Args... args) {
 }
 #endif
 
+template <auto avx512, auto avx2, auto portable, class... Args>
+auto at_levels(Args... args) {
+#if defined(__x86_64__)
+  if (level() == Level::kAvx512) return at_avx512<avx512>(args...);
+  if (level() == Level::kAvx2) return at_avx2<avx2>(args...);
+#endif
+  return portable(args...);
+}
+
 template <auto f, class... Args>
 auto at_level(Args... args) {
-#if defined(__x86_64__)
-  if (level() == Level::kAvx512) return at_avx512<f>(args...);
-  if (level() == Level::kAvx2) return at_avx2<f>(args...);
-#endif
-  return f(args...);
+  return at_levels<f, f, f>(args...);
 }
 
 constexpr int64_t kBlock = 2048;  // 8 KiB of floats: half of a small first-level cache
@@ -79,18 +84,6 @@ MPG_INLINE float log_positive(float x) {
   return x == x ? (p + f) + n * 0.693359375f : x;  // log 2 in two parts
 }
 
-// Adds kRows rows of `size` numbers, `stride` apart, each times its weight.
-template <int kRows, class A, class T>
-MPG_INLINE void add_weighted(const A* weights, const T* rows, int64_t stride, int64_t size,
-                             A* sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    A sum = sums[i];
-    for (int j = 0; j < kRows; ++j) sum += weights[j] * to_float(rows[j * stride + i]);
-    sums[i] = sum;
-  }
-}
-
 // out: in every four lanes the sums of a's two pairs there, then those of b's. `lane...` are all.
 template <int kLanes, class Vector, int... lane>
 MPG_INLINE void add_pairs(const Vector& a, const Vector& b, Vector& out,
@@ -118,6 +111,74 @@ MPG_INLINE void sum_lanes(const A (*vectors)[kLanes], A* sums) {
   add_pairs<kLanes>(v[0], v[2], v[0], all);
   for (int i = 0; i < 4; ++i) sums[i] = v[0][i];
   for (int lane = 4; lane < kLanes; ++lane) sums[lane % 4] += v[0][lane];
+}
+
+// Products of a tile of rows, whose sums stay in registers while they are added to. A sum and the
+// order it is taken in depend on nothing but its own numbers.
+constexpr int kOthers = 4;
+template <int lanes, int rows>
+struct Tile {
+  static constexpr int kLanes = lanes, kRows = rows;
+};
+using WideTile = Tile<16, 4>;   // of 32 registers of 16 floats
+using NarrowTile = Tile<8, 2>;  // of 16 of 8
+using SmallTile = Tile<4, 2>;   // of 16 of 4
+
+// sums[r][i]: the sum of products of rows[r] and the i-th of kCount others, `stride` apart, all of
+// `size` numbers.
+template <int kLanes, int kRows, int kCount, class A, class T>
+MPG_INLINE void multiply_rows(const T* const (&rows)[kRows], const T* others, int64_t stride,
+                              int64_t size, A (&sums)[kRows][kOthers]) {
+  A lanes[kRows][kOthers][kLanes] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= size; c += kLanes) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kCount; ++i) {
+#pragma omp simd
+        for (int j = 0; j < kLanes; ++j)
+          lanes[r][i][j] += A(to_float(rows[r][c + j])) * to_float(others[i * stride + c + j]);
+      }
+    }
+  }
+  for (int j = 0; c < size; ++c, ++j) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kCount; ++i)
+        lanes[r][i][j] += A(to_float(rows[r][c])) * to_float(others[i * stride + c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) sum_lanes(lanes[r], sums[r]);
+}
+
+// kWidth numbers from c on, of what `add_products` adds.
+template <int kWidth, int kRows, class A, class W, class T>
+MPG_INLINE void add_tile(const W* const (&weights)[kRows], int64_t count, const T* values,
+                         int64_t stride, int64_t c, A* const (&sums)[kRows]) {
+  A tile[kRows][kWidth];
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kWidth; ++j) tile[r][j] = sums[r][c + j];
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int r = 0; r < kRows; ++r) {
+      const A weight = to_float(weights[r][i]);
+#pragma omp simd
+      for (int j = 0; j < kWidth; ++j) tile[r][j] += weight * to_float(values[i * stride + c + j]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kWidth; ++j) sums[r][c + j] = tile[r][j];
+  }
+}
+
+// Adds to sums[r] (size) for each i < count the i-th row of values, `stride` apart, times
+// weights[r][i].
+template <int kLanes, int kRows, class A, class W, class T>
+MPG_INLINE void add_products(const W* const (&weights)[kRows], int64_t count, const T* values,
+                             int64_t stride, int64_t size, A* const (&sums)[kRows]) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= size; c += 4 * kLanes)
+    add_tile<4 * kLanes>(weights, count, values, stride, c, sums);
+  for (; c + kLanes <= size; c += kLanes) add_tile<kLanes>(weights, count, values, stride, c, sums);
+  for (; c < size; ++c) add_tile<1>(weights, count, values, stride, c, sums);
 }
 
 // Asks for rows of `size` numbers, `stride` apart, that will be read soon.

@@ -61,7 +61,8 @@ class Result:
     finish_reason  "stop" (end-of-sequence token, stop string or stopping criterion) or "length"
     prompt_tokens  length of the prompt, in tokens
     seed           reproduces the result; in another batch as far as the models' forwards do not depend on the batch
-                   (in bfloat16 they do)
+                   (in 16 bits they do, on a CPU in float32 they do not where a model attends without a mask and its
+                   layers are packed at any number of rows)
     weights        alpha by attribute, as asked for
     stats          see `mpg.STATISTICS`; those of exact, scr and the rejection samplers only where it was one
     log_ratios     per token, by attribute, as in `Token`

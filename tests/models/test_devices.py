@@ -46,7 +46,7 @@ def test_models_on_several_devices_answer_on_that_of_the_base(is_split, tiny_mod
     adapters = {folder: read_adapter(name, folder, whole) for name, folder in folders.items()}  # before values are gone
     monkeypatch.setattr(mpg.models.loading, "read_adapter", lambda name, folder, model, **_: adapters[folder])
     monkeypatch.setattr(mpg.models.loading, "Origin", lambda *given: None)  # nor any to change
-    for check in ("verify_ragged_attention", "attends_by_rows", "fuse_norms"):  # there are no values
+    for check in ("verify_ragged_attention", "most_by_rows", "fuse_norms"):  # there are no values
         monkeypatch.setattr(mpg.models.loading, check, lambda *given: 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with FIRST:

@@ -55,14 +55,14 @@ def _name(way):
 def model():
     """The demo models in float32, in which texts depend on rounding too seldom to be seen, attending as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "attends_by_rows", lambda model: False)
+        patch.setattr(loading, "most_by_rows", lambda model: 0)
         return mpg.load(MODELS, device=DEVICE, dtype="float32")
 
 
 @pytest.fixture
 def graphed(monkeypatch):
     monkeypatch.setitem(graphs.CAPTURES, "cpu", Tape)
-    monkeypatch.setattr(loading, "attends_by_rows", lambda model: False)
+    monkeypatch.setattr(loading, "most_by_rows", lambda model: 0)
     return mpg.load(MODELS, device=DEVICE, dtype="float32", graphs=True)
 
 

@@ -102,7 +102,7 @@ def test_rows_of_a_group_outside_run_the_plain_base_and_read_no_factor(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_of_all", [False, True])
 def test_long_runs_are_those_of_the_twin(dtype, layout, is_of_all):
-    """On the CPU those are torch's products, over the tokens of all rows of a run where these lie in line."""
+    """On the CPU those are torch's products in 16 bits, of all rows of a run at once where their tokens lie in line."""
     options = {"dtype": dtype, "device": torch.device("cpu")}
     x, down, up = (normal(*shape, **options) / 8 for shape in [(9, 130, 256), (GROUPS, 33, 256), (GROUPS, 33, 256)])
     groups = torch.tensor([0, 0, 0, 1, 1, 1, 5, 3, 3])

@@ -52,12 +52,10 @@ class RaggedCache(Cache):
     see it.
 
     by_lengths: up to how many queries of a row attend by lengths, not by a mask
-    by_rows:    whether single queries do by mpg's own op
+    by_rows:    up to how many do by mpg's own op
     """
 
-    def __init__(
-        self, num_layers: int, num_rows: int, capacity: int, by_lengths: int = 0, *, by_rows: bool = False
-    ) -> None:
+    def __init__(self, num_layers: int, num_rows: int, capacity: int, by_lengths: int = 0, *, by_rows: int = 0) -> None:
         super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
         self.num_rows = num_rows
         self.capacity = capacity
@@ -94,8 +92,7 @@ class RaggedCache(Cache):
         else:
             offset, positions = start_at, torch.arange(start_at, start_at + num_tokens, device=start.device)
             positions = positions.expand(len(start), -1)
-        is_by_rows = self.by_rows and num_tokens == 1
-        self.query_offset = Reach(positions.contiguous(), offset) if is_by_rows else offset
+        self.query_offset = Reach(positions.contiguous(), offset) if num_tokens <= self.by_rows else offset
         if start_at is not None:
             return positions
         numbers = torch.arange(rows.start, rows.stop, device=start.device) if isinstance(rows, slice) else rows

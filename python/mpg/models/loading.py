@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from mpg.context import Context
 from mpg.models import gguf, sources
 from mpg.models.agreement import check_agreement, check_tokenizers, check_trained_on
-from mpg.models.attention import attends_by_rows, choose_lengths, use_ragged_attention, verify_ragged_attention
+from mpg.models.attention import choose_lengths, most_by_rows, use_ragged_attention, verify_ragged_attention
 from mpg.models.compiled import compile_layers
 from mpg.models.ensemble import ANCHOR, BASE, DRAFT, MERGED, ROLES, Ensemble, Slot
 from mpg.models.graphs import CAPTURES
@@ -346,7 +346,7 @@ class _Loader:
         size = model.num_parameters()
         loaded = LoadedModel(argument, name, model, tokenizer, size, bytes_per_position, devices)
         loaded.by_lengths = choose_lengths(model)
-        loaded.by_rows = attends_by_rows(model)
+        loaded.by_rows = most_by_rows(model)
         self.models.append(loaded)
         return Slot(self.models[-1])
 

@@ -26,7 +26,8 @@ from mpg.models.stack import Layout, LoraStack
 
 # What is captured with graphs=True: forwards of at most so many tokens a row, at cache lengths of so many positions.
 CAPTURED_TOKENS, CAPTURED_POSITIONS = 32, 64
-# Up to so many tokens a group, mpg's own adapter ops are faster on the CPU than products batched over the groups.
+# Up to so many tokens a group, mpg's own adapter ops are faster on the CPU, in 16 bits, than products batched over the
+# groups. In more bits they always run: what comes out of a row then depends on no other one.
 OWN_TOKENS = 8
 
 
@@ -75,7 +76,7 @@ class LoadedModel:
     idle: Idle[ModelRunner] = field(default_factory=Idle)
     graphs: WeakSet[Graphs] = field(default_factory=WeakSet)  # of every runner there is
     by_lengths: int = 0  # up to how many queries of a row attend by lengths, not by a mask
-    by_rows: bool = False  # whether single queries do by mpg's own op
+    by_rows: int = 0  # up to how many do by mpg's own op
     version: int = 0  # grows where the weights change
 
     @property
@@ -307,10 +308,14 @@ class ModelRunner:
         return first if is_one else None
 
     def _named(self, layout: Layout, num_tokens: int) -> Layout:
-        """The layout of a forward, by row where mpg's own ops are the faster ones for it."""
+        """The layout of a forward, by row where mpg's own ops are to run it."""
         runs, width = layout.runs, len(self.key.merged) or 1  # a sum's factors are those of so many adapters
         is_many = max(rows for _, rows in runs) * num_tokens * width > OWN_TOKENS
-        if is_many or layout.groups is not None or not self._is_for_itself():
+        if (
+            (is_many and torch.finfo(self.loaded.model.dtype).bits == 16)
+            or layout.groups is not None
+            or not self._is_for_itself()
+        ):
             return layout
         if runs not in self._groups:
             self._groups[runs] = torch.tensor([group for group, rows in runs for _ in range(rows)])
