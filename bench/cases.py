@@ -97,7 +97,7 @@ class Cases:
         return torch.full(shape, value, device=self.device, dtype=dtype)
 
     def logits(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Of the anchor and the attribute models, (B, positions, V) and (N, B, positions, V)."""
+        """Logits of the anchor and of the attribute models, (B, positions, V) and (N, B, positions, V)."""
         anchor = 3 * self.normal(self.B, positions, self.V)
         attributes = torch.empty(N, self.B, positions, self.V, device=self.device, dtype=self.dtype)
         for attribute in attributes:  # one at a time: the largest fill half a GPU
@@ -242,7 +242,7 @@ class Cases:
         return self.case("commit_block_", arguments, read=(lengths, *numbers, *texts, accepted, token))
 
     def adapters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of N rows a sequence, each of one token and another adapter: features of a size V, factors, groups."""
+        """Features of a size V, factors and groups of N rows a sequence, each of one token and another adapter."""
         x = self.normal(N * self.B, 1, self.V).to(self.dtype)
         down, up = (self.normal(N + 1, RANK, self.V).to(self.dtype) for _ in range(2))
         groups = torch.arange(1, N + 1, device=self.device).repeat_interleave(self.B)

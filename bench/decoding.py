@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def calls(self) -> int:
-        """Of what is timed: before the runs one that meets its rounds, and one that captures them."""
+        """The number of calls that are timed, and before them one that meets rounds, and one that captures them."""
         return self.runs + 2 * self.graphs
 
 
@@ -567,7 +567,7 @@ def decode_speed(
 
 
 def seconds_of_rounds(result: Result) -> float:
-    """From the first token of a request, which began with its call, to its last."""
+    """Seconds from the first token of a request, which began with its call, to its last."""
     return len(result.tokens) / result.stats["tokens_per_second"] - result.stats["time_to_first_token"]
 
 

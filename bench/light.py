@@ -42,7 +42,7 @@ WEIGHTS = ({"E": 1, "T": 1}, {"T": 0.5, "J": 1}, {"J": 1})  # of the prompts, tw
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the ops' vocabulary and of attention: heads, key/value heads, and positions of the cache."""
+    """The ops' vocabulary, and of attention the heads, key/value heads, and positions of the cache."""
 
     vocab: int = 128_256
     heads: int = 32

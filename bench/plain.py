@@ -227,7 +227,7 @@ def _is_end(tokens: Tensor, eos_token_ids: Tensor) -> Tensor:
 
 
 def lora_shrink(x: Tensor, down: Tensor, groups: Tensor) -> Tensor:
-    """Of groups of one size, in order: what a batched product can do."""
+    """The small products of groups of one size, in order: what a batched product can do."""
     num_groups = len(down) - 1
     return torch.bmm(x.view(num_groups, -1, x.shape[-1]), down[1:].mT).view(*x.shape[:2], -1)
 

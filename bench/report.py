@@ -72,12 +72,12 @@ class Report:
 
 
 def rounded(rows: list[Row]) -> list[Row]:
-    """To four digits, more than a clock is good for."""
+    """Rows with four digits a number, more than a clock is good for."""
     return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
 def cpu_model() -> str:
-    """As /proc/cpuinfo names it; elsewhere what Python knows."""
+    """The processor's name in /proc/cpuinfo; elsewhere what Python knows."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return found[1] if found else platform.processor() or platform.machine()

@@ -78,7 +78,7 @@ def started(models: str, *options: str) -> Iterator[tuple[str, int]]:
 
 
 def processor_seconds(pid: int) -> float:
-    """Of a process and its children, all their threads together."""
+    """Seconds of a process and its children, all their threads together."""
     return sum(sum(process.cpu_times()[:2]) for process in family(pid))
 
 

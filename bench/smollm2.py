@@ -198,7 +198,7 @@ def _llama_cpp(base: Path, prompt: list[int], new_tokens: int) -> Callable[[], A
 
 
 def _weights(model: Model, count: int) -> dict[str, float]:
-    """Of the first poles of so many dimensions, and then of the others."""
+    """Equal weights of the first poles of so many dimensions, and then of the others."""
     names = [pole for pole in "ESTJINFP" if pole in model.models.attribute_names]
     return peers.equal_weights(names[:count])
 

@@ -50,7 +50,7 @@ ON_SCORES = (
 
 @dataclass(frozen=True)
 class Goal:
-    """At least (or at most) `limit` for `metric` of every measurement on `device` that agrees with `where`."""
+    """A goal: at least (or at most) `limit` for `metric` of every measurement on `device` that agrees with `where`."""
 
     name: str
     device: str
@@ -216,7 +216,7 @@ def test_goals(report: Report) -> None:
 
 
 def elapsed_us(call: Callable[[], Any], device: str) -> float:
-    """On a GPU between events, which leaves out how long the host waits for the second."""
+    """Microseconds of a call; on a GPU between events, which leaves out how long the host waits for the second."""
     if device == "cpu":
         start = time.perf_counter()
         call()

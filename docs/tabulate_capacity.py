@@ -82,7 +82,7 @@ def table() -> str:
 
 
 def cost(price: float, tokens_per_second: float) -> float:
-    """Of a million tokens, where the machine costs so much an hour."""
+    """The cost of a million tokens, where the machine costs so much an hour."""
     return price / (3600 * tokens_per_second) * 1e6
 
 

@@ -51,8 +51,8 @@ class Way:
 
 @dataclass(frozen=True)
 class Sample:
-    """Of every question: probability (4, P) of the type's pole in each dimension; nats under the base and tokens (P,);
-    and positions that a token took."""
+    """Scores of every question: probability (4, P) of the type's pole in each dimension; nats under the base and tokens
+    (P,); and positions that a token took."""
 
     scores: np.ndarray
     surprise: np.ndarray

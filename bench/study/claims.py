@@ -155,7 +155,7 @@ def held_out(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _tuned_gain(type_name: str) -> Estimate | None:
-    """Of the mean accuracy of the poles, tuned less start."""
+    """The gain in the mean accuracy of the poles, tuned less start."""
     held = list(held_out(f"{type_name}-iterative").values())
     return estimate_gain(held[-1]["items"], held[1]["items"]) if len(held) > 1 else None
 

@@ -39,7 +39,7 @@ LIMIT = int(os.environ["MPG_STUDY_LIMIT"]) if "MPG_STUDY_LIMIT" in os.environ el
 
 
 def limited(number: int) -> int:
-    """So many questions, texts or tokens; at most LIMIT, which shows that a script runs and measures nothing."""
+    """A number of questions, texts or tokens; at most LIMIT, which shows that a script runs and measures nothing."""
     return number if LIMIT is None else min(number, LIMIT)
 
 

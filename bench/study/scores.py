@@ -85,7 +85,7 @@ def trait(row: Row) -> float:
 
 
 def perplexity(rows: Rows) -> Estimate:
-    """Of texts under the base."""
+    """The perplexity of texts under the base."""
     log = _ratios(rows, lambda row: row["nats"], lambda row: row["tokens"])
     return Bootstrap.estimate(np.exp(log))
 

@@ -304,7 +304,7 @@ def _mapping(what: str, value: Any, kind: str, known: Sequence[str] | None = Non
 
 
 def _attribute(argument: str, value: Any, folder: Path, names: Container[str] = ()) -> Any:
-    """As `_source`; or a context as a mapping, whose source is one, or the name of an attribute."""
+    """A source as of `_source`; or a context as a mapping, whose source is one, or the name of an attribute."""
     if not isinstance(value, dict):
         return _source(argument, value, folder, names if argument == "anchor" else ())
     context = vars(Context.of(argument, value))

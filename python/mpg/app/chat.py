@@ -198,13 +198,13 @@ class Chat:
         self.weights, self.options = weights, options
 
     def _count_positions(self, messages: list[Message], contexts: Mapping[str, str]) -> int:
-        """Of the longest text that a model reads."""
+        """Positions of the longest text that a model reads."""
         names = {*ROLES, *contexts, *(name for name, weight in (self.weights or {}).items() if weight)}
         texts = self.model.encode_contexts(messages, contexts, names=names)
         return max(map(len, [self.model.encode(messages), *texts.values()]))
 
     def names(self, contexts: Mapping[str, str] | None = None) -> tuple[str, ...]:
-        """Of all attributes, with the contexts that there are, or with these."""
+        """Names of all attributes, with the contexts that there are, or with these."""
         contexts = self.contexts if contexts is None else contexts
         return self.model.models.with_contexts([contexts_of(contexts)]).attribute_names
 

@@ -75,7 +75,7 @@ class Output:
             stream.write(json.dumps(told, indent=1).encode())
 
     def forget_job(self) -> None:
-        """Of a job without a part nothing stays, so that a command may begin anew with other words."""
+        """Remove what is left of a job without a part, so that a command may begin anew with other words."""
         if not self.written():
             with _refuse(self.name):
                 self.filesystem.delete_file(f"{self.path}/{JOB}")

@@ -96,8 +96,8 @@ class Worker:
             return self._write(chunk, await self._answer(self.task.rows.read(chunk)))
 
     async def run_again(self, chunk: Chunk) -> Done:
-        """As `run`, for a chunk that other workers may have written, or may have died of: where several did, its rows
-        are answered one by one, and one with which a worker dies that has no other gets that for an error.
+        """What `run` does, for a chunk that other workers may have written, or may have died of: where several did, its
+        rows are answered one by one, and one with which a worker dies that has no other gets that for an error.
 
         A file beside the parts tells the worker to come how often the chunk and its next row were begun, and what was
         told of the rows before that.
@@ -130,7 +130,7 @@ class Worker:
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
-        """While no other chunk runs."""
+        """A block during which no other chunk runs."""
         async with self._lock:
             for _ in range(AT_ONCE):
                 await self._turns.acquire()

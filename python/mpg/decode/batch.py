@@ -42,7 +42,7 @@ class Round(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """Of tokens in the combined rows that they were drawn from, before processors and warp.
+    """Log-probabilities in the combined rows that tokens were drawn from, before processors and warp.
 
     own   (B, K), of each token
     top   (B, K, T), the largest of its row, and `ids` (B, K, T) int64, whose these are

@@ -49,7 +49,7 @@ class Draft(Protocol):
     def propose(self, chunk_size: int) -> Proposal: ...
 
     def passes(self, num_drafts: int) -> list[Pass]:
-        """As in `Sampler`, of the drafting alone."""
+        """Passes of the drafting alone, as in `Sampler`."""
 
 
 class ModelDraft:

@@ -22,7 +22,7 @@ QUESTIONS = (
 
 @cache
 def stage(models: str) -> Stage:
-    """Of "smollm2" or "demo". Raises ImportError, with what helps, where the first one's judge lacks scikit-learn."""
+    """The stage "smollm2" or "demo". Raises ImportError, with what helps, if the first's judge lacks scikit-learn."""
     if models == "demo":
         held_out = [question.text for question in random.Random(0).sample(HELD_OUT_QUESTIONS, 100)]
         verdict = "Scores are log odds of marker phrases: 0 is balance, a sentence some 1.7."

@@ -1,1 +1,1 @@
-"""From models to judged scores: the paper's tasks, answers by its methods, judges, metrics and tables."""
+"""The way from models to judged scores: the paper's tasks, answers by its methods, judges, metrics and tables."""

@@ -154,7 +154,7 @@ def choice_of(row: Mapping[str, Any]) -> Choice:
 
 
 def accuracy(choices: Sequence[Choice], poles: Sequence[str]) -> dict[str, float | None]:
-    """By pole of a target, the share of the choices of its dimension that fell on it; None where there are none."""
+    """The share of choices that fell on each pole of a target, of those of its dimension; None where there are none."""
     shares: dict[str, float | None] = {}
     for pole in poles:
         own = [choice.chosen == pole for choice in choices if pole in choice.dimension]

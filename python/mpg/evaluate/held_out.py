@@ -47,7 +47,7 @@ def _mean_by_pole(scores: ItemScores) -> np.ndarray:
 
 
 def _mean_over_poles(of_poles: np.ndarray) -> Estimate:
-    """Of every resample the mean of the poles that it has."""
+    """The mean of the poles that a resample has, over resamples."""
     is_there = ~np.isnan(of_poles)
     sums, counts = np.where(is_there, of_poles, 0.0).sum(0), is_there.sum(0)
     return Bootstrap.estimate(np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0))

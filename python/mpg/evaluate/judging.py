@@ -76,7 +76,7 @@ def write_scores(
 
 
 def hash_of_text(text: str) -> str:
-    """By which a score is of this text, and not of another that was there before."""
+    """A hash by which a score is of this text, and not of another that was there before."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

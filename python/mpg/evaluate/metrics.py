@@ -60,7 +60,7 @@ class Metrics:
         self.identity["scoring"] = describe_models(self._model, ())["models"]
 
     def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> list[str]:
-        """As `judging.Judge` has it; perplexities of some texts at a time."""
+        """Scores of answers, see `judging.Judge`; perplexities of some texts at a time."""
         for first in range(0, len(asked), 16):
             batch = asked[first : first + 16]
             likelihoods = self._likelihoods(batch)

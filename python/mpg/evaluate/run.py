@@ -1,4 +1,4 @@
-"""From models to a table: answers by every method, scores by every judge, sections of a table; in files that resume.
+"""A table of models: answers by every method, scores by every judge, and the table's sections, in files that resume.
 
 Knows the order of things and the layout of the folder:
 

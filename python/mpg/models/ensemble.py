@@ -176,7 +176,7 @@ class Ensemble:
         return cost
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Per role: source, model_type, parameters, device, adapter (its source, or None) and adapter_rank."""
+        """Source, model_type, parameters, device, adapter (its source, or None) and adapter_rank of each role."""
         described = {}
         for role, (loaded, group, merge, _) in self._slots.items():
             adapter = loaded.adapters[group - 1] if group and merge is None else None
@@ -281,7 +281,7 @@ class Ensemble:
         return sum(model.graph_bytes() for model in self._models)
 
     def new_graphs(self) -> Graphs | None:
-        """For rounds of these models; None where these are not captured."""
+        """Graphs for rounds of these models; None where these are not captured."""
         base = self._models[0]
         if base.new_capture is None or not self._captures_rounds():
             return None

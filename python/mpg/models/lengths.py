@@ -86,8 +86,8 @@ def _all_rows(held: Tensor, lengths: Lengths) -> Tensor:
 
 
 def most_queries(attend: Callable[..., tuple[Tensor, None]], query_heads: int, keys: Tensor) -> int:
-    """Up to how many queries of a row attention is faster by lengths than by a mask, and gives the same: 0, or a value
-    of QUERIES.
+    """The most queries of a row for which attention is faster by lengths than by a mask, and gives the same: 0, or a
+    value of QUERIES.
 
     attend: as transformers calls attention, by a mask or lengths
     keys:   (any, H, any, D), of the cache of any layer

@@ -233,7 +233,7 @@ class _Loader:
         return self.slots[key]
 
     def add_attribute(self, argument: str, source: Source) -> Slot:
-        """As `add`, but a PeftModel stands for its active adapter, and not for the model under it."""
+        """The slot of a source; a PeftModel stands for its active adapter, and not for the model under it."""
         if not isinstance(source, PeftModel):
             return self.add(argument, source)
         if not isinstance(self.host, PeftModel) or source.get_base_model() is not self.host.get_base_model():

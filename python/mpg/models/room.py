@@ -52,11 +52,11 @@ class Room:
         self.open(*self._sizes(rows, end, False), num_held)
 
     def fit(self, rows: Mapping[View, int], end: int, num_held: int) -> None:
-        """As `grow`, but give back what is more than that."""
+        """Have room as `grow`, but give back what is more."""
         self.open(*self._sizes(rows, end, True), num_held)
 
     def limit(self, kv_length: int) -> int:
-        """At most the positions that rows have, which texts need no more of. Raises ValueError beyond the capacity."""
+        """The positions that rows have at most, which texts need no more of. Raises ValueError beyond the capacity."""
         if not 0 < kv_length <= self.capacity:
             raise ValueError(f"kv_length: expected 1 to the capacity {self.capacity}, got {kv_length}")
         return min(kv_length, self.positions)

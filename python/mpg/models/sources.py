@@ -176,7 +176,7 @@ class Tokenizers:
         self._by_content: dict[str, PreTrainedTokenizerBase | None] = {}
 
     def read(self, argument: str, source: str | Path) -> PreTrainedTokenizerBase | None:
-        """As `read_tokenizer`."""
+        """The tokenizer that `read_tokenizer` reads."""
         with refuse_unreadable(argument, source):
             content = _content_of_tokenizer(Path(source)) or str(source)
         if content not in self._by_content:

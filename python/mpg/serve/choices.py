@@ -113,7 +113,7 @@ class Choice:
     def completion_logprobs(
         self, scored: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]]
     ) -> dict[str, Any]:
-        """Of tokens by id, with their log-probabilities and the likeliest of their rows."""
+        """A completion's `logprobs`, of tokens by id, with their log-probabilities and the likeliest of their rows."""
         texts = [self.spelled[token_id] for token_id, _, _ in scored]
         offsets = []
         for text in texts:

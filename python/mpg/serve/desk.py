@@ -100,7 +100,7 @@ async def _watch(request: Request, told: asyncio.Queue[Any]) -> None:
 
 
 class LocalDesk(Desk):
-    """Of a service in this process."""
+    """The desk of a service in this process."""
 
     def __init__(
         self, settings: Settings, load: Callable[[], Model], reload: Callable[[Recipe, Ensemble], Model]

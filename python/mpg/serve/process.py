@@ -125,7 +125,7 @@ class Teller:
                 del self._left[: self._send(self._left)]
 
     def _send(self, data: bytes | bytearray) -> int:
-        """As much as the connection takes."""
+        """Send as much as the connection takes; the number of bytes."""
         try:
             return self._connection.send(data, MSG_DONTWAIT)
         except BlockingIOError:
@@ -135,7 +135,7 @@ class Teller:
 
 
 class Remote(Desk):
-    """Of a service at the other end of a connection.
+    """The desk of a service at the other end of a connection.
 
     on_gone  called once that is gone
     """

@@ -33,7 +33,7 @@ BRANCH = re.compile(r"str|int|Context|(list|dict)\[.*\]")  # what pydantic calls
 
 
 class _First(FailFast):
-    """Of a million wrong items the first is told, and no other is looked at. Hashable, as a part of a union."""
+    """A rule that tells the first of a million wrong items, and looks at no other. Hashable, as a part of a union."""
 
     __hash__ = object.__hash__
 

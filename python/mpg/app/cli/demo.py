@@ -75,7 +75,7 @@ def demo(
 
 
 def _processor() -> str:
-    """As Linux names it; elsewhere what Python knows."""
+    """The processor's name on Linux; elsewhere what Python knows."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return found[1] if found else platform.processor() or platform.machine()

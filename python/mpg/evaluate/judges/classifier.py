@@ -70,7 +70,7 @@ class TraitClassifier:
         return judge
 
     def score(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """As `Scorer.score`."""
+        """Scores as of `Scorer.score`."""
         from sklearn.feature_extraction.text import TfidfTransformer
 
         scores, counts = {}, _features(texts)
@@ -136,7 +136,7 @@ class ClassifierJudge:
         self.identity = {"judge": self.name, "sha256": digest, "poles": list(poles), "accuracy": self.accuracy}
 
     def score(self, asked: Sequence[tuple[Item, str]], on_score: OnScore) -> list[str]:
-        """As `mpg.evaluate.judging.Judge` has it."""
+        """Scores of answers, see `mpg.evaluate.judging.Judge`."""
         told = self.scorer.score([text for _, text in asked]) if asked else {}
         for index in range(len(asked)):
             first = {dimension: float(told[dimension][index]) for dimension in self.criteria}
