@@ -87,8 +87,8 @@ def _run(app, engine, model):
 
 
 @contextmanager
-def started(*arguments):
-    """The command in a process of its own, and the address that it says it serves at."""
+def started(*arguments, seconds=60):
+    """The command in a process of its own, and the address that it says it serves at. seconds: that it may load"""
     command = [sys.executable, "-m", "mpg", "serve", "--models", "demo", "--port", "0", "--device", "cpu", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
@@ -96,7 +96,7 @@ def started(*arguments):
         found = next(filter(None, (re.search(r"serving at (http://\S+)/v1", line) for line in process.stderr)))
         logged = process.logged = []
         threading.Thread(target=lambda: logged.extend(process.stderr), daemon=True).start()  # else a full pipe stops it
-        wait_for(lambda: httpx.get(f"{found[1]}/health").json()["status"] == "ready")
+        wait_for(lambda: httpx.get(f"{found[1]}/health").json()["status"] == "ready", seconds)
         yield process, found[1]
     finally:
         process.kill()
