@@ -10,11 +10,12 @@ import tracemalloc
 import httpx
 import openai
 import pytest
+from openai.types import completion_create_params
 
 from mpg.serve import connections
 from mpg.serve.errors import ApiError
 from mpg.serve.logs import JsonLines
-from mpg.serve.protocol import ChatRequest, CompletionRequest, parse
+from mpg.serve.protocol import IGNORED, REFUSED, ChatRequest, CompletionRequest, parse, read_body
 from mpg.serve.server import address, check_host
 from mpg.serve.settings import Settings
 from serving import serving
@@ -70,6 +71,22 @@ def test_what_asks_for_nothing_is_taken(served, client):
         "tools": [], "user": "somebody", "store": False, "metadata": {"a": "b"},
     }  # fmt: skip
     assert client.chat.completions.create(model="E", messages=USER, max_tokens=2, **idle).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs"),
+    [(ChatRequest, openai.types.chat.completion_create_params), (CompletionRequest, completion_create_params)],
+)
+def test_every_field_of_the_installed_client_is_taken_or_refused_by_name(kind, theirs):
+    """A release that adds one fails here."""
+    fields = theirs.CompletionCreateParamsBase.__annotations__ | theirs.CompletionCreateParamsStreaming.__annotations__
+    assert {"model", "temperature", "stream", "service_tier" if kind is ChatRequest else "suffix"} <= fields.keys()
+    for name in sorted(fields.keys() - kind.model_fields.keys() - set(IGNORED)):
+        body = {"model": "E", name: {"no such": "thing"}}
+        with pytest.raises(ApiError) as refused:
+            read_body(kind, json.dumps(body).encode())
+        assert (refused.value.status, refused.value.param) == (400, name)
+        assert (refused.value.code, name in REFUSED) == ("unsupported_parameter", True)
 
 
 def test_other_paths_and_methods_have_the_shape_of_errors_too(served, client):

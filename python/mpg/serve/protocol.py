@@ -22,7 +22,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
     "prediction": (), "web_search_options": (), "reasoning_effort": ("none",), "verbosity": (), "moderation": (),
     "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,), "best_of": (1,), "suffix": ("",),
-    "store": (False,), "service_tier": ("auto", "default"), "prompt_cache_retention": (),
+    "store": (False,), "service_tier": ("auto", "default"), "prompt_cache_options": (), "prompt_cache_retention": (),
 }  # fmt: skip
 # Fields that say who asks, which no text depends on
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
