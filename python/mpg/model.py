@@ -19,7 +19,7 @@ from mpg.decode.plan import Plan, plan
 from mpg.decode.request import Request
 from mpg.frontend import guidance
 from mpg.frontend.contexts import contexts_beside, of_prompts, read_context
-from mpg.frontend.hf_generate import Conventions, stream_to
+from mpg.frontend.hf_generate import HFGenerationConfig, stream_to
 from mpg.frontend.prompts import Messages, Prompt, as_list, encode, unpad
 from mpg.frontend.requests import Call, check_requests
 from mpg.models import loading
@@ -211,7 +211,7 @@ class Model:
         models = self.models
         negative = {name: options.pop(name) for name in guidance.ARGUMENTS if name in options}
         scale = options.get("guidance_scale", getattr(generation_config, "guidance_scale", None))
-        chosen, conventions = Conventions.of(
+        chosen, hf_config = HFGenerationConfig.of(
             generation_config,
             options,
             eos_token_ids=models.eos_token_ids,
@@ -219,13 +219,13 @@ class Model:
             logits_processor=() if logits_processor is None else logits_processor,
             stopping_criteria=() if stopping_criteria is None else stopping_criteria,
         )
-        checked = conventions.options(chosen, self.recipe.options)
+        checked = hf_config.options(chosen, self.recipe.options)
         if prompt is not None and input_ids is not None:
             raise ValueError("prompt: expected a prompt or input_ids, got both")
         widths: list[int] | None = None  # of prompts with their padding, where they have some
         if input_ids is not None or attention_mask is not None or isinstance(prompt, torch.Tensor):
             padded = prompt if input_ids is None else input_ids
-            prompts, is_list, widths = unpad(padded, attention_mask, conventions.pad_token_id)
+            prompts, is_list, widths = unpad(padded, attention_mask, hf_config.pad_token_id)
         else:
             prompts, is_list = as_list(prompt)
         how: dict[str, Any] = {
@@ -249,10 +249,10 @@ class Model:
             return read_context(context, argument, prompts[index], encoded[index], tokenizer, models.vocab_size, **how)
 
         widths = widths or [len(ids) for ids in encoded]
-        requests = check_requests(models, encoded, widths, weights, read, checked, conventions)
-        is_many = is_list or conventions.num_return_sequences > 1
+        requests = check_requests(models, encoded, widths, weights, read, checked, hf_config)
+        is_many = is_list or hf_config.num_return_sequences > 1
         brought = contexts_beside(self.models.contexts, own_contexts)
-        return Call(models, requests, checked, conventions.eos_token_ids, brought, is_many)
+        return Call(models, requests, checked, hf_config.eos_token_ids, brought, is_many)
 
     def refresh(self) -> None:
         """Read models that were given in memory again: after a change of single weights through `.data`, which

@@ -30,7 +30,7 @@ from longer import IS_LONG, thinned
 from mpg.decode import run
 from mpg.demo import MODELS
 from mpg.demo.corpus import DEMO_QUESTIONS
-from mpg.frontend.hf_generate import HONOURED, IDLE, REASONS, Conventions
+from mpg.frontend.hf_generate import HONOURED, IDLE, REASONS, HFGenerationConfig
 from mpg.models.cache import as_argument
 from mpg.recipe import Recipe
 
@@ -87,30 +87,30 @@ class TestFields:
     def test_every_field_of_the_installed_configuration_is_honoured_or_idle_or_refused(self, name):
         theirs = GenerationConfig._get_default_generation_params().get(name)
         for value in (None, theirs):  # asks for nothing
-            assert set(Conventions.of(None, {name: value})[1].fields) <= {"max_length"}
+            assert set(HFGenerationConfig.of(None, {name: value})[1].fields) <= {"max_length"}
         if name not in {*HONOURED, *IDLE}:
-            Conventions.of(None, {name: False})
+            HFGenerationConfig.of(None, {name: False})
             for value in (7.5, "x", [1]):
                 with pytest.raises(ValueError, match=rf"^{name}: expected {theirs!r}, as .*; got (7.5|'x'|list)$"):
-                    Conventions.of(None, {name: value})
+                    HFGenerationConfig.of(None, {name: value})
 
     def test_configuration_without_a_wish_asks_for_nothing(self):
-        assert Conventions.of(GenerationConfig(), {}) == ({}, Conventions(fields={}))
+        assert HFGenerationConfig.of(GenerationConfig(), {}) == ({}, HFGenerationConfig(fields={}))
 
     def test_transformers_own_defaults_ask_for_greedy_text_alone(self):
         filled = GenerationConfig(**GenerationConfig._get_default_generation_params())
-        options, conventions = Conventions.of(filled, {})
+        options, hf_config = HFGenerationConfig.of(filled, {})
         assert options == {"temperature": 0}
-        assert conventions.fields == {"max_length": 20}
+        assert hf_config.fields == {"max_length": 20}
 
     @pytest.mark.parametrize("name", REASONS)
     def test_refusal_names_the_way_out(self, name):
         with pytest.raises(ValueError, match=rf"^{name}: expected \S+, as {re.escape(REASONS[name])}; got 7$"):
-            Conventions.of(None, {name: 7})
+            HFGenerationConfig.of(None, {name: 7})
 
     def test_refusal_of_a_model_does_not_print_it(self, plain):
         with pytest.raises(ValueError, match=r"^assistant_model: .* mpg.load\(draft=...\); got LlamaForCausalLM$"):
-            Conventions.of(None, {"assistant_model": plain})
+            HFGenerationConfig.of(None, {"assistant_model": plain})
 
     def test_refused_field_of_a_configuration_is_named(self, model):
         with pytest.raises(ValueError, match=r"^num_beams: expected 1, as there is no beam search.*got 4"):
@@ -119,9 +119,9 @@ class TestFields:
     def test_keyword_goes_before_the_configuration(self, model):
         config = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=0.5, repetition_penalty=1.5)
         given = {"max_new_tokens": 5, "temperature": 1.3, "repetition_penalty": 1.0}
-        options, conventions = Conventions.of(config, given)
+        options, hf_config = HFGenerationConfig.of(config, given)
         assert options == {"max_new_tokens": 5, "temperature": 1.3}
-        assert not conventions.fields
+        assert not hf_config.fields
         short = {name: value for name, value in SHORT.items() if name != "max_new_tokens"}
         assert len(model.generate(LONG, generation_config=config, **short).tokens) == 3
 
@@ -228,15 +228,15 @@ class TestProcessors:
     def test_own_processor_replaces_the_fields_of_its_class_and_runs_last(self):
         own = transformers.RepetitionPenaltyLogitsProcessor(3.0), lambda input_ids, scores: scores
         fields = {"repetition_penalty": 1.2, "suppress_tokens": [3]}
-        _, conventions = Conventions.of(None, fields, logits_processor=LogitsProcessorList(own))
-        chain = conventions.processor(0, [1, 2], 0, 5, torch.device("cpu"))
+        _, hf_config = HFGenerationConfig.of(None, fields, logits_processor=LogitsProcessorList(own))
+        chain = hf_config.processor(0, [1, 2], 0, 5, torch.device("cpu"))
         assert chain[0] is own[0]
         assert isinstance(chain[1], transformers.SuppressTokensLogitsProcessor)
         assert chain[2:] == [own[1]]
 
     def test_nothing_is_done_about_an_end_that_a_call_does_not_have(self):
-        _, conventions = Conventions.of(None, {"min_new_tokens": 3, "exponential_decay_length_penalty": (1, 1.1)})
-        assert conventions.processor(0, [1], 0, 5, torch.device("cpu")) is None
+        _, hf_config = HFGenerationConfig.of(None, {"min_new_tokens": 3, "exponential_decay_length_penalty": (1, 1.1)})
+        assert hf_config.processor(0, [1], 0, 5, torch.device("cpu")) is None
 
     def test_processor_with_a_state_is_refused(self, model):
         mark = transformers.SynthIDTextWatermarkLogitsProcessor(5, [1, 2], 2**8, 0, 4, model.models.device)
@@ -486,9 +486,9 @@ class TestCustomGenerate:
         config = GenerationConfig(do_sample=True, temperature=0.6)
         with pytest.raises(KeyError, match="seen"):
             plain.generate(**inputs(LONG), generation_config=config, custom_generate=mpg.custom_generate(fake))
-        options, conventions = Conventions.of(seen["generation_config"], {})
+        options, hf_config = HFGenerationConfig.of(seen["generation_config"], {})
         assert options == {"temperature": 0.6, "top_k": 50, "top_p": 1.0}
-        assert conventions.fields["max_length"] == 20 + seen["input_ids"].shape[1]
+        assert hf_config.fields["max_length"] == 20 + seen["input_ids"].shape[1]
 
     def test_streamer_gets_prompt_tokens_and_end(self, plain, combined, inputs, tokenizer):
         decode, batch = mpg.custom_generate(combined, weights=BOTH, seed=0), inputs(LONG)

@@ -30,11 +30,11 @@ class Direct:
         batch = self.batch
 
         # One pass of every model over the last token
-        fed = batch.last_tokens[:, None]  # (B, 1)
-        logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))
+        input_tokens = batch.last_tokens[:, None]  # (B, 1)
+        logits = self.session.forward(self.roles, input_tokens, batch.lengths - 1, kv_length=batch.kv_length(1))
 
         # Combine, process, warp, draw
-        none, chunk = batch.none, fed[:, :0]
+        none, chunk = batch.none, input_tokens[:, :0]
         rows, log_totals = self.target.of(logits, chunk, none)
         token = self.decide.categorical(rows[:, 0], Purpose.LAST, 0, lambda: batch.active & log_totals[:, 0].isfinite())
         self.target.commit(logits, none, token)

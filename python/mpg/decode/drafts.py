@@ -125,8 +125,8 @@ class ModelDraft:
             return self._read(batch.last_tokens, 0)
         has_new = batch.num_new_tokens() > 0  # of the prompt all but the last is read: that is fed twice, once in vain
         start = batch.lengths - 1 - has_new.long()
-        fed = torch.stack([batch.tokens.gather(1, start[:, None])[:, 0], batch.last_tokens], 1)
-        logits = self.session.forward(self.roles, fed, start, kv_length=batch.kv_length(2))[0]
+        input_tokens = torch.stack([batch.tokens.gather(1, start[:, None])[:, 0], batch.last_tokens], 1)
+        logits = self.session.forward(self.roles, input_tokens, start, kv_length=batch.kv_length(2))[0]
         return torch.where(has_new[:, None], logits[:, 1], logits[:, 0])
 
     def _read(self, token: Tensor, index: int) -> Tensor:

@@ -60,9 +60,9 @@ class Exact:
         chunk, draft_rows, num_usable = self.draft.propose(batch.longest_draft or self.options.chunk_size)
 
         # Score: the rows p_1 .. p_{K+1} in one pass of every model of the target
-        fed = torch.cat([batch.last_tokens[:, None], chunk], 1)
-        kv_length = batch.kv_length(fed.shape[1])
-        logits = self.session.forward(self.target.roles, fed, batch.lengths - 1, kv_length=kv_length)
+        input_tokens = torch.cat([batch.last_tokens[:, None], chunk], 1)
+        kv_length = batch.kv_length(input_tokens.shape[1])
+        logits = self.session.forward(self.target.roles, input_tokens, batch.lengths - 1, kv_length=kv_length)
         rows, log_totals = self.target.of(logits, chunk, num_usable)
 
         # Verify: the first `accepted` tokens of the chunk stay, and the row that they leave gives one more

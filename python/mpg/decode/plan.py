@@ -163,8 +163,8 @@ def _measure_acceptance(
     longest = max(request.longest_prompt for request in requests) + width
     session = models.open(prompts, (*target.roles, *drafts.values()), longest, contexts=contexts)
     target.start(batch)
-    fed, start = torch.cat([batch.last_tokens[:, None], chunk], 1), batch.lengths - 1
-    logits = session.forward(target.roles, fed, start, kv_length=batch.capacity)
+    input_tokens, start = torch.cat([batch.last_tokens[:, None], chunk], 1), batch.lengths - 1
+    logits = session.forward(target.roles, input_tokens, start, kv_length=batch.capacity)
     rows = target.of(logits, chunk, lengths[:, 0])[0][:, :-1]
 
     def overlap(draft_rows: Tensor) -> float:
@@ -172,7 +172,7 @@ def _measure_acceptance(
 
     acceptances = {"lookup": overlap(_lookup_rows(prompts, texts, batch, rows))}
     for draft, role in drafts.items():
-        logits = session.forward((role,), fed[:, :-1], start, kv_length=batch.capacity)[0]
+        logits = session.forward((role,), input_tokens[:, :-1], start, kv_length=batch.capacity)[0]
         draft_rows = mpg_ext.warp_rows(logits.flatten(0, 1).to(rows.dtype), **direct.warp())
         acceptances[draft] = overlap(draft_rows.view_as(rows))
     session.close()

@@ -79,8 +79,9 @@ class TokenRS(_Rejection):
         batch, bound = self.batch, self.bound
 
         # One pass of every model over the last token
-        fed = batch.last_tokens[:, None]
-        logits = self.session.forward(self.roles, fed, batch.lengths - 1, kv_length=batch.kv_length(1))[:, :, 0]
+        input_tokens = batch.last_tokens[:, None]
+        kv_length = batch.kv_length(1)
+        logits = self.session.forward(self.roles, input_tokens, batch.lengths - 1, kv_length=kv_length)[:, :, 0]
         scored = _scored(logits, self.bound.weights)
         draft_row = mpg_ext.warp_rows(logits[0].to(self.bound.weights.dtype), **self.options.warp())
 

@@ -69,8 +69,9 @@ class SCR:
         base_logits, first_row = torch.stack(self.draft.logits, 1), draft_rows[:, 0]
 
         # Score it under every attribute in one pass and accept the longest prefix that passes (Eq. 13-17, 18-20)
-        fed = torch.cat([batch.last_tokens[:, None], chunk[:, :-1]], 1)
-        logits = self.session.forward(self.scored, fed, batch.lengths - 1, kv_length=batch.kv_length(fed.shape[1]))
+        input_tokens = torch.cat([batch.last_tokens[:, None], chunk[:, :-1]], 1)
+        kv_length = batch.kv_length(input_tokens.shape[1])
+        logits = self.session.forward(self.scored, input_tokens, batch.lengths - 1, kv_length=kv_length)
         anchor_logits, attribute_logits = (base_logits, logits) if self.anchor_is_base else (logits[0], logits[1:])
         log_ratios, scores, accepted = self._verify(anchor_logits, attribute_logits, chunk, num_usable)
 

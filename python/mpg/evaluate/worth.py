@@ -99,9 +99,9 @@ class ChoiceScores:
         parts = []
         try:
             for first in range(0, longest, MAX_CHUNK):
-                fed = tokens[:, first : min(first + MAX_CHUNK, longest)]
-                kv_length = longest_prompt - 1 + first + fed.shape[1]
-                parts.append(session.forward(roles, fed, start + first, kv_length=kv_length).clone())
+                input_tokens = tokens[:, first : min(first + MAX_CHUNK, longest)]
+                kv_length = longest_prompt - 1 + first + input_tokens.shape[1]
+                parts.append(session.forward(roles, input_tokens, start + first, kv_length=kv_length).clone())
         finally:
             session.close()
         return tokens[:, 1:], torch.cat(parts, 2)

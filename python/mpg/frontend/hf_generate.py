@@ -124,7 +124,7 @@ _NEED_TOKENIZER = ("stop_strings", "continue_final_message", "chat_template_kwar
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conventions:
+class HFGenerationConfig:
     """What a call asks for in transformers' words, beside the options of its sampler; checked once.
 
     fields             what is `HONOURED` and asks for something, but for the sampler's own options
@@ -180,10 +180,10 @@ class Conventions:
     @classmethod
     def of(
         cls, generation_config: GenerationConfig | None, keywords: Mapping[str, Any], **own: Any
-    ) -> tuple[dict[str, Any], Conventions]:
+    ) -> tuple[dict[str, Any], HFGenerationConfig]:
         """The keywords of `Options` among a call's keywords and configuration, and everything else.
 
-        own: the other fields of `Conventions`, eos_token_ids being the default
+        own: the other fields of `HFGenerationConfig`, eos_token_ids being the default
 
         Raises ValueError for a keyword that nobody knows, with the nearest known one, and for a refused field unless
         its value asks for nothing.
@@ -336,8 +336,8 @@ def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Op
     Raises ValueError as `Model.generate` does, but for what needs a tokenizer.
     """
     known = {name: value for name, value in options.items() if name not in _NEED_TOKENIZER}
-    chosen, conventions = Conventions.of(None, known)
-    return conventions.options(chosen, defaults)
+    chosen, hf_config = HFGenerationConfig.of(None, known)
+    return hf_config.options(chosen, defaults)
 
 
 def _is_true(answer: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mpg.context import Context
 from mpg.decode.request import Request
-from mpg.frontend.hf_generate import Conventions
+from mpg.frontend.hf_generate import HFGenerationConfig
 from mpg.models.ensemble import ANCHOR, ROLES, Ensemble
 from mpg.options import DEFAULT_NEW_TOKENS, Options, check_weights
 
@@ -44,7 +44,7 @@ def check_requests(
     weights: Sequence[Any],
     read: Callable[[str, int], list[int]],
     options: Options,
-    conventions: Conventions,
+    hf_config: HFGenerationConfig,
 ) -> list[Request]:
     """One request for every prompt, or as many as a call asks for of each.
 
@@ -54,7 +54,7 @@ def check_requests(
 
     Raises ValueError that names the argument, as `Model.generate` says.
     """
-    copies = conventions.num_return_sequences
+    copies = hf_config.num_return_sequences
     first = secrets.randbits(32) if options.seed is None else options.seed
     seeds = first if isinstance(first, Sequence) else [int(first) + i * copies for i in range(len(prompts))]
     if len(seeds) != len(prompts):
@@ -72,7 +72,7 @@ def check_requests(
             context = next((name for name, ids in contexts.items() if ids is texts[longest]), None)
             argument = "prompt" if context is None else ANCHOR if context == ANCHOR else f"contexts[{context!r}]"
             raise ValueError(f"{argument}: {positions}, expected at least one left for a new token")
-        asked = options.max_new_tokens or conventions.max_new_tokens(index, width)
+        asked = options.max_new_tokens or hf_config.max_new_tokens(index, width)
         max_new_tokens = int(asked or min(DEFAULT_NEW_TOKENS, room))
         if max_new_tokens > room:
             raise ValueError(f"max_new_tokens: {positions}, expected at most {room}, got {max_new_tokens}")
@@ -80,7 +80,7 @@ def check_requests(
         for copy in range(copies):
             seed = (int(seeds[index]) + copy) % 2**63
             padding = width - len(token_ids)
-            processor = conventions.processor(len(requests), token_ids, padding, max_new_tokens, models.device)
-            ends = conventions.ends(token_ids, models.device)
+            processor = hf_config.processor(len(requests), token_ids, padding, max_new_tokens, models.device)
+            ends = hf_config.ends(token_ids, models.device)
             requests.append(Request(token_ids, alpha, asked_weights, max_new_tokens, seed, processor, ends, contexts))
     return requests

@@ -126,8 +126,8 @@ def answer(
     if method == "scr-dpo-single":
         return {name: run(models.with_roles(base=name), alpha, name, **own) for name in alpha}
     if method == "soups":
-        shares = _average(method, alpha)
-        merged = models.merge(list(shares), torch.tensor(list(shares.values()), device=models.device))
+        merge_weights = _average(method, alpha)
+        merged = models.merge(list(merge_weights), torch.tensor(list(merge_weights.values()), device=models.device))
         return {"": run(merged.with_roles(base="merged"), **direct, target="base")}
     if method == "mod":  # weights add up to 1, so the base cancels
         return {"": run(models, _average(method, alpha), **direct, target="geometric")}
