@@ -294,7 +294,7 @@ def enumerate_sampler(
     return law
 
 
-class _OfRequests(Composed):
+class OfRequests(Composed):
     """Replays the decisions of some requests of a scheduler, wherever their rows are; others draw by their keys."""
 
     def __init__(self, replaying: Replaying, seeds: Tensor, rounds: Tensor):
@@ -315,6 +315,8 @@ class _OfRequests(Composed):
     def _follow(
         self, follow: Any, drawn: Tensor, probs: Tensor, purpose: Any, index: int, active: Callable[[], Tensor]
     ) -> Tensor:
+        if not self.places:
+            return drawn
         own = [(row, self.places[entry]) for row, entry in enumerate(self.scheduler.rows) if entry in self.places]
         rows, places = torch.tensor(own, dtype=torch.int64).view(-1, 2).T
         whole = probs.new_full((len(self.places), *probs.shape[1:]), 0.5)
@@ -348,7 +350,7 @@ def enumerate_in_company(
 
     def run(replaying: Replaying, batch_size: int) -> list[tuple[int, ...]]:
         before = [request(*one, seed) for seed, one in zip(range(batch_size + 2), cycle(company), strict=False)]
-        with patch("mpg.decode.run.Decisions", partial(_OfRequests, replaying)):
+        with patch("mpg.decode.run.Decisions", partial(OfRequests, replaying)):
             scheduler = Scheduler(
                 models, checked, models.eos_token_ids, num_rows=len(before), rounds_ahead=0,
                 capacity=max(one.num_positions for one in before) + max_new_tokens + LONGEST_CONTEXT,
