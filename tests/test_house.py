@@ -30,7 +30,8 @@ FLOORS = [
     ["mpg.decode", "mpg.results"],
     ["mpg.models"],
     ["mpg.recipe"],
-    ["mpg.options", "mpg.files", "mpg.context", "mpg.pages", "mpg.demo"],  # of the demo where its files are
+    # of the demo where its files are
+    ["mpg.options", "mpg.files", "mpg.extras", "mpg.context", "mpg.pages", "mpg.demo"],
 ]
 
 

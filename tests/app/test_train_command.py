@@ -54,4 +54,4 @@ def test_without_the_extra_the_command_that_helps_is_named(run, few, tmp_path, m
     monkeypatch.delitem(sys.modules, "mpg.train.run", raising=False)
     done = run("train", "--base", "demo", "--data", few, "--pole", "T", "--out", tmp_path / "out")
     assert done.exit_code == 2
-    assert "pip install 'mpg[train]'" in done.stderr
+    assert "pip install --no-build-isolation -e '.[train]'" in done.stderr

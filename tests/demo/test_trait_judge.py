@@ -36,5 +36,5 @@ def test_judge_has_read_no_question_and_no_answer_of_the_adapters(dimension):
 
 def test_judge_without_scikit_learn_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(ImportError, match=r"pip install 'mpg\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install --no-build-isolation -e '\.\[demo\]'"):
         trait_judge.__wrapped__()  # as if none had been trained

@@ -439,7 +439,7 @@ def test_a_table_that_is_not_there_or_torn_is_named(tmp_path):
 def test_without_the_extra_the_command_that_helps_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     done = run("mbti", "--type", "ESTJ", "--methods", "base", *SHORT)
-    assert done.exit_code == 2 and "pip install 'mpg[evaluate]'" in done.stderr
+    assert done.exit_code == 2 and "pip install --no-build-isolation -e '.[evaluate]'" in done.stderr
     monkeypatch.setitem(sys.modules, "openai", None)
     done = run("mbti", "--type", "ESTJ", "--methods", "base", *SHORT, "--judge", "http://127.0.0.1:9/v1#m")
-    assert done.exit_code == 2 and "pip install 'mpg[evaluate]'" in done.stderr
+    assert done.exit_code == 2 and "pip install --no-build-isolation -e '.[evaluate]'" in done.stderr

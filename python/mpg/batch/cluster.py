@@ -13,6 +13,7 @@ import warnings
 from typing import Any
 
 import mpg
+from mpg.extras import install
 
 # Ray's own: its processes are given time to start on a machine that is busy, and say nothing of themselves to anybody
 ENVIRONMENT = {
@@ -146,7 +147,7 @@ def _check_nodes() -> None:
             raise ValueError(f"nodes: expected an answer within {NODE_SECONDS} s, got {name}: {reason}") from error
         if found != mpg.__version__:
             wanted = f"mpg {mpg.__version__} on every node of the cluster, as here"
-            remedy = f"pip install 'mpg[ray]=={mpg.__version__}' there, before 'ray start'"
+            remedy = f"{install('ray')} of that version there, before 'ray start'"
             raise ValueError(f"nodes: expected {wanted}, got {found} on {name}: {remedy}")
 
 

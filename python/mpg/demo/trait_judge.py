@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpg.demo import TRAITS
+from mpg.extras import install
 from mpg.train.pairs import Pair, read_pairs, split
 
 DIMENSIONS = ("EI", "SN", "TF", "JP")
@@ -54,7 +55,7 @@ def _untrained() -> Any:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline, make_union
     except ImportError as error:
-        raise ImportError("the judge of the traits needs scikit-learn: pip install 'mpg[demo]'") from error
+        raise ImportError(f"the judge of the traits needs scikit-learn: {install('demo')}") from error
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     parts = TfidfVectorizer(ngram_range=(2, 5), sublinear_tf=True, analyzer="char_wb")
     return make_pipeline(make_union(words, parts), LogisticRegression(C=10, max_iter=1000))

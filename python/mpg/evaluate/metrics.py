@@ -15,10 +15,11 @@ from typing import Any
 from mpg.evaluate.answers import describe_models
 from mpg.evaluate.judging import OnScore
 from mpg.evaluate.tasks import Item
+from mpg.extras import install
 from mpg.model import Model
 from mpg.paper.scoring import token_logprobs
 
-NEED = "pip install 'mpg[evaluate]'"
+NEED = install("evaluate")
 
 
 class Metrics:

@@ -19,6 +19,7 @@ from mpg.evaluate.held_out import ItemScores, estimate_gain, estimate_value
 from mpg.evaluate.records import open_records
 from mpg.evaluate.tasks import OPPOSITE, Item, dimension_of, items_hash
 from mpg.evaluate.worth import MissingScoresError, Scores
+from mpg.extras import install
 from mpg.model import Model
 from mpg.options import a_number, an_integer, check_weights, one_of
 from mpg.paper.report import save_plot
@@ -231,7 +232,7 @@ class _Search:
         try:
             import optuna
         except ImportError as error:
-            raise ImportError("search 'optuna' needs optuna: pip install 'mpg[tune]'") from error
+            raise ImportError(f"search 'optuna' needs optuna: {install('tune')}") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=self.seed))
         study.enqueue_trial(self.start)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.table import Table
 
+from mpg.extras import install
 from mpg.files import check_writable, whole_file
 from mpg.paper.statistics import Estimate
 
@@ -129,7 +130,7 @@ def check_plot(path: str | Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        raise ValueError("plot: needs matplotlib, expected after pip install 'mpg[evaluate]'") from error
+        raise ValueError(f"plot: needs matplotlib, expected after {install('evaluate')}") from error
     suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
     if Path(path).suffix.removeprefix(".").lower() not in suffixes:
         raise ValueError(f"plot: expected a file that ends in one of {', '.join(suffixes)}, got {str(path)!r}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from mpg.extras import install
 from mpg.options import a_number
 from mpg.serve.settings import Settings
 
@@ -92,7 +93,7 @@ def deployment(
 
         from mpg.serve.replicas import Front, Replica
     except ImportError as error:
-        raise ValueError(f"{error.name}: expected it installed: pip install 'mpg[ray]'") from None
+        raise ValueError(f"{error.name}: expected it installed: {install('ray')}") from None
 
     settings = read_settings(limits)
     if not (settings.api_keys or settings.hosts or allow_open):
@@ -139,7 +140,7 @@ class Config:
     """What the files say.
 
     arguments  of `deployment`, beside models and scale. Keys are none of them: the cluster's environment has these
-    image      of containers, with mpg[ray]
+    image      of containers, with mpg and its extra ray
     """
 
     models: str

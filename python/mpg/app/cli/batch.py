@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mpg.app.cli import arguments
+from mpg.extras import install
 
 if TYPE_CHECKING:
     from mpg.batch.worker import Done
@@ -66,7 +67,7 @@ def batch(
     if min_workers is not None and min_workers > workers:
         raise ValueError(f"min_workers: expected at most the {workers} workers, got {min_workers}")
     if not local and find_spec("ray") is None:
-        raise ValueError("ray: expected it installed: pip install 'mpg[ray]'; --local does without")
+        raise ValueError(f"ray: expected it installed: {install('ray')}; --local does without")
     try:
         from mpg.batch.job import begin, describe, run_local
         from mpg.batch.parts import FORMATS, Output
@@ -74,7 +75,7 @@ def batch(
         from mpg.batch.watch import told_if_killed
         from mpg.batch.worker import Task, check
     except ImportError as error:
-        wanted = "pip install 'mpg[ray]', or for --local alone: pip install pyarrow 'mpg[serve]'"
+        wanted = f"{install('ray')}; or for --local alone: {install('serve', 'pyarrow')}"
         raise ValueError(f"{error.name}: expected it installed: {wanted}") from None
     from mpg.frontend.hf_generate import check_options
     from mpg.options import one_of

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpg.app.cli import arguments
+from mpg.extras import install
 
 if TYPE_CHECKING:
     from mpg.model import Model
@@ -74,7 +75,9 @@ def serve(
         str | None,
         typer.Option(help="serve: print a file for 'serve deploy'; kuberay: one for 'kubectl apply'. Serve nothing."),
     ] = None,
-    image: Annotated[str, typer.Option(help="A container image that has mpg[ray], for kuberay's file.")] = "IMAGE",
+    image: Annotated[
+        str, typer.Option(help="A container image that has mpg with the extra ray, for kuberay's file.")
+    ] = "IMAGE",
     settings: arguments.Settings = None,
     device: arguments.Device = None,
     dtype: arguments.Dtype = None,
@@ -91,7 +94,7 @@ def serve(
         from mpg.serve.server import address, check_address, check_host
         from mpg.serve.settings import Settings
     except ImportError as error:
-        raise ValueError(f"{error.name}: expected it installed: pip install 'mpg[serve]'") from None
+        raise ValueError(f"{error.name}: expected it installed: {install('serve')}") from None
     from dataclasses import replace
 
     from mpg.frontend.hf_generate import check_options

@@ -11,6 +11,7 @@ import typer
 from rich.progress import Progress
 
 from mpg.app.cli.arguments import clear_errors, err
+from mpg.extras import install
 from mpg.train.settings import PRESETS, SETTINGS, Settings, default_of, describe
 
 
@@ -92,7 +93,7 @@ def train(
     try:
         from mpg.train.run import train
     except ModuleNotFoundError as error:
-        raise ImportError(f"expected mpg[train], got no {error.name}: pip install 'mpg[train]'") from None
+        raise ImportError(f"expected mpg[train], got no {error.name}: {install('train')}") from None
     from transformers.utils import logging
 
     logging.set_verbosity_error()

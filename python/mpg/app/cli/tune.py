@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mpg.evaluate.worth import Scores
 
 # of `mpg.evaluate.tune.SEARCHES`, which imports torch
-SEARCH_HELP = "iterative (the paper's adjustment) or optuna (its tree-structured Parzen estimator; mpg[tune])."
+SEARCH_HELP = "iterative (the paper's adjustment) or optuna (its tree-structured Parzen estimator; the extra tune)."
 
 
 @arguments.clear_errors()

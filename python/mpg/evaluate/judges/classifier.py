@@ -17,6 +17,7 @@ import numpy as np
 
 from mpg.evaluate.judging import OnScore
 from mpg.evaluate.tasks import Item, dimension_of
+from mpg.extras import install
 from mpg.files import parse_json, refuse_unreadable_text, whole_file
 
 CARD = "judge.json"  # dimensions, held-out accuracy, and what the trainer says of the data
@@ -151,7 +152,7 @@ def _features(texts: Sequence[str]) -> Any:
         from scipy.sparse import hstack
         from sklearn.feature_extraction.text import HashingVectorizer
     except ImportError as error:
-        raise ImportError("the judge of the traits needs scikit-learn: pip install 'mpg[evaluate]'") from error
+        raise ImportError(f"the judge of the traits needs scikit-learn: {install('evaluate')}") from error
     how = {"n_features": NUM_FEATURES, "norm": None, "alternate_sign": False}
     words = HashingVectorizer(ngram_range=(1, 2), **how)
     parts = HashingVectorizer(ngram_range=(2, 5), analyzer="char_wb", **how)

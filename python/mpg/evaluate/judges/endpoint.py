@@ -22,6 +22,7 @@ from typing import Any
 from mpg.evaluate.judging import OnScore
 from mpg.evaluate.records import open_records
 from mpg.evaluate.tasks import Item
+from mpg.extras import install
 from mpg.paper.methods import DESCRIPTIONS
 
 # By rubric, a file beside this one
@@ -66,7 +67,7 @@ class EndpointJudge:
         try:
             import openai
         except ImportError as error:
-            raise ImportError("judges behind endpoints need openai: pip install 'mpg[evaluate]'") from error
+            raise ImportError(f"judges behind endpoints need openai: {install('evaluate')}") from error
         self.name, self.criteria = model, CRITERIA[rubric]
         self.url, self.key_env, self.concurrency = url, key_env, concurrency
         text = files("mpg.evaluate.judges").joinpath(f"{rubric}.txt").read_text(encoding="utf-8")
