@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from architectures import ARCHITECTURES
+from mpg.models import timings
 
 SETTINGS = {architecture.model_type: architecture.settings for architecture in ARCHITECTURES}
 
@@ -19,6 +20,14 @@ SETTINGS = {architecture.model_type: architecture.settings for architecture in A
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def timings_file(monkeypatch, tmp_path_factory):
+    """Where times of products are kept: by no test for another one."""
+    path = tmp_path_factory.mktemp("timings") / "products.json"
+    monkeypatch.setattr(timings, "file", lambda: path)
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 import mpg_ext
 from ensembles import load
-from mpg.models import linear, quantize
+from mpg.models import linear, quantize, timings
 from mpg.models.linear import EVERY, PackedLinear, choose, pack_linears
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -78,7 +78,7 @@ def test_plain_and_packed_are_timed_once_a_process_for_each_kind_of_layer_that_c
     assert all(0 < seconds < math.inf for times in kept.values() for pair in times for seconds in pair)
     pack_linears(nn.Sequential(nn.Linear(256, 512), nn.Linear(256, 768)))
     assert len(linear._times) == 3
-    assert all(linear._times[kind] is times for kind, times in kept.items())
+    assert all(linear._times[kind] == times for kind, times in kept.items())
 
 
 class Clock:
@@ -89,6 +89,7 @@ class Clock:
         clock = SimpleNamespace(perf_counter=lambda: self.now, thread_time=lambda: self.now)
         monkeypatch.setattr(linear, "time", clock)
         monkeypatch.setattr(linear, "_times", {})
+        timings.file().unlink(missing_ok=True)
         for module, name in ((linear, "PLAIN"), (linear, "PACKED"), (quantize, "INT4")):
             monkeypatch.setattr(module, name, self._slow(getattr(module, name)))
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 
 import mpg_ext
+from mpg.models import timings
+from mpg.models.timings import Kind, Times
 
 PANEL = 16  # outputs whose weights lie together, see mpg_ext.linear_panels
 MIN_WEIGHTS = 2**15  # of a layer that is worth a look: a smaller one is read in the time that a call takes of its own
@@ -32,10 +34,8 @@ GAIN = 0.9  # of plain's time, that packed must stay below to be worth its weigh
 MAX_SHARE = 0.25  # of the machine's memory, for second weights
 EVERY = range(1, sys.maxsize)  # numbers of rows
 
-# Sizes out and in, type and threads, which the time of a layer depends on, and what packed is compared with.
-Kind = tuple[int, int, torch.dtype, int, str]
-# Seconds so and packed, at TIMED_ROWS. Kept, so that two models of one process round alike.
-_times: dict[Kind, list[list[float]]] = {}
+# At TIMED_ROWS. Kept, so that two models of one process round alike.
+_times: Times = {}
 
 # A weight in oneDNN's blocks has no strides. Inside an operator, torch.compile does not ask for them.
 _library = torch.library.Library("mpg_linear", "DEF")
@@ -132,10 +132,10 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers of `model` on the CPU that are faster packed; the layers themselves stay as they are.
 
-    Plain and packed are timed when a process first meets a size of layer, for all of a model in half a second. A weight
+    Plain and packed are timed when a machine first meets a size of layer, for all of a model in half a second. A weight
     that is in use elsewhere (tied to the embedding, or of a model that the caller keeps, or plain for some numbers of
     rows and packed for others) is then there twice; the last only while that takes a quarter of the machine's memory.
-    The two differ by rounding, and so may texts of two processes where tokens are all but equally likely.
+    The two differ by rounding, so what was timed is kept for other processes, see `mpg.models.timings`.
     """
     layers = {name: layer for name, layer in model.named_modules() if can_be_packed(layer)}
     may_keep_both = has_room(layers.values())
@@ -183,17 +183,19 @@ def time_layers(layers: Sequence[nn.Linear], other: Way) -> list[list[list[float
         (layer.out_features, layer.in_features, layer.weight.dtype, torch.get_num_threads(), other.name)
         for layer in layers
     ]
+    if not _times.keys() >= set(kinds):
+        _times.update(timings.read())
     unknown: dict[Kind, list[Tensor]] = {}
     for kind, layer in zip(kinds, layers, strict=True):
         if kind not in _times:
             unknown.setdefault(kind, []).append(layer.weight.detach())
     if unknown:
-        _times.update(_time(unknown, other))
+        _times.update(timings.keep(_time(unknown, other)))
     return [_times[kind] for kind in kinds]
 
 
 @torch.no_grad()
-def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> dict[Kind, list[list[float]]]:
+def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> Times:
     """Seconds of layers of these kinds at TIMED_ROWS, in another way and packed: the processor's, as others may be
     running, of the fastest of several turns, in which all kinds take part. To a call counts what it adds to the small
     steps that follow it in a forward, too: oneDNN's code makes them slower than torch's own does."""
