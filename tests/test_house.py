@@ -17,7 +17,8 @@ MAX_LINES = 400
 # From the top down: a module imports from its own floor and those below. The longest name that fits counts.
 FLOORS = [
     ["mpg.__main__"],
-    ["mpg.app", "mpg.demo.", "mpg.evaluate"],
+    ["mpg.app", "mpg.demo."],
+    ["mpg.evaluate", "mpg.demo.trait_judge"],  # the judge that the demo and `evaluate` share
     [
         "mpg.paper",
         "mpg.train",
