@@ -176,3 +176,20 @@ def test_a_row_that_a_new_request_takes_is_not_what_another_begins_in(model, fed
         read.append(sum(fed))
     scheduler.close()
     assert 0 < max(read) <= part
+
+
+def test_what_cannot_be_read_in_parts_is_read_at_once(model):
+    """By a draft that is a sum of adapters, once all else of the prompt has been read ahead."""
+    options, texts = Options(sampler="exact", draft="merged", chunk_size=3), []
+    for part in (PART, None):
+        model.models.kept.clear()
+        scheduler = Scheduler(
+            model.models, options, (), num_rows=2, capacity=128, attributes=("E", "T"), rounds_ahead=0, part=part
+        )
+        entries = [scheduler.add(request_of(model, index, 12)) for index in (0, 1, 2)]
+        steps = iter(range(200))
+        while scheduler_runs(scheduler):
+            next(steps)
+        scheduler.close()
+        texts.append([entry.result.tokens for entry in entries])
+    assert texts[0] == texts[1]
