@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def test_generate_streams_the_text_to_stdout_and_the_statistics_to_stderr(model,
     done = run("generate", "--weights", "E=1", "--prompt", PROMPT, "--seed", 4)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.strip() == model.generate(PROMPT, weights={"E": 1}, seed=4).text.strip()
-    assert "accept_rate" in done.stderr
+    [line] = done.stderr.splitlines()
+    assert re.search(r", seed 4  .*tokens_per_second \d.*accept_rate \d", line) and len(line) > 80
 
 
 def test_generate_prints_a_json_line_a_text_in_the_order_of_the_prompts(model, run):

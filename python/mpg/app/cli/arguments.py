@@ -1,4 +1,4 @@
-"""What the commands share: arguments that several of them have, the models these mean, and how errors are shown."""
+"""What the commands share: arguments that several of them have, the models these mean, and what is said on stderr."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 FEW_PARAMETERS = 10**7  # models with fewer lose more to threads that wait for one another than the threads compute
 
 err = Console(stderr=True)
+
+
+def say(text: str, style: str = "") -> None:
+    """Print text on stderr as it is, its lines not folded: no name is parted from its value."""
+    err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def option(name: str, more: str = "") -> Any:
@@ -173,7 +178,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MemoryError, ImportError) as error:
-        err.print(f"mpg: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        say(f"mpg: {error}", "red")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -144,7 +144,7 @@ class _Meter:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self.bar.stop()
         if error is not None and (self.before or self.rows or not isinstance(error, ValueError)):
-            arguments.err.print(f"{self.words()}; the same command goes on", style="dim", highlight=False)
+            arguments.say(f"{self.words()}; the same command goes on", "dim")
 
     def take(self, done: Done) -> None:
         """Count a chunk that has been written."""
@@ -157,7 +157,7 @@ class _Meter:
         if not arguments.err.is_terminal and time.monotonic() - self.shown_at >= LINE_SECONDS:
             self.shown_at = time.monotonic()
             seconds = (self.shown_at - self.begun_at) * (self.total - self.before - self.rows) / self.rows
-            arguments.err.print(f"{self.words()}; {seconds:.0f} s left", highlight=False)
+            arguments.say(f"{self.words()}; {seconds:.0f} s left")
 
     def words(self) -> str:
         errors = f", {self.errors} with an error" if self.errors else ""

@@ -72,7 +72,7 @@ def check(
     else:
         chosen = [line.prompt for line in lines or read_prompts(PROMPTS)]
     if lines is None:
-        arguments.err.print(f"prompts: {len(chosen)} that come with mpg; --prompts FILE measures on yours", style="dim")
+        arguments.say(f"prompts: {len(chosen)} that come with mpg; --prompts FILE measures on yours", "dim")
     model = arguments.load(
         models, bool(contexts), device=device, dtype=dtype, quantize=quantize, draft=draft,
         allow_other_base=allow_other_base, merge_adapters=merge_adapters, allow_pickle=allow_pickle,

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import mpg
-from mpg.app.cli.arguments import Device, Dtype, Quantize, clear_errors, err, load
+from mpg.app.cli.arguments import Device, Dtype, Quantize, clear_errors, load, say
 from mpg.demo import SETS
 from mpg.files import check_writable, whole_file
 from mpg.options import one_of
@@ -54,7 +54,7 @@ def demo(
     except (ValueError, ImportError) as error:
         if models != "smollm2":
             raise
-        err.print(f"mpg: {error}; the tiny set answers instead", style="yellow", markup=False, soft_wrap=True)
+        say(f"mpg: {error}; the tiny set answers instead", "yellow")
         models = "demo"
         model, scene = load(models, **how), stage(models)
     # without a terminal five columns need more than the usual 80 characters

@@ -350,7 +350,7 @@ def _evaluate(
 
 
 def _note(text: str) -> None:
-    arguments.err.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    arguments.say(text, "yellow")
 
 
 def _read_items(

@@ -233,4 +233,4 @@ class _Answers:
             return
         shown = "" if self.streams else f"> {name and f'[{name}] '}{self.lines[index].words()}\n{result.text}\n"
         print(shown, flush=True)
-        arguments.err.print(result.summary(), style="dim")
+        arguments.say(result.summary(), "dim")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.progress import Progress
 
-from mpg.app.cli.arguments import clear_errors, err
+from mpg.app.cli.arguments import clear_errors, err, say
 from mpg.extras import install
 from mpg.train.settings import PRESETS, SETTINGS, Settings, default_of, describe
 
@@ -83,7 +83,7 @@ def train(
     own_pole = pole[0] if pole else None
     if preset != "paper":
         changes = ", ".join(f"{name} {value} for {default_of(name)}" for name, value in PRESETS[preset].items())
-        err.print(f"preset {preset}: {changes}", style="dim", highlight=False, soft_wrap=True)
+        say(f"preset {preset}: {changes}", "dim")
     from mpg.demo import MODELS, TRAITS
     from mpg.train.pairs import read_pairs
 
@@ -101,12 +101,12 @@ def train(
         task = progress.add_task("steps", total=None)
 
         def on_epoch(epoch: int, scores: dict[str, float]) -> None:
-            err.print(f"epoch {epoch}: held out, {_words(scores)}", highlight=False, soft_wrap=True)
+            say(f"epoch {epoch}: held out, {_words(scores)}")
 
         card = train(
             MODELS if base == "demo" else base, pairs, out, chosen, base_name=base_name, device=device, dtype=dtype,
             threads=threads, about={"source": data, "pole": own_pole, "preamble": keep_preamble},
-            on_note=partial(err.print, style="yellow", markup=False, highlight=False, soft_wrap=True),
+            on_note=partial(say, style="yellow"),
             on_epoch=on_epoch, on_step=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     print(f"{out}: {card['pairs']} pairs, {card['held_out']} held out: {_words(card['scores'])}")

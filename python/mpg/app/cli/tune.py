@@ -63,7 +63,7 @@ def tune(
     tuning.check_type(type)
 
     def on_problem(problem: str) -> None:
-        arguments.err.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        arguments.say(problem, "yellow")
 
     items = read_items(data, ["16p" if judge else "mcqa"], on_problem=on_problem)
     sides = [side[:limit] for side in split([item for item in items if set(type) & set(item.about["dimension"])])]
@@ -91,7 +91,7 @@ def tune(
     def on_trial(row: dict[str, Any]) -> None:
         best = "  best so far" if row["is_best"] else ""
         line = f"{row['trial']}: {tuning.spell(row['weights']) or 'none'}: {_words(row['scores'])}{best}"
-        arguments.err.print(line, highlight=False, soft_wrap=True)
+        arguments.say(line)
 
     found = tuning.tune(
         out, model, type, sides[0], sides[1], scores_of, about=about, target=target, search=search, trials=trials,
@@ -99,7 +99,7 @@ def tune(
     )  # fmt: skip
     if (done := len(found.trials)) < trials:
         why = f"no step of {tuning.FIRST_STEP:g} to {tuning.LAST_STEP:g} in one weight is better than the best"
-        arguments.err.print(f"search: ended after {done} of {trials} trials: {why}", highlight=False, soft_wrap=True)
+        arguments.say(f"search: ended after {done} of {trials} trials: {why}")
     if picture is not None:
         tuning.plot(found.trials, picture, f"{type}, {target}", with_values=True)
     for side, name in zip(sides, ("to tune on", "held out"), strict=True):
@@ -109,13 +109,13 @@ def tune(
         "tuned on": found.tuned,
         **{f"held out, {name}": s for name, s in found.held_out.items()},
     }.items():
-        arguments.err.print(f"{name}: {_words(scores)}", highlight=False, soft_wrap=True)
+        arguments.say(f"{name}: {_words(scores)}")
     for name, value in found.values.items():
         told = "missing" if value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
-        arguments.err.print(f"held out, mean over poles, {name}: {told}", highlight=False, markup=False, soft_wrap=True)
+        arguments.say(f"held out, mean over poles, {name}: {told}")
     few = f": few, fewer than {FEW_PROMPTS} give intervals too narrow" if len(sides[1]) < FEW_PROMPTS else ""
     bootstrap = f"intervals: 95 %, by a paired bootstrap over {len(sides[1])} questions{few}"
-    arguments.err.print(bootstrap, highlight=False, soft_wrap=True)
+    arguments.say(bootstrap)
     print(found.weights)
 
 
