@@ -164,6 +164,7 @@ def test_marks_are_what_the_sampler_counted(model, way):
         if "accept_rate" in stats:
             assert marks["accepted"] / stats["rounds"] == pytest.approx(stats["accepted_per_round"])
             offered = marks["accepted"] + sum(trace.rejected)
+            assert offered / stats["rounds"] == pytest.approx(stats["drafted_per_round"])
             assert marks["accepted"] / max(offered, 1) == pytest.approx(stats["accept_rate"])
         else:
             assert marks["residual"] / stats["rounds"] == pytest.approx(stats["fallback_rate"])

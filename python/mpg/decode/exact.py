@@ -21,6 +21,7 @@ MAX_ADAPTED_CHUNK = 16
 # Every statistic with its denominator.
 STATISTICS = {
     "accepted_per_round": "drafted tokens committed / rounds",
+    "drafted_per_round": "drafted tokens that could have been committed / rounds",
     "accept_rate": "drafted tokens committed / drafted tokens that could have been",
 }
 
@@ -102,6 +103,7 @@ class Exact:
     def statistics(self) -> dict[str, Tensor]:
         return {
             "accepted_per_round": self.num_accepted.double() / self.batch.rounds,
+            "drafted_per_round": self.num_offered.double() / self.batch.rounds,
             "accept_rate": self.num_accepted.double() / self.num_offered.clamp_min(1),
         }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -26,14 +26,17 @@ Asked: TypeAlias = Sequence[tuple[Slot, tuple[int, ...]]]  # what each model has
 
 
 class Ahead:
-    """What has been read of texts that wait for a row.
+    """What has been read of texts that wait for a row, and how much of all texts has been.
 
-    pools  of the session in which they will have one
+    pools       of the session in which they will have one
+    num_read    tokens of prompts that models have read, each model and adapter counted, but for every prompt's last
+    num_reused  those that they need not, as a row or what is kept had them
     """
 
     def __init__(self, ensemble: Ensemble, pools: Mapping[View, Pool]) -> None:
         self.ensemble, self.pools = ensemble, pools
         self._texts: dict[Text, RaggedCache] = {}
+        self.num_read = self.num_reused = 0
 
     def num_unread(self, asked: Asked, rows: Container[int]) -> list[int]:
         """Tokens that each model would read, of those that would read any, where these texts got a row now. rows: whose
@@ -49,12 +52,14 @@ class Ahead:
             runner = ModelRunner(loaded, loaded.runner_key((), 1, len(text)))
             if source is not None:
                 runner.cache.take(range(row, row + 1), first, source)
+                self.num_reused += first
             tokens = Upload().add([text]).on(device)
             while first < len(text) - 1:
                 last = min(first + left, len(text) - 1)
                 fed, start = tokens[:, first:last], torch.full((1,), first, device=device)
                 with self.ensemble.observer(True):
                     runner.forward(slice(0, 1), Layout.of([slot.group], device), fed, start, last, logits_to_keep=1)
+                self.num_read += last - first
                 first, left = last, left - (last - first)
                 if left == 0:
                     yield
@@ -68,6 +73,14 @@ class Ahead:
         found = [(cache, count_common(text, other)) for (its, other), cache in self._texts.items() if its == reader]
         found += [] if (kept := self.ensemble.kept.find(reader, text)) is None else [kept]
         return max((one for one in found if one[1] >= beginnings.MIN_SHARED), key=itemgetter(1), default=None)
+
+    def count(self, lengths: Mapping[int, int], unread: Sequence[int], begun: Mapping[int, tuple[Any, int]]) -> None:
+        """Note what rows of a pool are to hold, tokens by place, and what of it is read now, as `Reading` has it."""
+        own = set(map(id, self._texts.values()))
+        before = sum(shared for at, (source, shared) in begun.items() if id(source) in own and shared == lengths[at])
+        read = sum(lengths[at] - (begun[at][1] if at in begun else 0) for at in unread)
+        self.num_read += read
+        self.num_reused += sum(lengths.values()) - read - before  # which was counted when it was read ahead
 
     def forget(self) -> None:
         self._texts = {}

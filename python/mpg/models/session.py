@@ -351,12 +351,13 @@ class Session:
             pair.prompt, pair.is_spoiled = prompt, False
         read = {place: (pair.slot.group, pair.prompt) for place, pair in enumerate(pool.pairs)}
         known = [place for place, pair in enumerate(pool.pairs) if pair.row not in wanted and not pair.is_spoiled]
-        if pool.is_merged:
-            return unread, {}, copied
-        loaded = pool.runner.loaded
-        begun = find_beginnings(
-            read, unread, known, held, lambda group, text: self.ahead.find(loaded.reader(group), text)
-        )
+        loaded, begun = pool.runner.loaded, dict[int, tuple[Any, int]]()
+        if not pool.is_merged:
+            begun = find_beginnings(
+                read, unread, known, held, lambda group, text: self.ahead.find(loaded.reader(group), text)
+            )
+        lengths = {at: len(pair.prompt) - 1 for at, pair in enumerate(pool.pairs) if pair.row in wanted}
+        self.ahead.count(lengths, unread, begun)
         return unread, begun, copied
 
     def _forget_beyond(self, kv_length: int) -> None:

@@ -248,6 +248,7 @@ class Engine:
         else:
             group.spent += perf_counter() - begun_at
             self.metrics.round(perf_counter() - begun_at)
+            self.metrics.prompts(*group.take_counts())
             self._deliver(events)
             return
         self._split(group, failure)  # here, where nothing holds the caches any more: the error's traceback did

@@ -55,6 +55,10 @@ class Group(Protocol):
         """One round, and what it brought. Jobs whose last event it is are no longer running. is_alone: no other group
         waits for its turn meanwhile"""
 
+    def take_counts(self) -> tuple[int, int]:
+        """Tokens of prompts that models have read since it was asked before, and those that they need not, as `Ahead`
+        has them. Prompts that are scored are read whole, and not counted."""
+
     def cancel(self, job: Job) -> None:
         """Give up a running job."""
 
@@ -133,6 +137,11 @@ class DecodeGroup:
                 assert last is not None
                 events.append((job, last))
         return events
+
+    def take_counts(self) -> tuple[int, int]:
+        ahead = self.scheduler.session.ahead
+        counts, ahead.num_read, ahead.num_reused = (ahead.num_read, ahead.num_reused), 0, 0
+        return counts
 
     def cancel(self, job: Job) -> None:
         self.running.remove(job)
@@ -216,6 +225,9 @@ class ScoreGroup:
                 self.running.remove(job)
                 events.append((job, _of_row(whole, row, job)))
         return events
+
+    def take_counts(self) -> tuple[int, int]:
+        return 0, 0
 
     def cancel(self, job: Job) -> None:
         self.running.remove(job)  # what is under way goes on to its end

@@ -42,9 +42,13 @@ class EngineMetrics:
         self._waited = Histogram("mpg_queue_seconds", "from a request to its row", buckets=SHORT, **add)
         self._round = Histogram("mpg_round_seconds", "of one round of one group", buckets=SHORT, **add)
         self._prompt_tokens = Counter("mpg_prompt_tokens", "tokens of prompts that were answered", **add)
+        of_prompts = "tokens of prompts, each model and adapter counted, that were"
+        self._read = Counter("mpg_read_prompt_tokens", f"{of_prompts} read", **add)
+        self._reused = Counter("mpg_reused_prompt_tokens", f"{of_prompts} known from another text", **add)
         self._tokens = Counter("mpg_generated_tokens", "tokens of answers", **add)
         self._rounds = Counter("mpg_rounds", "rounds of requests, each request's counted", **add)
-        self._accepted = Counter("mpg_accepted_tokens", "drafted tokens that were accepted", **add)
+        self._drafted = Counter("mpg_drafted_tokens", "tokens of sampler exact's drafts", **add)
+        self._accepted = Counter("mpg_accepted_tokens", "of these, those that were accepted", **add)
 
     def watch(self, engine: Engine) -> None:
         """Read what an engine holds whenever somebody asks."""
@@ -67,12 +71,18 @@ class EngineMetrics:
     def round(self, seconds: float) -> None:
         self._round.observe(seconds)
 
+    def prompts(self, num_read: int, num_reused: int) -> None:
+        self._read.inc(num_read)
+        self._reused.inc(num_reused)
+
     def finished(self, result: Result) -> None:
         self._first.observe(result.stats["time_to_first_token"])
         self._prompt_tokens.inc(result.prompt_tokens)
         self._tokens.inc(len(result.tokens))
-        self._rounds.inc(result.stats["rounds"])
-        self._accepted.inc(result.stats.get("accepted_per_round", 0.0) * result.stats["rounds"])
+        rounds, stats = result.stats["rounds"], result.stats
+        self._rounds.inc(rounds)
+        self._drafted.inc(round(stats.get("drafted_per_round", 0.0) * rounds))
+        self._accepted.inc(round(stats.get("accepted_per_round", 0.0) * rounds))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
