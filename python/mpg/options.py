@@ -21,6 +21,7 @@ TARGETS = ("arithmetic", "anchored", "geometric", "base")
 DRAFTS = ("model", "reference", "lookup", "merged")
 MAX_WINDOW = 65_536
 MAX_COUNT = 2**31 - 1
+MAX_SEED = 2**63 - 1
 MAX_CHUNK = 32  # the prefix scores of one sequence fill one warp
 DEFAULT_NEW_TOKENS = 128
 MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e4  # what float32 rows still tell from 0 and from infinity
@@ -99,7 +100,7 @@ def _span(name: str, value: Any) -> None:
 
 def _seeds(name: str, value: Any) -> None:
     for seed in value if isinstance(value, (list, tuple)) else [value]:
-        an_integer(0, 2**63 - 1)(name, seed)
+        an_integer(0, MAX_SEED)(name, seed)
 
 
 @dataclass(frozen=True, kw_only=True)

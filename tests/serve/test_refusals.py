@@ -12,6 +12,7 @@ import openai
 import pytest
 from openai.types import completion_create_params
 
+from mpg.options import OPTIONS, Options
 from mpg.serve import connections
 from mpg.serve.errors import ApiError
 from mpg.serve.logs import JsonLines
@@ -87,6 +88,32 @@ def test_every_field_of_the_installed_client_is_taken_or_refused_by_name(kind, t
             read_body(kind, json.dumps(body).encode())
         assert (refused.value.status, refused.value.param) == (400, name)
         assert (refused.value.code, name in REFUSED) == ("unsupported_parameter", True)
+
+
+def test_what_is_an_option_is_checked_by_the_options_alone(served):
+    """A bound of the server's own would be another one some day."""
+    wrong = {
+        "temperature": -0.5,
+        "top_p": 1.5,
+        "top_k": -1,
+        "min_p": 1.5,
+        "chunk_size": 0,
+        "verify": "x",
+        "mixture_span": 0,
+    }
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name) as told:
+            Options(**{name: value})
+        answer = served.post(TEXT, {"model": "E", "prompt": "Hello?", name: value})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["message"]) == (400, name, str(told.value))
+    for kind in (ChatRequest, CompletionRequest):
+        bounded = {name for name, field in kind.model_fields.items() if field.metadata} & OPTIONS.keys()
+        assert bounded == {"seed"}  # which the options see wrapped around
+    how = {"seed": 3, "temperature": 1e30}
+    answer = served.post(TEXT, {"model": "E", "prompt": [5, 6, 7], "max_tokens": 8, **how})
+    wanted = served.model.generate([5, 6, 7], weights={"E": 1}, max_new_tokens=8, **how)
+    assert answer.json()["choices"][0]["text"] == wanted.text
 
 
 def test_other_paths_and_methods_have_the_shape_of_errors_too(served, client):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from mpg.files import parse_json
+from mpg.options import MAX_SEED
 from mpg.serve.errors import ApiError
 from mpg.serve.settings import MOST_ATTRIBUTES
 
@@ -26,7 +27,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 # Fields that say who asks, which no text depends on
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-MAX_SEED = 2**63 - 1
 UNKNOWN = "value_error"  # pydantic's name for an error of a validator, of which `_Unknown` is the only one
 MAX_MESSAGES = 4096  # and parts of one: checking them holds up others
 BRANCH = re.compile(r"str|int|Context|(list|dict)\[.*\]")  # what pydantic calls one of several ways to read a field
@@ -97,12 +97,13 @@ class Context(_Strict):
 
 
 class Asked(_Strict):
-    """What both ways of asking have. Weights and what follows them are mpg's own."""
+    """What both ways of asking have. Weights and what follows them are mpg's own. `Options` checks what is one of its
+    own; here stand the bounds of what it does not see as it was sent."""
 
     model: str
     max_tokens: int | None = Field(None, ge=0)
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = None
+    top_p: float | None = None
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: str | List[str] | None = None
