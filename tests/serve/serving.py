@@ -94,7 +94,8 @@ def started(*arguments, seconds=60):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     try:
         found = next(filter(None, (re.search(r"serving at (http://\S+)/v1", line) for line in process.stderr)))
-        logged = process.logged = []
+        process.said, logged = found.string, []
+        process.logged = logged
         threading.Thread(target=lambda: logged.extend(process.stderr), daemon=True).start()  # else a full pipe stops it
         wait_for(lambda: httpx.get(f"{found[1]}/health").json()["status"] == "ready", seconds)
         yield process, found[1]

@@ -69,6 +69,8 @@ def all_are_in(url, answers):
 def test_sigterm_loses_no_answer_and_exits_0_and_a_killed_server_serves_again():
     """The latter in the long form."""
     with started("--grace", "50", "--max-rows", "4") as (process, url), ThreadPoolExecutor(4) as pool:
+        page = httpx.get(re.search(r"a playground at (\S+)", process.said)[1])
+        assert page.headers["content-type"].startswith("text/html") and "<html" in page.text
         wanted = texts_of(post(url))
         assert not any("torch" in place.path for place in http_process(process).memory_maps())
         answers = [pool.submit(post, url, stream=index % 2 == 1) for index in range(4)]

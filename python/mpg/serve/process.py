@@ -76,8 +76,8 @@ def serve(
 
 
 def say(address: str) -> None:
-    """Say where clients may ask."""
-    print(f"mpg: serving at {address}/v1", file=sys.stderr, flush=True)
+    """Say where clients may ask, and browsers look."""
+    print(f"mpg: serving at {address}/v1, and a playground at {address}/", file=sys.stderr, flush=True)
 
 
 def attend(connection: socket, service: Service) -> None:
