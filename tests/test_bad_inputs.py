@@ -270,7 +270,7 @@ def server(request, wrong):
     path, own = wrong
     whole = {"model": "demo", "weights": E, "max_tokens": 3}
     whole |= {"messages": USER} if path == CHAT else {"prompt": "Hello?"}
-    if "model" in own:
+    if own.get("model", "demo") != "demo":
         del whole["weights"]
     body = json.dumps({name: value for name, value in {**whole, **own}.items() if value is not None})
     done = request.getfixturevalue("client").post(path, content=body, headers={"content-type": "application/json"})
@@ -1041,6 +1041,8 @@ REQUESTS = [
      "400 weights: expected none beside model 'E', which says them; model 'demo' takes them"),
     ((CHAT, {"model": "gpt-4", "weights": {"T": 1}}),
      "404 model: expected demo, base, E, S, T, J, ESTJ, INFP or weights such as 'E=1,T=0.5', "),
+    ((CHAT, {"weights": None}), "400 weights: expected some beside model 'demo', whose recipe has none, got none; "
+     "model 'base' is the base alone"),
     ((CHAT, {"weights": {"Q": 1}}), "400 weights: expected some of E, S, T, J, got 'Q'"),
     ((CHAT, {"weights": {"E": "much"}}), "400 weights.E: expected a valid number, got 'much'"),
     ((CHAT, {"weights": {"E": 1000000000.0}}),

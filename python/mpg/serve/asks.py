@@ -68,11 +68,15 @@ def _unknown(asked: str, known: Iterable[str]) -> ApiError:
 def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:
     """Weights and target that a request asks for by its model's name, its own weights going with the combination's.
 
-    Raises ApiError for a name that there is not, and for weights beside one that says them already.
+    Raises ApiError for a name that there is not, for weights beside one that says them already, and for none beside a
+    combination that has none.
     """
     if asked.model == name:
-        has_any = asked.weights is not None or model.recipe.weights or asked.target is not None
-        return asked.weights, asked.target if has_any else "base"
+        target = asked.target or model.recipe.options.get("target")
+        if asked.weights is None and not model.recipe.weights and target != "base":
+            wanted = f"expected some beside model {name!r}, whose recipe has none"
+            raise ApiError(400, f"weights: {wanted}, got none; model {BASE!r} is the base alone", "weights")
+        return asked.weights, asked.target
     known = describe_models(model, name)
     if asked.model not in known and "=" not in asked.model:
         raise _unknown(asked.model, known)
