@@ -166,8 +166,14 @@ def test_keys_sizes_and_logs(precise_model, caplog):
             head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer one\r\ntransfer-encoding: chunked\r\n\r\n"
             raw.sendall(head.encode() + b"400\r\n" + b"x" * 1024 + b"\r\n")
             assert b" 413 " in raw.recv(1000).split(b"\r\n")[0]
+        for wrong in ({"messages": [{"role": "user", "content": ["secret"]}]}, {"unheard-of" * 10: "secret"}):
+            assert served.post(CHAT, {**body, **wrong}, authorization="Bearer one").status_code == 400
+        unknown = (400, "unknown_parameter", ("unheard-of" * 10)[:64])
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     assert {line["id"] for line in lines} >= {"mine-1", "mine-2"}
+    reasons = {(line["status"], line.get("error"), line.get("param")) for line in lines}
+    keys, sizes = (401, "invalid_api_key", None), (413, "body_too_large", None)
+    assert reasons == {(200, None, None), keys, sizes, (400, "invalid_request_error", "messages"), unknown}
     assert not any(word in json.dumps(lines) for word in ("Hello", "secret", "Bearer"))
     assert {line["level"] for line in lines} == {"INFO"} and all(line["seconds"] >= 0 for line in lines)
     caplog.clear()

@@ -9,6 +9,7 @@ from typing import Any
 from mpg.serve.jobs import Refused, TooLarge
 
 LONGEST = 1000  # characters of a message, which may quote what was sent
+LONGEST_NAME = 64  # of a field, in a log
 RETRY_AFTER = 1  # seconds that a client is asked to wait
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # What the library calls otherwise than the API
@@ -34,11 +35,19 @@ class ApiError(Exception):
             return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(RETRY_AFTER)} if self.status in (429, 503) else {}
 
+    @property
+    def kind(self) -> str:
+        return TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def told(self) -> dict[str, str]:
+        """What a log may say of it: the message may quote what was sent, a field is named by its first characters."""
+        told = {"error": self.code or self.kind}
+        return told if self.param is None else {**told, "param": self.param[:LONGEST_NAME]}
+
     def body(self, request_id: str) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         message = self.message if len(self.message) <= LONGEST else f"{self.message[:LONGEST]} ..."
         message += f" (request {request_id})" if self.status >= 500 else ""
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 def of_library(error: ValueError, names: Mapping[str, str] | None = None) -> ApiError:

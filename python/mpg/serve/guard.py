@@ -56,6 +56,7 @@ class Guard:
                 scope["state"]["body"] = body.decode("utf-8", "replace")
             await self.app(scope, _again(body, receive), tell)
         except ApiError as error:
+            scope["state"]["error"] = error
             await as_json(error.body(request_id), error.status, error.headers)(scope, receive, tell)
         finally:
             seconds = perf_counter() - begun_at
@@ -63,6 +64,8 @@ class Guard:
             self.metrics.answered(route, status, seconds)
             line = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             line["seconds"] = round(seconds, 4)
+            if (refused := scope["state"].get("error")) is not None:
+                line |= refused.told()
             if "body" in scope["state"]:
                 line["body"] = scope["state"]["body"]
             logger.info("request", extra={"fields": line})

@@ -108,6 +108,7 @@ def _handle_errors(app: FastAPI) -> None:
     """Let every error have the API's shape."""
 
     def show(request: Request, error: ApiError) -> Response:
+        request.state.error = error  # for the log
         return as_json(error.body(request.state.id), error.status, error.headers)
 
     @app.exception_handler(ApiError)

@@ -36,6 +36,7 @@ class EventStream(Response):
             async for chunk in self.chunks:
                 await send({"type": "http.response.body", "body": as_event(chunk), "more_body": True})
         except ApiError as error:
+            scope["state"]["error"] = error  # for the log
             await send({"type": "http.response.body", "body": as_event(error.body(self.request_id)), "more_body": True})
         except ClientGone:
             return
