@@ -104,12 +104,12 @@ class Clock:
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("num_kinds", [1, 2, 7])
-def test_all_kinds_of_a_model_are_timed_together_in_half_a_second(num_kinds, num_layers, monkeypatch):
+def test_all_kinds_of_a_model_are_timed_together_in_a_quarter_of_a_second(num_kinds, num_layers, monkeypatch):
     layers = [nn.Linear(512 + 16 * kind, 64) for kind in range(num_kinds) for _ in range(num_layers)]
     products_of_turn = 2 * len(linear.TIMED_ROWS) * len(layers)
-    clock = Clock(monkeypatch, 0.09 / products_of_turn)
+    clock = Clock(monkeypatch, 0.045 / products_of_turn)
     pack_linears(nn.Sequential(*layers))
-    assert linear.TIMED_SECONDS <= clock.now < 0.5
+    assert linear.TIMED_SECONDS <= clock.now < 0.25
     ways = product(("plain", "packed"), (layer.in_features for layer in layers), linear.TIMED_ROWS)
     assert set(clock.products) == set(ways)
     [count] = set(clock.products.values())  # a kind and number of rows takes part in every turn, first with one layer
@@ -127,7 +127,7 @@ def test_a_machine_that_is_slow_has_two_turns_and_a_fast_one_ten(monkeypatch):
 
 
 @needs_onednn
-def test_both_ways_of_four_bits_are_timed_in_half_a_second_each(tiny_model, monkeypatch):
+def test_both_ways_of_four_bits_are_timed_in_half_a_second_together(tiny_model, monkeypatch):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("nothing is timed without second weights")
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
@@ -143,8 +143,9 @@ def test_both_ways_of_four_bits_are_timed_in_half_a_second_each(tiny_model, monk
     monkeypatch.setattr(linear, "_time", time_apart)
     load(tiny_model(), {}, device="cpu", quantize="int4")
     assert set(spent) == {"int4", "plain"}  # of the layers in four bits, and of the others
-    assert linear.TIMED_SECONDS <= spent["int4"] < 0.5
-    assert 0 < spent["plain"] < 0.5
+    assert spent["int4"] >= linear.TIMED_SECONDS
+    assert spent["plain"] > 0
+    assert sum(spent.values()) < 0.5
     assert sum(clock.products.values()) * clock.seconds == pytest.approx(sum(spent.values()))
 
 

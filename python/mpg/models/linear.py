@@ -29,7 +29,7 @@ TIMED_WEIGHTS = 2**20  # of a layer at once: parts of a large one stand for it
 ROWS_TOGETHER = 16  # of a weight, that a product takes at once
 TIMED_BYTES = 2**26  # of all parts that take turns: more than caches hold, as when a token is decoded
 BETWEEN = 2**18  # numbers that are read before each call: in a forward weights are not at hand either
-TIMED_SECONDS, MAX_TURNS = 0.4, 10  # for a model
+TIMED_SECONDS, MAX_TURNS = 0.2, 10  # for a model, of which those in four bits and the others are timed apart
 GAIN = 0.9  # of plain's time, that packed must stay below to be worth its weight
 MAX_SHARE = 0.25  # of the machine's memory, for second weights
 EVERY = range(1, sys.maxsize)  # numbers of rows
@@ -132,7 +132,7 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers of `model` on the CPU that are faster packed; the layers themselves stay as they are.
 
-    Plain and packed are timed when a machine first meets a size of layer, for all of a model in half a second. A weight
+    Plain and packed are timed when a machine first meets a size of layer, all of a model in .2 s. A weight
     that is in use elsewhere (tied to the embedding, or of a model that the caller keeps, or plain for some numbers of
     rows and packed for others) is then there twice; the last only while that takes a quarter of the machine's memory.
     The two differ by rounding, so what was timed is kept for other processes, see `mpg.models.timings`.
