@@ -261,8 +261,22 @@ Those of scr, token-rs and seq-rs are from section 4.1.
 
 def hint(name: str, known: Collection[str]) -> str:
     """What to say of a name that is not among the known ones: the nearest of them, or all."""
-    near = [other for other in known if other.startswith(f"{name}_")] or difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(dict.fromkeys(known))}"
+    near = nearest(name, known)
+    return f"did you mean {near!r}?" if near else f"expected one of {', '.join(dict.fromkeys(known))}"
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """What to add where the known names are said already: the nearest of them, or nothing."""
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that was meant, if one is near, be it in small letters or in large ones."""
+    longer = [other for other in known if other.startswith(f"{name}_")]
+    by_letters = {other.lower(): other for other in reversed(list(known))}
+    near = longer or [by_letters[found] for found in difflib.get_close_matches(name.lower(), by_letters, 1)]
+    return near[0] if near else None
 
 
 def has_option(sampler: str, name: str) -> bool:
@@ -305,13 +319,16 @@ def check_weights(weights: Mapping[str, float] | None, attributes: Sequence[str]
     wanted = f"some of {', '.join(attributes)}"
     if target == "base" and weights is None:
         weights = {}
-    if not isinstance(weights, Mapping) or not (weights or target == "base"):
+    if weights is not None and not isinstance(weights, Mapping):
+        example = f", such as {{{attributes[0]!r}: 1}}" if attributes else ""
+        raise ValueError(f"weights: expected a mapping of numbers by name{example}, got {weights!r}")
+    if weights is None or not (weights or target == "base"):
         example = f"such as {attributes[0]}=1" if attributes else "but these models have no attribute"
         hint = "" if target == "base" else "; target='base' is the base alone"
         raise ValueError(f"weights: expected a number for {wanted} ({example}), got {weights!r}{hint}")
     for name, value in weights.items():
         if name not in attributes:
-            raise ValueError(f"weights: expected {wanted}, got {name!r}")
+            raise ValueError(f"weights: expected {wanted}, got {name!r}{suggest(name, attributes)}")
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not is_number or not (value == 0 or MIN_WEIGHT <= abs(value) <= MAX_WEIGHT):
             wanted = f"0, or a number of size {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"

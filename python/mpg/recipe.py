@@ -18,7 +18,7 @@ import yaml
 from mpg.context import Context
 from mpg.demo import SETS
 from mpg.files import refuse_unreadable_text, whole_file
-from mpg.options import Options, check_weights, hint, parse_pair, parse_weights
+from mpg.options import Options, check_weights, hint, parse_pair, parse_weights, suggest
 
 FILE = "mpg.yaml"  # what a folder is searched for
 SUFFIXES = (".yaml", ".yml")
@@ -88,7 +88,8 @@ class Recipe:
             others = (
                 f" or a preset among {', '.join(self.presets)}" if self.presets else f"{names} (there are no presets)"
             )
-            raise ValueError(f"weights: expected NAME=NUMBER,...{others}, got {weights!r}")
+            near = suggest(weights, self.presets)
+            raise ValueError(f"weights: expected NAME=NUMBER,...{others}, got {weights!r}{near}")
         return parse_weights(weights)
 
     @contextmanager

@@ -62,7 +62,7 @@ def describe_model(model: Model, name: str, asked: str) -> dict[str, Any]:
 
 def _unknown(asked: str, known: Iterable[str]) -> ApiError:
     message = f"model: expected {', '.join(known)} or weights such as 'E=1,T=0.5', got {asked!r}"
-    return ApiError(404, message, "model", "model_not_found")
+    return ApiError(404, message + mpg.options.suggest(asked, list(known)), "model", "model_not_found")
 
 
 def weights_of(asked: Asked, model: Model, name: str) -> tuple[Any, str | None]:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+import re
+from collections.abc import Callable, Container
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 
 import mpg
 from mpg.demo import SETS
-from mpg.options import a_number, describe, parse_pair
+from mpg.options import OPTIONS, a_number, describe, parse_pair, suggest
 
 if TYPE_CHECKING:
     from mpg.recipe import Recipe
+
+P = ParamSpec("P")
 
 FEW_PARAMETERS = 10**7  # models with fewer lose more to threads that wait for one another than the threads compute
 
@@ -168,17 +173,36 @@ def read_size(name: str, size: float | None, *, can_be_0: bool = False) -> int |
 
 def _place(models: str) -> str:
     if not models or (models not in SETS and not Path(models).exists()):
-        raise ValueError(f"models: expected {', '.join(map(repr, SETS))}, a folder or a recipe, got {models!r}")
+        wanted = f"{', '.join(map(repr, SETS))}, a folder or a recipe"
+        raise ValueError(f"models: expected {wanted}, got {models!r}{suggest(models, SETS)}")
     return models
 
 
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn the library's errors about its input into one line on stderr and exit status 2, Ctrl-C into 130."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, ImportError) as error:
-        say(f"mpg: {error}", "red")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """A command that turns the library's errors about its input into one line on stderr and exit status 2, Ctrl-C into
+    130."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, MemoryError, ImportError) as error:
+            say(f"mpg: {_as_arguments(str(error), signature(command).parameters)}", "red")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def _as_arguments(message: str, own: Container[str]) -> str:
+    """A message of the library, whose advice is for Python, as a command with these parameters has it: `--target base`
+    or `--set target=base` for `target='base'`, `--allow-other-base` for `allow_other_base=True`."""
+
+    def spell(found: re.Match[str]) -> str:
+        name, value = found[1], found[2]
+        if name in own:
+            return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
+        return f"--set {name}={value or 'true'}" if "settings" in own and name in OPTIONS else found[0]
+
+    return re.sub(r"(?<= )([a-z_]+)=(?:'([^' ]*)'|True(?: \(--[a-z-]+\))?)(?=[ ,;)]|$)", spell, message)

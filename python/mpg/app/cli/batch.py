@@ -21,7 +21,7 @@ LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 KILLED = "mpg: the command was killed, or has lost the Ray that it ran on; the same command goes on"
 
 
-@arguments.clear_errors()
+@arguments.clear_errors
 def batch(
     ctx: typer.Context,
     rows: Annotated[

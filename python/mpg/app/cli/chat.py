@@ -10,7 +10,7 @@ from rich.console import Console
 from mpg.app.cli import arguments
 
 
-@arguments.clear_errors()
+@arguments.clear_errors
 def chat(
     weights: arguments.Weights = None,
     context: arguments.Contexts = None,

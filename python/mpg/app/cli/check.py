@@ -21,7 +21,7 @@ from mpg.options import TARGETS
 PROMPTS = str(files("mpg.app") / "prompts.txt")
 
 
-@arguments.clear_errors()
+@arguments.clear_errors
 def check(
     weights: arguments.Weights = None,
     context: arguments.Contexts = None,

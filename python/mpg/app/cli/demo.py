@@ -20,7 +20,7 @@ from mpg.files import check_writable, whole_file
 from mpg.options import one_of
 
 
-@clear_errors()
+@clear_errors
 def demo(
     models: Annotated[
         str, typer.Option(help="'smollm2', or 'demo' for the tiny set, which needs nothing.")

@@ -52,7 +52,7 @@ Picture = Annotated[
 
 
 @app.command()
-@arguments.clear_errors()
+@arguments.clear_errors
 def mbti(
     ctx: typer.Context,
     data: Data,
@@ -139,7 +139,7 @@ def mbti(
 
 
 @app.command()
-@arguments.clear_errors()
+@arguments.clear_errors
 def roleplay(
     ctx: typer.Context,
     data: Data,
@@ -189,7 +189,7 @@ def roleplay(
 
 
 @app.command()
-@arguments.clear_errors()
+@arguments.clear_errors
 def overall(
     tables: Annotated[list[str], typer.Argument(help="NAME=FOLDER of what the other commands wrote; several.")],
     methods: Annotated[str | None, typer.Option(help="NAME,...: rows to show. Default: all that are there.")] = None,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mpg.results import Result, Token
 
 
-@arguments.clear_errors()
+@arguments.clear_errors
 def generate(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A user message, or - for standard input; repeat it for a batch.")

@@ -15,7 +15,7 @@ from mpg.app.cli import arguments
 from mpg.options import OPTIONS, SAMPLERS, TARGETS, describe
 
 
-@arguments.clear_errors()
+@arguments.clear_errors
 def info(
     models: Annotated[str | None, typer.Option("--models", help="Describe these models too.")] = None,
     methods: Annotated[bool, typer.Option("--methods", help="List the methods of the paper's tables instead.")] = False,

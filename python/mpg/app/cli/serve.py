@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KILLED = "mpg: the command was killed, or has lost the Ray that it ran on"
 
 
-@arguments.clear_errors()
+@arguments.clear_errors
 def serve(
     ctx: typer.Context,
     models: arguments.Models = "demo",

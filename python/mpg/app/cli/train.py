@@ -37,7 +37,7 @@ def _with_settings(command: Any) -> Any:
 
 
 @_with_settings
-@clear_errors()
+@clear_errors
 def train(
     base: Annotated[
         str, typer.Option(help="A model's folder or its name on the hub, a GGUF file, 'smollm2' or 'demo'.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SEARCH_HELP = "iterative (the paper's adjustment) or optuna (its tree-structured Parzen estimator; the extra tune)."
 
 
-@arguments.clear_errors()
+@arguments.clear_errors
 def tune(
     ctx: typer.Context,
     type: Annotated[str, typer.Option(help="The target's poles, such as ESTP: each the name of an attribute.")],
