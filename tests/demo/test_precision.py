@@ -38,6 +38,10 @@ def threads(monkeypatch):
 @pytest.mark.parametrize("best", SPEEDS, ids=str)
 def test_the_quickest_way_is_taken_whichever_warms_up_longer(best, converted, threads, monkeypatch):
     model, turns, speeds = mpg.load(converted, device="cpu"), [], SPEEDS | {best: 29.4}
+    steps, words = [], lambda precision: precision.replace(", int4", " with int4")
+
+    def on_step(text):
+        steps.append(("four bits" in text, len(turns)))
 
     def generate(self, question, **how):
         turns.append((self.precision, threads[-1]))
@@ -45,26 +49,27 @@ def test_the_quickest_way_is_taken_whichever_warms_up_longer(best, converted, th
         return SimpleNamespace(stats={"tokens_per_second": 99.0 if len(turns) <= 4 else speeds[turns[-1]]})
 
     monkeypatch.setattr(mpg.Model, "generate", generate)
-    found, why = quicker(model, lambda: mpg.load(converted, device="cpu", quantize="int4"), "Why?")
+    found, why = quicker(model, lambda: mpg.load(converted, device="cpu", quantize="int4"), "Why?", on_step)
     assert (found.precision, threads[-1]) == best
     assert (found is model) == (best[0] == "float32")
     assert turns == list(SPEEDS) * TURNS
-    told = f"{best[0]} on {'1 thread' if best[1] == 1 else '2 threads'} 29 tokens/s"
-    assert why.startswith(f"Computed in {told} by a trial here (")
-    assert sum(f"{precision} on {number}" in why for precision, number in SPEEDS) == 4
+    told = f"{words(best[0])} on {'1 thread' if best[1] == 1 else '2 threads'}, which wrote 29 tokens/s"
+    assert why.startswith(f"The answers are computed in {told} in a trial on this machine (")
+    assert sum(f"{words(precision)} on {number}" in why for precision, number in SPEEDS) == 4
+    assert steps == [(True, 0), *((False, 4 * turn) for turn in range(TURNS))]  # each is told before it is done
 
 
 def test_four_bits_are_tried_and_say_how_fast_they_were(converted, threads):
     model = mpg.load(converted, device="cpu")
     int4 = mpg.load(converted, device="cpu", quantize="int4")
-    found, why = quicker(model, lambda: int4, "Why?")
+    found, why = quicker(model, lambda: int4, "Why?", str)
     assert found in (model, int4)
-    assert "float32" in why and "bfloat16, int4 weights" in why
+    assert "float32" in why and "bfloat16 with int4 weights" in why
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_where_four_bits_lose_or_are_not_to_be_had_they_are_not_tried(device, converted):
     (converted / CONVERTED).unlink() if device == "cpu" else None
     model = mpg.load(converted, device=device)
-    found, why = quicker(model, lambda: pytest.fail("it was loaded"), "Why?")
-    assert (found, why) == (model, f"Computed in {model.precision}.")
+    found, why = quicker(model, lambda: pytest.fail("it was loaded"), "Why?", pytest.fail)
+    assert (found, why) == (model, f"The answers are computed in {model.precision}.")

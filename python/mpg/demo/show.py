@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpg.app.colours import colours_of, legend, strongest_push
+from mpg.demo.precision import spell
 from mpg.model import Model
 from mpg.paper.scoring import token_logprobs
 from mpg.paper.statistics import Bootstrap, Estimate
@@ -79,7 +80,9 @@ def show(
     if (column := stage.by_sentence) is not None:
         how = {"seed": seed, "max_new_tokens": stage.max_new_tokens, **column.options}
         result = model.generate(stage.questions[0], weights=column.weights, **how)
-        console.print(Text.assemble((f"{column.title}: ", "bold"), result.text))
+        texts = " and ".join(str(model.models.contexts[name].system) for name in column.weights or {})
+        begin = f'The first question without an adapter, by the sentence "{texts}" ({column.title}): '
+        console.print(Text.assemble((begin, "bold"), result.text))
     return {"judge": stage.verdict, "precision": model.precision, "columns": rows}
 
 
@@ -139,8 +142,8 @@ def _summary(
     stage: Stage, model: Model, colours: Mapping[str, str], rows: Sequence[Mapping[str, Any]], num: int
 ) -> Table:
     table = _table(stage, f"Over {num} held-out questions, with 95 % intervals")
-    speed = "Tokens/s: medians of the answers above, one at a time."
-    table.caption = f"{stage.verdict} Perplexity is the base's, in {model.precision}. {speed}"
+    speed = "Tokens/s are medians of the answers above, which came one at a time."
+    table.caption = f"{stage.verdict} The perplexity is that of the texts under the base, in {spell(model)}. {speed}"
     for trait, colour in colours.items():
         shown = [_interval(rows[0]["scores"][trait], ".2f")]
         shown += [_interval(row["gains"][trait], "+.2f") for row in rows[1:]]

@@ -33,7 +33,7 @@ def stage(models: str) -> Stage:
         f"{accuracy['EI']:.0%} (E) and {accuracy['TF']:.0%} (T) of held-out answers."
     )
     held_out = [pair.question for pairs in zip(*map(held_out_pairs, accuracy), strict=True) for pair in pairs]
-    by_sentence = Column("No adapter, a sentence: enfp=2", {"enfp": 2.0}, {"sampler": "direct"})
+    by_sentence = Column("enfp=2", {"enfp": 2.0}, {"sampler": "direct"})
     return Stage(_columns(2), QUESTIONS, held_out, 12, _real_scores, verdict, 32, by_sentence)
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +50,7 @@ def demo(
     if save is not None:
         check_writable("save", save)
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
+    say(f"loading {models}" + "; the first time its weights are converted, too" * (models == "smollm2"), "dim")
     try:
         model, scene = load(models, **how), stage(models)
     except (ValueError, ImportError) as error:
@@ -60,7 +62,9 @@ def demo(
     # without a terminal five columns need more than the usual 80 characters
     console = Console(width=None if sys.stdout.isatty() else 160)
     if (models, dtype, quantize) == ("smollm2", None, None):
-        model, why = quicker(model, lambda: load(models, device=device, quantize="int4"), scene.questions[0])
+        model, why = quicker(
+            model, lambda: load(models, device=device, quantize="int4"), scene.questions[0], partial(say, style="dim")
+        )
         console.print(why, markup=False, highlight=False, soft_wrap=True)
     num_held_out = held_out or scene.num_held_out
     shown = show(console, model, scene, questions, num_held_out, seed)
