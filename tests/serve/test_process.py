@@ -157,6 +157,13 @@ def test_torch_leaves_a_core_to_the_handlers(monkeypatch, threads, cores, kept):
     assert told == [kept]
 
 
+def test_one_line_says_where_clients_ask_and_where_the_playground_is(capsys):
+    process.say("http://[::1]:8000")
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(r"serving at (http://\S+)/v1", line)[1] == "http://[::1]:8000"
+    assert re.search(r"playground at (http://\S+)$", line)[1] == "http://[::1]:8000/"
+
+
 def test_the_combination_is_called_as_what_holds_it():
     names = {"demo": "demo", "a/Llama-3.2-1B": "Llama-3.2-1B", "a/mine.yaml": "mine", "a/b/": "b", "/": "mpg"}
     assert {models: _name(models) for models in names} == names
