@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from mpg.models.timings import processor
+
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
@@ -24,7 +26,7 @@ class Report:
         """so_far: a file that has what is measured as soon as it is"""
         self.device, self.so_far = device, so_far
         self.machine: Row = {
-            "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -74,10 +76,3 @@ class Report:
 def rounded(rows: list[Row]) -> list[Row]:
     """Rows with four digits a number, more than a clock is good for."""
     return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-
-
-def cpu_model() -> str:
-    """The processor's name in /proc/cpuinfo; elsewhere what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()

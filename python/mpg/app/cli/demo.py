@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -71,15 +69,10 @@ def demo(
     if save is not None:
         import torch
 
+        from mpg.models.timings import processor
+
         asked = {"models": models, "questions": questions, "held_out": num_held_out, "seed": seed}
-        machine = {"processor": _processor(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
+        machine = {"processor": processor(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
         versions = {"mpg": mpg.__version__, "torch": torch.__version__}
         with whole_file("save", save) as beside:
             beside.write_text(json.dumps({**asked, **shown, "machine": machine, "versions": versions}, indent=1) + "\n")
-
-
-def _processor() -> str:
-    """The processor's name on Linux; elsewhere what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
