@@ -197,35 +197,37 @@ def time_layers(layers: Sequence[nn.Linear], other: Way) -> list[list[list[float
 @torch.no_grad()
 def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> Times:
     """Seconds of layers of these kinds at TIMED_ROWS, in another way and packed: the processor's, as others may be
-    running, of the fastest of several turns, in which all kinds take part. To a call counts what it adds to the small
-    steps that follow it in a forward, too: oneDNN's code makes them slower than torch's own does."""
+    running, and of each part the fastest of several turns, in which all kinds take part. To a call counts what it adds
+    to the small steps that follow it in a forward, too: oneDNN's code makes them slower than torch's own does."""
     plain = {kind: _parts(of_kind, TIMED_BYTES // (2 * len(weights))) for kind, of_kind in weights.items()}
     prepared = {kind: [(way, [way.prepare(part) for part in plain[kind]]) for way in (other, PACKED)] for kind in plain}
     inputs = {kind: [torch.randn(rows, kind[1], dtype=kind[2]) for rows in TIMED_ROWS] for kind in plain}
-    times = {kind: [[math.inf, math.inf] for _ in TIMED_ROWS] for kind in plain}
+    fastest = {
+        kind: [([math.inf] * len(parts), [math.inf] * len(parts)) for _ in TIMED_ROWS] for kind, parts in plain.items()
+    }
     steps_alone = math.inf
     between, state = torch.ones(BETWEEN), torch.ones(1, 1, 64)
-    ends_at = time.perf_counter() + TIMED_SECONDS
+    ends_at = time.thread_time() + TIMED_SECONDS
     for turn in range(MAX_TURNS):  # the first one warms up
-        if turn > 1 and time.perf_counter() > ends_at:
+        if turn > 1 and time.thread_time() > ends_at:
             break
         for place, kind in product(range(len(TIMED_ROWS)), plain):
-            x, found = inputs[kind][place], times[kind][place]
-            for candidate, (way, parts) in enumerate(prepared[kind]):
-                seconds = 0.0
-                for part in parts if turn else parts[:1]:
+            x = inputs[kind][place]
+            for found, (way, parts) in zip(fastest[kind][place], prepared[kind], strict=True):
+                for index, part in enumerate(parts if turn else parts[:1]):
                     between.sum()
                     begun = time.thread_time()
                     _small_steps(state)  # a forward comes from such to a product
                     started = time.thread_time()
                     way.multiply(x, part)
                     _small_steps(state)
-                    seconds += time.thread_time() - started
+                    seconds = time.thread_time() - started
+                    found[index] = min(found[index], seconds if turn else math.inf)
                     steps_alone = min(steps_alone, started - begun)
-                found[candidate] = min(found[candidate], seconds if turn else math.inf)
-    for kind, parts in plain.items():
-        times[kind] = [[seconds - len(parts) * steps_alone for seconds in of_rows] for of_rows in times[kind]]
-    return times
+    return {
+        kind: [[sum(seconds - steps_alone for seconds in found) for found in of_rows] for of_rows in of_kind]
+        for kind, of_kind in fastest.items()
+    }
 
 
 def _small_steps(x: Tensor) -> None:
