@@ -12,6 +12,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ from longer import thinned
 from mpg.demo import MODELS
 from mpg.models import sources
 from mpg.models.runner import ModelRunner
+from mpg.serve.groups import DecodeGroup, ScoreGroup
 from serving import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -383,6 +385,7 @@ def test_a_turn_reads_no_more_than_a_part_of_prompts_and_of_what_is_scored(preci
         return forward(self, rows, layout, tokens, *args, **kwargs)
 
     monkeypatch.setattr(ModelRunner, "forward", watched)
+    monkeypatch.setattr(precise_model.models, "eos_token_ids", ())  # the stream goes on meanwhile
     precise_model.models.kept.clear()
     both = {"model": "demo", "weights": {"E": 1, "T": 1}, "sampler": "direct", "seed": 0}
     with serving(precise_model, prefill_tokens=part, max_rows=8) as served:
@@ -408,3 +411,54 @@ def test_a_turn_reads_no_more_than_a_part_of_prompts_and_of_what_is_scored(preci
         assert served.is_idle()
     assert max(turns) <= part + 3 * 3
     assert sum(of_turn >= part - 5 for of_turn in turns) >= 5 * 30 * 3 // part - 3
+
+
+def test_a_stream_waits_for_one_part_of_prompts_between_its_rounds_however_many_batches_take_turns(
+    precise_model, monkeypatch
+):
+    turns, part = [], 32  # of each the group, and what it read
+    for kind in (DecodeGroup, ScoreGroup):
+
+        def watched(self, *, step=kind.step, **how):
+            turns.append((self, []))
+            return step(self, **how)
+
+        monkeypatch.setattr(kind, "step", watched)
+    monkeypatch.setattr(precise_model.models, "eos_token_ids", ())  # the streams go on meanwhile
+    precise_model.models.kept.clear()
+    targets = ("geometric", "arithmetic", "anchored")
+    both = {"model": "demo", "weights": {"E": 1, "T": 1}, "sampler": "direct", "seed": 0}
+    bodies = [
+        {**both, "target": target, "prompt": [20 + 9 * place + index] * 60, "max_tokens": 1}
+        for place, target in enumerate(targets)
+        for index in range(2)
+    ]
+    bodies.append({**both, "prompt": [90] * 60, "max_tokens": 0, "echo": True, "logprobs": 1})
+    with (
+        serving(precise_model, prefill_tokens=part, max_rows=16) as served,
+        slowed(precise_model, 0.002),
+        ThreadPoolExecutor(len(targets) + len(bodies)) as pool,
+    ):
+        count = served.engine.metrics.prompts
+        monkeypatch.setattr(
+            served.engine.metrics, "prompts", lambda read, reused: (turns[-1][1].append(read), count(read, reused))
+        )
+        streams = [
+            pool.submit(
+                served.post, TEXT, {**both, "target": target, "prompt": CALM, "max_tokens": 200, "stream": True}
+            )
+            for target in targets
+        ]
+        served.wait_until(lambda engine: len(engine.groups) == engine.num_running == len(targets))
+        begun_at = len(turns)
+        answers = list(pool.map(lambda body: served.post(TEXT, body), bodies))
+        seen = turns[begun_at:-1]
+        assert not any(stream.done() for stream in streams)
+        assert [answer.status_code for answer in (*answers, *(stream.result() for stream in streams))] == [200] * 10
+    reads = [not group.decodes or sum(read) > 0 for group, read in seen]
+    assert sum(reads) >= 3 * 2 * 60 * 2 // part
+    decoding = {id(group): group for group, _ in seen if group.decodes}
+    assert len(decoding) == len(targets)
+    for group in decoding.values():
+        places = [place for place, (other, _) in enumerate(seen) if other is group]
+        assert max(sum(reads[begin + 1 : end + 1]) for begin, end in pairwise(places)) == 1

@@ -161,12 +161,14 @@ class Scheduler:
         """Whether a request waits or runs."""
         return bool(self.waiting) or not all(entry.is_over for entry in self.rows)
 
-    def step(self) -> list[tuple[Entry, list[Token]]]:
+    def step(self, admits: bool = True) -> list[tuple[Entry, list[Token]]]:
         """Let requests that wait begin in free rows, run a round, and read one.
+
+        admits: whether any may begin now, and a part of a prompt be read
 
         out: the requests that ran in it, by row, with their new tokens; none while fewer than `rounds_ahead` are unread
         """
-        self._admit()
+        self._admit(admits)
         if not self.rows:
             return []
         self.rounds.run()
@@ -190,13 +192,13 @@ class Scheduler:
         """Give up the caches, and the requests that are not over."""
         self.session.close()
 
-    def _admit(self) -> None:
+    def _admit(self, admits: bool = True) -> None:
         """Let requests that wait begin in rows that are free, once those are given up for which there is none."""
         live, now = {row for row, entry in enumerate(self.rows) if not entry.is_over}, perf_counter()
         num_live = len(live)
         is_early = self.gather is not None and now < self.changed_at + self.gather
         is_early = is_early and len(self.waiting) < num_live * GATHERED
-        entries = self.waiting.take(self.num_rows - num_live, live, gathers=is_early)
+        entries = self.waiting.take(self.num_rows - num_live, live, gathers=is_early) if admits else []
         if is_early and not entries:
             return
         before, self.num_wanted = self.num_wanted, num_live + len(entries)

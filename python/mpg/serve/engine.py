@@ -38,6 +38,7 @@ class Engine:
         self.settings, self.metrics = settings, metrics
         self.state, self.failure = "loading", ""
         self.groups: list[Group] = []
+        self._owed: list[Group] = []  # a round, since prompts were read
         self._keys: dict[int, Hashable] = {}  # of groups that jobs may join, by id
         self._inbox: deque[Job] = deque()
         self._given_up: deque[Job] = deque()
@@ -232,14 +233,16 @@ class Engine:
             self._deliver([(job, error) for job in jobs])
 
     def _take_turn(self) -> None:
-        """A round of the group that has had the least time."""
+        """A round of the group that has had the least time. Once it has read a part of prompts, all others have a round
+        before any reads again: a stream waits for one part."""
         running = [group for group in self.groups if group.running]
         if not running:
             return
-        group = min(running, key=lambda group: group.spent)
+        owed = [group for group in running if group in self._owed]
+        group = min(owed or running, key=lambda group: group.spent)
         begun_at = perf_counter()
         try:
-            events = group.step(is_alone=len(running) == 1)
+            events = group.step(may_read=not owed, is_alone=len(running) == 1)
         except Exception as error:  # whatever a forward raises
             logger.warning("a round of %d requests failed: %s", len(group.running), error)
             reason = f"{type(error).__name__}: {error}"
@@ -248,7 +251,11 @@ class Engine:
         else:
             group.spent += perf_counter() - begun_at
             self.metrics.round(perf_counter() - begun_at)
-            self.metrics.prompts(*group.take_counts())
+            num_read, num_reused = group.take_counts()
+            self.metrics.prompts(num_read, num_reused)
+            has_read = num_read > 0 or not group.decodes
+            others = [other for other in running if other.decodes] if has_read else owed
+            self._owed = [other for other in others if other is not group]
             self._deliver(events)
             return
         self._split(group, failure)  # here, where nothing holds the caches any more: the error's traceback did

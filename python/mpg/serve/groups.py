@@ -30,14 +30,16 @@ SCORED_AT_ONCE = 8
 class Group(Protocol):
     """Jobs that run together.
 
-    waiting  jobs that have not begun
-    running  those that have
-    spent    seconds of rounds, by which turns are taken
+    waiting   jobs that have not begun
+    running   those that have
+    spent     seconds of rounds, by which turns are taken
+    decodes   whether it has rounds, which streams wait for
     """
 
     waiting: deque[Job]
     running: list[Job]
     spent: float
+    decodes: bool
 
     def num_bytes(self, *jobs: Job, is_fitted: bool = False) -> int:
         """What caches take, at most, once these jobs run beside those that do; with `is_fitted` after `fit`."""
@@ -51,9 +53,12 @@ class Group(Protocol):
     def begin(self, job: Job) -> None:
         """Let a job run from the next round on. Raises ValueError where it cannot be run."""
 
-    def step(self, is_alone: bool = True) -> list[tuple[Job, Event]]:
-        """One round, and what it brought. Jobs whose last event it is are no longer running. is_alone: no other group
-        waits for its turn meanwhile"""
+    def step(self, may_read: bool = True, is_alone: bool = True) -> list[tuple[Job, Event]]:
+        """One round, and what it brought. Jobs whose last event it is are no longer running.
+
+        may_read: whether a part of prompts may be read, too; always where a group does nothing else
+        is_alone: no other group waits for its turn meanwhile
+        """
 
     def take_counts(self) -> tuple[int, int]:
         """Tokens of prompts that models have read since it was asked before, and those that they need not, as `Ahead`
@@ -86,6 +91,8 @@ def shared_options(options: Options) -> Options:
 
 class DecodeGroup:
     """Jobs in one scheduler. See `Group` for the interface."""
+
+    decodes = True
 
     def __init__(self, first: Job, num_rows: int, capacity: int, part: int, gather: float):
         models, names = first.model.models, first.model.models.attribute_names
@@ -123,10 +130,10 @@ class DecodeGroup:
         job.entry = self.scheduler.add(request, contexts=job.call.contexts[0])
         self.running.append(job)
 
-    def step(self, is_alone: bool = True) -> list[tuple[Job, Event]]:
+    def step(self, may_read: bool = True, is_alone: bool = True) -> list[tuple[Job, Event]]:
         by_entry = {id(job.entry): job for job in self.running}
         events: list[tuple[Job, Event]] = []
-        for entry, tokens in self.scheduler.step():
+        for entry, tokens in self.scheduler.step(admits=may_read):
             if (job := by_entry.get(id(entry))) is None:  # given up
                 continue
             if new := job.unsent(tokens, is_last=entry.is_over):
@@ -183,6 +190,8 @@ class ScoreGroup:
     part  tokens that are read in a turn, over all prompts and models, where another group waits for its own
     """
 
+    decodes = False
+
     def __init__(self, first: Job, part: int):
         self.model: Model = first.model
         self.part = part
@@ -207,7 +216,7 @@ class ScoreGroup:
     def begin(self, job: Job) -> None:
         self.running.append(job)
 
-    def step(self, is_alone: bool = True) -> list[tuple[Job, Event]]:
+    def step(self, may_read: bool = True, is_alone: bool = True) -> list[tuple[Job, Event]]:
         self._limit = None if is_alone else self.part
         if self._pass is None:
             self._scored = self.running[:SCORED_AT_ONCE]
