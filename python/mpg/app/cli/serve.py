@@ -95,6 +95,12 @@ def serve(
         from mpg.serve.settings import Settings
     except ImportError as error:
         raise ValueError(f"{error.name}: expected it installed: {install('serve')}") from None
+    keys = api_key or [key for key in [os.environ.get("MPG_API_KEY")] if key]
+    # of a cluster, its own environment's key counts
+    hosts = check_host(host, bool(keys or print_config), allow_open)
+    if not print_config:
+        check_address(host, port)
+    # seconds of imports: what can be said before them is said
     from dataclasses import replace
 
     from mpg.frontend.hf_generate import check_options
@@ -111,9 +117,6 @@ def serve(
         "device": device, "dtype": dtype, "quantize": quantize, "graphs": graphs,
         "allow_other_base": allow_other_base, "merge_adapters": merge_adapters, "allow_pickle": allow_pickle,
     }  # fmt: skip
-    keys = api_key or [key for key in [os.environ.get("MPG_API_KEY")] if key]
-    # of a cluster, its own environment's key counts
-    hosts = check_host(host, bool(keys or print_config), allow_open)
     options = parse_settings(settings)
     if print_config is None or Path(models).exists():  # else the cluster has them
         check_options(options, arguments.read_recipe(models).options)
@@ -124,8 +127,6 @@ def serve(
         max_kept=arguments.read_size("max_kept", max_kept, can_be_0=True),
         max_seconds=max_seconds, stream_interval=stream_interval, grace=grace, log_prompts=log_prompts,
     )  # fmt: skip
-    if not print_config:
-        check_address(host, port)
     if replicas or max_replicas or print_config:
         from mpg.batch.watch import told_if_killed
         from mpg.serve import deploy
