@@ -62,7 +62,7 @@ class Group(Protocol):
 
     def take_counts(self) -> tuple[int, int]:
         """Tokens of prompts that models have read since it was asked before, and those that they need not, as `Ahead`
-        has them. Prompts that are scored are read whole, and not counted."""
+        has them. Prompts that are scored are not counted."""
 
     def cancel(self, job: Job) -> None:
         """Give up a running job."""
@@ -263,8 +263,8 @@ class ScoreGroup:
         ]
         num_top = max(job.request.num_top or 0 for job in jobs)
         texts, ensembles = [prompt[1:] for prompt in prompts], [job.call.models for job in jobs]
-        part = lambda: self._limit  # noqa: E731
-        return score_texts(self.model.models, cut, texts, jobs[0].call.options, num_top, ensembles, part)
+        options = jobs[0].call.options
+        return score_texts(self.model.models, cut, texts, options, num_top, ensembles, lambda: self._limit)
 
 
 def _of_row(whole: Logprobs, row: int, job: Job) -> Event:
