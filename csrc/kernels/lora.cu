@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kExpandThreads) lora_expand_kernel(const LoraE
     }
     __syncthreads();  // all threads read what each wrote
     if (c >= size) continue;
-#pragma unroll 2
+#pragma unroll 4
     for (int j = 0; j < num_staged; ++j) {
       const P factors = load_packed<P>(up + (first + j) * size);
 #pragma unroll
