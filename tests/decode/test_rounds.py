@@ -162,6 +162,9 @@ SCENARIOS = {
         model, BARE, [*weighing("E", "T"), *weighing("E", prompt=LONG), *weighing("E")], num_rows=1
     ),
     "in order": lambda model: served(model, ONE, weighing(*"ETJ", *"TEJ", *"TJE"), num_rows=3),
+    "behind others": lambda model: served(  # the row of the draft, which is J
+        model, MANY, [*weighing("T"), *weighing("J", prompt=[8, 9, 10])], num_rows=1
+    ),
     "pairs": lambda model: served(model, BARE, weighing("ET", "E", "E", "ET", "TJ"), num_rows=3),
     "ahead": lambda model: served(
         model, {**MANY, "trace": False, "chunk_size": 4}, [{"prompt": LONG}, {"seed": 4}], rounds_ahead=1
@@ -215,7 +218,7 @@ def test_texts_are_those_of_rounds_that_are_not_captured(way, sharp_model, sharp
 
 PLANTED = {
     "a chunk that is not in the key": ("adaptive", Rounds, "_key", *without("longest_draft")),
-    "places that are not in the key": ("company", Forward, "shape", "self.places, ", ""),
+    "places that are not in the key": ("behind others", Forward, "shape", "self.places, ", ""),
     "a cache length that is not the key's": (
         "growing",
         Rounds,
