@@ -20,6 +20,7 @@ import mpg
 from jobs import make_rows, make_task, told, write_rows
 from longer import long
 from mpg.batch.job import begin, describe
+from mpg.batch.parts import UNFINISHED
 from mpg.demo import MODELS
 from mpg.recipe import Recipe
 
@@ -161,6 +162,22 @@ def test_workers_that_cannot_start_end_the_job_with_the_reason(ray_job):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_still_loads_when_the_job_ends_leaves_nothing_behind(ray_job, tmp_path):
+    ray_job(make_rows(400), partial(load_once, tmp_path), workers=2, min_workers=2)
+    assert (tmp_path / "second").exists()
+    assert not [part.name for part in (tmp_path / "out").iterdir() if part.name.startswith(UNFINISHED)]
+
+
+def load_once(folder):
+    """The demo, in the first worker that loads it; the next one never ends."""
+    try:
+        (folder / "first").touch(exist_ok=False)
+    except FileExistsError:
+        (folder / "second").touch()
+        time.sleep(SECONDS)
+    return mpg.load(MODELS, device="cpu")
 
 
 def family(process):

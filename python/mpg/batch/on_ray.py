@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mpg.batch.cluster import check_room, connect
@@ -88,6 +89,8 @@ def run_on_ray(
     finally:
         _wait_for_threads(before)
         ray.shutdown()
+        with suppress(ValueError):
+            task.output.clear()  # of workers that were still loading
 
 
 def _wait_for_threads(before: Sequence[threading.Thread]) -> None:

@@ -82,14 +82,19 @@ class Output:
                 if not self._names():
                     self.filesystem.delete_dir(self.path)
 
-    def written(self) -> set[int]:
-        """The numbers of the parts that are there. What was begun and never ended is removed."""
+    def clear(self) -> list[str]:
+        """Remove what was begun and never ended. out: the names of all else"""
         with _refuse(self.name):
             names = self._names()
         for name in names:
             if name.startswith(UNFINISHED):
                 with suppress(OSError):
                     self.filesystem.delete_file(f"{self.path}/{name}")
+        return [name for name in names if not name.startswith(UNFINISHED)]
+
+    def written(self) -> set[int]:
+        """The numbers of the parts that are there. What was begun and never ended is removed."""
+        names = self.clear()
         found = (re.fullmatch(rf"part-(\d+)\.{self.form}", name) for name in names)
         return {int(match[1]) for match in found if match}
 
