@@ -196,9 +196,11 @@ def time_layers(layers: Sequence[nn.Linear], other: Way) -> list[list[list[float
 
 @torch.no_grad()
 def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> Times:
-    """Seconds of layers of these kinds at TIMED_ROWS, in another way and packed: the processor's, as others may be
-    running, and of each part the fastest of several turns, in which all kinds take part. To a call counts what it adds
-    to the small steps that follow it in a forward, too: oneDNN's code makes them slower than torch's own does."""
+    """Seconds of layers of these kinds at TIMED_ROWS, in another way and packed: of one thread the processor's, as
+    others may be running; several share what only the clock on the wall sees whole. Of each part it is the fastest of
+    several turns, in which all kinds take part. To a call counts what it adds to the small steps that follow it in a
+    forward, too: oneDNN's code makes them slower than torch's own does."""
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     plain = {kind: _parts(of_kind, TIMED_BYTES // (2 * len(weights))) for kind, of_kind in weights.items()}
     prepared = {kind: [(way, [way.prepare(part) for part in plain[kind]]) for way in (other, PACKED)] for kind in plain}
     inputs = {kind: [torch.randn(rows, kind[1], dtype=kind[2]) for rows in TIMED_ROWS] for kind in plain}
@@ -207,21 +209,21 @@ def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> Times:
     }
     steps_alone = math.inf
     between, state = torch.ones(BETWEEN), torch.ones(1, 1, 64)
-    ends_at = time.thread_time() + TIMED_SECONDS
+    ends_at = now() + TIMED_SECONDS
     for turn in range(MAX_TURNS):  # the first one warms up
-        if turn > 1 and time.thread_time() > ends_at:
+        if turn > 1 and now() > ends_at:
             break
         for place, kind in product(range(len(TIMED_ROWS)), plain):
             x = inputs[kind][place]
             for found, (way, parts) in zip(fastest[kind][place], prepared[kind], strict=True):
                 for index, part in enumerate(parts if turn else parts[:1]):
                     between.sum()
-                    begun = time.thread_time()
+                    begun = now()
                     _small_steps(state)  # a forward comes from such to a product
-                    started = time.thread_time()
+                    started = now()
                     way.multiply(x, part)
                     _small_steps(state)
-                    seconds = time.thread_time() - started
+                    seconds = now() - started
                     found[index] = min(found[index], seconds if turn else math.inf)
                     steps_alone = min(steps_alone, started - begun)
     return {

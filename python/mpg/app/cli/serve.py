@@ -152,9 +152,8 @@ def serve(
         return Model(loading.load(other, dtype=dtype, device=device, graphs=graphs, beside=beside), other)
 
     def load() -> Model:
+        arguments.leave_a_core()  # before layers are timed, which then are as they will run
         model = arguments.load(models, **how)
-        if model.models.device.type == "cpu":
-            arguments.leave_a_core()
         return Model(model.models, replace(model.recipe, options={**model.recipe.options, **options}))
 
     log_to(sys.stderr)
