@@ -77,6 +77,19 @@ def started(models: str, *options: str) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
+@contextmanager
+def apart(pid: int) -> Iterator[None]:
+    """The models of a server on all cores but one, which its HTTP and this process, the clients, then share: they are
+    elsewhere otherwise, and do not take the models' core now and then."""
+    cores = sorted(os.sched_getaffinity(0))
+    for process in family(pid):
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, cores[:-1] or cores if process.pid == pid else cores[-1:])
+    os.sched_setaffinity(0, cores[-1:])
+    yield
+    os.sched_setaffinity(0, cores)
+
+
 def processor_seconds(pid: int) -> float:
     """Seconds of a process and its children, all their threads together."""
     return sum(sum(process.cpu_times()[:2]) for process in family(pid))
@@ -233,7 +246,8 @@ def measure(models: str, model: Model, clients: Sequence[int], sampler: str, cou
             for _ in range(TURNS[models]):
                 in_batch, wanted, worked = generate(model, asked, num_clients)
                 before = processor_seconds(pid)
-                row = asyncio.run(load(url, asked, num_clients))
+                with apart(pid):
+                    row = asyncio.run(load(url, asked, num_clients))
                 served = processor_seconds(pid) - before
                 texts = row.pop("texts")
                 row |= {
