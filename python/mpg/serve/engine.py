@@ -104,6 +104,7 @@ class Engine:
     def kept_bytes(self) -> int:
         return self.model.models.kept.num_bytes if self.state == "ready" else 0
 
+    @torch.no_grad()
     def _run(self) -> None:
         try:
             self.replace(self._load())
@@ -252,7 +253,8 @@ class Engine:
             group.spent += perf_counter() - begun_at
             self.metrics.round(perf_counter() - begun_at)
             num_read, num_reused = group.take_counts()
-            self.metrics.prompts(num_read, num_reused)
+            if num_read or num_reused:
+                self.metrics.prompts(num_read, num_reused)
             has_read = num_read > 0 or not group.decodes
             others = [other for other in running if other.decodes] if has_read else owed
             self._owed = [other for other in others if other is not group]
