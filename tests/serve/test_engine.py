@@ -429,14 +429,14 @@ def test_a_stream_waits_for_one_part_of_prompts_between_its_rounds_however_many_
     targets = ("geometric", "arithmetic", "anchored")
     both = {"model": "demo", "weights": {"E": 1, "T": 1}, "sampler": "direct", "seed": 0}
     bodies = [
-        {**both, "target": target, "prompt": [20 + 9 * place + index] * 60, "max_tokens": 1}
+        {**both, "target": target, "prompt": [20 + 9 * place + index] * 40, "max_tokens": 1}
         for place, target in enumerate(targets)
         for index in range(2)
     ]
-    bodies.append({**both, "prompt": [90] * 60, "max_tokens": 0, "echo": True, "logprobs": 1})
+    bodies.append({**both, "prompt": [90] * 20, "max_tokens": 0, "echo": True, "logprobs": 1})
     with (
         serving(precise_model, prefill_tokens=part, max_rows=16) as served,
-        slowed(precise_model, 0.002),
+        slowed(precise_model, 0.001),
         ThreadPoolExecutor(len(targets) + len(bodies)) as pool,
     ):
         count = served.engine.metrics.prompts
@@ -445,7 +445,7 @@ def test_a_stream_waits_for_one_part_of_prompts_between_its_rounds_however_many_
         )
         streams = [
             pool.submit(
-                served.post, TEXT, {**both, "target": target, "prompt": CALM, "max_tokens": 200, "stream": True}
+                served.post, TEXT, {**both, "target": target, "prompt": CALM, "max_tokens": 100, "stream": True}
             )
             for target in targets
         ]
@@ -456,7 +456,7 @@ def test_a_stream_waits_for_one_part_of_prompts_between_its_rounds_however_many_
         assert not any(stream.done() for stream in streams)
         assert [answer.status_code for answer in (*answers, *(stream.result() for stream in streams))] == [200] * 10
     reads = [not group.decodes or sum(read) > 0 for group, read in seen]
-    assert sum(reads) >= 3 * 2 * 60 * 2 // part
+    assert sum(reads) >= 3 * 2 * 40 * 2 // part
     decoding = {id(group): group for group, _ in seen if group.decodes}
     assert len(decoding) == len(targets)
     for group in decoding.values():
