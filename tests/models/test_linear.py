@@ -126,6 +126,22 @@ def test_a_machine_that_is_slow_has_two_turns_and_a_fast_one_ten(monkeypatch):
         assert set(clock.products.values()) == {turns}
 
 
+def test_a_turn_that_is_interrupted_at_one_part_times_the_others(monkeypatch):
+    """Every seventh product takes a thousand times as long: of eight parts one at least in each turn, in turn."""
+    clock = Clock(monkeypatch, 1e-6)
+    for name in ("PLAIN", "PACKED"):
+        way = getattr(linear, name)
+
+        def interrupted(x, weight, multiply=way.multiply):
+            clock.now += 1e-3 * (clock.products.total() % 7 == 0)
+            return multiply(x, weight)
+
+        monkeypatch.setattr(linear, name, way._replace(multiply=interrupted))
+    layers = [nn.Linear(512, 64) for _ in range(8)]
+    times = linear.time_layers(layers, linear.PLAIN)[0]
+    assert [seconds for pair in times for seconds in pair] == pytest.approx([8e-6] * 2 * len(linear.TIMED_ROWS))
+
+
 @needs_onednn
 def test_both_ways_of_four_bits_are_timed_in_half_a_second_together(tiny_model, monkeypatch):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():

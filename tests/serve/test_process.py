@@ -157,6 +157,15 @@ def test_torch_leaves_a_core_to_the_handlers(monkeypatch, threads, cores, kept):
     assert told == [kept]
 
 
+def test_a_core_is_left_before_layers_are_timed(monkeypatch):
+    order = []
+    monkeypatch.setattr(arguments, "leave_a_core", lambda: order.append("left"))
+    monkeypatch.setattr(arguments, "load", lambda *models, **how: order.append("loaded"))
+    monkeypatch.setattr(process, "serve", lambda limits, host, port, load, reload: load())
+    CliRunner().invoke(app, ["serve", "--port", "0"])
+    assert order == ["left", "loaded"]
+
+
 def test_one_line_says_where_clients_ask_and_where_the_playground_is(capsys):
     process.say("http://[::1]:8000")
     [line] = capsys.readouterr().err.splitlines()
