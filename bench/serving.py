@@ -86,8 +86,10 @@ def apart(pid: int) -> Iterator[None]:
         for thread in process.threads():
             os.sched_setaffinity(thread.id, cores[:-1] or cores if process.pid == pid else cores[-1:])
     os.sched_setaffinity(0, cores[-1:])
-    yield
-    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def processor_seconds(pid: int) -> float:

@@ -142,6 +142,7 @@ class FakeSession:
         ends: Any = None,
         kept: Sequence[int] | None = None,
         upload: Any = None,
+        awaited: Any = (),
     ) -> None:
         if kept is not None:
             self.keep(kept)

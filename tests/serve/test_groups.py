@@ -32,6 +32,27 @@ def test_the_base_is_counted_where_it_is_run(weights, options, num_rows):
     counted = group.num_bytes(job)
     group.begin(job)
     group.step()
-    assert sum(count for _, count in job.rows) == num_rows
+    assert sum(count for _, count in job.need.rows) == num_rows
     assert sum(len(pool.pairs) for pool in group.scheduler.session._pools.values()) == num_rows
     assert group.num_bytes() == counted
+
+
+def test_caches_grow_at_once_for_all_whose_prompts_are_read_in_turn():
+    model = mpg.load(MODELS, device="cpu")
+
+    def job(seed: int) -> Job:
+        call = model.read([5, 6, 7], weights={"E": 0.5, "T": 0.4}, seed=seed, sampler="direct", max_new_tokens=40)
+        return Job(seed, model, call, call.requests[0], lambda events: None, monotonic() + 60)
+
+    model.models.eos_token_ids = ()
+    jobs = [job(seed) for seed in range(5)]
+    group = DecodeGroup(jobs[0], 5, 64, part=6, gather=0.0)  # the tokens of one prompt
+    for one in jobs:
+        group.begin(one)
+    group.step()
+    (pool,) = group.scheduler.session._pools.values()
+    assert len(pool.pairs) == 3 and pool.runner.num_rows >= 15
+    buffer = pool.runner.cache.any_keys()
+    for _ in range(15):
+        group.step()
+    assert len(pool.pairs) == 15 and pool.runner.cache.any_keys() is buffer

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -243,7 +244,11 @@ class Scheduler:
         upload.then(lambda: self.sampler.reset(begin()))
         attributes, contexts = [entry.attributes for entry in entries], [request.contexts for request in requests]
         ensembles, ends = [entry.models for entry in entries], [r.num_positions for r in requests]
-        self.session.replace(rows, prompts, attributes, contexts, ensembles, ends, kept, upload)
+        awaited = [
+            (entry.attributes, entry.models, entry.request.num_positions)
+            for entry in islice(self.waiting, self.num_rows - len(self.rows))
+        ]
+        self.session.replace(rows, prompts, attributes, contexts, ensembles, ends, kept, upload, awaited)
 
     def _close_ranks(self, num_rows: int, upload: Upload) -> list[int] | None:
         """Let the last rows move to where requests have ended, so that no more are in use than these. out: the rows

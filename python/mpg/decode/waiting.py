@@ -27,6 +27,9 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
     def __contains__(self, entry: Entry) -> bool:
         return entry in self._entries
 

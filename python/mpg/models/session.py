@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
 
 Role: TypeAlias = str | int  # a number: of each text, its own attribute of this number
+Awaited: TypeAlias = tuple["Attributes", "Ensemble", int]  # of a text, what knows them, and positions that it needs
 Attributes: TypeAlias = Mapping[Role, str]  # of a text by role: by number its own, and those that stand in for others
 
 
@@ -85,6 +86,7 @@ class Session:
         ends: Sequence[int] | None = None,
         kept: Sequence[int] | None = None,
         upload: Upload | None = None,
+        awaited: Sequence[Awaited] = (),
     ) -> None:
         """Let some rows hold these prompts but for their last tokens, whatever was there; new ones follow the last row.
 
@@ -94,6 +96,7 @@ class Session:
         ends:       positions that the text of every prompt will need, contexts among them; default the capacity
         kept:       rows that go on before that, as rows 0, 1, ...; default all
         upload:     what the numbers of all this go to the device with, and what is done there first; default none
+        awaited:    texts that will come in further rows, for which caches that grow have room, too
 
         A prompt is read once by a model, or not at all where a row has it still, and copied, as its beginning is where
         many tokens of it are another one's. Only a merged model, another one in every row, reads each of them.
@@ -107,7 +110,7 @@ class Session:
             self._rows[row : row + 1] = [self._slots_of(own, ensemble)]
             self._ends[row : row + 1] = [end]
         upload = upload or Upload()
-        moves = self._arrange(upload)
+        moves = self._arrange(upload, awaited)
         wanted = {
             row: {name: tuple(text) for name, text in {"": prompt, **of_row}.items()}
             for row, prompt, of_row in zip(rows, prompts, contexts or [{}] * len(prompts), strict=True)
@@ -285,7 +288,7 @@ class Session:
             for pair in pool.pairs:
                 pair.row = numbers.get(pair.row, -1)
 
-    def _arrange(self, upload: Upload) -> list[tuple[Pool, Numbers]]:
+    def _arrange(self, upload: Upload, awaited: Sequence[Awaited] = ()) -> list[tuple[Pool, Numbers]]:
         """Give every row its pairs, and every pair its place. out: what has to move for it, with `_move`"""
         self.routes.begin(self._rows)
         before = {(pair.row, pair.slot): pair for pool in self._pools.values() for pair in pool.pairs}
@@ -299,8 +302,10 @@ class Session:
             ending = {place for place in pool.spare if spoiled or place < len(pairs[view])}
             pool.runner.cache.clear([*spoiled, *ending])
             pool.spare -= ending
-        rows = {view: len(of) for view, of in pairs.items()}
-        self.room.grow(rows, max(self._ends, default=0), self._longest)
+        rows = Counter({view: len(of) for view, of in pairs.items()})
+        for attributes, ensemble, _ in awaited:
+            rows += self.count_rows(attributes, ensemble)
+        self.room.grow(rows, max([*self._ends, *(end for _, _, end in awaited)], default=0), self._longest)
         found, are_unlike = [], any(slots != self._rows[0] for slots in self._rows)
         for view, of_view in pairs.items():
             pool = self._pools[view]

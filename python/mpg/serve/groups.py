@@ -6,7 +6,7 @@ Knows one group; which of them runs, and who may join, is the engine's business.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -20,7 +20,7 @@ from mpg.decode.scoring import NOTHING, score_texts
 from mpg.model import Model
 from mpg.models.pool import View
 from mpg.options import ROW_SAMPLERS, Options
-from mpg.serve.jobs import Event, Job
+from mpg.serve.jobs import Event, Job, Need
 from mpg.serve.settings import MOST_ATTRIBUTES
 
 OWN_OPTIONS = ("temperature", "top_k", "top_p", "min_p")  # of every request, under samplers that take them per row
@@ -159,29 +159,26 @@ class DecodeGroup:
         self.scheduler.close()
 
     def _bytes_of(self, jobs: Sequence[Job], is_fitted: bool) -> int:
-        rows, kinds = Counter[View](), Counter(map(self._rows_of, jobs))
+        needs = [job.need or self._need_of(job) for job in jobs]
+        rows, kinds = Counter[View](), Counter(need.rows for need in needs)
         for of_job, count in kinds.items():  # few, however many jobs there are
             rows.update({view: count * own for view, own in of_job})
         if spare := self.scheduler.models.rows_to_run(len(jobs), self.scheduler.num_rows) - len(jobs):
             rows.update({view: spare * max(dict(of_job).get(view, 0) for of_job in kinds) for view in rows})
-        longest = max((job.request.num_positions for job in jobs), default=0)
-        # a prompt that is more than a part is read ahead in rows of its own
-        long = [job for job in jobs if job.request.longest_prompt * sum(dict(self._rows_of(job)).values()) > self.part]
-        ahead = max((_bytes_of(self._rows_of(job), job.request.num_positions) for job in long), default=0)
+        longest = max((need.positions for need in needs), default=0)
+        ahead = max((need.ahead for need in needs), default=0)
         return self.scheduler.session.room.num_bytes(rows, longest, is_fitted) + ahead
 
-    def _rows_of(self, job: Job) -> tuple[tuple[View, int], ...]:
-        """The cache rows that a job takes, by what runs them."""
-        if job.rows is None:
-            models = self.scheduler.models.with_contexts([job.call.contexts[0]])
-            options = job.call.options  # its own: a trace runs the base
-            attributes = job.request.attributes(models, options, needs_base=needs_base(models, options))
-            job.rows = tuple(self.scheduler.session.count_rows(attributes, models).items())
-        return job.rows
-
-
-def _bytes_of(rows: Iterable[tuple[View, int]], num_positions: int) -> int:
-    return sum(view[0].cache_bytes(count, num_positions) for view, count in rows)
+    def _need_of(self, job: Job) -> Need:
+        models = self.scheduler.models.with_contexts([job.call.contexts[0]])
+        request, options = job.request, job.call.options  # its own: a trace runs the base
+        attributes = request.attributes(models, options, needs_base=needs_base(models, options))
+        rows = tuple(self.scheduler.session.count_rows(attributes, models).items())
+        positions, num_rows = request.num_positions, sum(count for _, count in rows)
+        is_long = request.longest_prompt * num_rows > self.part  # and is read ahead, in rows of its own
+        ahead = sum(view[0].cache_bytes(count, positions) for view, count in rows) if is_long else 0
+        job.need = Need(rows, positions, ahead)
+        return job.need
 
 
 class ScoreGroup:

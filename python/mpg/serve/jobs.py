@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from mpg.results import Result, Token
 
@@ -29,6 +29,19 @@ class TooLarge(ValueError):
     """A request that this server can never run."""
 
 
+class Need(NamedTuple):
+    """What a job takes of caches while it is decoded.
+
+    rows       by what runs them
+    positions  of each row
+    ahead      bytes of the rows in which its prompt is read ahead, 0 for one that is no more than a part
+    """
+
+    rows: tuple[tuple[View, int], ...]
+    positions: int
+    ahead: int
+
+
 @dataclass(eq=False)
 class Job:
     """A text that is to be generated, or, with `scores_prompt`, a prompt whose tokens are to be scored.
@@ -38,7 +51,7 @@ class Job:
     model     that the call was read by
     tell      called in the engine's thread with the events of one round, those of all jobs that have this function
     entry     while it is decoded
-    rows      of caches that it takes, once that has been asked
+    need      of cache rows, once that has been asked
     interval  seconds from one event with tokens to the next, the first of which comes at once; all jobs' are told at
               the same times. inf: all tokens come with the end
     num_sent  tokens that it has been told or `_held` has for it, and `num_seen` those that its entry has brought:
@@ -56,7 +69,7 @@ class Job:
     scores_prompt: bool = False
     added_at: float = field(default_factory=monotonic)
     entry: Entry | None = None
-    rows: tuple[tuple[View, int], ...] | None = None
+    need: Need | None = None
     num_sent: int = 0
     num_seen: int = 0
     is_over: bool = False
