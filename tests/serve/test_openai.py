@@ -215,6 +215,20 @@ def test_echoed_prompts_have_the_log_probabilities_of_the_law_that_new_tokens_ha
             assert value in top.values() and 2 <= len(top) <= 3
 
 
+@pytest.mark.parametrize("is_text", [True, False])
+def test_offsets_of_tokens_are_where_they_are_in_the_text(served, client, is_text):
+    """Behind characters of several tokens too."""
+    text = "Héllo 😀 there"
+    prompt = text if is_text else served.model.tokenizer(text)["input_ids"]
+    answer = client.completions.create(model="E=1", prompt=prompt, max_tokens=5, seed=1, echo=True, logprobs=0)
+    (choice,) = answer.choices
+    told = list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))
+    assert choice.text.startswith(text) and sum("\ufffd" in token for token, _ in told) > 4
+    for token, offset in told:
+        assert "\ufffd" in token or choice.text.startswith(token, offset), (token, offset)
+    assert {choice.text[offset] for token, offset in told if "\ufffd" in token} <= {"é", "😀"}
+
+
 def test_the_playground_is_one_page_that_names_no_other_place(served):
     answer = served.get("/")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")

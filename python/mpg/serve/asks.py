@@ -16,6 +16,7 @@ import mpg.options
 from mpg.decode.request import Request
 from mpg.frontend.requests import Call
 from mpg.model import Model
+from mpg.results import Transcript
 from mpg.serve.engine import Engine
 from mpg.serve.errors import ApiError, of_library
 from mpg.serve.jobs import Job, Tell
@@ -172,17 +173,23 @@ def _read_completion(asked: CompletionRequest, makes: Jobs) -> tuple[Begun, list
     running = [] if asked.max_tokens == 0 else jobs
     if asked.echo and asked.logprobs is not None:  # numbered behind the choices
         spelled = spell(tokenizer, (id for ids in every_ids for id in ids))
-        begun = begun._replace(prompt_ids=every_ids, spelled=spelled)
+        begun = begun._replace(prompts=[_sizes(tokenizer, ids) for ids in every_ids], spelled=spelled)
         long = [index for index, ids in enumerate(every_ids) if len(ids) > 1]
         running = running + [makes.scoring(calls[index], len(jobs) + index, asked.logprobs) for index in long]
     return begun._replace(num_jobs=len(running)), running
 
 
 def _echo(asked: CompletionRequest, tokenizer: Any, prompt: Any, token_ids: Sequence[int]) -> str:
-    """The prompt before the answer, where it is wanted: as it came, or what its token ids spell."""
+    """The prompt before the answer, where it is wanted: as it came, or what its token ids but special ones spell."""
     if not asked.echo or isinstance(prompt, str):
         return prompt if asked.echo else ""
-    return "" if tokenizer is None else str(tokenizer.decode(token_ids))
+    return "" if tokenizer is None else str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def _sizes(tokenizer: Any, token_ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Tokens by id, with the number of characters that each completes of their text."""
+    tokens = Transcript(tokenizer, (), 0, 0).extend(list(token_ids), None, is_last=True)
+    return [(token.id, len(token.text)) for token in tokens]
 
 
 def spell(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:

@@ -111,27 +111,28 @@ class Choice:
         return {"content": content, "refusal": None}
 
     def completion_logprobs(
-        self, scored: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]]
+        self, scored: Sequence[tuple[int, float | None, Sequence[tuple[int, float]], int]]
     ) -> dict[str, Any]:
-        """A completion's `logprobs`, of tokens by id, with their log-probabilities and the likeliest of their rows."""
-        texts = [self.spelled[token_id] for token_id, _, _ in scored]
+        """A completion's `logprobs`, of tokens by id, with their log-probabilities, the likeliest of their rows, and
+        the number of characters that they complete: what one spells by itself may be a part of one."""
+        texts = [self.spelled[token_id] for token_id, _, _, _ in scored]
         offsets = []
-        for text in texts:
+        for _, _, _, num_characters in scored:
             offsets.append(self.offset)
-            self.offset += len(text)
+            self.offset += num_characters
         tops: list[dict[str, float] | None] = []
-        for text, (_, logprob, top) in zip(texts, scored, strict=True):
+        for text, (_, logprob, top, _) in zip(texts, scored, strict=True):
             by_text: dict[str, float] = {}
             for token_id, value in top:  # of those that are spelled alike the likeliest
                 by_text.setdefault(self.spelled[token_id], finite(value))
             tops.append(None if logprob is None else by_text | ({} if text in by_text else {text: finite(logprob)}))
-        logprobs = [None if logprob is None else finite(logprob) for _, logprob, _ in scored]
+        logprobs = [None if logprob is None else finite(logprob) for _, logprob, _, _ in scored]
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
 
-def scored(tokens: Sequence[Token]) -> list[tuple[int, float | None, Sequence[tuple[int, float]]]]:
+def scored(tokens: Sequence[Token]) -> list[tuple[int, float | None, Sequence[tuple[int, float]], int]]:
     """New tokens as `Choice.completion_logprobs` takes them."""
-    return [(token.id, token.logprob, token.top_logprobs) for token in tokens]
+    return [(token.id, token.logprob, token.top_logprobs, len(token.text)) for token in tokens]
 
 
 def finite(value: float) -> float:

@@ -43,7 +43,7 @@ async def answer_completion(desk: Desk, asked: CompletionRequest, request: Reque
         index = number // n
         logprobs = None
         if asked.logprobs is not None:
-            tokens = _scored_prompt(begun.prompt_ids[index], of_prompts.get(index), choice) if asked.echo else []
+            tokens = _scored_prompt(begun.prompts[index], of_prompts.get(index), choice) if asked.echo else []
             logprobs = choice.completion_logprobs([*tokens, *scored(choice.tokens)])
         told.append({
             "index": number,
@@ -82,10 +82,10 @@ async def _chunks(
         yield {**head, "choices": [], "usage": usage(begun, choices)}
 
 
-def _scored_prompt(token_ids: Sequence[int], found: Scored | None, choice: Choice) -> list[Any]:
+def _scored_prompt(prompt: Sequence[tuple[int, int]], found: Scored | None, choice: Choice) -> list[Any]:
     """A prompt's tokens with their log-probabilities, of which the first has none. The choice gets what spells them."""
-    first = [(token_ids[0], None, ())]
-    if found is None:
-        return first
-    choice.spelled |= found.spelled
-    return first + [(token_id, *of_token) for token_id, of_token in zip(token_ids[1:], found.tokens, strict=True)]
+    of_tokens = [(None, ())]
+    if found is not None:
+        choice.spelled |= found.spelled
+        of_tokens += found.tokens
+    return [(id, *of_token, size) for (id, size), of_token in zip(prompt, of_tokens, strict=True)]

@@ -15,7 +15,7 @@ class Begun(NamedTuple):
     num_choices
     prompt_tokens  of all prompts, each once
     echoes         of each prompt what comes before its answers
-    prompt_ids     of each prompt, where its tokens are scored
+    prompts        of each whose tokens are scored, these by id, with the number of characters that each completes
     spelled        these token ids as text
     """
 
@@ -23,7 +23,7 @@ class Begun(NamedTuple):
     num_choices: int
     prompt_tokens: int
     echoes: Sequence[str] = ()
-    prompt_ids: Sequence[Sequence[int]] = ()
+    prompts: Sequence[Sequence[tuple[int, int]]] = ()
     spelled: Mapping[int, str] = {}
 
 
