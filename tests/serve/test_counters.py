@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
 
 from mpg.serve.metrics import SHORT
 from serving import serving
-from test_engine import CALM, TEXT, completion, counted
+from test_engine import CALM, TEXT, completion, counted, slowed
 
 NAMES = ("read_prompt", "reused_prompt", "drafted", "accepted")
 
@@ -38,3 +39,10 @@ def test_drafts_prompts_and_latencies_are_those_of_the_answers(precise_model):
     times = [own["time_to_first_token"] for own in stats]
     assert whole == pytest.approx([sum(times), len(times)])
     assert buckets == [sum(time <= most for time in times) for most in SHORT]
+
+
+def test_the_first_token_is_told_from_when_the_request_came(precise_model):
+    with serving(precise_model, max_rows=1) as served, slowed(precise_model, 0.02), ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: served.post(TEXT, completion(CALM)).json(), range(4)))
+        waited = counted(served, "mpg_queue_seconds_sum")
+    assert sum(answer["choices"][0]["mpg"]["stats"]["time_to_first_token"] for answer in answers) > waited > 0.02

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -23,6 +23,7 @@ from mpg.demo import MODELS
 from mpg.models import sources
 from mpg.models.runner import ModelRunner
 from mpg.serve.groups import DecodeGroup, ScoreGroup
+from mpg.serve.service import SHORT, Service
 from serving import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -188,6 +189,36 @@ def test_a_full_queue_and_a_late_answer_are_told(precise_model):
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert served.is_idle()
+
+
+def test_what_no_queue_could_hold_is_refused_at_once(precise_model):
+    with serving(precise_model, max_queue=3) as served:
+        assert served.post(TEXT, {**completion(CALM), "n": 3}).status_code == 200
+        scored = {**completion(CALM, max_tokens=1), "prompt": [CALM, CALM], "echo": True, "logprobs": 0}
+        for body in ({**completion(CALM), "n": 4}, scored):
+            answer = served.post(TEXT, body)
+            assert answer.status_code == 400 and "retry-after" not in answer.headers
+            error = answer.json()["error"]
+            assert error["param"] == "n" and "at most 3" in error["message"] and "got 4" in error["message"]
+
+
+def test_as_many_long_requests_wait_to_be_read_as_may_wait_for_rows(precise_model, monkeypatch):
+    may_read, read = threading.Event(), Service._read
+
+    def wait_and_read(service, *args):
+        assert may_read.wait(20)
+        return read(service, *args)
+
+    monkeypatch.setattr(Service, "_read", wait_and_read)
+    body = {**completion(CALM, max_tokens=2), "user": "x" * SHORT}
+    with serving(precise_model, max_queue=2) as served, ThreadPoolExecutor(5) as pool:
+        answers = [pool.submit(served.post, TEXT, body) for _ in range(5)]
+        statuses = []
+        for answer in as_completed(answers):
+            statuses.append(answer.result().status_code)
+            if len(statuses) == 3:
+                may_read.set()
+        assert statuses == [429] * 3 + [200] * 2
 
 
 def test_memory_lets_in_what_fits_and_refuses_what_never_will(precise_model):

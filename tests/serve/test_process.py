@@ -152,7 +152,7 @@ def test_torch_leaves_a_core_to_the_handlers(monkeypatch, threads, cores, kept):
     told = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     arguments.leave_a_core()
     assert told == [kept]
 
@@ -176,3 +176,11 @@ def test_one_line_says_where_clients_ask_and_where_the_playground_is(capsys):
 def test_the_combination_is_called_as_what_holds_it():
     names = {"demo": "demo", "a/Llama-3.2-1B": "Llama-3.2-1B", "a/mine.yaml": "mine", "a/b/": "b", "/": "mpg"}
     assert {models: _name(models) for models in names} == names
+
+
+@pytest.mark.parametrize("name", ["base", "E", "warm", "other"])
+def test_no_other_model_is_called_as_the_combination(tmp_path, name):
+    """Else requests could not ask for it."""
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text("base: base\nattributes: {E: adapters/E}\npresets: {warm: {E: 1}}\n")
+    assert _name(str(recipe)) == ("other" if name == "other" else "mpg")

@@ -144,7 +144,11 @@ def read_request(
 ) -> tuple[Begun, list[Job]]:
     """The jobs of a request, and what is to be known of it before they begin. Raises ApiError that names the field."""
     makes = Jobs(engine, engine.model, id, tell, is_streamed=bool(asked.stream))
-    return _read_chat(asked, makes) if isinstance(asked, ChatRequest) else _read_completion(asked, makes)
+    begun, jobs = _read_chat(asked, makes) if isinstance(asked, ChatRequest) else _read_completion(asked, makes)
+    if len(jobs) > (most := engine.settings.max_queue):  # which no time would let in
+        wanted = f"at most {most} choices and scored prompts of one request (--max-queue)"
+        raise ApiError(400, f"n: expected {wanted}, got {len(jobs)}", "n", "request_too_large")
+    return begun, jobs
 
 
 def _read_chat(asked: ChatRequest, makes: Jobs) -> tuple[Begun, list[Job]]:

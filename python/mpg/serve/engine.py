@@ -213,7 +213,7 @@ class Engine:
             self._end_waiting(job)
             try:
                 group.begin(job)
-                self.metrics.waited(monotonic() - job.added_at)
+                self.metrics.waited(perf_counter() - job.added_at)
             except ValueError as error:
                 self._deliver([(job, error)])
 

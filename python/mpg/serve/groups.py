@@ -127,7 +127,7 @@ class DecodeGroup:
             self.scheduler = self._open()
         request = replace(job.request, options=job.call.options)
         job.num_seen = 0
-        job.entry = self.scheduler.add(request, contexts=job.call.contexts[0])
+        job.entry = self.scheduler.add(request, job.added_at, job.call.contexts[0])
         self.running.append(job)
 
     def step(self, may_read: bool = True, is_alone: bool = True) -> list[tuple[Job, Event]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from mpg.results import Result, Token
@@ -67,7 +67,7 @@ class Job:
     number: int = 0
     interval: float = inf
     scores_prompt: bool = False
-    added_at: float = field(default_factory=monotonic)
+    added_at: float = field(default_factory=perf_counter)
     entry: Entry | None = None
     need: Need | None = None
     num_sent: int = 0

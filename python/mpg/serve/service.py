@@ -54,6 +54,7 @@ class Service:
         self._begun: dict[int, Begun] = {}  # what is yet to be told, with the first event
         self._lock = Lock()  # of these
         self._readers = ThreadPoolExecutor(thread_name_prefix="mpg-reader")
+        self._unread: set[int] = set()  # questions that readers have, or will have
 
     def start(self) -> None:
         """Load the models, and serve from then on."""
@@ -61,12 +62,18 @@ class Service:
 
     def ask(self, key: int, kind: type[ChatRequest | CompletionRequest], body: bytes) -> None:
         """Answer a request: with `Begun`, and then (number of the choice, event) until all have ended; or an ApiError.
-        It is read in a thread where that may take so long that others would wait."""
+        It is read in a thread where that may take so long that others would wait; as many may wait for that as then
+        wait for a row."""
+        if is_long := len(body) > SHORT:
+            if len(self._unread) >= self.engine.settings.max_queue:
+                self._tell([(key, of_job(Refused("full")))])
+                return
+            self._unread.add(key)
         self._jobs[key] = set()
-        if len(body) <= SHORT:
-            self._begin(key, kind, body)
-        else:
+        if is_long:
             self._readers.submit(self._begin, key, kind, body)
+        else:
+            self._begin(key, kind, body)
 
     def cancel(self, key: int) -> None:
         """Give up a request; nobody listens any more."""
@@ -121,6 +128,7 @@ class Service:
 
     def _begin(self, key: int, kind: type[ChatRequest | CompletionRequest], body: bytes) -> None:
         found = _outcome(self._read, key, kind, body)
+        self._unread.discard(key)
         if isinstance(found, ApiError):
             self._jobs.pop(key, None)
             self._tell([(key, found)])

@@ -139,7 +139,8 @@ def leave_a_core() -> None:
     """Keep torch off one core in the thread that calls, for those that answer; fewer threads stay fewer."""
     import torch
 
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
 
 
 def refuse_unused(ctx: typer.Context, wanted: str, *names: str) -> None:

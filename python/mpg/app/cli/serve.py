@@ -161,5 +161,9 @@ def serve(
 
 
 def _name(models: str) -> str:
-    """What requests call the combination: a set's name, or the folder's or recipe's."""
-    return re.sub(r"\.ya?ml$", "", Path(models).absolute().name) or "mpg"
+    """What requests call the combination: a set's name, or the folder's or recipe's where no other model has it."""
+    name, taken = re.sub(r"\.ya?ml$", "", Path(models).absolute().name), {"", "base"}
+    if Path(models).exists():
+        recipe = arguments.read_recipe(models)
+        taken |= {*(recipe.attributes or ()), *recipe.presets}
+    return "mpg" if name in taken else name
