@@ -48,6 +48,8 @@ def is_of(module: str, part: str) -> bool:
 def imports(file: Path) -> Iterator[str]:
     """The package's modules that a file imports, in functions and for types too."""
     for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES and alias.name != "mpg")
         if isinstance(node, ast.ImportFrom) and node.module:
             named = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (name if name in MODULES else node.module for name in named if node.module.startswith("mpg."))

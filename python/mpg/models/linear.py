@@ -178,7 +178,7 @@ def can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def time_layers(layers: Sequence[nn.Linear], other: Way) -> list[list[list[float]]]:
-    """For each layer, at each of TIMED_ROWS, the seconds in another way and packed."""
+    """Seconds of each layer, at each of TIMED_ROWS, in another way and packed."""
     kinds = [
         (layer.out_features, layer.in_features, layer.weight.dtype, torch.get_num_threads(), other.name)
         for layer in layers
@@ -201,6 +201,7 @@ def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> Times:
     several turns, in which all kinds take part. To a call counts what it adds to the small steps that follow it in a
     forward, too: oneDNN's code makes them slower than torch's own does."""
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    ends_at = now() + TIMED_SECONDS
     plain = {kind: _parts(of_kind, TIMED_BYTES // (2 * len(weights))) for kind, of_kind in weights.items()}
     prepared = {kind: [(way, [way.prepare(part) for part in plain[kind]]) for way in (other, PACKED)] for kind in plain}
     inputs = {kind: [torch.randn(rows, kind[1], dtype=kind[2]) for rows in TIMED_ROWS] for kind in plain}
@@ -209,7 +210,6 @@ def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> Times:
     }
     steps_alone = math.inf
     between, state = torch.ones(BETWEEN), torch.ones(1, 1, 64)
-    ends_at = now() + TIMED_SECONDS
     for turn in range(MAX_TURNS):  # the first one warms up
         if turn > 1 and now() > ends_at:
             break
@@ -233,7 +233,7 @@ def _time(weights: Mapping[Kind, Sequence[Tensor]], other: Way) -> Times:
 
 
 def _small_steps(x: Tensor) -> None:
-    """Of the kinds that lie between two products of a forward. x: (1, 1, size)"""
+    """Operations as they lie between two products of a forward. x: (1, 1, size)"""
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))
     heads = normed.view(1, 1, 4, -1).transpose(1, 2)
     attended = scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(x.shape)

@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
     @property
     def first_group(self) -> int:
-        """Of those whose factors a forward is given: all where it says which row runs which."""
+        """The first whose factors a forward is given: all are where it says which row runs which."""
         return self.runs[0][0] if self.groups is None else 0
 
     @classmethod
