@@ -127,9 +127,9 @@ def test_other_paths_and_methods_have_the_shape_of_errors_too(served, client):
         assert httpx.head(f"{served.url}{path}").status_code == 200
     for name, status, told in (
         ("nobody", 404, "model: expected demo, base, E, S"),
-        ("E=x", 400, "weights: expected a number for 'E'"),
-        ("E=1,Q=1", 400, "weights: expected some of E, S, T, J, got 'Q'"),
-        ("E%3D0", 400, "weights: expected at least one that is not 0"),
+        ("E=x", 400, "model: expected a number for 'E'"),
+        ("E=1,Q=1", 400, "model: expected some of E, S, T, J, got 'Q'"),
+        ("E%3D0", 400, "model: expected at least one that is not 0"),
     ):
         answer = served.get(f"/v1/models/{name}")
         assert answer.status_code == status and answer.json()["error"]["message"].startswith(told)

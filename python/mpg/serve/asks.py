@@ -57,7 +57,7 @@ def describe_model(model: Model, name: str, asked: str) -> dict[str, Any]:
         weights = mpg.options.parse_weights(asked)
         mpg.options.check_weights(weights, model.models.attribute_names, "geometric")
     except ValueError as error:
-        raise of_library(error) from error
+        raise of_library(error, {"weights": "model"}) from error
     return {"kind": "weights", "weights": weights}
 
 
@@ -122,6 +122,7 @@ def read(asked: Asked, model: Model, prompt: Any, limits: Any, seed: int, **how:
             )
         max_tokens = asked.max_completion_tokens
     names = {"prompt": "messages" if isinstance(asked, ChatRequest) else "prompt"}
+    names |= {"weights": "model"} if "=" in asked.model else {}
     temperature = model.recipe.options.get("temperature") if asked.temperature is None else asked.temperature
     # where nothing is drawn the library makes no copies: they are as many calls
     copies, firsts = (n, [seed]) if temperature != 0 else (1, [(seed + index) % 2**63 for index in range(n)])
