@@ -41,7 +41,7 @@ WEIGHTS = ["E=1", "T=1", "E=1,T=0.5", "J=-0.5,S=1", "E=0.5,S=0.5,T=0.5,J=0.5"]
 SHORTEST = 20  # new tokens that a request has at least, where it does not end before
 COUNT, LONGEST = 200, 400  # requests, and new tokens of the longest
 ONE_BY_ONE = {"demo": 200, "smollm2": 40}  # the first of them, where there is one client
-TURNS = {"demo": 5, "smollm2": 1}  # of both sides one after the other, whose medians count
+TURNS = {"demo": 9, "smollm2": 1}  # of both sides one after the other, whose medians count
 LONGEST_PROMPT = 64
 LONG_PROMPT, AFTER_IT = 1000, 60  # tokens, where there are positions for both
 REPEATS = 3  # of a system prompt

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Lock
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet
@@ -87,7 +88,7 @@ class LoadedModel:
     def max_positions(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         return self.model.config.get_text_config().num_hidden_layers
 

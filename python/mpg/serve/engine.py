@@ -23,7 +23,7 @@ from mpg.serve.settings import Settings
 DEFAULT_LENGTH = 2048
 DEFAULT_SHARE = 0.25  # of a device's memory for caches: models, forwards and what is kept of texts take some too
 MOST_GATHERED = 0.05  # seconds that a request may wait for others to begin with, see `Scheduler`
-EXPIRY_CHECK = 0.1  # seconds between looks for jobs that have run out of time
+LOOK = 0.1  # seconds from one look for jobs that have run out of time, and at what caches hold, to the next
 
 logger = logging.getLogger("mpg.serve")
 
@@ -43,9 +43,8 @@ class Engine:
         self._inbox: deque[Job] = deque()
         self._given_up: deque[Job] = deque()
         self._changed = Condition()
-        self._num_waiting, self._expired_at = 0, 0.0
-        self.held_bytes = 0  # of the groups' caches, while these jobs run
-        self._held_of: list[list[Job]] = []
+        self._num_waiting, self._looked_at = 0, 0.0
+        self.held_bytes = 0  # of the groups' caches, when it was last looked
         self._is_draining = self._is_stopped = False
         self._thread = Thread(target=self._run, name="mpg-engine", daemon=True)
         metrics.watch(self)
@@ -146,13 +145,13 @@ class Engine:
         self._drop(given_up, new)
         for job in new:
             self._sort(job)
-        self._expire()
+        self._look_around()
         self._admit()
         self._take_turn()
         for group in [group for group in self.groups if not group.running and not group.waiting]:
             self._close(group)
-        if self._held_of != (running := [group.running.copy() for group in self.groups]):
-            self._held_of, self.held_bytes = running, sum(group.num_bytes() for group in self.groups)
+        if not self.groups:
+            self.held_bytes = 0
         return True
 
     def _sort(self, job: Job) -> None:
@@ -296,12 +295,13 @@ class Engine:
                     group.waiting.remove(job)
                     self._end_waiting(job)
 
-    def _expire(self) -> None:
-        """End the jobs that have run out of time."""
+    def _look_around(self) -> None:
+        """Now and then, end the jobs that have run out of time, and count what caches hold."""
         now = monotonic()
-        if now - self._expired_at < EXPIRY_CHECK:
+        if now - self._looked_at < LOOK:
             return
-        self._expired_at = now
+        self._looked_at = now
+        self.held_bytes = sum(group.num_bytes() for group in self.groups)
         late = [job for group in self.groups for job in (*group.running, *group.waiting) if job.deadline < now]
         self._drop(late, deque())
         for job in late:

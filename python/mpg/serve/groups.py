@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from time import monotonic
 from typing import Protocol
 
 import torch
@@ -133,12 +134,14 @@ class DecodeGroup:
     def step(self, may_read: bool = True, is_alone: bool = True) -> list[tuple[Job, Event]]:
         by_entry = {id(job.entry): job for job in self.running}
         events: list[tuple[Job, Event]] = []
-        for entry, tokens in self.scheduler.step(admits=may_read):
+        news, now = self.scheduler.step(admits=may_read), monotonic()
+        for entry, tokens in news:
             if (job := by_entry.get(id(entry))) is None:  # given up
                 continue
-            if new := job.unsent(tokens, is_last=entry.is_over):
+            is_over = entry.is_over
+            if new := job.unsent(tokens, now, is_last=is_over):
                 events.append((job, new))
-            if entry.is_over:
+            if is_over:
                 self.running.remove(job)
                 last = entry.error or entry.result
                 assert last is not None

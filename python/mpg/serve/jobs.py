@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from mpg.results import Result, Token
@@ -80,15 +80,19 @@ class Job:
         """Whether no other event follows."""
         return self.scores_prompt or not isinstance(event, list)
 
-    def unsent(self, tokens: list[Token], *, is_last: bool) -> list[Token]:
-        """What is to be told of it after a round that brought these tokens: nothing, or all that has not been told."""
-        skipped = min(max(self.num_sent - self.num_seen, 0), len(tokens))
+    def unsent(self, tokens: list[Token], now: float, *, is_last: bool) -> list[Token]:
+        """What is to be told of it after a round that brought these tokens: nothing, or all that has not been told.
+        now: by `monotonic`"""
+        num_known = self.num_sent - self.num_seen
         self.num_seen += len(tokens)
-        self.num_sent = max(self.num_sent, self.num_seen)
-        self._held += tokens[skipped:]
-        now = monotonic()
+        if num_known:
+            tokens = tokens[num_known:]
+        self.num_sent += len(tokens)
+        self._held += tokens
+        if self.interval == inf and not is_last:
+            return []
         tick = now // self.interval if self.interval else now
-        if not self._held or not (is_last or (tick != self._tick and self.interval < inf)):
+        if not self._held or (tick == self._tick and not is_last):
             return []
         new, self._held, self._tick = self._held, [], tick
         return new
