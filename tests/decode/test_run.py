@@ -487,6 +487,24 @@ def test_a_free_row_waits_a_round_for_a_request_where_the_scheduler_gathers(prec
     assert late.result.tokens == entries[0].result.tokens == generated_alone(precise_model, 0, way).tokens
 
 
+@pytest.mark.parametrize("share", [9, run.GATHERED])
+def test_rows_that_nothing_waits_for_are_given_up_once_they_are_a_share_of_those_that_run(
+    precise_model, monkeypatch, share
+):
+    """Before an interval has passed."""
+    monkeypatch.setattr(run, "GATHERED", share)
+    way = {"sampler": "direct", "target": "geometric"}
+    scheduler = open_scheduler(precise_model, way, num_rows=3, gather=inf)
+    requests = [request_for(precise_model, 0, way)]
+    requests += [replace(request_for(precise_model, i, way), max_new_tokens=30) for i in (1, 2)]
+    first, *_ = [scheduler.add(request) for request in requests]
+    while not first.is_over:
+        scheduler.step()
+    sizes = [len(scheduler.step()) and len(scheduler.rows) for _ in range(2)]
+    assert sizes == ([3, 3] if share == 9 else [3, 2])
+    scheduler.close()
+
+
 @pytest.mark.parametrize(("gather", "share"), [(0.0, 9), (inf, 9), (inf, run.GATHERED)])
 def test_requests_that_come_while_others_run_begin_together(precise_model, monkeypatch, gather, share):
     """After an interval, or once they are a share of those that run, and where there are none of these."""

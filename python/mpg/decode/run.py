@@ -32,8 +32,8 @@ from mpg.results import Result, Token, Transcript
 # Rounds that the device is ahead of what the host has read. A GPU runs the next round meanwhile; a row that has ended
 # idles through it, for which a CPU, where nothing runs meanwhile, would only pay.
 ROUNDS_AHEAD = {"cuda": 1, "cpu": 0}
-# Of the requests that run, for so many to come others wait: what is spared by beginning together, and lost by rows that
-# idle meanwhile, are then alike on the tiny set.
+# Of the requests that run, for so many to come others wait, and moves for so many rows that nothing waits for: what is
+# spared by beginning and moving together, and lost by rows that idle meanwhile, are then alike on the tiny set.
 GATHERED = 1 / 8
 
 
@@ -196,9 +196,10 @@ class Scheduler:
     def _admit(self, admits: bool = True) -> None:
         """Let requests that wait begin in rows that are free, once those are given up for which there is none."""
         live, now = {row for row, entry in enumerate(self.rows) if not entry.is_over}, perf_counter()
-        num_live = len(live)
+        num_live, num_waiting = len(live), len(self.waiting)
         is_early = self.gather is not None and now < self.changed_at + self.gather
-        is_early = is_early and len(self.waiting) < num_live * GATHERED
+        num_unclaimed = len(self.rows) - num_live - num_waiting
+        is_early = is_early and max(num_waiting, num_unclaimed) < num_live * GATHERED
         entries = self.waiting.take(self.num_rows - num_live, live, gathers=is_early) if admits else []
         if is_early and not entries:
             return
