@@ -247,7 +247,7 @@ class Scheduler:
         ensembles, ends = [entry.models for entry in entries], [r.num_positions for r in requests]
         awaited = [
             (entry.attributes, entry.models, entry.request.num_positions)
-            for entry in islice(self.waiting, self.num_rows - len(self.rows))
+            for entry in islice(self.waiting, max(0, self.num_rows - len(self.rows)))
         ]
         self.session.replace(rows, prompts, attributes, contexts, ensembles, ends, kept, upload, awaited)
 
