@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from mpg.models.ensemble import Ensemble
 
 Role: TypeAlias = str | int  # a number: of each text, its own attribute of this number
-Awaited: TypeAlias = tuple["Attributes", "Ensemble", int]  # of a text, what knows them, and positions that it needs
 Attributes: TypeAlias = Mapping[Role, str]  # of a text by role: by number its own, and those that stand in for others
+Awaited: TypeAlias = tuple[Attributes, "Ensemble", int]  # of a text, what knows them, and positions that it needs
 
 
 class Session:
