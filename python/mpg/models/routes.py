@@ -129,8 +129,8 @@ class Routes:
         found = []
         for role in roles:
             for row, slots in enumerate(self._rows):
-                slot = slots.get(role) or next((slots[other] for other in roles if other in slots), None)
-                found.append(0 if slot is None else numbers[row, slot])
+                own = slots.get(role) or next((slots[other] for other in roles if other in slots), None)
+                found.append(0 if own is None else numbers[row, own])
         is_in_order = found == list(range(len(pairs)))
         order = None if is_in_order else put((asked, read, "order"), torch.tensor(found), self._device)
         return Route(taken, forwards, order, len(roles))
