@@ -580,6 +580,7 @@ RECIPES = [
     ((f"base: {MODELS}", "base: 3"), "base: expected a folder or a hub name, got 3"),
     ((f"base: {MODELS}", "base:"), "base: expected a folder or a hub name, got None"),
     ((f"base: {MODELS}", "base: ./none"), "base: expected a folder that exists or a hub name, got './none' ("),
+    ((f"base: {MODELS}", "base: ~no-such-user/m"), "base: expected a folder...got '~no-such-user/m' ("),
     (("draft: E", f"draft: {MODELS}/none"), "draft: expected a folder that exists or a hub name, got"),
     (("draft: E", '? [E]\n: E'), "expected YAML: while constructing a mapping"),
     ((f"{MODELS}/adapters/E", "a b"), "attributes['E']: expected a folder that exists or a hub name, got 'a b' ("),

@@ -5,6 +5,7 @@ Knows the keys of the file and names the one that is mistaken; loads no model.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -318,7 +319,7 @@ def _source(argument: str, value: Any, folder: Path, names: Container[str] = ())
     """The absolute path of what lies beside the recipe, else a hub's name or an attribute's."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{argument}: expected a folder or a hub name, got {value!r}")
-    path = folder / Path(value).expanduser()
+    path = folder / os.path.expanduser(value)  # which leaves the ~ of a user that there is not
     if value in names:
         return value
     if path.exists():
