@@ -46,3 +46,12 @@ def test_the_first_token_is_told_from_when_the_request_came(precise_model):
         answers = list(pool.map(lambda _: served.post(TEXT, completion(CALM)).json(), range(4)))
         waited = counted(served, "mpg_queue_seconds_sum")
     assert sum(answer["choices"][0]["mpg"]["stats"]["time_to_first_token"] for answer in answers) > waited > 0.02
+
+
+def test_bytes_of_caches_are_told_while_requests_run(precise_model, monkeypatch):
+    monkeypatch.setattr(precise_model.models, "eos_token_ids", ())  # it runs for longer than it takes to look
+    with serving(precise_model) as served, slowed(precise_model, 0.01), ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(served.post, TEXT, completion(CALM, sampler="direct", max_tokens=40))
+        served.wait_until(lambda engine: counted(served, "mpg_cache_bytes ") > 0)
+        assert answer.result().status_code == 200 and served.is_idle()
+        assert counted(served, "mpg_cache_bytes ") == 0
